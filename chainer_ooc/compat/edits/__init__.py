@@ -1,0 +1,121 @@
+"""What is edited in stock Chainer while it is imported, and why.
+
+Every module of this package that :data:`EDIT_SETS` names has one tuple ``EDITS`` of :class:`Edit`. Several edits of one
+module, of one set or of several, are applied one after the other in the order of ``EDIT_SETS``: each sees the text that those
+before it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
+
+__all__ = ["EDIT_SETS", "Edit", "Replace", "ReplaceTail", "apply", "register", "wanted"]
+
+#: Modules with a tuple ``EDITS``, in the order in which they are applied.
+EDIT_SETS = (
+    "chainer_ooc.compat.edits.chainer",
+    "chainer_ooc.compat.edits.chainermn",
+    "chainer_ooc.compat.edits.cupy",
+)
+
+
+class Replace(NamedTuple):
+    """Replace ``old``, which must occur exactly ``count`` times, by ``new``.
+
+    Keep the number of lines where it can be kept: debuggers read the unedited file.
+    """
+
+    old: str
+    new: str
+    count: int = 1
+
+
+class ReplaceTail(NamedTuple):
+    """Replace everything from ``start``, which must occur exactly once, to the end of the file by ``new``."""
+
+    start: str
+    new: str
+
+
+class Edit(NamedTuple):
+    """One edit of one module.
+
+    Attributes:
+        module: Full name of the module.
+        reason: Why it is needed, one sentence.
+        replacements: Applied in order.
+        when: Called once, when the module is imported; the edit is left out when it returns ``False``. ``None``: always.
+    """
+
+    module: str
+    reason: str
+    replacements: tuple[Replace | ReplaceTail, ...]
+    when: Callable[[], bool] | None = None
+
+
+_edits: dict[str, list[Edit]] | None = None
+
+
+def _table() -> dict[str, list[Edit]]:
+    global _edits
+    if _edits is None:
+        table: dict[str, list[Edit]] = {}
+        for name in EDIT_SETS:
+            for edit in import_module(name).EDITS:
+                table.setdefault(edit.module, []).append(edit)
+        _edits = table
+    return _edits
+
+
+def register(*edits: Edit) -> None:
+    """Add edits after those of ``EDIT_SETS``. Must happen before the edited modules are imported.
+
+    Raises:
+        RuntimeError: If a module to edit is already imported.
+    """
+    import sys
+
+    for edit in edits:
+        if edit.module in sys.modules:
+            raise RuntimeError(
+                f"{edit.module} is already imported and can no longer be edited ({edit.reason}); register edits earlier"
+            )
+        _table().setdefault(edit.module, []).append(edit)
+
+
+def wanted(module: str) -> bool:
+    """Tell whether ``module`` has edits. Their conditions are not evaluated yet."""
+    return module in _table()
+
+
+def apply(module: str, text: str, path: str = "?") -> str:
+    """Return ``text``, the source of ``module``, with all its edits whose condition holds.
+
+    Raises:
+        ImportError: If the text to replace does not occur as often as the edit says.
+    """
+    for edit in _table().get(module, ()):
+        if edit.when is None or edit.when():
+            for replacement in edit.replacements:
+                text = _replace(edit, replacement, text, path)
+    return text
+
+
+def _replace(edit: Edit, replacement: Replace | ReplaceTail, text: str, path: str) -> str:
+    if isinstance(replacement, Replace):
+        old, new, count = replacement
+    else:
+        (old, new), count = replacement, 1
+    found = text.count(old)
+    if found != count:
+        raise ImportError(
+            f"chainer_ooc cannot edit {edit.module} ({edit.reason}): expected {old!r} {count} time(s) in {path}, found it "
+            f"{found} time(s); the file is not that of Chainer 7.8.1: pip install --force-reinstall chainer==7.8.1",
+            name=edit.module,
+            path=path,
+        )
+    if isinstance(replacement, Replace):
+        return text.replace(old, new)
+    return text[: text.index(old)] + new

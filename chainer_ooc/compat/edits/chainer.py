@@ -1,0 +1,134 @@
+"""Edits of ``chainer`` for today's Python, NumPy, SciPy and protobuf."""
+
+from __future__ import annotations
+
+from chainer_ooc.compat.edits import Edit, Replace, ReplaceTail
+from chainer_ooc.compat.edits._conditions import numpy_2, protobuf_has_builder
+
+_REQUIREMENTS = '''
+import importlib.metadata
+
+
+def _satisfied(requirements):
+    """Tell whether all requirements ("name>=1.0") are installed, as pkg_resources.WorkingSet().require did."""
+    from packaging.requirements import Requirement
+    for requirement in map(Requirement, requirements):
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            return False
+        if not requirement.specifier.contains(version, prereleases=True):
+            return False
+    return True
+'''
+
+EDITS = (
+    Edit(
+        "chainer._environment_check",
+        "numpy.distutils (gone from NumPy 2) and pkg_resources (gone from setuptools 81) served only checks of the environment; "
+        "'python -m chainer_ooc doctor' does them",
+        (
+            Replace("import numpy.distutils.system_info\nimport pkg_resources\n", "\n\n"),
+            ReplaceTail("def check():\n", "def check():\n    pass\n"),
+        ),
+    ),
+    Edit(
+        "chainer.functions.array.as_strided",
+        "numpy.sctypes is gone from NumPy 2",
+        (
+            Replace("np.sctypes['int']", "(np.int8, np.int16, np.int32, np.int64)"),
+            Replace("np.sctypes['float']", "(np.float16, np.float32, np.float64, np.longdouble)"),
+        ),
+        when=numpy_2,
+    ),
+    Edit(
+        "chainer.functions.array.resize_images",
+        "numpy.float, an alias of float, is gone since NumPy 1.24",
+        (Replace("dtype=numpy.float)", "dtype=float)", count=6),),
+    ),
+    Edit(
+        "chainer.distributions.categorical",
+        "numpy.meshgrid returns a tuple since NumPy 2",
+        (
+            Replace("self.log_p[mg + [x.data.astype(numpy.int32)]]", "self.log_p[(*mg, x.data.astype(numpy.int32))]"),
+            Replace("self.log_p[mg + [x.astype(numpy.int32)]]", "self.log_p[(*mg, x.astype(numpy.int32))]"),
+        ),
+        when=numpy_2,
+    ),
+    Edit(
+        "chainer.functions.array.pad_sequence",
+        "NumPy 2 raises where a negative padding wrapped around into an unsigned array",
+        (Replace("y[i, l:] = self.padding\n", "y[i, l:] = numpy.asarray(self.padding).astype(y.dtype)\n"),),
+        when=numpy_2,
+    ),
+    Edit(
+        "chainer.variable",
+        "NumPy 2 arrays have an attribute 'device', so that debug_print showed 'cpu' instead of 'CPU'",
+        (Replace("getattr(array, 'device', 'CPU')", "'CPU' if xp is numpy else getattr(array, 'device', 'CPU')"),),
+        when=numpy_2,
+    ),
+    Edit(
+        "chainer.functions.math.sparse_matmul",
+        "SciPy refuses sparse matrices of float16: computed in float32, as on the GPU, then rounded",
+        (
+            Replace(
+                "    _m, _k = A_shape\n    _n = B.shape[-1]\n    if B.ndim == 2:\n        sp_A",
+                "    if A_data.dtype == numpy.float16: A_data = A_data.astype(numpy.float32)\n"
+                "    (_m, _k), _n = A_shape, B.shape[-1]\n    if B.ndim == 2:\n        sp_A",
+            ),
+        ),
+    ),
+    Edit(
+        "chainer.links.caffe.protobuf3.caffe_pb2",
+        "protobuf no longer lets generated code create descriptors one by one; the same serialized description builds them",
+        (
+            Replace(
+                "DESCRIPTOR = _descriptor.FileDescriptor(\n  name='caffe.proto',\n  package='caffe',\n  syntax='proto2',\n"
+                "  serialized_pb=_b(",
+                "from google.protobuf import descriptor_pool\nfrom google.protobuf.internal import builder\n\n"
+                "DESCRIPTOR = descriptor_pool.Default().AddSerializedFile(\n  _b(",
+            ),
+            Replace("from google.protobuf import reflection as _reflection\n", "\n"),
+            ReplaceTail(
+                "_sym_db.RegisterFileDescriptor(DESCRIPTOR)\n\n_PHASE",
+                "builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, globals())\n"
+                "builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'caffe_pb2', globals())\n",
+            ),
+        ),
+        when=protobuf_has_builder,
+    ),
+    Edit(
+        "chainer.testing.helper",
+        "pkg_resources is gone from setuptools 81",
+        (
+            Replace("\nimport pkg_resources\n", _REQUIREMENTS),
+            Replace(
+                "    ws = pkg_resources.WorkingSet()\n    try:\n        ws.require(*requirements)\n        skip = False\n"
+                "    except pkg_resources.ResolutionError:\n        skip = True\n",
+                "    skip = not _satisfied(requirements)\n",
+            ),
+            Replace(
+                "    ws = pkg_resources.WorkingSet()\n    try:\n        ws.require(*requirements)\n        skip = True\n"
+                "    except pkg_resources.ResolutionError:\n        skip = False\n",
+                "    skip = _satisfied(requirements)\n",
+            ),
+        ),
+    ),
+    Edit(
+        "chainer.testing.doctest_helper",
+        "pkg_resources is gone from setuptools 81",
+        (
+            Replace("\nimport pkg_resources\n", _REQUIREMENTS),
+            Replace(
+                "    ws = pkg_resources.WorkingSet()\n    try:\n        ws.require(*requirements)\n"
+                "    except pkg_resources.ResolutionError:\n        return False\n    return skipif(True)\n",
+                "    return skipif(True) if _satisfied(requirements) else False\n",
+            ),
+        ),
+    ),
+    Edit(
+        "chainer.iterators.multiprocess_iterator",
+        "Thread.setDaemon is deprecated since Python 3.10 and warns",
+        (Replace("thread.setDaemon(True)", "thread.daemon = True"),),
+    ),
+)

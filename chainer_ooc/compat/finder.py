@@ -1,0 +1,176 @@
+"""The import hook: loads the edited modules of Chainer, ChainerMN and onnx_chainer, and redirects what CuPy dropped.
+
+The hook sits first in :data:`sys.meta_path` and answers only for
+
+* ``chainer`` itself, whose version it checks;
+* the modules that :mod:`chainer_ooc.compat.edits` names: found by the other finders as usual, their source text is edited
+  before it is compiled. No file is written: an edited module has no bytecode cache;
+* the modules of ``REDIRECTS``: when nothing else provides them, another module takes their name.
+
+Everything else is left to the other finders after one dictionary lookup.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import Loader, MetaPathFinder, SourceLoader
+from importlib.machinery import ModuleSpec
+
+__all__ = ["REDIRECTS", "CompatFinder", "EditedSourceLoader", "install"]
+
+#: The one Chainer version whose source text the edits know.
+CHAINER_VERSION = "7.8.1"
+
+#: Module name -> module that stands in for it when no other finder has it (CuPy 14 dropped its cuDNN modules).
+REDIRECTS = {
+    "cupy.cudnn": "chainer_ooc.compat.cudnn.cupy_cudnn",
+    "cupy.cuda.cudnn": "chainer_ooc.compat.cudnn.cupy_cuda_cudnn",
+}
+
+_EDITED_PACKAGES = frozenset({"chainer", "chainermn", "onnx_chainer"})
+
+
+class EditedSourceLoader(SourceLoader):
+    """Loads one module from its file with the edits applied.
+
+    Tracebacks and :func:`inspect.getsource` show the edited text, the text that runs.
+    """
+
+    def __init__(self, fullname: str, path: str, original: Loader) -> None:
+        self._fullname = fullname
+        self._path = path
+        self._original = original
+
+    def get_filename(self, fullname: str) -> str:
+        """Return the path of the unedited file, which is also the ``__file__`` of the module."""
+        return self._path
+
+    def get_data(self, path: str) -> bytes:
+        """Return the bytes of a file that belongs to the module, unedited (for package data)."""
+        return self._original.get_data(path)  # type: ignore[attr-defined, no-any-return]
+
+    def get_source(self, fullname: str) -> str:
+        """Return the edited source text.
+
+        Raises:
+            ImportError: If the text to replace is not in the file.
+        """
+        from chainer_ooc.compat import edits
+
+        text = self._original.get_source(fullname)  # type: ignore[attr-defined]
+        if text is None:
+            raise ImportError(
+                f"chainer_ooc edits {fullname} while it loads but found no source text for it ({self._path}); "
+                f"reinstall it from its wheel: pip install --force-reinstall chainer=={CHAINER_VERSION}",
+                name=fullname,
+                path=self._path,
+            )
+        return edits.apply(fullname, text, self._path)
+
+    def get_code(self, fullname: str):  # type: ignore[no-untyped-def]
+        """Compile the edited text. Never cached: a cache beside the file would be read by processes without the hook."""
+        text = self.get_source(fullname)
+        import linecache
+
+        # An entry without a modification time is never compared with the file, which holds the unedited text.
+        linecache.cache[self._path] = (len(text), None, text.splitlines(keepends=True), self._path)
+        return self.source_to_code(text.encode(), self._path)
+
+
+class _RedirectLoader(Loader):
+    """Gives a module that already exists (or can be imported) a second name."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+
+    def create_module(self, spec: ModuleSpec):  # type: ignore[no-untyped-def]
+        import importlib
+
+        module = importlib.import_module(self._target)
+        self._own_spec = module.__spec__
+        return module
+
+    def exec_module(self, module) -> None:  # type: ignore[no-untyped-def]
+        # The import system has just replaced the module's spec by that of the second name.
+        module.__spec__ = self._own_spec
+
+
+class CompatFinder(MetaPathFinder):
+    """See the module's text."""
+
+    def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
+        """Return the spec of a module to edit or to redirect, ``None`` for every other module.
+
+        Raises:
+            ImportError: If Chainer is installed in a version other than 7.8.1.
+        """
+        if fullname in REDIRECTS:
+            return self._find_redirect(fullname, path)
+        if fullname.partition(".")[0] not in _EDITED_PACKAGES:
+            return None
+
+        from chainer_ooc.compat import edits
+
+        edited = edits.wanted(fullname)
+        if not edited and fullname != "chainer":
+            return None
+        spec = self._find_elsewhere(fullname, path, target)
+        if spec is None or spec.origin is None or spec.loader is None:
+            return spec
+        if fullname == "chainer":
+            _check_version(spec)
+        if edited:
+            spec.loader = EditedSourceLoader(fullname, spec.origin, spec.loader)
+            spec.cached = None
+        return spec
+
+    def _find_elsewhere(self, fullname, path, target=None):  # type: ignore[no-untyped-def]
+        for finder in sys.meta_path:
+            if isinstance(finder, CompatFinder):
+                continue
+            find_spec = getattr(finder, "find_spec", None)
+            spec = find_spec(fullname, path, target) if find_spec is not None else None
+            if spec is not None:
+                return spec
+        return None
+
+    def _find_redirect(self, fullname, path):  # type: ignore[no-untyped-def]
+        if self._find_elsewhere(fullname, path) is not None:
+            return None
+        from importlib.util import find_spec
+
+        target = REDIRECTS[fullname]
+        try:
+            present = find_spec(target) is not None
+        except ModuleNotFoundError:
+            present = False
+        return ModuleSpec(fullname, _RedirectLoader(target), origin=target) if present else None
+
+
+def _check_version(spec: ModuleSpec) -> None:
+    """Raise ``ImportError`` when the package that ``spec`` describes is another version of Chainer."""
+    import os
+    import re
+
+    assert spec.origin is not None
+    path = os.path.join(os.path.dirname(spec.origin), "_version.py")
+    try:
+        with open(path, encoding="utf-8") as file:
+            match = re.search(r"^__version__ = ['\"](.+)['\"]", file.read(), re.MULTILINE)
+    except OSError:
+        match = None
+    found = match.group(1) if match else "of unknown version"
+    if found != CHAINER_VERSION:
+        raise ImportError(
+            f"chainer_ooc works with Chainer {CHAINER_VERSION}, but Chainer {found} is installed in "
+            f"{os.path.dirname(spec.origin)}; install the right one (pip install chainer=={CHAINER_VERSION}) or "
+            "uninstall chainer_ooc",
+            name="chainer",
+            path=spec.origin,
+        )
+
+
+def install() -> None:
+    """Install the hook for this process, once. Modules imported before it keep their unedited code."""
+    if not any(isinstance(finder, CompatFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, CompatFinder())
