@@ -170,7 +170,16 @@ def _check_version(spec: ModuleSpec) -> None:
         )
 
 
-def install() -> None:
-    """Install the hook for this process, once. Modules imported before it keep their unedited code."""
-    if not any(isinstance(finder, CompatFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, CompatFinder())
+def install() -> CompatFinder:
+    """Install the hook for this process and return it; a second call returns the one installed before.
+
+    Modules imported earlier keep their unedited code.
+    """
+    for finder in sys.meta_path:
+        if isinstance(finder, CompatFinder):
+            return finder
+    hook = CompatFinder()
+    # The finder of _chainer_ooc_startup only waits for the first import to call this function: it has done its work.
+    others = [f for f in sys.meta_path if getattr(f, "__module__", "") != "_chainer_ooc_startup"]
+    sys.meta_path[:] = [hook, *others]
+    return hook

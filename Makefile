@@ -1,0 +1,43 @@
+# make demo   train on four ranks, out of core, with no GPU and no data needed
+# make test   ruff, mypy and the tests
+# Each makes .venv and installs what it needs there first. PYTHON=… chooses the interpreter.
+
+VENV := .venv
+SHELL := /bin/bash
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+# Chainer's source distribution needs an old setuptools to build: see build-constraints.txt. pip reads the first of these
+# up to version 25.2, the second from 25.3 on.
+export PIP_CONSTRAINT := build-constraints.txt
+export PIP_BUILD_CONSTRAINT := build-constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The first interpreter that is there and not too old.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(shell \
+	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.demo
+	mpiexec -n 4 python examples/imagenet/train.py --ooc
+
+test: $(VENV)/.test
+	ruff check .
+	ruff format --check .
+	mypy
+	python -m pytest
+
+clean:
+	rm -rf $(VENV) result build *.egg-info
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; install one or call make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml setup.py build-constraints.txt | $(VENV)/bin/python
+	python -m pip install -q -e '.[mpi,examples]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml setup.py build-constraints.txt | $(VENV)/bin/python
+	python -m pip install -q -e '.[mpi,examples,dev]'
+	touch $@ $(VENV)/.demo
