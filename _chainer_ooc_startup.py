@@ -1,8 +1,11 @@
-"""Imported at the start of every interpreter by ``chainer_ooc.pth``: makes ``import chainer`` work whoever imports it first.
+"""Makes ``import chainer`` work in every process, whoever imports it first.
 
-It runs in processes that have nothing to do with Chainer, among them the children of multiprocessing's forkserver and spawn
-methods. So it only puts a small finder into ``sys.meta_path``, which calls the real one at the first import of a package that
-chainer_ooc has something to say about.
+``chainer_ooc.pth`` imports this module at the start of every interpreter.
+
+It runs in processes that have nothing to do with Chainer, among them the children of
+multiprocessing's forkserver and spawn methods. So it only puts a small finder into
+``sys.meta_path``, which calls the real one at the first import of a package that chainer_ooc has
+something to say about.
 """
 
 import sys

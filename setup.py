@@ -1,4 +1,4 @@
-"""Adds ``chainer_ooc.pth`` to the wheel, the normal one and the editable one; everything else is in pyproject.toml."""
+"""Adds ``chainer_ooc.pth`` to the normal and the editable wheel; the rest is in pyproject.toml."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ PTH = Path(__file__).with_name("chainer_ooc.pth")
 
 
 class BuildPy(build_py):
-    """Copies the ``.pth`` file beside the packages: Python reads those in site-packages when it starts."""
+    """Copies the ``.pth`` file beside the packages: Python reads it there when it starts."""
 
     def run(self):
         super().run()

@@ -1,10 +1,11 @@
-"""The import hook: loads the edited modules of Chainer, ChainerMN and onnx_chainer, and redirects what CuPy dropped.
+"""The import hook: edits modules of Chainer and ChainerMN, and redirects what CuPy dropped.
 
 The hook sits first in :data:`sys.meta_path` and answers only for
 
 * ``chainer`` itself, whose version it checks;
-* the modules that :mod:`chainer_ooc.compat.edits` names: found by the other finders as usual, their source text is edited
-  before it is compiled. No file is written: an edited module has no bytecode cache;
+* the modules that :mod:`chainer_ooc.compat.edits` names: found by the other finders as usual, their
+  source text is edited before it is compiled. No file is written: an edited module has no bytecode
+  cache;
 * the modules of ``REDIRECTS``: when nothing else provides them, another module takes their name.
 
 Everything else is left to the other finders after one dictionary lookup.
@@ -21,7 +22,8 @@ __all__ = ["REDIRECTS", "CompatFinder", "EditedSourceLoader", "install"]
 #: The one Chainer version whose source text the edits know.
 CHAINER_VERSION = "7.8.1"
 
-#: Module name -> module that stands in for it when no other finder has it (CuPy 14 dropped its cuDNN modules).
+#: Module name -> module that stands in for it when no other finder has it (CuPy 14 dropped its
+#: cuDNN modules).
 REDIRECTS = {
     "cupy.cudnn": "chainer_ooc.compat.cudnn.cupy_cudnn",
     "cupy.cuda.cudnn": "chainer_ooc.compat.cudnn.cupy_cuda_cudnn",
@@ -47,7 +49,7 @@ class EditedSourceLoader(SourceLoader):
 
     def get_data(self, path: str) -> bytes:
         """Return the bytes of a file that belongs to the module, unedited (for package data)."""
-        return self._original.get_data(path)  # type: ignore[attr-defined, no-any-return]
+        return self._original.get_data(path)  # type: ignore[attr-defined]
 
     def get_source(self, fullname: str) -> str:
         """Return the edited source text.
@@ -60,19 +62,20 @@ class EditedSourceLoader(SourceLoader):
         text = self._original.get_source(fullname)  # type: ignore[attr-defined]
         if text is None:
             raise ImportError(
-                f"chainer_ooc edits {fullname} while it loads but found no source text for it ({self._path}); "
-                f"reinstall it from its wheel: pip install --force-reinstall chainer=={CHAINER_VERSION}",
+                f"chainer_ooc edits {fullname} while it loads but found no source text for it "
+                f"({self._path}); pip install --force-reinstall chainer=={CHAINER_VERSION}",
                 name=fullname,
                 path=self._path,
             )
         return edits.apply(fullname, text, self._path)
 
     def get_code(self, fullname: str):  # type: ignore[no-untyped-def]
-        """Compile the edited text. Never cached: a cache beside the file would be read by processes without the hook."""
+        """Compile the edited text, every time: processes without the hook would read a cache."""
         text = self.get_source(fullname)
         import linecache
 
-        # An entry without a modification time is never compared with the file, which holds the unedited text.
+        # An entry without a modification time is never compared with the file, which holds the
+        # unedited text.
         linecache.cache[self._path] = (len(text), None, text.splitlines(keepends=True), self._path)
         return self.source_to_code(text.encode(), self._path)
 
@@ -148,7 +151,7 @@ class CompatFinder(MetaPathFinder):
 
 
 def _check_version(spec: ModuleSpec) -> None:
-    """Raise ``ImportError`` when the package that ``spec`` describes is another version of Chainer."""
+    """Raise ``ImportError`` when ``spec`` describes another version of Chainer."""
     import os
     import re
 
@@ -162,16 +165,16 @@ def _check_version(spec: ModuleSpec) -> None:
     found = match.group(1) if match else "of unknown version"
     if found != CHAINER_VERSION:
         raise ImportError(
-            f"chainer_ooc works with Chainer {CHAINER_VERSION}, but Chainer {found} is installed in "
-            f"{os.path.dirname(spec.origin)}; install the right one (pip install chainer=={CHAINER_VERSION}) or "
-            "uninstall chainer_ooc",
+            f"chainer_ooc works with Chainer {CHAINER_VERSION}, but Chainer {found} is installed "
+            f"in {os.path.dirname(spec.origin)}; install the right one "
+            f"(pip install chainer=={CHAINER_VERSION}) or uninstall chainer_ooc",
             name="chainer",
             path=spec.origin,
         )
 
 
 def install() -> CompatFinder:
-    """Install the hook for this process and return it; a second call returns the one installed before.
+    """Install the hook for this process, unless it already is, and return it.
 
     Modules imported earlier keep their unedited code.
     """
@@ -179,7 +182,8 @@ def install() -> CompatFinder:
         if isinstance(finder, CompatFinder):
             return finder
     hook = CompatFinder()
-    # The finder of _chainer_ooc_startup only waits for the first import to call this function: it has done its work.
+    # The finder of _chainer_ooc_startup only waits for the first import to call this function: it
+    # has done its work.
     others = [f for f in sys.meta_path if getattr(f, "__module__", "") != "_chainer_ooc_startup"]
     sys.meta_path[:] = [hook, *others]
     return hook

@@ -2,10 +2,11 @@
 
 ``pytest -p tests.chainer_suite.plugin …`` does two things:
 
-* it imports ``chainer_ooc``, whose import hook makes stock Chainer importable (``CHAINER_SUITE_STOCK=1``: it does not, so
-  that the two can be compared);
-* it gives the names that NumPy removed (``numpy.float``, ``numpy.int``, …) to the *test modules*, which use them in their own
-  code. Chainer itself and every other library still get the ``AttributeError``, so nothing is hidden.
+* it imports ``chainer_ooc``, whose import hook makes stock Chainer importable
+  (``CHAINER_SUITE_STOCK=1``: it does not, so that the two can be compared);
+* it gives the names that NumPy removed (``numpy.float``, ``numpy.int``, …) to the *test modules*,
+  which use them in their own code. Chainer itself and every other library still get the
+  ``AttributeError``, so nothing is hidden.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _numpy_getattr = getattr(numpy, "__getattr__", None)
 
 
 def _getattr(name: str) -> object:
-    """Stand in for ``numpy.__getattr__``, which Python asks for the names that NumPy does not have."""
+    """Stand in for ``numpy.__getattr__``, asked for the names that NumPy does not have."""
     if name in _REMOVED and _TESTS in sys._getframe(1).f_code.co_filename:
         return _REMOVED[name]
     if _numpy_getattr is not None:

@@ -1,8 +1,8 @@
 """What is edited in stock Chainer while it is imported, and why.
 
-Every module of this package that :data:`EDIT_SETS` names has one tuple ``EDITS`` of :class:`Edit`. Several edits of one
-module, of one set or of several, are applied one after the other in the order of ``EDIT_SETS``: each sees the text that those
-before it left.
+Every module of this package that :data:`EDIT_SETS` names has one tuple ``EDITS`` of :class:`Edit`.
+Several edits of one module, of one set or of several, are applied one after the other in the order
+of ``EDIT_SETS``: each sees the text that those before it left.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ EDIT_SETS = (
 
 
 class Replace(NamedTuple):
-    """Replace ``old``, which must occur exactly ``count`` times, by ``new``.
+    """Replace ``old``, which must occur exactly ``times`` times, by ``new``.
 
     Keep the number of lines where it can be kept: debuggers read the unedited file.
     """
 
     old: str
     new: str
-    count: int = 1
+    times: int = 1
 
 
 class ReplaceTail(NamedTuple):
-    """Replace everything from ``start``, which must occur exactly once, to the end of the file by ``new``."""
+    """Replace everything from ``start``, which must occur exactly once, to the file's end."""
 
     start: str
     new: str
@@ -46,7 +46,8 @@ class Edit(NamedTuple):
         module: Full name of the module.
         reason: Why it is needed, one sentence.
         replacements: Applied in order.
-        when: Called once, when the module is imported; the edit is left out when it returns ``False``. ``None``: always.
+        when: Called once, when the module is imported; the edit is left out when it returns
+            ``False``. ``None``: always.
     """
 
     module: str
@@ -80,7 +81,8 @@ def register(*edits: Edit) -> None:
     for edit in edits:
         if edit.module in sys.modules:
             raise RuntimeError(
-                f"{edit.module} is already imported and can no longer be edited ({edit.reason}); register edits earlier"
+                f"{edit.module} is already imported and can no longer be edited ({edit.reason}); "
+                "register edits earlier"
             )
         _table().setdefault(edit.module, []).append(edit)
 
@@ -105,14 +107,15 @@ def apply(module: str, text: str, path: str = "?") -> str:
 
 def _replace(edit: Edit, replacement: Replace | ReplaceTail, text: str, path: str) -> str:
     if isinstance(replacement, Replace):
-        old, new, count = replacement
+        old, new, times = replacement
     else:
-        (old, new), count = replacement, 1
+        (old, new), times = replacement, 1
     found = text.count(old)
-    if found != count:
+    if found != times:
         raise ImportError(
-            f"chainer_ooc cannot edit {edit.module} ({edit.reason}): expected {old!r} {count} time(s) in {path}, found it "
-            f"{found} time(s); the file is not that of Chainer 7.8.1: pip install --force-reinstall chainer==7.8.1",
+            f"chainer_ooc cannot edit {edit.module} ({edit.reason}): expected {old!r} "
+            f"{times} time(s) in {path}, found it {found} time(s); the file is not that of Chainer 7.8.1: "
+            "pip install --force-reinstall chainer==7.8.1",
             name=edit.module,
             path=path,
         )

@@ -11,10 +11,19 @@ def numpy_2() -> bool:
 
 
 def protobuf_has_builder() -> bool:
-    """Protobuf 3.20 or later, the first that can build messages from a serialized description, is installed."""
+    """Protobuf 3.20 or later is installed: it builds messages from a serialized description."""
     from importlib.util import find_spec
 
     try:
         return find_spec("google.protobuf.internal.builder") is not None
     except ModuleNotFoundError:
         return False
+
+
+def h5py_3() -> bool:
+    """The installed h5py, if there is one, is version 3 or later."""
+    try:
+        import h5py
+    except ImportError:
+        return False
+    return int(h5py.__version__.partition(".")[0]) >= 3

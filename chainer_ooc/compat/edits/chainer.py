@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from chainer_ooc.compat.edits import Edit, Replace, ReplaceTail
-from chainer_ooc.compat.edits._conditions import numpy_2, protobuf_has_builder
+from chainer_ooc.compat.edits._conditions import h5py_3, numpy_2, protobuf_has_builder
 
 _REQUIREMENTS = '''
 import importlib.metadata
 
 
 def _satisfied(requirements):
-    """Tell whether all requirements ("name>=1.0") are installed, as pkg_resources.WorkingSet().require did."""
+    """Tell whether all requirements ("name>=1.0") are installed."""
     from packaging.requirements import Requirement
     for requirement in map(Requirement, requirements):
         try:
@@ -25,8 +25,8 @@ def _satisfied(requirements):
 EDITS = (
     Edit(
         "chainer._environment_check",
-        "numpy.distutils (gone from NumPy 2) and pkg_resources (gone from setuptools 81) served only checks of the environment; "
-        "'python -m chainer_ooc doctor' does them",
+        "numpy.distutils (gone from NumPy 2) and pkg_resources (gone from setuptools 81) served only "
+        "checks of the environment; 'python -m chainer_ooc doctor' does them",
         (
             Replace("import numpy.distutils.system_info\nimport pkg_resources\n", "\n\n"),
             ReplaceTail("def check():\n", "def check():\n    pass\n"),
@@ -44,32 +44,48 @@ EDITS = (
     Edit(
         "chainer.functions.array.resize_images",
         "numpy.float, an alias of float, is gone since NumPy 1.24",
-        (Replace("dtype=numpy.float)", "dtype=float)", count=6),),
+        (Replace("dtype=numpy.float)", "dtype=float)", times=6),),
     ),
     Edit(
         "chainer.distributions.categorical",
         "numpy.meshgrid returns a tuple since NumPy 2",
         (
-            Replace("self.log_p[mg + [x.data.astype(numpy.int32)]]", "self.log_p[(*mg, x.data.astype(numpy.int32))]"),
-            Replace("self.log_p[mg + [x.astype(numpy.int32)]]", "self.log_p[(*mg, x.astype(numpy.int32))]"),
+            Replace(
+                "self.log_p[mg + [x.data.astype(numpy.int32)]]",
+                "self.log_p[(*mg, x.data.astype(numpy.int32))]",
+            ),
+            Replace(
+                "self.log_p[mg + [x.astype(numpy.int32)]]",
+                "self.log_p[(*mg, x.astype(numpy.int32))]",
+            ),
         ),
         when=numpy_2,
     ),
     Edit(
         "chainer.functions.array.pad_sequence",
         "NumPy 2 raises where a negative padding wrapped around into an unsigned array",
-        (Replace("y[i, l:] = self.padding\n", "y[i, l:] = numpy.asarray(self.padding).astype(y.dtype)\n"),),
+        (
+            Replace(
+                "y[i, l:] = self.padding\n",
+                "y[i, l:] = numpy.asarray(self.padding).astype(y.dtype)\n",
+            ),
+        ),
         when=numpy_2,
     ),
     Edit(
         "chainer.variable",
-        "NumPy 2 arrays have an attribute 'device', so that debug_print showed 'cpu' instead of 'CPU'",
-        (Replace("getattr(array, 'device', 'CPU')", "'CPU' if xp is numpy else getattr(array, 'device', 'CPU')"),),
+        "NumPy 2 arrays have an attribute 'device', so that debug_print said 'cpu', not 'CPU'",
+        (
+            Replace(
+                "getattr(array, 'device', 'CPU')",
+                "'CPU' if xp is numpy else getattr(array, 'device', 'CPU')",
+            ),
+        ),
         when=numpy_2,
     ),
     Edit(
         "chainer.functions.math.sparse_matmul",
-        "SciPy refuses sparse matrices of float16: computed in float32, as on the GPU, then rounded",
+        "SciPy refuses sparse matrices of float16: compute in float32, as on the GPU, then round",
         (
             Replace(
                 "    _m, _k = A_shape\n    _n = B.shape[-1]\n    if B.ndim == 2:\n        sp_A",
@@ -80,12 +96,14 @@ EDITS = (
     ),
     Edit(
         "chainer.links.caffe.protobuf3.caffe_pb2",
-        "protobuf no longer lets generated code create descriptors one by one; the same serialized description builds them",
+        "protobuf no longer lets generated code create descriptors one by one; the serialized "
+        "description in the same file builds them",
         (
             Replace(
-                "DESCRIPTOR = _descriptor.FileDescriptor(\n  name='caffe.proto',\n  package='caffe',\n  syntax='proto2',\n"
-                "  serialized_pb=_b(",
-                "from google.protobuf import descriptor_pool\nfrom google.protobuf.internal import builder\n\n"
+                "DESCRIPTOR = _descriptor.FileDescriptor(\n  name='caffe.proto',\n"
+                "  package='caffe',\n  syntax='proto2',\n  serialized_pb=_b(",
+                "from google.protobuf import descriptor_pool\n"
+                "from google.protobuf.internal import builder\n\n"
                 "DESCRIPTOR = descriptor_pool.Default().AddSerializedFile(\n  _b(",
             ),
             Replace("from google.protobuf import reflection as _reflection\n", "\n"),
@@ -103,12 +121,14 @@ EDITS = (
         (
             Replace("\nimport pkg_resources\n", _REQUIREMENTS),
             Replace(
-                "    ws = pkg_resources.WorkingSet()\n    try:\n        ws.require(*requirements)\n        skip = False\n"
+                "    ws = pkg_resources.WorkingSet()\n    try:\n"
+                "        ws.require(*requirements)\n        skip = False\n"
                 "    except pkg_resources.ResolutionError:\n        skip = True\n",
                 "    skip = not _satisfied(requirements)\n",
             ),
             Replace(
-                "    ws = pkg_resources.WorkingSet()\n    try:\n        ws.require(*requirements)\n        skip = True\n"
+                "    ws = pkg_resources.WorkingSet()\n    try:\n"
+                "        ws.require(*requirements)\n        skip = True\n"
                 "    except pkg_resources.ResolutionError:\n        skip = False\n",
                 "    skip = _satisfied(requirements)\n",
             ),
@@ -121,14 +141,63 @@ EDITS = (
             Replace("\nimport pkg_resources\n", _REQUIREMENTS),
             Replace(
                 "    ws = pkg_resources.WorkingSet()\n    try:\n        ws.require(*requirements)\n"
-                "    except pkg_resources.ResolutionError:\n        return False\n    return skipif(True)\n",
+                "    except pkg_resources.ResolutionError:\n        return False\n"
+                "    return skipif(True)\n",
                 "    return skipif(True) if _satisfied(requirements) else False\n",
             ),
         ),
     ),
     Edit(
+        "chainer.serializers.hdf5",
+        "h5py 3 reads strings as bytes, so that a saved string came back as \"b'abc'\"",
+        (
+            Replace(
+                "        if value is None:\n            return numpy.asarray(dataset)\n",
+                "        if value is None or isinstance(value, str):\n"
+                "            return _read(dataset, value)\n",
+            ),
+            Replace(
+                "class HDF5Deserializer(serializer.Deserializer):\n",
+                "def _read(dataset, value):\n"
+                "    if h5py.check_string_dtype(dataset.dtype) is not None:\n"
+                "        dataset = dataset.asstr()[()]\n"
+                "    return numpy.asarray(dataset) if value is None else type(value)(dataset)\n\n\n"
+                "class HDF5Deserializer(serializer.Deserializer):\n",
+            ),
+        ),
+        when=h5py_3,
+    ),
+    Edit(
         "chainer.iterators.multiprocess_iterator",
-        "Thread.setDaemon is deprecated since Python 3.10 and warns",
+        "Thread.setDaemon warns since Python 3.10",
         (Replace("thread.setDaemon(True)", "thread.daemon = True"),),
+    ),
+    Edit(
+        "chainer.dataset.convert",
+        "NumPy 2.4 warns of a positional output argument of numpy.maximum",
+        (Replace("(shape, array.shape, shape)", "(shape, array.shape, out=shape)"),),
+    ),
+    Edit(
+        "chainer.functions.math.fix",
+        "NumPy 2.4 warns of numpy.fix; trunc is the same function",
+        (Replace("xp.fix(x)", "xp.trunc(x)"),),
+    ),
+    Edit(
+        "chainer.links.activation.maxout",
+        "NumPy 2.5 warns of setting an array's shape: initialize a reshaped view instead",
+        (
+            Replace(
+                "                array.shape = (out_size, pool_size, in_size)\n"
+                "                initialW_orig(array)\n"
+                "                array.shape = (linear_out_size, in_size)\n",
+                "                initialW_orig(array.reshape(out_size, pool_size, in_size))\n\n\n",
+            ),
+            Replace(
+                "                array.shape = (out_size, pool_size)\n"
+                "                initial_bias_orig(array)\n"
+                "                array.shape = linear_out_size,\n",
+                "                initial_bias_orig(array.reshape(out_size, pool_size))\n\n\n",
+            ),
+        ),
     ),
 )

@@ -1,0 +1,377 @@
+"""``python -m chainer_ooc doctor``: what this machine has, and the commands that install the rest.
+
+What can crash or hang (MPI, the GPU's libraries) is tried in child processes with a timeout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+#: Packages of the extras in pyproject.toml, by extra.
+PACKAGES = {
+    "mpi": ("mpi4py>=4", "mpich>=4"),
+    "examples": ("matplotlib", "pillow", "scikit-learn", "tqdm"),
+    "cuda12": ("cupy-cuda12x[ctk]>=14", "nvidia-cudnn-cu12>=9", "nvidia-nccl-cu12"),
+    "cuda13": ("cupy-cuda13x[ctk]>=14", "nvidia-cudnn-cu13>=9", "nvidia-nccl-cu13"),
+}
+MAIN_JOB = "mpiexec -n 4 python examples/imagenet/train.py --ooc"
+
+_IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+_GIB = 2**30
+_TIMEOUT = 60  # seconds for one child process
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: What was looked for.
+        text: What was found.
+        ok: Whether it is there and works.
+        required: Whether the main job needs it.
+        fix: Command, or advice, for when it is not ok.
+    """
+
+    name: str
+    text: str
+    ok: bool = True
+    required: bool = False
+    fix: str = ""
+
+
+def main() -> int:
+    """Print the report. Returns 0 when the main job can run here, else 1."""
+    import chainer_ooc
+
+    print(f"chainer_ooc {chainer_ooc.__version__}\n")
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        print(f"  {_mark(finding)} {finding.name:<10} {finding.text}", flush=True)
+
+    advice: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.fix:
+            advice.setdefault(finding.fix, []).append(finding.name)
+    if advice:
+        print("\nTo get what is missing:\n")
+        width = max(len(", ".join(names)) for names in advice.values())
+        for fix, names in advice.items():
+            print(f"  {', '.join(names):<{width}}  {fix}")
+
+    blocking = [f.name for f in findings if f.required and not f.ok]
+    if blocking:
+        print(f"\nThe main job cannot run here yet, because of: {', '.join(blocking)}.")
+        return 1
+    print(f"\nThe main job can run here:\n\n  {MAIN_JOB}")
+    return 0
+
+
+def _mark(finding: Finding) -> str:
+    mark, colour = ("ok", 32) if finding.ok else ("NO", 31) if finding.required else ("--", 33)
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        return f"\033[{colour}m{mark}\033[0m"
+    return mark
+
+
+def examine() -> Iterator[Finding]:
+    """Look at the machine, one thing after the other."""
+    yield _python()
+    yield _numpy()
+    yield _chainer()
+    yield from _mpi()
+    yield _examples()
+    yield from _gpu()
+    yield _cpu()
+    yield _memory()
+    yield _swap_disk()
+
+
+def _python() -> Finding:
+    text = f"{platform.python_version()}  {sys.executable}"
+    return Finding("Python", text, sys.version_info >= (3, 11), True)
+
+
+def _numpy() -> Finding:
+    fix = pip_install("numpy>=1.26")
+    try:
+        import numpy
+    except Exception as error:
+        return Finding("NumPy", _first_line(error), False, True, fix)
+    version = numpy.__version__
+    recent = tuple(map(int, version.split(".")[:2])) >= (1, 26)
+    return Finding("NumPy", version, recent, True, "" if recent else fix)
+
+
+def _chainer() -> Finding:
+    try:
+        import chainer
+
+        text = f"{chainer.__version__}  {Path(chainer.__file__).parent}"
+        return Finding("Chainer", text, True, True)
+    except Exception as error:
+        fix = f"PIP_CONSTRAINT=FILE PIP_BUILD_CONSTRAINT=FILE {pip_install('chainer==7.8.1')}"
+        fix += "   (FILE: one line, setuptools<81)"
+        return Finding("Chainer", _first_line(error), False, True, fix)
+
+
+def _mpi() -> Iterator[Finding]:
+    install = pip_install(*PACKAGES["mpi"])
+    if importlib.util.find_spec("mpi4py") is None:
+        yield Finding("mpi4py", "not installed", False, True, install)
+    else:
+        code = "from mpi4py import MPI; print(MPI.Get_library_version())"
+        rc, out, err = _child([sys.executable, "-c", code])
+        library = out.strip("\0\n ").splitlines()[0].strip() if rc == 0 and out.strip() else ""
+        text = f"{importlib.metadata.version('mpi4py')}, {' '.join(library.split())}"
+        if rc == 0:
+            yield Finding("mpi4py", text, True, True)
+        else:
+            yield Finding("mpi4py", f"does not import: {_last_line(err)}", False, True, install)
+
+    # Beside the interpreter first: that is where the mpich package puts it, activated or not.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    mpiexec = shutil.which("mpiexec", path=path)
+    if mpiexec is None:
+        yield Finding("mpiexec", "not found", False, True, install)
+        return
+    code = "from mpi4py import MPI; import sys; sys.stdout.write('size %d;' % MPI.COMM_WORLD.size)"
+    rc, out, err = _child([mpiexec, "-n", "4", sys.executable, "-c", code])
+    if rc == 0 and out.count("size 4;") == 4:
+        yield Finding("mpiexec", f"{mpiexec}, 4 ranks tried", True, True)
+    elif "run as root" in err + out or "not enough slots" in err + out:
+        fix = "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 "
+        fix += "PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe"
+        text = f"{mpiexec} refuses root or more ranks than cores"
+        yield Finding("mpiexec", text, False, True, fix)
+    elif rc == 0 and "size 1;" in out:
+        text = f"{mpiexec} belongs to another MPI than mpi4py: each rank sees itself alone"
+        yield Finding("mpiexec", text, False, True, install)
+    else:
+        text = f"{mpiexec} fails with 4 ranks: {_last_line(err or out)}"
+        yield Finding("mpiexec", text, False, True, install)
+
+
+def _examples() -> Finding:
+    missing = [
+        name
+        for name in PACKAGES["examples"]
+        if importlib.util.find_spec(_IMPORT_NAMES.get(name, name)) is None
+    ]
+    if missing:
+        return Finding(
+            "examples", f"without {', '.join(missing)}", False, True, pip_install(*missing)
+        )
+    return Finding("examples", ", ".join(PACKAGES["examples"]), True, True)
+
+
+def _gpu() -> Iterator[Finding]:
+    driver = _driver_cuda_version()
+    extra = "cuda13" if driver >= (13, 0) else "cuda12"
+    cupy, cudnn, nccl = PACKAGES[extra]
+    if driver == (0, 0):
+        yield Finding("GPU", "no NVIDIA driver: arrays are NumPy's, ranks talk by MPI", False)
+    rc, out, err = _child([sys.executable, "-c", "import chainer_ooc.doctor as d; d.probe_gpu()"])
+    found: dict[str, Any] = json.loads(out.splitlines()[-1]) if rc == 0 and out else {}
+    if not found:
+        found = {"cupy_error": _last_line(err) or f"the probe ended with status {rc}"}
+    if "cupy" not in found:
+        yield Finding("CuPy", found["cupy_error"], False, False, pip_install(cupy))
+    else:
+        yield Finding("CuPy", found["cupy"])
+    for key, name, package in (
+        ("cuda", "CUDA", cupy),
+        ("cudnn", "cuDNN", cudnn),
+        ("nccl", "NCCL", nccl),
+    ):
+        if key in found:
+            yield Finding(name, found[key])
+        else:
+            text = found.get(f"{key}_error", "not found")
+            yield Finding(name, text, False, False, pip_install(package))
+    if driver != (0, 0):
+        devices = found.get("devices", [])
+        text = ", ".join(devices) if devices else "none usable by CuPy"
+        yield Finding("GPU", f"{text} (driver: CUDA {driver[0]}.{driver[1]})", bool(devices))
+
+
+def probe_gpu() -> None:
+    """Print as JSON what CuPy finds. Runs in a child process: a broken driver can end it."""
+    found: dict[str, Any] = {}
+    try:
+        import cupy
+
+        found["cupy"] = cupy.__version__
+    except Exception as error:
+        found["cupy_error"] = _import_error_text(error)
+        print(json.dumps(found))
+        return
+    try:
+        from cupy.cuda import cublas, runtime  # noqa: F401
+
+        found["cuda"] = _dotted(runtime.runtimeGetVersion())
+    except Exception as error:
+        found["cuda_error"] = _import_error_text(error)
+    try:
+        import cupy.cuda.cudnn
+        import cupy.cudnn
+
+        found["cudnn"] = str(cupy.cuda.cudnn.getVersion())
+    except Exception as error:
+        found["cudnn_error"] = _import_error_text(error)
+    try:
+        from cupy.cuda import nccl
+
+        found["nccl"] = _dotted(nccl.get_version(), 10000, 100)
+    except Exception as error:
+        found["nccl_error"] = _import_error_text(error)
+    try:
+        found["devices"] = []
+        for i in range(cupy.cuda.runtime.getDeviceCount()):
+            properties = cupy.cuda.runtime.getDeviceProperties(i)
+            size = properties["totalGlobalMem"] / _GIB
+            found["devices"].append(f"{properties['name'].decode()} {size:.0f} GiB")
+    except Exception as error:
+        found["devices_error"] = _first_line(error)
+    print(json.dumps(found))
+
+
+def _driver_cuda_version() -> tuple[int, int]:
+    """Return the newest CUDA version the NVIDIA driver can run, ``(0, 0)`` without a driver."""
+    version = ctypes.c_int(0)
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return (0, 0)
+    except OSError:
+        return (0, 0)
+    return (version.value // 1000, version.value % 1000 // 10)
+
+
+def _cpu() -> Finding:
+    cores = len(os.sched_getaffinity(0))
+    return Finding("CPU", f"{cores} of {os.cpu_count()} cores usable")
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    text = f"{memory.total / _GIB:.1f} GiB, {memory.available / _GIB:.1f} GiB available"
+    cgroup = cgroup_memory_limit()
+    if cgroup is not None and cgroup < memory.total:
+        text += f", cgroup limit {cgroup / _GIB:.1f} GiB"
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        text += f", address space limit {address_space / _GIB:.1f} GiB"
+    return Finding("memory", text)
+
+
+def cgroup_memory_limit() -> int | None:
+    """Return the least memory limit of this process's control groups in bytes, if one is set."""
+    root = Path("/sys/fs/cgroup")
+    limits = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            base, file = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            base, file = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        path = base / group.lstrip("/")
+        # A parent's limit binds too. In a container the path may not exist: its own group is then
+        # the root.
+        for directory in (path, *path.parents):
+            if directory.is_relative_to(base):
+                try:
+                    limits.append(int((directory / file).read_text()))
+                except (OSError, ValueError):  # not there, or "max"
+                    continue
+    return min(limits, default=None)
+
+
+def _swap_disk() -> Finding:
+    directory = os.environ.get("CHAINER_OOC_SWAP_DIR") or tempfile.gettempdir()
+    advice = "export CHAINER_OOC_SWAP_DIR=/a/directory/on/a/disk"
+    if not os.path.isdir(directory):
+        text = f"{directory} (CHAINER_OOC_SWAP_DIR) is not a directory"
+        return Finding("swap disk", text, False, True, advice)
+    if not os.access(directory, os.W_OK):
+        return Finding("swap disk", f"{directory} is not writable", False, True, advice)
+    free = shutil.disk_usage(directory).free
+    kind = _filesystem(directory)
+    text = f"{directory}, {free / _GIB:.1f} GiB free" + (f", {kind}" if kind else "")
+    if kind in ("tmpfs", "ramfs"):
+        return Finding("swap disk", f"{text}: that is memory, not a disk", False, False, advice)
+    if free < _GIB:
+        return Finding("swap disk", f"{text}: too little", False, True, advice)
+    return Finding("swap disk", text)
+
+
+def _filesystem(directory: str) -> str:
+    real = Path(directory).resolve()
+    mounts = [p for p in psutil.disk_partitions(all=True) if real.is_relative_to(p.mountpoint)]
+    return max(mounts, key=lambda p: len(p.mountpoint)).fstype if mounts else ""
+
+
+def pip_install(*packages: str) -> str:
+    """Return the shell command that installs ``packages``."""
+    quoted = (f"'{p}'" if any(c in p for c in "<>=[") else p for p in packages)
+    return f"pip install {' '.join(quoted)}"
+
+
+def _child(command: list[str]) -> tuple[int, str, str]:
+    """Run a command. Returns its exit status, standard output and standard error."""
+    # Where this package came from, for an install by PYTHONPATH or from the current directory.
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)))
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT, env=env, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return 124, "", f"no answer within {_TIMEOUT} s"
+    except OSError as error:
+        return 127, "", str(error)
+    return done.returncode, done.stdout, done.stderr
+
+
+def _dotted(version: int, major: int = 1000, minor: int = 10) -> str:
+    parts = [version // major, version % major // minor]
+    if minor > 10:
+        parts.append(version % minor)
+    return ".".join(map(str, parts))
+
+
+def _import_error_text(error: Exception) -> str:
+    missing = isinstance(error, ModuleNotFoundError)
+    return "not installed" if missing else _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip(" =")]
+    return lines[0].strip()[:100] if lines else type(error).__name__
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip()[:100] if lines else ""
