@@ -1,0 +1,1 @@
+"""Labelled images: list files, decoding, preprocessing, and the bundled digits."""

@@ -1,0 +1,78 @@
+#!/usr/bin/env python
+"""Trains a convolutional network on labelled images, in core or out of core.
+
+    mpiexec -n 4 python examples/imagenet/train.py --ooc
+    mpiexec -n 4 python examples/imagenet/train.py --ooc train.txt val.txt -R images -a resnet50
+
+The first form needs no data: it trains on real handwritten digits. See docs/imagenet.md.
+"""
+
+import launcher
+
+if __name__ == "__main__":
+    THREADS = launcher.limit_threads()  # before NumPy is imported
+
+import multiprocessing
+import os
+import sys
+
+import chainer_ooc  # noqa: F401  first: it makes stock Chainer importable
+
+# isort: split
+
+import config as config_module
+import devices
+import world as world_module
+from config import Config
+from errors import InputError
+from run import Run
+
+
+def start_ranks(config: Config) -> None:
+    """Starts this script once per GPU when several were asked for without mpiexec.
+
+    Raises:
+        InputError: There is no mpiexec.
+    """
+    if config.gpu is None or len(config.gpu) == 1 or launcher.world_size() > 1:
+        return
+    devices.use_gpu(config.gpu, len(config.gpu))
+    command = launcher.mpiexec_command(len(config.gpu), sys.argv)
+    if command is None:
+        raise InputError("--gpu with several ids needs mpiexec; run `pip install mpi4py mpich`")
+    os.execv(command[0], command)
+
+
+def prepare_workers(config: Config) -> None:
+    """Starts the server that loader processes are forked from.
+
+    Forking a process that has an MPI communicator is not safe, so this comes before it.
+    """
+    if config.loaderjob:
+        multiprocessing.set_start_method("forkserver")
+        process = multiprocessing.Process()
+        process.start()
+        process.join()
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status (2: an input cannot be used)."""
+    config = config_module.parse_args()
+    rank = launcher.rank()
+    try:
+        start_ranks(config)
+        prepare_workers(config)
+        gpu, device_text = devices.use_gpu(config.gpu, launcher.local_size())
+        world = world_module.create_world(config.communicator, gpu)
+        rank = world.rank
+        return Run(config, world, gpu, f"{THREADS} thread(s) each; {device_text}").main()
+    except InputError as e:
+        # Every rank has the same error; one line is enough.
+        if rank == 0:
+            sys.stdout.flush()
+            print(f"train.py: error: {e}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The ranks of a run, and how they come to the same decision.
+
+One rank alone, without MPI, has the same methods, so the trainer has one path for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import launcher
+import numpy
+from errors import InputError
+
+
+class World:
+    """All ranks of this run.
+
+    Args:
+        comm: ChainerMN communicator, or None for a process alone.
+
+    Attributes:
+        rank: This process, from 0.
+        size: Number of ranks.
+        intra_rank: This process among those on the same machine, from 0.
+    """
+
+    def __init__(self, comm: Any = None) -> None:
+        self.comm = comm
+        self.rank: int = comm.rank if comm else 0
+        self.size: int = comm.size if comm else 1
+        self.intra_rank: int = comm.intra_rank if comm else 0
+        self.intra_size: int = comm.intra_size if comm else 1
+
+    def sum(self, values: Sequence[float]) -> numpy.ndarray:
+        """Returns the sums over all ranks, float64. Collective."""
+        return self._allreduce(values, "SUM")
+
+    def max(self, values: Sequence[float]) -> numpy.ndarray:
+        """Returns the maxima over all ranks, float64. Collective."""
+        return self._allreduce(values, "MAX")
+
+    def _allreduce(self, values: Sequence[float], op: str) -> numpy.ndarray:
+        mine = numpy.array(values, dtype=numpy.float64)
+        if self.comm is None:
+            return mine
+        from mpi4py import MPI
+
+        total = numpy.empty_like(mine)
+        self.comm.mpi_comm.Allreduce(mine, total, getattr(MPI, op))
+        return total
+
+    def broadcast(self, value: Any) -> Any:
+        """Returns rank 0's ``value`` on every rank. Collective."""
+        return value if self.comm is None else self.comm.mpi_comm.bcast(value)
+
+    def barrier(self) -> None:
+        """Waits for all ranks. Collective."""
+        if self.comm is not None:
+            self.comm.mpi_comm.Barrier()
+
+    def agree(self, error: str | None) -> None:
+        """Raises the same InputError on every rank when any rank has an error. Collective."""
+        if self.max([error is not None])[0]:
+            errors = [error] if self.comm is None else self.comm.mpi_comm.allgather(error)
+            raise InputError(next(e for e in errors if e is not None))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Lets an InputError on one rank end the block with that error on every rank.
+
+        The block must not communicate: a rank that fails leaves it early.
+        """
+        error = None
+        try:
+            yield
+        except InputError as e:
+            error = str(e)
+        self.agree(error)
+
+
+def create_world(communicator: str | None, use_gpu: bool) -> World:
+    """Joins the ranks that were started together.
+
+    Args:
+        communicator: Name of a ChainerMN communicator; None: ``pure_nccl`` with GPUs, else
+            ``naive``.
+        use_gpu: Whether the ranks train on GPUs.
+
+    Raises:
+        InputError: mpi4py is missing or belongs to another MPI, or the communicator needs GPUs.
+    """
+    if not use_gpu and communicator not in (None, "naive"):
+        raise InputError(
+            f"--communicator {communicator}: works only with GPUs; use naive or leave it out"
+        )
+    started = launcher.world_size()
+    if started == 1 and communicator is None:
+        return World()
+    try:
+        import mpi4py.MPI  # noqa: F401
+    except (ImportError, RuntimeError) as e:
+        raise InputError(
+            f"MPI: mpi4py cannot be used ({' '.join(str(e).split())}); "
+            f"run `pip install mpi4py mpich`"
+        ) from e
+    import chainermn
+    import chainermn.global_except_hook
+
+    comm = chainermn.create_communicator(communicator or ("pure_nccl" if use_gpu else "naive"))
+    if comm.size != started:
+        raise InputError(
+            f"MPI: the launcher started {started} ranks, but mpi4py sees {comm.size}; "
+            f"use the mpiexec of the MPI that mpi4py was built for"
+        )
+    # An exception in one rank must end them all: the others wait for it otherwise.
+    chainermn.global_except_hook.add_hook()
+    return World(comm)
