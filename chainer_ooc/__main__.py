@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import chainer_ooc
+from chainer_ooc import compat
 
 
 class _Command(NamedTuple):
@@ -41,6 +42,7 @@ def _run(options: argparse.Namespace) -> int:
     if not script.is_file():
         print(f"chainer_ooc run: no such script: {options.script}", file=sys.stderr)
         return 2
+    compat.child_environment()
     if not options.in_core:
         given = {"limit": options.limit, "swap_dir": options.swap_dir}
         chainer_ooc.enable(**{key: value for key, value in given.items() if value is not None})

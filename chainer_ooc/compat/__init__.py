@@ -8,4 +8,22 @@ that installing the hook costs next to nothing in a process that never imports C
 
 from chainer_ooc.compat.finder import install
 
-__all__ = ["install"]
+__all__ = ["child_environment", "install"]
+
+
+def child_environment() -> None:
+    """Make the hook reach child processes where ``chainer_ooc.pth`` is not installed.
+
+    For uses from a directory in ``PYTHONPATH``: multiprocessing's forkserver and spawn methods and
+    :mod:`subprocess` start interpreters that import Chainer before any line of the script could
+    install the hook. Changes ``PYTHONPATH`` in :data:`os.environ`; does nothing where the ``.pth``
+    file has done its work.
+    """
+    import os
+    import sys
+
+    if "_chainer_ooc_startup" in sys.modules:
+        return
+    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, *paths])

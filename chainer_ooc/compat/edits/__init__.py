@@ -114,8 +114,8 @@ def _replace(edit: Edit, replacement: Replace | ReplaceTail, text: str, path: st
     if found != times:
         raise ImportError(
             f"chainer_ooc cannot edit {edit.module} ({edit.reason}): expected {old!r} "
-            f"{times} time(s) in {path}, found it {found} time(s); the file is not that of Chainer 7.8.1: "
-            "pip install --force-reinstall chainer==7.8.1",
+            f"{times} time(s) in {path}, found it {found} time(s); the file is not that "
+            "of Chainer 7.8.1: pip install --force-reinstall chainer==7.8.1",
             name=edit.module,
             path=path,
         )

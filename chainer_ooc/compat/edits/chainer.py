@@ -25,8 +25,8 @@ def _satisfied(requirements):
 EDITS = (
     Edit(
         "chainer._environment_check",
-        "numpy.distutils (gone from NumPy 2) and pkg_resources (gone from setuptools 81) served only "
-        "checks of the environment; 'python -m chainer_ooc doctor' does them",
+        "numpy.distutils (gone from NumPy 2) and pkg_resources (gone from setuptools 81) served "
+        "only checks of the environment; 'python -m chainer_ooc doctor' does them",
         (
             Replace("import numpy.distutils.system_info\nimport pkg_resources\n", "\n\n"),
             ReplaceTail("def check():\n", "def check():\n    pass\n"),
