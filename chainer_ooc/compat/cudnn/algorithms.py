@@ -1,0 +1,313 @@
+"""Choosing convolution algorithms: by heuristics or a timed search, under a workspace limit."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy
+
+from chainer_ooc.compat.cudnn import device, math_mode
+from chainer_ooc.compat.cudnn.constants import CUDNN_DETERMINISTIC
+from chainer_ooc.compat.cudnn.descriptors import Descriptor
+from chainer_ooc.compat.cudnn.library import CuDNNError, loaded
+from chainer_ooc.compat.cudnn.prototypes import AlgorithmPerformance
+
+__all__ = [
+    "BACKWARD_DATA",
+    "BACKWARD_FILTER",
+    "FORWARD",
+    "Algorithm",
+    "Direction",
+    "Plan",
+    "get_max_workspace_size",
+    "run",
+    "set_max_workspace_size",
+]
+
+WORKSPACE_VARIABLE = "CHAINER_OOC_CUDNN_WORKSPACE"
+
+#: More than cuDNN has algorithms times math types for one direction.
+_REQUESTED = 32
+
+
+def _workspace_from_environment() -> int:
+    text = os.environ.get(WORKSPACE_VARIABLE, "").strip()
+    if not text:
+        return 64 << 20
+    try:
+        size = int(text)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise ValueError(
+            f"{WORKSPACE_VARIABLE}={text!r} is not understood: give a number of bytes, 0 or more"
+        )
+    return size
+
+
+_max_workspace_size = _workspace_from_environment()
+
+
+def get_max_workspace_size() -> int:
+    """Return the workspace limit of convolutions, bytes."""
+    return _max_workspace_size
+
+
+def set_max_workspace_size(size: int) -> None:
+    """Set the workspace limit of convolutions for the process.
+
+    Where every usable algorithm needs more, the one that needs least is used all the same.
+
+    Args:
+        size: Bytes, 0 or more.
+
+    Raises:
+        ValueError: If it is negative.
+    """
+    global _max_workspace_size
+    if size < 0:
+        raise ValueError(f"the workspace limit must be 0 bytes or more, not {size}")
+    _max_workspace_size = int(size)
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """The C functions of one of a convolution's three computations; all take the same order."""
+
+    name: str
+    heuristics: str
+    search: str
+    workspace_size: str
+    compute: str
+
+
+def _direction(name: str, middle: str) -> Direction:
+    return Direction(
+        name,
+        f"cudnnGetConvolution{middle}Algorithm_v7",
+        f"cudnnFindConvolution{middle}AlgorithmEx",
+        f"cudnnGetConvolution{middle}WorkspaceSize",
+        f"cudnnConvolution{middle}",
+    )
+
+
+#: From (x, W) to y.
+FORWARD = _direction("forward", "Forward")
+#: From (W, gy) to gx.
+BACKWARD_DATA = _direction("backward data", "BackwardData")
+#: From (x, gy) to gW.
+BACKWARD_FILTER = _direction("backward filter", "BackwardFilter")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One way to compute: cuDNN's number, its workspace (bytes), the math type to run it with."""
+
+    number: int
+    memory: int
+    math_type: int
+
+
+@dataclass
+class Plan:
+    """What one convolution of given shapes runs with.
+
+    Attributes:
+        direction: Which of the three computations.
+        dtype: Of all arrays.
+        first: Descriptors in the order of the C functions.
+        second: See ``first``.
+        output: See ``first``.
+        convolution: Returns the convolution descriptor for a math type.
+        math_type: What was asked for.
+        deterministic: Whether only deterministic algorithms may serve.
+        limit: Workspace limit, bytes.
+        describe: Shapes and parameters in words, for messages.
+        chosen: By the heuristics, best first; ``tuned``: by the search. ``None``: not asked yet.
+    """
+
+    direction: Direction
+    dtype: numpy.dtype
+    first: Descriptor
+    second: Descriptor
+    output: Descriptor
+    convolution: Callable[[int], Descriptor]
+    math_type: int
+    deterministic: bool
+    limit: int
+    describe: str
+    chosen: list[Algorithm] | None = None
+    tuned: list[Algorithm] | None = None
+    #: Algorithms that turned out not to run, and whether less workspace than planned was announced.
+    refused: set[Algorithm] = field(default_factory=set)
+    announced: bool = False
+
+    def _usable(self, handle: int, found: Iterable[AlgorithmPerformance]) -> list[Algorithm]:
+        """Return the algorithms that may serve, in the order found; last those above the limit."""
+        library = loaded()
+        usable: list[Algorithm] = []
+        for entry in found:
+            if entry.status or not math_mode.allowed(self.math_type, entry.mathType, self.dtype):
+                continue
+            if self.deterministic and entry.determinism != CUDNN_DETERMINISTIC:
+                continue
+            math_type = math_mode.to_run(self.math_type, entry.mathType)
+            try:
+                # The size for the very descriptors that it will run with; the search may know
+                # another math type's.
+                memory = library.size(
+                    self.direction.workspace_size,
+                    handle,
+                    self.first.value,
+                    self.second.value,
+                    self.convolution(math_type).value,
+                    self.output.value,
+                    entry.algo,
+                )
+            except CuDNNError:
+                continue
+            algorithm = Algorithm(entry.algo, memory, math_type)
+            if algorithm not in usable:
+                usable.append(algorithm)
+        within = [algorithm for algorithm in usable if algorithm.memory <= self.limit]
+        above = [algorithm for algorithm in usable if algorithm.memory > self.limit]
+        return within + sorted(above, key=lambda algorithm: algorithm.memory)
+
+    def heuristic(self, handle: int) -> list[Algorithm]:
+        """Return what cuDNN's heuristics recommend, best first. The same at every run."""
+        if self.chosen is None:
+            results, count = (AlgorithmPerformance * _REQUESTED)(), ctypes.c_int()
+            getattr(loaded(), self.direction.heuristics)(
+                handle,
+                self.first.value,
+                self.second.value,
+                self.convolution(self.math_type).value,
+                self.output.value,
+                _REQUESTED,
+                ctypes.byref(count),
+                results,
+            )
+            self.chosen = self._usable(handle, results[: count.value])
+        return self.chosen
+
+    def search(self, handle: int, first: int, second: int, output: int) -> list[Algorithm]:
+        """Return what runs fastest, by trying all on the arrays at the given addresses.
+
+        ``output`` is overwritten.
+        Without memory for a workspace of the limit's size, the heuristics answer, and the next call
+        tries again.
+        """
+        if self.tuned is None:
+            try:
+                workspace = device.allocate(self.limit)
+            except device.OutOfMemoryError:
+                return self.heuristic(handle)
+            results, count = (AlgorithmPerformance * _REQUESTED)(), ctypes.c_int()
+            getattr(loaded(), self.direction.search)(
+                handle,
+                self.first.value,
+                first,
+                self.second.value,
+                second,
+                self.convolution(self.math_type).value,
+                self.output.value,
+                output,
+                _REQUESTED,
+                ctypes.byref(count),
+                results,
+                workspace.ptr,
+                self.limit,
+            )
+            # What the search could not run in this workspace may still be needed.
+            self.tuned = self._usable(handle, results[: count.value]) or self.heuristic(handle)
+        return self.tuned
+
+
+def run(
+    plan: Plan,
+    handle: int,
+    one: int,
+    zero: int,
+    first: int,
+    second: int,
+    output: int,
+    auto_tune: bool,
+) -> None:
+    """Compute: the first algorithm whose workspace can be had and that cuDNN can run.
+
+    Args:
+        plan: The shapes and the choice.
+        handle: From :func:`.handles.get_handle`.
+        one: Addresses of the blend factors.
+        zero: See ``one``.
+        first: Addresses of the arrays, in the order of the direction.
+        second: See ``first``.
+        output: See ``first``.
+        auto_tune: Whether to time all algorithms at the first call with these shapes.
+
+    Raises:
+        OutOfMemoryError: If no algorithm's workspace can be had.
+        CuDNNError: If cuDNN has no algorithm for this, or it fails.
+    """
+    compute = getattr(loaded(), plan.direction.compute)
+    algorithms = plan.search(handle, first, second, output) if auto_tune else plan.heuristic(handle)
+    shortage: BaseException | None = None
+    failure: CuDNNError | None = None
+    refused_size = None
+    for algorithm in algorithms:
+        if algorithm in plan.refused:
+            continue
+        if refused_size is not None and algorithm.memory >= refused_size:
+            continue
+        workspace = None
+        if algorithm.memory:
+            try:
+                workspace = device.allocate(algorithm.memory)
+            except device.OutOfMemoryError as error:
+                shortage, refused_size = error.with_traceback(None), algorithm.memory
+                continue
+        try:
+            compute(
+                handle,
+                one,
+                plan.first.value,
+                first,
+                plan.second.value,
+                second,
+                plan.convolution(algorithm.math_type).value,
+                algorithm.number,
+                workspace.ptr if workspace is not None else None,
+                algorithm.memory,
+                zero,
+                plan.output.value,
+                output,
+            )
+        except CuDNNError as error:
+            if not error.not_supported:
+                raise
+            plan.refused.add(algorithm)
+            failure = error
+            continue
+        if refused_size is not None and not plan.announced:
+            plan.announced = True
+            _announce(plan, refused_size, algorithm)
+        return
+    if shortage is not None:
+        raise shortage
+    if failure is not None:
+        raise failure
+    raise CuDNNError(3000, plan.direction.compute, "no algorithm of cuDNN serves", plan.describe)
+
+
+def _announce(plan: Plan, wanted: int, algorithm: Algorithm) -> None:
+    warnings.warn(
+        f"convolution {plan.direction.name} ({plan.describe}): no memory for a "
+        f"workspace of {wanted} bytes, algorithm {algorithm.number} with {algorithm.memory} bytes "
+        "runs instead: slower, and its last bits may differ",
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,77 @@
+"""Which cuDNN modules Chainer gets: CuPy's own, the ones of this package, or none."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+
+__all__ = ["CHOICES", "VARIABLE", "library_path", "native_usable", "setting", "stands_in"]
+
+#: The environment variable that decides.
+VARIABLE = "CHAINER_OOC_CUDNN"
+
+#: Its words; every other value is the path of a library or of a directory that holds one.
+CHOICES = ("auto", "native", "own", "off")
+
+
+def setting() -> str:
+    """Return the value of ``CHAINER_OOC_CUDNN``, ``"auto"`` when it is unset or empty.
+
+    * ``auto``: CuPy's own modules where they load (CuPy 13 with cuDNN 8), else this package's when
+      there is a GPU.
+    * ``native``: only CuPy's own.
+    * ``own``: this package's, also where CuPy has its own and on a machine without a GPU.
+    * ``off``: none; Chainer runs without cuDNN.
+    * a path (anything with a path separator): ``own`` with the library at that path: the file, or a
+      directory that holds ``libcudnn.so.9`` itself, in ``lib`` or in ``lib64``.
+
+    Raises:
+        ImportError: If the value is neither a known word nor a path.
+    """
+    value = os.environ.get(VARIABLE, "").strip() or "auto"
+    if value in CHOICES or os.sep in value:
+        return value
+    problem = (
+        f"{VARIABLE}={value!r} is not understood: use one of {', '.join(CHOICES)}, or the path of "
+        "libcudnn.so.9 or of its directory (a path needs a '/', as in ./libcudnn.so.9)"
+    )
+    # Chainer hides the error: it goes on without cuDNN.
+    warnings.warn(problem, RuntimeWarning, stacklevel=2)
+    raise ImportError(problem)
+
+
+def library_path() -> str | None:
+    """Return the path that the setting names, ``None`` when it names none."""
+    value = setting()
+    return value if os.sep in value else None
+
+
+def native_usable() -> bool:
+    """Return whether CuPy has cuDNN modules of its own and the library that they need loads."""
+    try:
+        environment = importlib.import_module("cupy._environment")
+        environment._preload_library("cudnn")
+        importlib.import_module("cupy_backends.cuda.libs.cudnn")
+    except Exception:  # whatever the cause, Chainer could not use them either
+        return False
+    return True
+
+
+def stands_in(native: bool) -> bool:
+    """Return whether this package's modules take the names of CuPy's.
+
+    Args:
+        native: Whether the installed CuPy has modules of these names.
+
+    Raises:
+        ImportError: If the setting is ``off`` or not understood; Chainer then runs without cuDNN.
+    """
+    value = setting()
+    if value == "off":
+        raise ImportError(f"cuDNN is switched off by {VARIABLE}=off")
+    if value == "native":
+        return False
+    if value == "auto":
+        return not (native and native_usable())
+    return True
