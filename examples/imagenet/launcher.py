@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -81,22 +81,18 @@ def usable_cores() -> int:
     return cores
 
 
-def limit_threads(environ: dict[str, str] | os._Environ[str] = os.environ) -> int:
+def threads(environ: Mapping[str, str] = os.environ) -> int:
+    """Returns the number of threads that the environment gives this process's BLAS."""
+    return _first_int(THREAD_VARIABLES, environ) or usable_cores()
+
+
+def limit_threads(environ: MutableMapping[str, str] = os.environ) -> None:
     """Sets OMP_NUM_THREADS to this rank's share of the cores unless the user has set threads.
 
     Must run before NumPy is imported. Oversubscribed BLAS threads are several times slower.
-
-    Returns:
-        The number of threads per rank, at least 1.
     """
-    if "numpy" in sys.modules:
-        raise RuntimeError("limit_threads() must run before NumPy is imported")
-    chosen = _first_int(THREAD_VARIABLES, environ)
-    if chosen:
-        return chosen
-    threads = max(1, usable_cores() // local_size(environ))
-    environ["OMP_NUM_THREADS"] = str(threads)
-    return threads
+    if not _first_int(THREAD_VARIABLES, environ):
+        environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // local_size(environ)))
 
 
 def without_mpi(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -194,7 +194,7 @@ def write_plots(history: History, out: Path) -> list[Path]:
         if name == "accuracy":
             axes.set_ylim(0, 1)
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
         axes.legend()
         path = out / f"{name}.png"

@@ -160,6 +160,7 @@ class Run:
         if config.initmodel:
             with self.world.together():
                 load_npz(config.initmodel, model, "--initmodel")
+            self.say(f"model: parameters from {config.initmodel}")
         model.to_device(self.device)
         if self.world.comm is not None:
             self.world.comm.bcast_data(model)  # every rank starts from rank 0's parameters

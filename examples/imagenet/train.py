@@ -7,14 +7,14 @@
 The first form needs no data: it trains on real handwritten digits. See docs/imagenet.md.
 """
 
-import launcher
-
-if __name__ == "__main__":
-    THREADS = launcher.limit_threads()  # before NumPy is imported
-
 import multiprocessing
 import os
 import sys
+
+import launcher
+
+if "numpy" not in sys.modules:
+    launcher.limit_threads()
 
 import chainer_ooc  # noqa: F401  first: it makes stock Chainer importable
 
@@ -65,7 +65,7 @@ def main() -> int:
         gpu, device_text = devices.use_gpu(config.gpu, launcher.local_size())
         world = world_module.create_world(config.communicator, gpu)
         rank = world.rank
-        return Run(config, world, gpu, f"{THREADS} thread(s) each; {device_text}").main()
+        return Run(config, world, gpu, f"{launcher.threads()} thread(s) each; {device_text}").main()
     except InputError as e:
         # Every rank has the same error; one line is enough.
         if rank == 0:

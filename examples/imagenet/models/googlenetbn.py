@@ -76,5 +76,6 @@ class GoogLeNetBN(ImageClassifier):
 
         h = self.inc5b(self.inc5a(self.inc4e(h)))
         # One window of 7/8 of the map: 7 of 8 at 224 pixels, as in Chainer's example.
-        h = F.average_pooling_2d(h, max(1, 7 * h.shape[2] // 8))
+        n = h.shape[2]
+        h = F.average_pooling_2d(h, max(7 * n // 8, n // 2 + 1))
         return self.classify_with_auxiliaries(self.out(h), (a, b), t)

@@ -1,0 +1,43 @@
+"""Makes the trainer's modules importable, and runs it as a user does."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from imagenet_cli import IMAGENET, Lists, command, environment, write_lists
+
+sys.path.insert(0, str(IMAGENET))
+
+import chainer_ooc  # noqa: F401  makes stock Chainer importable
+
+
+@pytest.fixture
+def lists(tmp_path: Path) -> Lists:
+    root = tmp_path / "images"
+    root.mkdir()
+    return write_lists(root)
+
+
+Train = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def train() -> Train:
+    """Runs train.py to its end; fails on another exit status than ``status``."""
+
+    def run(
+        *args: object, ranks: int = 1, status: int = 0, script: Path = IMAGENET / "train.py"
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command([str(a) for a in args], ranks, script),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done
+
+    return run

@@ -1,0 +1,237 @@
+"""The trainer as its users run it: outputs, resuming, signals, failures, several ranks."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+from imagenet_cli import TINY, assert_same_parameters, command, environment, parameters
+from PIL import Image
+
+import chainer_ooc
+
+SUMMARY_KEYS = {
+    "ranks",
+    "iterations_per_second",
+    "loss_first",
+    "loss_last",
+    "val_accuracy",
+    "bytes_out",
+    "bytes_in",
+    "peak_bytes",
+    "in_core_peak_bytes",
+    "limit_bytes",
+}
+
+
+def test_run_without_data_trains_on_digits_and_leaves_its_results(train, tmp_path):
+    out = tmp_path / "out"
+    done = train(*TINY, "-i", 12, "-B", 16, "-b", 180, "-o", out, "--test")
+    assert "no GPU found: NumPy" in done.stdout
+    assert "1437 training and 360 validation images" in done.stdout
+    for column in ("epoch", "iteration", "main/loss", "validation/main/accuracy", "lr"):
+        assert column in done.stdout
+    assert "12/12" in done.stderr  # the progress bar
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary.keys() == SUMMARY_KEYS
+    assert summary["ranks"] == 1
+    assert summary["bytes_out"] == summary["bytes_in"] == 0
+    assert summary["iterations_per_second"] > 0
+    assert 50 << 20 < summary["peak_bytes"] < 2 << 30
+    log = json.loads((out / "log").read_text())
+    assert [entry["iteration"] for entry in log] == [10, 12]  # --test, and the end
+    assert summary["val_accuracy"] == pytest.approx(log[-1]["validation/main/accuracy"])
+    for name in ("loss.png", "accuracy.png"):
+        with Image.open(out / name) as image:
+            assert image.size == (768, 480)
+    assert (out / "snapshot_iter_12" / "trainer.npz").is_file()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resumed_run_ends_with_the_same_parameters(train, lists, tmp_path, ranks):
+    a, b = tmp_path / "a", tmp_path / "b"
+    # 20 images, batches of 4: with one rank epochs end at 5 and 10, with two at 2.5, 5, …
+    train(*lists.args, *TINY, "-i", 8, "-o", a, ranks=ranks)
+    train(*lists.args, *TINY, "-i", 3, "-o", b, ranks=ranks)
+    done = train(*lists.args, *TINY, "-i", 8, "-o", b, "-r", b / "snapshot_iter_3", ranks=ranks)
+    assert "at iteration 3" in done.stdout
+    assert_same_parameters(parameters(a, 8), parameters(b, 8))
+    losses = [json.loads((x / "summary.json").read_text())["loss_first"] for x in (a, b)]
+    assert losses[0] == losses[1]  # the history came back, too
+    assert len(list(b.glob("snapshot_iter_*"))) <= 3
+
+
+def test_loader_processes_give_the_same_parameters(train, lists, tmp_path):
+    train(*lists.args, *TINY, "-i", 7, "-o", tmp_path / "a")
+    train(*lists.args, *TINY, "-i", 7, "-o", tmp_path / "b", "-j", 2)
+    assert_same_parameters(parameters(tmp_path / "a", 7), parameters(tmp_path / "b", 7))
+
+
+def test_initmodel_starts_from_the_file(train, lists, tmp_path):
+    train(*lists.args, *TINY, "-i", 1, "-o", tmp_path / "a")
+    model = tmp_path / "a" / "model_iter_1"
+    other = ["--seed", 5, "--initmodel", model, "-o", tmp_path / "b"]
+    done = train(*lists.args, *TINY, "-i", 1, *other)
+    assert f"parameters from {model}" in done.stdout
+    # One step of a learning rate of 0.01 away, while another seed's initialization is not.
+    first, second = parameters(tmp_path / "a", 1), parameters(tmp_path / "b", 1)
+    name = "mlpconv2/1/W"
+    assert abs(first[name] - second[name]).max() < 0.05 < abs(first[name]).max()
+    done = train(
+        *lists.args, "-a", "resnet50", "-is", 32, "--initmodel", model, "-o", tmp_path, status=2
+    )
+    assert re.fullmatch(r"train.py: error: --initmodel \S+: is of another model.*\n", done.stderr)
+
+
+def start(args, ranks, tmp_path):
+    """Starts an endless run and waits until it trains; returns the process and its ranks."""
+    log = tmp_path / "log.txt"
+    with open(log, "wb") as f:
+        process = subprocess.Popen(
+            command([*args, "-i", "100000"], ranks),
+            env=environment(),
+            stdout=f,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 60
+    while not re.search(rb"\b[1-9]\d*/100000", log.read_bytes()):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    workers = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "train.py" in " ".join(child.cmdline()) and "PMI_RANK" in child.environ():
+                workers.append((int(child.environ()["PMI_RANK"]), child))
+    return process, dict(workers), log
+
+
+def finish(process, log):
+    try:
+        return process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("the run did not stop\n" + log.read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_leaves_a_snapshot_that_continues(train, lists, tmp_path, number):
+    args = [*lists.args, *TINY, "-o", str(tmp_path / "out")]
+    process, _, log = start(args, 1, tmp_path)
+    process.send_signal(number)
+    assert finish(process, log) == 128 + number
+    match = re.search(r"stopped by signal \d+ at iteration (\d+); continue with --resume (\S+)",
+                      log.read_text())  # fmt: skip
+    assert match, log.read_text()
+    assert "Traceback" not in log.read_text()
+    done = train(*args, "-i", int(match[1]) + 1, "-r", match[2])
+    assert f"at iteration {match[1]}" in done.stdout
+
+
+def test_sigterm_to_one_rank_stops_all_with_one_snapshot(train, lists, tmp_path):
+    args = [*lists.args, *TINY, "-o", str(tmp_path / "out")]
+    process, ranks, log = start(args, 2, tmp_path)
+    assert sorted(ranks) == [0, 1]
+    ranks[1].send_signal(signal.SIGTERM)
+    assert finish(process, log) != 0
+    match = re.search(r"iteration (\d+); continue with --resume (\S+)", log.read_text())
+    assert match, log.read_text()
+    train(*args, "-i", int(match[1]) + 1, "-r", match[2], ranks=2)
+
+
+def test_exception_in_one_rank_ends_all_with_its_traceback(lists, tmp_path):
+    from pathlib import Path
+
+    script = Path(__file__).with_name("failing_rank.py")
+    done = subprocess.run(
+        command([*lists.args, *TINY, "-i", "1000", "-o", str(tmp_path)], 2, script),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "RuntimeError: a defect in one rank" in done.stderr
+    assert "in failing_update" in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_image_ends_with_one_line_and_keeps_what_was_trained(train, lists, tmp_path, ranks):
+    # The last image that the first epoch reads cannot be: iterations come before it.
+    good = (lists.root / "train 7.jpg").read_bytes()
+    (lists.root / "train 7.jpg").write_bytes(good[: len(good) // 2])
+    out = tmp_path / "out"
+    done = train(*lists.args, *TINY, "-B", 1, "-E", 1, "-o", out, ranks=ranks, status=2)
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert re.match(r"train.py: error: image \S+train 7.jpg: cannot be decoded", lines[0])
+    assert "Traceback" not in done.stderr
+    snapshots = list(out.glob("snapshot_iter_*"))
+    assert len(snapshots) == 1
+    # Repaired, the run continues and ends like one that never met the bad image.
+    (lists.root / "train 7.jpg").write_bytes(good)
+    train(*lists.args, *TINY, "-B", 1, "-E", 1, "-o", out, "-r", snapshots[0], ranks=ranks)
+    train(*lists.args, *TINY, "-B", 1, "-E", 1, "-o", tmp_path / "whole", ranks=ranks)
+    iteration = 20 // ranks
+    assert_same_parameters(parameters(out, iteration), parameters(tmp_path / "whole", iteration))
+
+
+def test_bad_image_in_a_loader_process_or_in_validation(train, lists, tmp_path):
+    (lists.root / "val 4.jpg").write_bytes(b"")
+    done = train(*lists.args, *TINY, "-i", 2, "-j", 1, "-o", tmp_path / "out", status=2)
+    assert "train.py: error: image" in done.stderr
+    assert "val 4.jpg" in done.stderr
+    assert (tmp_path / "out" / "snapshot_iter_2").is_dir()
+    (lists.root / "train 7.jpg").unlink()
+    done = train(*lists.args, *TINY, "-E", 1, "-j", 1, "-o", tmp_path / "out", status=2)
+    assert "train 7.jpg: no such file" in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_input_is_one_line_and_status_2(train, lists, tmp_path, ranks):
+    out = ["-o", tmp_path / "out"]
+
+    def error(*args):
+        lines = train(*args, *out, ranks=ranks, status=2).stderr.splitlines()
+        assert len([line for line in lines if line.startswith("train.py: error:")]) == 1
+        return "\n".join(lines)
+
+    missing = [str(lists.train), str(tmp_path / "none.txt"), *lists.args[2:]]
+    assert "none.txt: No such file" in error(*missing, *TINY)
+    if ranks == 2:
+        return
+    assert "nin takes 39 or more" in error(*lists.args, *TINY, "-is", 38)
+    assert "45x45 pixels are less than --insize 46" in error(*lists.args, *TINY, "-is", 46)
+    assert "not a snapshot" in error(*lists.args, *TINY, "-r", tmp_path)
+    assert "--gpu 0" in error(*lists.args, *TINY, "-g", 0)
+    assert "--communicator flat" in error(*lists.args, *TINY, "--communicator", "flat")
+
+
+def test_resuming_another_run_is_an_error(train, lists, tmp_path):
+    train(*lists.args, *TINY, "-i", 1, "-o", tmp_path)
+    snapshot = tmp_path / "snapshot_iter_1"
+    done = train(*lists.args, *TINY, "-r", snapshot, "-o", tmp_path, ranks=2, status=2)
+    assert "was made with ranks 1, this run has 2" in done.stderr
+    with open(snapshot / "trainer.npz", "r+b") as f:
+        f.truncate(1000)
+    done = train(*lists.args, *TINY, "-r", snapshot, "-o", tmp_path, status=2)
+    assert "trainer.npz: damaged" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(chainer_ooc, "enable"), reason="needs the swap engine")
+def test_out_of_core_ranks_end_with_the_same_parameters(train, lists, tmp_path):
+    for name, options in (("a", []), ("b", ["--ooc", "--ooc-limit", "1MiB"])):
+        train(*lists.args, *TINY, "-i", 4, "-o", tmp_path / name, *options, ranks=2)
+    assert_same_parameters(parameters(tmp_path / "a", 4), parameters(tmp_path / "b", 4))
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text())
+    assert summary["bytes_in"] > 0
+    assert summary["bytes_out"] > 0
+    assert summary["limit_bytes"] == 1 << 20
+    shutil.rmtree(tmp_path / "a")
