@@ -281,12 +281,13 @@ def _memory() -> Finding:
     return Finding("memory", text)
 
 
-def cgroup_memory_limit() -> int | None:
+def cgroup_memory_limit(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> int | None:
     """Return the least memory limit of this process's control groups in bytes, if one is set."""
-    root = Path("/sys/fs/cgroup")
     limits = []
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = groups.read_text().splitlines()
     except OSError:
         return None
     for line in lines:

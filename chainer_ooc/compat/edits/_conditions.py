@@ -27,3 +27,10 @@ def h5py_3() -> bool:
     except ImportError:
         return False
     return int(h5py.__version__.partition(".")[0]) >= 3
+
+
+def onnx_without_mapping() -> bool:
+    """The installed ONNX, if there is one, has no module ``onnx.mapping``."""
+    from importlib.util import find_spec
+
+    return find_spec("onnx") is not None and find_spec("onnx.mapping") is None

@@ -12,7 +12,7 @@ EDITS = (
     ),
     Edit(
         "chainermn.communicators",
-        "hierarchical, two_dimensional and single_node left ChainerMN 7: map them to their successors",
+        "hierarchical, two_dimensional and single_node left ChainerMN 7: map them to successors",
         (
             Replace(
                 "\n    if mpi_comm is None:\n        try:\n            import mpi4py.MPI\n",

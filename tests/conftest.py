@@ -1,0 +1,94 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import chainer_ooc  # the import hook comes before any import of Chainer
+
+ROOT = Path(chainer_ooc.__file__).resolve().parents[1]
+
+RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and say why."""
+    gpu = has_gpu() if any(item.get_closest_marker("gpu") for item in items) else False
+    for item in items:
+        if item.get_closest_marker("gpu") and not gpu:
+            item.add_marker(pytest.mark.skip(reason="no GPU, or no CuPy"))
+        if item.get_closest_marker("mpi") and (mpiexec() is None or not has_mpi4py()):
+            item.add_marker(pytest.mark.skip(reason="needs mpi4py and mpiexec"))
+
+
+def has_gpu() -> bool:
+    """Tell whether CuPy is installed and finds a GPU."""
+    try:
+        import cupy
+
+        return bool(cupy.cuda.is_available())
+    except Exception:
+        return False
+
+
+def has_mpi4py() -> bool:
+    return importlib.util.find_spec("mpi4py") is not None
+
+
+def mpiexec() -> str | None:
+    """Return the path of ``mpiexec``, that of this interpreter's environment first."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return shutil.which("mpiexec", path=path)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Give every test the same random numbers, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    yield
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> RunPython:
+    """Return a function that runs this interpreter in ``tmp_path`` with the package importable.
+
+    ``run_python(*arguments, ranks=0, env=None, timeout=120)`` gives the ``CompletedProcess``, with
+    its output as text. With ``ranks``, that many run under ``mpiexec``.
+    """
+
+    def run(
+        *arguments: object,
+        ranks: int = 0,
+        env: dict[str, str] | None = None,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess[str]:
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)))
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        environment.update(env or {})
+        command = [sys.executable, *map(str, arguments)]
+        if ranks:
+            command = [str(mpiexec()), "-n", str(ranks), *command]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,144 @@
+"""``python -m chainer_ooc doctor`` tells what is there, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import chainer_ooc
+from chainer_ooc import doctor
+
+ROOT = Path(chainer_ooc.__file__).resolve().parents[1]
+NAMES = ["Python", "NumPy", "Chainer", "mpi4py", "mpiexec", "examples", "CuPy", "CUDA", "cuDNN"]
+NAMES += ["NCCL", "CPU", "memory", "swap disk"]
+
+
+@pytest.mark.mpi
+def test_the_report_names_everything_and_exits_0_where_the_main_job_can_run(run_python):
+    pytest.importorskip("sklearn")
+    done = run_python("-m", "chainer_ooc", "doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in NAMES:
+        assert re.search(rf"^  (ok|--) {name} ", done.stdout, re.MULTILINE), name
+    assert "  mpiexec -n 4 python examples/imagenet/train.py --ooc\n" in done.stdout
+    assert "4 ranks tried" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) < 120
+
+
+def test_without_mpiexec_it_names_the_command_and_exits_1(monkeypatch, capsys):
+    monkeypatch.setattr(doctor.shutil, "which", lambda *args, **kwargs: None)
+    assert doctor.main() == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^  NO mpiexec +not found$", out, re.MULTILINE)
+    assert re.search(r"^  mpiexec +pip install 'mpi4py>=4' 'mpich>=4'$", out, re.MULTILINE)
+    assert "because of: mpiexec" in out
+
+
+def _mpiexec(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "script, text, fix",
+    [
+        ("shift 2; for i in 1 2 3 4; do echo 'size 1;'; done", "another MPI", "pip install"),
+        ("echo 'will not run as root' >&2; exit 1", "refuses root", "OMPI_ALLOW_RUN_AS_ROOT=1"),
+        ("echo 'some reason' >&2; exit 7", "fails with 4 ranks: some reason", "pip install"),
+    ],
+)
+def test_an_mpiexec_that_does_not_work_is_recognised(tmp_path, monkeypatch, script, text, fix):
+    path = _mpiexec(tmp_path / "mpiexec", script)
+    monkeypatch.setattr(doctor.shutil, "which", lambda *args, **kwargs: path)
+    finding = list(doctor._mpi())[-1]
+    assert (finding.name, finding.ok, finding.required) == ("mpiexec", False, True)
+    assert text in finding.text
+    assert fix in finding.fix
+
+
+@pytest.mark.parametrize("directory, problem", [("missing", "not a directory"), ("", "GiB free")])
+def test_the_swap_directory_is_looked_at(tmp_path, monkeypatch, directory, problem):
+    monkeypatch.setenv("CHAINER_OOC_SWAP_DIR", str(tmp_path / directory))
+    finding = doctor._swap_disk()
+    assert problem in finding.text
+    assert finding.ok is (directory == "")
+
+
+def test_a_swap_directory_in_memory_is_a_remark(monkeypatch):
+    if doctor._filesystem("/dev/shm") != "tmpfs":
+        pytest.skip("/dev/shm is no tmpfs here")
+    monkeypatch.setenv("CHAINER_OOC_SWAP_DIR", "/dev/shm")
+    finding = doctor._swap_disk()
+    assert (finding.ok, finding.required) == (False, False)
+    assert "memory, not a disk" in finding.text
+
+
+def test_missing_packages_of_the_examples_are_named(monkeypatch):
+    monkeypatch.setitem(doctor._IMPORT_NAMES, "tqdm", "no_such_module")
+    finding = doctor._examples()
+    assert (finding.ok, finding.text, finding.fix) == (False, "without tqdm", "pip install tqdm")
+
+
+@pytest.mark.parametrize(
+    "driver, package", [((12, 8), "cupy-cuda12x"), ((13, 0), "cupy-cuda13x"), ((0, 0), "cupy-cuda")]
+)
+def test_the_packages_fit_the_driver(monkeypatch, driver, package):
+    monkeypatch.setattr(doctor, "_driver_cuda_version", lambda: driver)
+    monkeypatch.setattr(doctor, "_child", lambda command: (0, '{"cupy_error": "x"}', ""))
+    findings = {finding.name: finding for finding in doctor._gpu()}
+    assert package in findings["CuPy"].fix
+    assert not any(finding.required for finding in findings.values())
+    assert ("no NVIDIA driver" in findings["GPU"].text) is (driver == (0, 0))
+
+
+def test_a_machine_with_everything_needs_nothing(monkeypatch):
+    found = (
+        '{"cupy": "14.2.0", "cuda": "12.9", "cudnn": "91002", "nccl": "2.27.3", "devices": ["H"]}'
+    )
+    monkeypatch.setattr(doctor, "_driver_cuda_version", lambda: (12, 9))
+    monkeypatch.setattr(doctor, "_child", lambda command: (0, found + "\n", ""))
+    findings = list(doctor._gpu())
+    assert all(finding.ok and not finding.fix for finding in findings)
+    assert [finding.name for finding in findings] == ["CuPy", "CUDA", "cuDNN", "NCCL", "GPU"]
+
+
+def test_a_child_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setattr(doctor, "_TIMEOUT", 0.2)
+    code = "import time; time.sleep(30)"
+    assert doctor._child([sys.executable, "-c", code]) == (124, "", "no answer within 0.2 s")
+
+
+def test_the_packages_are_those_of_the_extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra, packages in doctor.PACKAGES.items():
+        assert list(packages) == project["optional-dependencies"][extra], extra
+
+
+def test_versions_are_written_with_dots():
+    assert doctor._dotted(12090) == "12.9"
+    assert doctor._dotted(22703, 10000, 100) == "2.27.3"
+
+
+@pytest.mark.parametrize(
+    "line, files, limit",
+    [
+        ("0::/a/b", {"a/memory.max": "4096", "a/b/memory.max": "max"}, 4096),
+        ("0::/a/b", {"a/memory.max": "4096", "a/b/memory.max": "1024"}, 1024),
+        ("0::/a", {"a/memory.max": "max"}, None),
+        ("0::/gone", {"memory.max": "512"}, 512),
+        ("5:memory:/a", {"memory/a/memory.limit_in_bytes": "2048"}, 2048),
+        ("5:cpu:/a", {"a/memory.max": "2048"}, None),
+    ],
+)
+def test_the_limit_of_the_control_group_is_the_least_up_to_the_root(tmp_path, line, files, limit):
+    for name, text in files.items():
+        path = tmp_path / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    (tmp_path / "groups").write_text(line + "\n")
+    assert doctor.cgroup_memory_limit(tmp_path / "groups", tmp_path / "root") == limit
