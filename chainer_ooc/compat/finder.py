@@ -14,8 +14,11 @@ Everything else is left to the other finders after one dictionary lookup.
 from __future__ import annotations
 
 import sys
-from importlib.abc import Loader, MetaPathFinder, SourceLoader
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, SourceFileLoader
+
+TYPE_CHECKING = False  # typing and importlib.abc take longer to import than all the rest
+if TYPE_CHECKING:
+    from importlib.abc import Loader
 
 __all__ = ["REDIRECTS", "CompatFinder", "EditedSourceLoader", "install"]
 
@@ -32,24 +35,15 @@ REDIRECTS = {
 _EDITED_PACKAGES = frozenset({"chainer", "chainermn", "onnx_chainer"})
 
 
-class EditedSourceLoader(SourceLoader):
+class EditedSourceLoader(SourceFileLoader):
     """Loads one module from its file with the edits applied.
 
     Tracebacks and :func:`inspect.getsource` show the edited text, the text that runs.
     """
 
     def __init__(self, fullname: str, path: str, original: Loader) -> None:
-        self._fullname = fullname
-        self._path = path
+        super().__init__(fullname, path)
         self._original = original
-
-    def get_filename(self, fullname: str) -> str:
-        """Return the path of the unedited file, which is also the ``__file__`` of the module."""
-        return self._path
-
-    def get_data(self, path: str) -> bytes:
-        """Return the bytes of a file that belongs to the module, unedited (for package data)."""
-        return self._original.get_data(path)  # type: ignore[attr-defined]
 
     def get_source(self, fullname: str) -> str:
         """Return the edited source text.
@@ -63,11 +57,11 @@ class EditedSourceLoader(SourceLoader):
         if text is None:
             raise ImportError(
                 f"chainer_ooc edits {fullname} while it loads but found no source text for it "
-                f"({self._path}); pip install --force-reinstall chainer=={CHAINER_VERSION}",
+                f"({self.path}); pip install --force-reinstall chainer=={CHAINER_VERSION}",
                 name=fullname,
-                path=self._path,
+                path=self.path,
             )
-        return edits.apply(fullname, text, self._path)
+        return edits.apply(fullname, text, self.path)
 
     def get_code(self, fullname: str):  # type: ignore[no-untyped-def]
         """Compile the edited text, every time: processes without the hook would read a cache."""
@@ -76,11 +70,11 @@ class EditedSourceLoader(SourceLoader):
 
         # An entry without a modification time is never compared with the file, which holds the
         # unedited text.
-        linecache.cache[self._path] = (len(text), None, text.splitlines(keepends=True), self._path)
-        return self.source_to_code(text.encode(), self._path)
+        linecache.cache[self.path] = (len(text), None, text.splitlines(keepends=True), self.path)
+        return self.source_to_code(text.encode(), self.path)
 
 
-class _RedirectLoader(Loader):
+class _RedirectLoader:
     """Gives a module that already exists (or can be imported) a second name."""
 
     def __init__(self, target: str) -> None:
@@ -98,7 +92,7 @@ class _RedirectLoader(Loader):
         module.__spec__ = self._own_spec
 
 
-class CompatFinder(MetaPathFinder):
+class CompatFinder:
     """See the module's text."""
 
     def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
@@ -144,7 +138,8 @@ class CompatFinder(MetaPathFinder):
         if not choice.stands_in(self._find_elsewhere(fullname, path) is not None):
             return None
         target = REDIRECTS[fullname]
-        return ModuleSpec(fullname, _RedirectLoader(target), origin=target)
+        loader = _RedirectLoader(target)
+        return ModuleSpec(fullname, loader, origin=target)  # type: ignore[arg-type]
 
 
 def _check_version(spec: ModuleSpec) -> None:
