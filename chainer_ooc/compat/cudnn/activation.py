@@ -77,7 +77,6 @@ def _around(array: Any, axis: int) -> Descriptor:
         raise ValueError(f"axis {axis} does not exist in an array of {array.ndim} dimensions")
     axis %= array.ndim
     shape = array.shape
-    descriptors.get_data_type(array.dtype)
     return descriptors.tensor(
         array.dtype.char, (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
     )

@@ -42,20 +42,22 @@ _DATA_TYPES = {"f": CUDNN_DATA_FLOAT, "d": CUDNN_DATA_DOUBLE, "e": CUDNN_DATA_HA
 
 # cuDNN reads the blend factors alpha and beta as doubles for double tensors, as floats for all
 # others.
-_ONE = {char: kind(1) for char, kind in (("f", ctypes.c_float), ("d", ctypes.c_double))}
-_ZERO = {char: kind(0) for char, kind in (("f", ctypes.c_float), ("d", ctypes.c_double))}
-_ONE_ADDRESS = {char: ctypes.addressof(_ONE["d" if char == "d" else "f"]) for char in "efd"}
-_ZERO_ADDRESS = {char: ctypes.addressof(_ZERO["d" if char == "d" else "f"]) for char in "efd"}
+_ONE = (ctypes.c_float(1), ctypes.c_double(1))
+_ZERO = (ctypes.c_float(0), ctypes.c_double(0))
+_ONE_ADDRESS, _ZERO_ADDRESS = (
+    {kind: ctypes.addressof(values[kind == CUDNN_DATA_DOUBLE]) for kind in _DATA_TYPES.values()}
+    for values in (_ONE, _ZERO)
+)
 
 
 def one(dtype: numpy.dtype) -> int:
     """Return the address of a blend factor 1 for tensors of ``dtype``."""
-    return _ONE_ADDRESS[dtype.char]
+    return _ONE_ADDRESS[get_data_type(dtype)]
 
 
 def zero(dtype: numpy.dtype) -> int:
     """Return the address of a blend factor 0 for tensors of ``dtype``."""
-    return _ZERO_ADDRESS[dtype.char]
+    return _ZERO_ADDRESS[get_data_type(dtype)]
 
 
 def get_data_type(dtype: Any) -> int:
@@ -127,20 +129,18 @@ def tensor(char: str, shape: tuple[int, ...], layout: int = CUDNN_TENSOR_NCHW) -
         strides = [strides[0], strides[-1], *strides[1:-1]]
     descriptor = Descriptor("Tensor")
     loaded().cudnnSetTensorNdDescriptor(
-        descriptor.value, _DATA_TYPES[char], len(dims), _ints(dims), _ints(strides)
+        descriptor.value, get_data_type(char), len(dims), _ints(dims), _ints(strides)
     )
     return descriptor
 
 
 def tensor_of(array: Any, layout: int = CUDNN_TENSOR_NCHW) -> Descriptor:
     """Return the descriptor of a C-contiguous array."""
-    get_data_type(array.dtype)
     return tensor(array.dtype.char, array.shape, layout)
 
 
 def matrix(array: Any) -> Descriptor:
     """Return a descriptor for element-wise work on an array: its first axis by all the others."""
-    get_data_type(array.dtype)
     rows = array.shape[0] if array.ndim else 1
     return tensor(array.dtype.char, (rows, math.prod(array.shape[1:])))
 
@@ -150,14 +150,13 @@ def filter_(char: str, shape: tuple[int, ...], layout: int) -> Descriptor:
     dims = [shape[0], shape[-1], *shape[1:-1]] if layout == CUDNN_TENSOR_NHWC else list(shape)
     descriptor = Descriptor("Filter")
     loaded().cudnnSetFilterNdDescriptor(
-        descriptor.value, _DATA_TYPES[char], layout, len(dims), _ints(dims)
+        descriptor.value, get_data_type(char), layout, len(dims), _ints(dims)
     )
     return descriptor
 
 
 def filter_of(array: Any, layout: int = CUDNN_TENSOR_NCHW) -> Descriptor:
     """Return the filter descriptor of a C-contiguous array: (out, in, k...) or (out, k..., in)."""
-    get_data_type(array.dtype)
     return filter_(array.dtype.char, array.shape, layout)
 
 

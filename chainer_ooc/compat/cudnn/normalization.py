@@ -62,7 +62,6 @@ def _shape_of(x: Any, gamma: Any, is_for_conv2d: bool, mode: int, d_layout: int)
         raise ValueError(
             f"cudnn_mode must be one of the CUDNN_BATCHNORM_... values {_MODES}, not {mode}"
         )
-    descriptors.get_data_type(x.dtype)
     if is_for_conv2d:
         if x.ndim != 4:
             raise ValueError(f"is_for_conv2d needs x of four dimensions, its shape is {x.shape}")

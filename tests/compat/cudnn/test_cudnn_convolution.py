@@ -1,0 +1,349 @@
+"""Convolutions: results, descriptors, algorithm choice, workspaces, caching."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+from fake_cudnn import Offer
+from fake_cudnn_math import convolve, convolve_back, convolve_filter
+from fake_cupy import OutOfMemoryError, Stream, memory
+
+TOLERANCE = {"e": 5e-2, "f": 1e-4, "d": 1e-9}
+
+
+class Case:
+    """A small convolution and what it must give."""
+
+    def __init__(self, cudnn, dtype="f", sizes=(7, 6), ksize=(3, 2), pad=(1, 0), stride=(2, 1),
+                 dilation=(1, 2), groups=2, nhwc=False, seed=0):  # fmt: skip
+        self.cudnn, self.nhwc, xp = cudnn, nhwc, cudnn.cupy
+        rng = numpy.random.default_rng(seed)
+        self.pad, self.stride, self.dilation, self.groups = pad, stride, dilation, groups
+        out = tuple(
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, p, s, d in zip(sizes, ksize, pad, stride, dilation, strict=True)
+        )
+        x = rng.standard_normal((2, 4, *sizes)).astype(dtype)
+        w = rng.standard_normal((6, 4 // groups, *ksize)).astype(dtype)
+        gy = rng.standard_normal((2, 6, *out)).astype(dtype)
+        self.bias, self.back_bias = (rng.standard_normal(n).astype(dtype) for n in (6, 4))
+        self.y, self.gx = convolve(x, w, out, self), convolve_back(w, gy, sizes, self)
+        self.gw = convolve_filter(x, gy, w.shape, self)
+        self.x, self.w, self.g = (xp.asarray(self._raw(a)) for a in (x, w, gy))
+        self.tolerance = TOLERANCE[dtype]
+
+    def _raw(self, array):
+        """Return the array as it lies in memory."""
+        return numpy.ascontiguousarray(numpy.moveaxis(array, 1, -1)) if self.nhwc else array
+
+    def run(self, direction="forward", bias=None, **options):
+        xp, module = self.cudnn.cupy, self.cudnn.cupy_cudnn
+        given = {"auto_tune": False, "tensor_core": "auto"}
+        layout = {"d_layout": 1, "w_layout": 1} if self.nhwc else {}
+        given |= layout | options
+        parameters = (self.pad, self.stride, self.dilation, self.groups)
+        b = None if bias is None else xp.asarray(bias)
+        if direction == "forward":
+            out = xp.empty(self._raw(self.y).shape, self.x.dtype)
+            module.convolution_forward(self.x, self.w, b, out, *parameters, **given)
+            return out
+        given.setdefault("deterministic", False)
+        if direction == "data":
+            out = xp.empty(self.x.shape, self.x.dtype)
+            module.convolution_backward_data(self.w, self.g, b, out, *parameters, **given)
+        else:
+            out = xp.empty(self.w.shape, self.x.dtype)
+            module.convolution_backward_filter(self.x, self.g, out, *parameters, **given)
+        return out
+
+    def check(self, direction="forward", **options):
+        expected = {"forward": self.y, "data": self.gx, "filter": self.gw}[direction]
+        if "bias" in options:
+            expected = expected + options["bias"].reshape(1, -1, *([1] * (expected.ndim - 2)))
+        numpy.testing.assert_allclose(
+            self.run(direction, **options), self._raw(expected), self.tolerance, self.tolerance
+        )
+
+
+DIRECTIONS = ("forward", "data", "filter")
+FUNCTION = {
+    "forward": "cudnnConvolutionForward",
+    "data": "cudnnConvolutionBackwardData",
+    "filter": "cudnnConvolutionBackwardFilter",
+}
+OFFERS = {"forward": "Forward", "data": "BackwardData", "filter": "BackwardFilter"}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", "efd")
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_results(cudnn, direction, dtype, nhwc):
+    Case(cudnn, dtype, nhwc=nhwc).check(direction)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_three_dimensions(cudnn, direction, groups):
+    case = Case(
+        cudnn, sizes=(5, 4, 6), ksize=(3, 1, 2), pad=(1, 0, 1), stride=(2, 1, 2), dilation=(1, 1,
+        2), groups=groups,
+    )  # fmt: skip
+    case.check(direction)
+
+
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_bias_is_added_per_channel(cudnn, nhwc):
+    case = Case(cudnn, nhwc=nhwc)
+    case.check("forward", bias=case.bias)
+    case.check("data", bias=case.back_bias)
+
+
+def test_inputs_need_not_be_contiguous(cudnn):
+    case = Case(cudnn)
+    case.x = cudnn.cupy.asarray(numpy.asfortranarray(case.x))
+    assert not case.x.flags.c_contiguous
+    case.check()
+
+
+def test_output_must_be_contiguous(cudnn):
+    case = Case(cudnn)
+    y = cudnn.cupy.asarray(numpy.empty(case.y.shape, "f").T)
+    with pytest.raises(ValueError, match=r"y must be C-contiguous"):
+        cudnn.cupy_cudnn.convolution_forward(
+            case.x, case.w, None, y, (1, 0), (2, 1), (1, 2), 2, auto_tune=False, tensor_core="auto"
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pad": (1, 0, 0)}, ValueError, r"pad must have 2 values .* \(1, 0, 0\)"),
+        ({"tensor_core": "yes"}, ValueError, "tensor_core must be 'auto', 'always' or 'never'"),
+        ({"w": "d"}, TypeError, "one dtype here, got float32 and float64"),
+        ({"all": "i"}, TypeError, "not for int32"),
+    ],
+)
+def test_bad_arguments(cudnn, change, error, message):
+    case = Case(cudnn)
+    case.pad = change.get("pad", case.pad)
+    if "w" in change:
+        case.w = case.w.astype(change["w"])
+    if "all" in change:
+        case.x, case.w = case.x.astype("i"), case.w.astype("i")
+    with pytest.raises(error, match=message):
+        case.run(**{k: v for k, v in change.items() if k == "tensor_core"})
+
+
+def test_array_on_another_device(cudnn, monkeypatch):
+    case = Case(cudnn)
+    monkeypatch.setattr(cudnn.device, "current_device", lambda: 1)
+    with pytest.raises(ValueError, match="on device 0 but the current device is 1"):
+        case.run()
+
+
+# Choosing
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_first_within_the_limit_runs(cudnn, direction):
+    cudnn.fake.offers[OFFERS[direction]] = [Offer(2, 4 << 20), Offer(1, 512), Offer(0, 0)]
+    Case(cudnn).check(direction)
+    (call,) = cudnn.fake.named(FUNCTION[direction])
+    assert (call.arguments["algo"], call.arguments["workSpaceSizeInBytes"]) == (1, 512)
+    assert memory.allocated == [512]
+
+
+def test_limit_follows_the_setting(cudnn):
+    cudnn.fake.offers["Forward"] = [Offer(2, 4 << 20), Offer(1, 512)]
+    case = Case(cudnn)
+    case.run()
+    cudnn.cupy_cudnn.set_max_workspace_size(8 << 20)
+    assert cudnn.cupy_cudnn.get_max_workspace_size() == 8 << 20
+    case.run()
+    algos = [c.arguments["algo"] for c in cudnn.fake.named("cudnnConvolutionForward")]
+    assert algos == [1, 2]
+
+
+def test_smallest_runs_when_all_exceed_the_limit(cudnn):
+    cudnn.fake.offers["Forward"] = [Offer(2, 8 << 20), Offer(3, 4 << 20), Offer(4, 6 << 20)]
+    Case(cudnn).check()
+    assert cudnn.fake.named("cudnnConvolutionForward")[0].arguments["algo"] == 3
+
+
+def test_failed_and_unfit_offers_are_left_out(cudnn):
+    cudnn.fake.offers["BackwardFilter"] = [
+        Offer(5, 0, status=3000),
+        Offer(0, 0, deterministic=False),
+        Offer(3, 0, math_type=1),
+        Offer(1, 64),
+    ]
+    Case(cudnn).check("filter", deterministic=True)
+    assert cudnn.fake.named("cudnnConvolutionBackwardFilter")[0].arguments["algo"] == 1
+    Case(cudnn).check("filter", deterministic=False)
+    assert cudnn.fake.named("cudnnConvolutionBackwardFilter")[1].arguments["algo"] == 0
+
+
+def test_algorithm_that_does_not_run_gives_way_for_good(cudnn):
+    cudnn.fake.offers["Forward"] = [Offer(6, 0, runs=False), Offer(1, 64)]
+    case = Case(cudnn)
+    case.check()
+    case.check()
+    algos = [c.arguments["algo"] for c in cudnn.fake.named("cudnnConvolutionForward")]
+    assert algos == [6, 1, 1]
+
+
+def test_no_algorithm_is_an_error_that_names_the_shapes(cudnn):
+    cudnn.fake.offers["Forward"] = []
+    with pytest.raises(cudnn.library.CuDNNError, match=r"no algorithm.*x \(2, 4, 7, 6\)") as info:
+        Case(cudnn).run()
+    assert info.value.not_supported
+
+
+def test_less_workspace_when_memory_is_short(cudnn):
+    cudnn.fake.offers["Forward"] = [Offer(2, 4096), Offer(7, 8192), Offer(1, 512), Offer(0, 0)]
+    memory.refuse_above = 600
+    case = Case(cudnn)
+    with pytest.warns(
+        RuntimeWarning, match=r"no memory for a workspace of 4096 bytes, algorithm 1"
+    ):
+        case.check()
+    case.check()  # announced once
+    memory.refuse_above = None
+    case.check()
+    algos = [c.arguments["algo"] for c in cudnn.fake.named("cudnnConvolutionForward")]
+    assert algos == [1, 1, 2], (
+        "7 needs more than what was refused; 2 comes back when there is memory"
+    )
+
+
+def test_out_of_memory_when_nothing_fits(cudnn):
+    cudnn.fake.offers["Forward"] = [Offer(2, 4096), Offer(1, 512)]
+    memory.refuse_above = 100
+    with pytest.raises(OutOfMemoryError):
+        Case(cudnn).run()
+    assert cudnn.fake.named("cudnnConvolutionForward") == []
+
+
+# Autotune
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_autotune_searches_once_per_shape(cudnn, direction):
+    case = Case(cudnn)
+    for _ in range(2):
+        case.check(direction, auto_tune=True)
+    search = f"cudnnFindConvolution{OFFERS[direction]}AlgorithmEx"
+    assert len(cudnn.fake.named(search)) == 1
+    assert cudnn.fake.named(search)[0].arguments["workSpaceSizeInBytes"] == 1 << 20
+    Case(cudnn, sizes=(9, 9)).check(direction, auto_tune=True)
+    assert len(cudnn.fake.named(search)) == 2
+
+
+def test_autotune_without_memory_uses_the_heuristics_and_tries_again(cudnn):
+    case = Case(cudnn)
+    memory.refuse_above = 1 << 19
+    case.check(auto_tune=True)
+    assert cudnn.fake.named("cudnnFindConvolutionForwardAlgorithmEx") == []
+    memory.refuse_above = None
+    case.check(auto_tune=True)
+    assert len(cudnn.fake.named("cudnnFindConvolutionForwardAlgorithmEx")) == 1
+
+
+def test_deterministic_runs_do_not_search(cudnn):
+    Case(cudnn).check("data", auto_tune=True, deterministic=True)
+    assert cudnn.fake.named("cudnnFindConvolutionBackwardDataAlgorithmEx") == []
+    assert len(cudnn.fake.named("cudnnGetConvolutionBackwardDataAlgorithm_v7")) == 1
+
+
+# Math mode
+
+MATH = {
+    # (dtype, tensor_core, mode): asked for, offered and accepted, run with
+    ("f", "auto", "fp32"): (3, 0, 3),
+    ("f", "never", "tf32"): (3, 3, 3),
+    ("f", "auto", "tf32"): (0, 1, 1),
+    ("f", "always", "fp32"): (0, 0, 0),
+    ("e", "auto", "fp32"): (1, 1, 1),
+    ("e", "never", "fp32"): (3, 3, 3),
+    ("d", "auto", "fp32"): (0, 0, 0),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), MATH.items())
+def test_math_types(cudnn, given, expected):
+    (dtype, tensor_core, mode), (asked, offered, run) = given, expected
+    cudnn.cupy_cudnn.set_math_mode(mode)
+    # Float32 rounded to float16 (2) and tensor cores (1) must not serve a strict request.
+    refused = [Offer(7, 0, math_type=2)] if dtype == "f" else []
+    refused += [Offer(6, 0, math_type=1)] if asked == 3 else []
+    cudnn.fake.offers["Forward"] = [*refused, Offer(1, 0, math_type=offered)]
+    Case(cudnn, dtype).check(tensor_core=tensor_core)
+    search, call = cudnn.fake.calls, cudnn.fake.named("cudnnConvolutionForward")[0]
+    heuristic = next(c for c in search if c.function.endswith("Algorithm_v7"))
+    assert cudnn.fake.things[heuristic.arguments["convDesc"]].math_type == asked
+    assert cudnn.fake.things[call.arguments["convDesc"]].math_type == run
+    assert call.arguments["algo"] == 1
+
+
+def test_math_mode_is_checked(cudnn):
+    with pytest.raises(ValueError, match="'bf16' is not understood"):
+        cudnn.cupy_cudnn.set_math_mode("bf16")
+    assert cudnn.cupy_cudnn.get_math_mode() == "fp32"
+
+
+def test_tensor_cores_take_float16_from_7_0_on(cudnn, monkeypatch):
+    assert cudnn.cupy_cudnn.is_tensor_core_available(numpy.dtype("e"))
+    assert not cudnn.cupy_cudnn.is_tensor_core_available(numpy.dtype("f"))
+    monkeypatch.setattr(cudnn.device, "compute_capability", lambda _device: 61)
+    assert not cudnn.cupy_cudnn.is_tensor_core_available(numpy.dtype("e"))
+
+
+# Caching, descriptors, streams
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_second_call_asks_and_creates_nothing(cudnn, direction):
+    case = Case(cudnn)
+    case.run(direction)
+    cudnn.fake.calls.clear()
+    case.run(direction)
+    assert [c.function for c in cudnn.fake.calls] == ["cudnnSetStream", FUNCTION[direction]]
+
+
+def test_filter_layouts(cudnn):
+    case = Case(cudnn, nhwc=True)
+    case.run()
+    call = cudnn.fake.named("cudnnConvolutionForward")[0].arguments
+    filter_ = cudnn.fake.things[call["wDesc"]]
+    assert (filter_.format, filter_.shape) == (1, [6, 2, 3, 2])
+    x = cudnn.fake.things[call["xDesc"]]
+    assert (x.shape, x.strides) == ([2, 4, 7, 6], [7 * 6 * 4, 1, 6 * 4, 4])
+
+
+def test_runs_on_the_current_stream(cudnn):
+    case = Case(cudnn)
+    with Stream(0x77):
+        case.check()
+    case.check()
+    streams = [c.stream for c in cudnn.fake.named("cudnnConvolutionForward")]
+    assert streams == [0x77, 0]
+
+
+def test_descriptors_die_with_their_last_user(cudnn):
+    before = cudnn.fake.alive("Convolution")
+    cudnn.descriptors.convolution.cache_clear()
+    Case(cudnn, dilation=(1, 1), pad=(2, 2)).run()
+    assert cudnn.fake.alive("Convolution") >= 1
+    cudnn.descriptors.convolution.cache_clear()
+    cudnn.convolution._plan.cache_clear()
+    assert cudnn.fake.alive("Convolution") <= before
+
+
+def test_workspace_setting_is_checked(cudnn, monkeypatch):
+    with pytest.raises(ValueError, match="not -1"):
+        cudnn.cupy_cudnn.set_max_workspace_size(-1)
+    monkeypatch.setenv("CHAINER_OOC_CUDNN_WORKSPACE", "8M")
+    with pytest.raises(ValueError, match="'8M' is not understood"):
+        cudnn.algorithms._workspace_from_environment()
+    monkeypatch.setenv("CHAINER_OOC_CUDNN_WORKSPACE", str(8 << 20))
+    assert cudnn.algorithms._workspace_from_environment() == 8 << 20
