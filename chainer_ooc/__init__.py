@@ -1,7 +1,45 @@
-"""Train Chainer models that are larger than the memory they run in."""
+"""Train Chainer models that are larger than the memory they run in.
 
-__version__ = "0.1.0"
+>>> import chainer_ooc
+>>> chainer_ooc.enable(limit="8GiB")
+
+and the script that follows trains out of core, with the results of stock Chainer bit for bit.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from chainer_ooc.compat import install as _install_import_hook
 
+if TYPE_CHECKING:
+    from chainer_ooc.api import Stats, disable, enable, is_enabled, out_of_core_mode, stats
+    from chainer_ooc.graph.attributes import saved_attributes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Stats",
+    "disable",
+    "enable",
+    "is_enabled",
+    "out_of_core_mode",
+    "saved_attributes",
+    "stats",
+]
+
 _install_import_hook()
+
+# Loaded when first asked for: every Python process of the environment imports this module to get the hook.
+_LAZY = dict.fromkeys(__all__, "chainer_ooc.api") | {
+    "saved_attributes": "chainer_ooc.graph.attributes"
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,6 +15,7 @@ __all__ = ["EDIT_SETS", "Edit", "Replace", "ReplaceTail", "apply", "register", "
 
 #: Modules with a tuple ``EDITS``, in the order in which they are applied.
 EDIT_SETS = (
+    "chainer_ooc.compat.edits.backprop",
     "chainer_ooc.compat.edits.chainer",
     "chainer_ooc.compat.edits.chainermn",
     "chainer_ooc.compat.edits.cupy",

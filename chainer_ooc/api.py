@@ -1,0 +1,178 @@
+"""The functions of the public API; :mod:`chainer_ooc` loads them when they are first asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from typing import Any
+
+from chainer_ooc import mode
+from chainer_ooc.errors import SettingError
+
+__all__ = ["Stats", "disable", "enable", "is_enabled", "out_of_core_mode", "stats"]
+
+_UNSET: Any = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What out-of-core mode has done in this process so far.
+
+    Attributes:
+        bytes_out: Bytes copied out of the devices' memory.
+        bytes_in: Bytes copied back.
+        peak_bytes: The highest memory measured (the process's resident memory on the CPU).
+        limit_bytes: The limit in force (bytes), ``None`` if out-of-core mode was never enabled.
+        storages_out: Allocations copied out.
+        storages_in: Allocations copied back.
+        hits: Reads that found the array in memory.
+        prefetched: Allocations whose copy back was begun before they were asked for.
+        stall_out_seconds: Time that computing threads waited for copies out.
+        stall_in_seconds: Time that computing threads waited for copies back.
+    """
+
+    bytes_out: int
+    bytes_in: int
+    peak_bytes: int
+    limit_bytes: int | None
+    storages_out: int
+    storages_in: int
+    hits: int
+    prefetched: int
+    stall_out_seconds: float
+    stall_in_seconds: float
+
+
+def enable(
+    limit: int | float | str | None = _UNSET,
+    *,
+    swap_all: bool = _UNSET,
+    min_bytes: int | str = _UNSET,
+    host_limit: int | str | None = _UNSET,
+    swap_dir: str | os.PathLike[str] | None = _UNSET,
+    strict: bool = _UNSET,
+    single_backward: bool = _UNSET,
+) -> None:
+    """Turn out-of-core mode on for the whole process.
+
+    From now on what backward will need moves out of memory when memory gets short, and back in time. The
+    results are bit for bit those of stock Chainer. What an argument leaves out is taken from
+    ``CHAINER_OOC_<NAME>``, then from the default. Calling it again replaces the settings.
+
+    Args:
+        limit: The memory that training may take: bytes (int), text such as ``"8GiB"``, or a fraction of the
+            device's memory (float, 0 < limit <= 1). ``None``: what is free, divided by the ranks that share it.
+        swap_all: Move every saved array out at once, whether memory is short or not.
+        min_bytes: Allocations smaller than this (bytes) are left where they are. Default 64 KiB.
+        host_limit: Most pinned host memory for arrays of a GPU (bytes).
+        swap_dir: Directory of the swap file. Default: the directory for temporary files.
+        strict: CPU only: raise :class:`~chainer_ooc.errors.OutOfMemoryError` for a function whose working set
+            does not fit under the limit, instead of one warning.
+        single_backward: Backward runs once per graph: arrays are dropped after their last use.
+
+    Raises:
+        SettingError: If a value is not allowed.
+    """
+    mode.enable(**_given(locals()))
+    import chainer
+
+    chainer.out_of_core_mode = out_of_core_mode
+
+
+def disable() -> None:
+    """Turn out-of-core mode off. Graphs built before stay valid: what is out is fetched when it is read."""
+    mode.disable()
+
+
+def is_enabled() -> bool:
+    """Return whether out-of-core mode is on in the calling thread."""
+    return mode.is_enabled()
+
+
+def out_of_core_mode(
+    enabled: bool = True,
+    *,
+    limit: int | float | str | None = _UNSET,
+    swap_all: bool = _UNSET,
+    min_bytes: int | str = _UNSET,
+    host_limit: int | str | None = _UNSET,
+    swap_dir: str | os.PathLike[str] | None = _UNSET,
+    strict: bool = _UNSET,
+    single_backward: bool = _UNSET,
+    async_: bool = True,
+    fine_granularity: bool = True,
+    debug: bool = False,
+    devices: Any = None,
+    **ibm: Any,
+) -> contextlib.AbstractContextManager[None]:
+    """Return a context manager that turns out-of-core mode on, or off, in the calling thread.
+
+    It nests like :func:`chainer.using_config`: settings left out are those of the mode outside. What is
+    computed inside is saved out of core, also when it is read after the ``with``.
+
+    Args:
+        enabled: ``False`` turns it off inside.
+        limit: See :func:`enable`; so for the settings that follow.
+        swap_all: See :func:`enable`.
+        min_bytes: See :func:`enable`.
+        host_limit: See :func:`enable`.
+        swap_dir: See :func:`enable`.
+        strict: See :func:`enable`.
+        single_backward: See :func:`enable`.
+        async_: Accepted for programs written for IBM's out-of-core Chainer (there spelled ``async``, a
+            reserved word today; ``**{"async": True}`` works). Copies are asynchronous whatever it says.
+        fine_granularity: As ``async_``: every array moves on its own whatever it says.
+        debug: As ``async_``: prints :func:`stats` at the end of the ``with``.
+        devices: As ``async_``: what is on any device is saved.
+        **ibm: ``async``.
+
+    Raises:
+        SettingError: If a value is not allowed.
+        TypeError: If there is no such argument.
+    """
+    given = _given(locals())
+    ibm.pop("async", None)
+    if ibm:
+        raise TypeError(
+            f"out_of_core_mode() got an unexpected keyword argument {next(iter(ibm))!r}"
+        )
+    if not isinstance(enabled, bool):
+        raise SettingError(f"enabled={enabled!r} is not allowed; give True or False")
+    context = mode.out_of_core_mode(enabled, given)
+    return _printing(context) if debug else context
+
+
+@contextlib.contextmanager
+def _printing(context: contextlib.AbstractContextManager[None]) -> Any:
+    with context:
+        yield
+    print(stats())
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    names = (
+        "limit",
+        "swap_all",
+        "min_bytes",
+        "host_limit",
+        "swap_dir",
+        "strict",
+        "single_backward",
+    )
+    return {name: arguments[name] for name in names if arguments[name] is not _UNSET}
+
+
+def stats() -> Stats:
+    """Return what has been done so far, over all devices. The peak is the highest of any device."""
+    managers = mode.managers()
+    totals = {
+        field.name: sum(getattr(manager.counters, field.name) for manager in managers)
+        for field in dataclasses.fields(Stats)
+        if field.name not in ("peak_bytes", "limit_bytes")
+    }
+    return Stats(
+        peak_bytes=max((manager.device.peak_bytes() for manager in managers), default=0),
+        limit_bytes=max((manager.limit for manager in managers), default=None),
+        **totals,
+    )

@@ -1,0 +1,77 @@
+"""Edits of ``chainer`` with the same results: backward reads no array that nobody needs.
+
+Stock Chainer reads ``x.data`` of every input of every function, for hooks and to choose a device, and
+holds it while the function runs; checks of gradients read it to compare types; setters test it for
+``None``. Where the array is outside memory each of these would fetch it. They ask
+``chainer.variable._peek`` instead, which out-of-core mode replaces by one that fetches nothing.
+"""
+
+from __future__ import annotations
+
+from chainer_ooc.compat.edits import Edit, Replace
+
+EDITS = (
+    Edit(
+        "chainer.variable",
+        "what only looks at the type of a node's array, or whether there is one, must not read it",
+        (
+            Replace(
+                "        x_data = x._data\n        x_layout = x._layout\n        x_shape = x.shape\n",
+                "        x_data = _peek(x)\n        x_layout = x._layout\n        x_shape = x.shape\n",
+            ),
+            Replace(
+                "        # If the node has a reference to data, update it as well.\n        if self._data is not None:\n",
+                "        # If the node has a reference to data, update it as well.\n"
+                "        if self.__dict__.get('_data') is not None:\n",
+            ),
+            Replace(
+                "            if node._data is not None:\n                node.retain_data()\n",
+                "            if node.__dict__.get('_data') is not None:\n                node.retain_data()\n",
+            ),
+            Replace(
+                "def _create_variable(data, name, grad, requires_grad, device):\n",
+                "def _peek(node):\n    return node._data\n\n\ndef _create_variable(data, name, grad, requires_grad, device):\n",
+            ),
+        ),
+    ),
+    Edit(
+        "chainer._backprop",
+        "Variable.backward and chainer.backward read the inputs' arrays only for hooks",
+        (
+            Replace(
+                "        in_data = [x.data for x in inputs]\n        out_grad_array",
+                "        out_grad_array",
+            ),
+            Replace(
+                "            hooks = base_hooks\n\n        with chainer.using_device(",
+                "            hooks = base_hooks\n"
+                "        in_data = [x.data if hooks else chainer.variable._peek(x) for x in inputs]\n"
+                "        with chainer.using_device(",
+            ),
+            Replace(
+                "            hooks = local_hooks.values()  # avoid six for performance\n",
+                "            hooks = tuple(local_hooks.values())\n",
+            ),
+            Replace(
+                "            hooks = base_hooks\n        in_data",
+                "            hooks = tuple(base_hooks)\n        in_data",
+            ),
+        ),
+    ),
+    Edit(
+        "chainer.function_node",
+        "chainer.grad reads the inputs' arrays only for hooks",
+        (
+            Replace(
+                "            hooks = local_hooks.values()  # avoid six for performance\n"
+                "        else:\n"
+                "            hooks = base_hooks\n\n"
+                "        in_data = [x.data for x in func.inputs]\n",
+                "            hooks = tuple(local_hooks.values())\n"
+                "        else:\n"
+                "            hooks = tuple(base_hooks)\n\n"
+                "        in_data = [x.data if hooks else variable._peek(x) for x in func.inputs]\n",
+            ),
+        ),
+    ),
+)

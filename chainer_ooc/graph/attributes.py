@@ -1,0 +1,186 @@
+"""Arrays that functions keep as attributes: masks, indexes, scales, statistics.
+
+When such an array is saved, its place in the function's ``__dict__`` is taken by what stands in for it,
+and the function's class gets a data descriptor of that name, so that every reader (``backward``, a public
+wrapper, a gradient function, the user) gets the array.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from chainer_ooc.swap.storage import Saved
+
+__all__ = ["SavedTuple", "save_attributes", "saved_attributes"]
+
+_MISSING = object()
+
+# Attributes that hold objects with arrays of their own: class -> names.
+_nested: dict[type, tuple[str, ...]] = {}
+
+
+class SavedTuple(tuple):
+    """Stands in for a tuple: its arrays are replaced by :class:`~chainer_ooc.swap.storage.Saved`."""
+
+    __slots__ = ()
+
+    def get(self) -> tuple[Any, ...]:
+        """Return the tuple with its arrays."""
+        return tuple([item.get() if type(item) is Saved else item for item in self])
+
+
+class _SavedAttribute:
+    """A data descriptor: reads what the instance's ``__dict__`` has, arrays in place of their stand-ins."""
+
+    def __init__(self, name: str, default: Any) -> None:
+        self.name = name
+        self.default = default
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self._default(owner)
+        value = instance.__dict__.get(self.name, _MISSING)
+        kind = type(value)
+        if kind is Saved or kind is SavedTuple:
+            return value.get()
+        if kind is list:
+            for index, item in enumerate(value):
+                if type(item) is Saved:
+                    value[index] = item.get()
+        elif value is _MISSING:
+            return self._default(type(instance))
+        return value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__[self.name] = value
+
+    def __delete__(self, instance: Any) -> None:
+        try:
+            del instance.__dict__[self.name]
+        except KeyError:
+            raise AttributeError(self.name) from None
+
+    def _default(self, owner: type | None) -> Any:
+        if self.default is _MISSING:
+            raise AttributeError(
+                f"{owner.__name__ if owner else '?'!r} object has no attribute {self.name!r}"
+            )
+        return self.default
+
+
+def saved_attributes(cls: type, names: tuple[str, ...] | list[str]) -> None:
+    """Let the arrays of objects that functions of class ``cls`` keep as attributes be saved as well.
+
+    Arrays that a function keeps as attributes themselves, or in a tuple or list, are found without this.
+    It is for functions that keep objects which keep arrays.
+
+    Args:
+        cls: A subclass of :class:`chainer.FunctionNode` or :class:`chainer.Function`.
+        names: The attributes that hold such objects.
+
+    Raises:
+        TypeError: If ``cls`` is not such a class or a name is not a string.
+    """
+    import chainer
+
+    if not (isinstance(cls, type) and issubclass(cls, chainer.FunctionNode | chainer.Function)):
+        raise TypeError(
+            f"cls={cls!r} is not a subclass of chainer.FunctionNode or chainer.Function"
+        )
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names={names!r} is not a list of attribute names")
+    _nested[cls] = (*_nested.get(cls, ()), *names)
+
+
+def save_attributes(
+    func: Any, save: Callable[[Any], Saved | None], is_array: Callable[[type], bool]
+) -> list[Saved]:
+    """Replace the arrays among the attributes of a function by what stands in for them.
+
+    Args:
+        func: A function node that has been applied.
+        save: Returns what stands in for an array, or ``None`` to leave it.
+        is_array: Tells whether objects of a type are arrays.
+
+    Returns:
+        All that is saved.
+    """
+    group: list[Saved] = []
+    for holder in _holders(func):
+        attributes = holder.__dict__
+        cls = type(holder)
+        for name, value in list(attributes.items()):
+            kind = type(value)
+            replacement: Any = None
+            if kind is Saved:
+                group.append(value)
+            elif is_array(kind):
+                replacement = save(value)
+                if replacement is not None:
+                    group.append(replacement)
+            elif kind is tuple and any(is_array(type(item)) for item in value):
+                items = [(save(item) if is_array(type(item)) else None) or item for item in value]
+                saved = [item for item in items if type(item) is Saved]
+                if saved:
+                    replacement = SavedTuple(items)
+                    group += saved
+            elif kind is SavedTuple:
+                group += [item for item in value if type(item) is Saved]
+            elif kind is list and any(
+                is_array(type(item)) or type(item) is Saved for item in value
+            ):
+                # Readers of the attribute get the list restored; other holders of it would not.
+                if sys.getrefcount(value) <= _LIST_REFERENCES and _descriptor(cls, name):
+                    group += _save_list(value, save, is_array)
+            if replacement is not None and _descriptor(cls, name):
+                attributes[name] = replacement
+            value = None
+    return group
+
+
+# References to a list in ``save_attributes``: of the attribute, of the copied items, and of the local
+# variable and the argument of getrefcount.
+_LIST_REFERENCES = 5
+
+
+def _save_list(
+    value: list[Any], save: Callable[[Any], Saved | None], is_array: Callable[[type], bool]
+) -> Iterator[Saved]:
+    for index, item in enumerate(value):
+        if is_array(type(item)):
+            value[index] = save(item) or item
+        if type(value[index]) is Saved:
+            yield value[index]
+
+
+def _holders(func: Any) -> list[Any]:
+    """Return the objects whose attributes are searched: the node, its old-style function, nested objects."""
+    holders = [func]
+    wrapped = func.__dict__.get("_function")
+    if wrapped is not None:
+        holders.append(wrapped)
+    if _nested:
+        for holder in tuple(holders):
+            for cls in type(holder).__mro__:
+                for name in _nested.get(cls, ()):
+                    value = holder.__dict__.get(name)
+                    if hasattr(value, "__dict__"):
+                        holders.append(value)
+    return holders
+
+
+def _descriptor(cls: type, name: str) -> bool:
+    """Set the descriptor on ``cls`` if there is none yet. Returns whether there is one now."""
+    found = cls.__dict__.get(name, _MISSING)
+    if type(found) is _SavedAttribute:
+        return True
+    inherited = getattr(cls, name, _MISSING)
+    if hasattr(type(inherited), "__get__"):  # a method, a property, a slot: not a plain attribute
+        return False
+    try:
+        setattr(cls, name, _SavedAttribute(name, inherited))
+    except (AttributeError, TypeError):  # a class of C, or one that refuses
+        return False
+    return True

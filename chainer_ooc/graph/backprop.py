@@ -1,0 +1,229 @@
+"""Where functions run, forward and backward: what they keep is saved, and fetched when they need it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from chainer_ooc import mode
+from chainer_ooc.graph import attributes, nodes
+from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.storage import Saved
+
+__all__ = ["adopt", "install"]
+
+_RECORD = "_ooc_record"
+_USED = "_ooc_used"
+
+#: A function may need this many times the bytes of its inputs and outputs for itself (im2col needs
+#: twice the size of its kernel): with less room than that, its allocations are watched.
+_EXPANSION = 128
+
+# Functions that have been applied and not been looked at yet, with their ``single_backward``:
+# while memory is plenty nobody looks.
+_pending: deque[tuple[weakref.ref[Any], bool]] = deque()
+_most_pending = 4096
+_stock: dict[str, Any] = {}
+_install_lock = threading.Lock()
+
+
+class Record:
+    """What a function saved.
+
+    Attributes:
+        group: All that stands in for its arrays.
+        drop: They are dropped after their last use (``single_backward``).
+    """
+
+    __slots__ = ("drop", "group")
+
+    def __init__(self, group: list[Saved], drop: bool) -> None:
+        self.group = group
+        self.drop = drop
+
+
+def install() -> None:
+    """Patch Chainer, once."""
+    import chainer
+    from chainer import _backprop_utils
+    from chainer.functions.normalization import batch_normalization
+
+    with _install_lock:
+        if _stock:
+            return
+        nodes.install(_stand_in)
+        attributes.saved_attributes(batch_normalization.BatchNormalization, ["_impl"])
+        attributes.saved_attributes(batch_normalization.BatchNormalizationGrad, ["_impl"])
+        _stock["apply"] = chainer.FunctionNode.apply
+        _stock["backprop_step"] = _backprop_utils.backprop_step
+        chainer.FunctionNode.apply = _apply
+        _backprop_utils.backprop_step = _backprop_step
+
+
+def _apply(self: Any, inputs: Any) -> Any:
+    settings = mode.current()
+    if settings is None:
+        return _stock["apply"](self, inputs)
+    manager = _before(self, inputs)
+    if manager is None:
+        return _stock["apply"](self, inputs)
+    outputs = _run(self, manager, _stock["apply"], self, inputs)
+    if self.inputs is not None and not self._is_chainerx_fallback_mode:
+        _pending.append((weakref.ref(self), settings.single_backward))
+        if len(_pending) > _most_pending:
+            _forget_dead()
+    if settings.swap_all:
+        adopt()
+        manager.move_all_out()
+    elif not mode.local.depth:
+        manager.make_room(0)
+    return outputs
+
+
+def _backprop_step(
+    func: Any, target_input_indexes: Any, grad_outputs: Any, grad_inputs: Any, is_debug: Any
+) -> None:
+    step = _stock["backprop_step"]
+    record = func.__dict__.get(_RECORD)
+    settings = mode.current()
+    if record is None and settings is None:
+        return step(func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
+    manager = _before(func, [gy for gy in grad_outputs if gy is not None]) if settings else None
+    outer = mode.local.trusted
+    mode.local.trusted = _is_chainers(func)
+    arrays = []
+    try:
+        if record is not None:
+            arrays = _fetch(record, manager)
+        if manager is None:
+            step(func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
+        else:
+            _run(
+                func, manager, step, func, target_input_indexes, grad_outputs, grad_inputs, is_debug
+            )
+    finally:
+        mode.local.trusted = outer
+        arrays.clear()
+        if record is not None:
+            for owner, group in _by_manager(record.group):
+                owner.finish(group, record.drop)
+        else:
+            func.__dict__[_USED] = True
+        if settings and settings.swap_all and manager is not None:
+            manager.move_all_out()
+
+
+def _before(func: Any, inputs: Any) -> SwapManager | None:
+    """Return the manager of the inputs' device; watch the thread's allocations if memory could get short."""
+    manager = None
+    nbytes = 0
+    for x in inputs:
+        array = x if type(x) is np.ndarray else getattr(x, "raw_array", None)
+        if manager is None:
+            manager = mode.manager_for(array)
+        if array is not None:
+            nbytes += array.nbytes
+    if manager is None:
+        return None
+    if not mode.local.hooked and manager.device.used_bytes() + _EXPANSION * nbytes > manager.low:
+        mode.hook_allocations()
+    return manager
+
+
+def _run(func: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
+    """Call a function of the graph; turn a failed allocation into the error that says why."""
+    local = mode.local
+    local.depth += 1
+    start = local.peak = manager.device.used_bytes()
+    try:
+        return call(*args)
+    except MemoryError as error:
+        reason, local.error = local.error, None
+        if reason is None:
+            raise
+        raise _naming(reason, func) from error
+    finally:
+        local.depth -= 1
+        manager.note_growth(local.peak - start)
+
+
+def _naming(reason: BaseException, func: Any) -> BaseException:
+    if isinstance(reason, MemoryError):
+        shapes = ", ".join(str(x.shape) for x in func.inputs or ())
+        name = f"{func.label}({shapes})" if shapes else func.label
+        return type(reason)(str(reason).replace("the function that runs now", name))
+    return reason
+
+
+def _fetch(record: Record, manager: SwapManager | None) -> list[Any]:
+    arrays = []
+    for owner, group in _by_manager(record.group):
+        arrays += owner.fetch(group, mode.local.trusted)
+        if manager is owner:
+            owner.prefetch(min(saved.storage.sequence for saved in group))
+    return arrays
+
+
+def _by_manager(group: list[Saved]) -> list[tuple[SwapManager, list[Saved]]]:
+    managers: dict[SwapManager, list[Saved]] = {}
+    for saved in group:
+        managers.setdefault(saved.storage.manager, []).append(saved)
+    return list(managers.items())
+
+
+def adopt() -> None:
+    """Save what the functions keep that have been applied since the last time."""
+    while _pending:
+        reference, drop = _pending.popleft()
+        func = reference()
+        if func is not None and func.inputs is not None and _RECORD not in func.__dict__:
+            _save(func, drop)
+
+
+def _save(func: Any, drop: bool) -> None:
+    label = func._impl_name
+
+    def save(array: Any) -> Saved | None:
+        manager = mode.manager_for(array)
+        return None if manager is None else manager.save(array, label)
+
+    group = nodes.save_inputs(func, save) + nodes.save_outputs(func, save)
+    group += attributes.save_attributes(func, save, _is_array)
+    if not group:
+        return
+    func.__dict__[_RECORD] = Record(group, drop)
+    used = func.__dict__.pop(_USED, False)
+    for owner, saved in _by_manager(group):
+        owner.expect(saved)
+        if used:
+            owner.finish(saved, drop)
+
+
+def _is_array(kind: type) -> bool:
+    return kind is np.ndarray
+
+
+def _is_chainers(func: Any) -> bool:
+    """Tell whether a function is one of Chainer's, which leave what they retain as it is."""
+    wrapped = func.__dict__.get("_function")
+    module = type(func if wrapped is None else wrapped).__module__
+    return module.startswith(("chainer.", "chainermn."))
+
+
+def _stand_in(saved: Saved) -> Any:
+    """Return an array with no elements of the type and device of what is saved."""
+    return saved.storage.manager.device.stand_in
+
+
+def _forget_dead() -> None:
+    """Leave out functions that died; look again when there are twice as many as live."""
+    global _most_pending
+    for _ in range(len(_pending)):
+        entry = _pending.popleft()
+        if entry[0]() is not None:
+            _pending.append(entry)
+    _most_pending = max(4096, 2 * len(_pending))

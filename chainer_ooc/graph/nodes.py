@@ -1,0 +1,99 @@
+"""Arrays that the nodes of Chainer's graph keep: ``VariableNode._data`` and ``_retained_output_data``.
+
+Both become properties of their classes. The value stays where it was, in the instance's ``__dict__``
+under the same name; where it is what stands in for an array, readers get the array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from chainer_ooc.graph.attributes import SavedTuple
+from chainer_ooc.swap.storage import Saved
+
+__all__ = ["install", "save_inputs", "save_outputs"]
+
+
+def _get_data(node: Any) -> Any:
+    data = node.__dict__.get("_data")
+    return data.get() if type(data) is Saved else data
+
+
+def _set_data(node: Any, data: Any) -> None:
+    node.__dict__["_data"] = data
+
+
+def _get_retained(func: Any) -> Any:
+    retained = func.__dict__.get("_retained_output_data")
+    return retained.get() if type(retained) is SavedTuple else retained
+
+
+def _set_retained(func: Any, retained: Any) -> None:
+    func.__dict__["_retained_output_data"] = retained
+
+
+def install(stand_in: Callable[[Saved], Any]) -> None:
+    """Make the properties of Chainer's classes, once.
+
+    Args:
+        stand_in: Returns an array of the type and on the device of what is saved, with no data.
+
+    Raises:
+        RuntimeError: If Chainer was imported without the import hook.
+    """
+    import chainer
+    from chainer import variable
+
+    if not hasattr(variable, "_peek"):
+        raise RuntimeError(
+            "Chainer was imported before chainer_ooc's import hook was installed; import chainer_ooc first"
+        )
+
+    def peek(node: Any) -> Any:
+        data = node.__dict__.get("_data")
+        return stand_in(data) if type(data) is Saved else data
+
+    variable._peek = peek
+    variable.VariableNode._data = property(_get_data, _set_data)
+    chainer.FunctionNode._retained_output_data = property(_get_retained, _set_retained)
+
+
+def save_inputs(func: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
+    """Save the arrays of the retained inputs. Leaves (parameters, input data) stay as they are."""
+    group = []
+    for index in func._input_indexes_to_retain or ():
+        node = func.inputs[index]
+        if node is not None and node._creator_node is not None:
+            group += _save_node(node, save)
+    return group
+
+
+def save_outputs(func: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
+    """Save the arrays of the retained outputs: where the output's node has them, and where the function has."""
+    group = []
+    for index in func._output_indexes_to_retain or ():
+        node = func.outputs[index]()
+        if node is not None:
+            group += _save_node(node, save)
+    retained = func.__dict__.get("_retained_output_data")
+    if type(retained) is tuple:
+        retained = SavedTuple(
+            [None if array is None else save(array) or array for array in retained]
+        )
+        func.__dict__["_retained_output_data"] = retained
+    if retained is not None:
+        group += [item for item in retained if type(item) is Saved]
+    return group
+
+
+def _save_node(node: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
+    data = node.__dict__.get("_data")
+    if data is None:
+        return []
+    if type(data) is not Saved:
+        data = save(data)
+        if data is None:
+            return []
+        node.__dict__["_data"] = data
+    return [data]

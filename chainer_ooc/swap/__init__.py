@@ -1,0 +1,1 @@
+"""The engine: moves storages out of a device's memory and back. It knows nothing of Chainer."""

@@ -1,0 +1,1 @@
+"""What holds the arrays: NumPy in RAM (``ram.py``), CuPy on a GPU (``cuda.py``)."""

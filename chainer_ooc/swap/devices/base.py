@@ -1,0 +1,102 @@
+"""What the manager asks of a device: its memory, arrays in it, and copies of storages outside it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from chainer_ooc.swap.storage import Layout
+
+__all__ = ["Copy", "Device", "Location", "Transfer"]
+
+
+class Location(NamedTuple):
+    """Where an array's memory is.
+
+    Attributes:
+        owner: The object that owns the allocation; the allocation is freed when nobody refers to it.
+        nbytes: The allocation's size (bytes).
+        address: The allocation's first address.
+        offset: Bytes from there to the array's first element.
+    """
+
+    owner: Any
+    nbytes: int
+    address: int
+    offset: int
+
+
+class Copy(Protocol):
+    """The bytes of one storage outside the device's memory."""
+
+    def free(self) -> None:
+        """Give the space back. Nothing may be reading or writing it."""
+
+
+class Transfer(Protocol):
+    """A copy under way, in either direction."""
+
+    copy: Copy
+
+    def done(self) -> bool:
+        """Tell whether it has ended, well or badly, without waiting."""
+
+    def join(self) -> None:
+        """Make what the calling thread does from now on happen after the transfer.
+
+        On a GPU that is an order between streams, with no wait of the host.
+
+        Raises:
+            OSError: If it failed.
+        """
+
+    def wait(self) -> None:
+        """Wait until it has ended, well or badly. Raises nothing."""
+
+
+class Device(Protocol):
+    """The memory of one device and the way out of it and back."""
+
+    name: str
+    stand_in: Any  #: an array of the device without elements
+
+    def locate(self, array: Any) -> Location | None:
+        """Return where ``array`` lies, or ``None`` for an array that must stay where it is."""
+
+    def view(self, owner: Any, origin: int, layout: Layout) -> Any:
+        """Return the array of that layout in the storage at byte ``origin`` of ``owner``."""
+
+    def copy_out(self, owner: Any, origin: int, nbytes: int) -> Transfer:
+        """Begin to copy a storage out.
+
+        Raises:
+            SwapSpaceError: If there is no space for it outside.
+            OSError: If it cannot be begun.
+        """
+
+    def copy_in(self, copy: Copy, nbytes: int, phase: int) -> tuple[Any, int, Transfer]:
+        """Allocate memory and begin to copy a storage in. Returns its owner, its origin and the transfer.
+
+        Raises:
+            MemoryError: If there is no memory for it.
+        """
+
+    def used_bytes(self) -> int:
+        """Return the bytes that count against the limit now."""
+
+    def peak_bytes(self) -> int:
+        """Return the most that :meth:`used_bytes` has been, as measured by the system."""
+
+    def capacity(self) -> int:
+        """Return the bytes that a limit of ``None`` means."""
+
+    def total_bytes(self) -> int:
+        """Return the bytes that a limit of 1.0 means."""
+
+    def trim(self) -> None:
+        """Give freed memory that the allocator keeps back to the system."""
+
+    def after_fork(self) -> None:
+        """In a forked child: threads are gone, and the space outside is the parent's, to be read only."""
+
+    def close(self) -> None:
+        """End threads and give up all space outside."""

@@ -1,0 +1,230 @@
+"""NumPy arrays: out of RAM into the swap file and back, by threads, with direct I/O."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from chainer_ooc.swap import process_memory
+from chainer_ooc.swap.devices.base import Location
+from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
+from chainer_ooc.swap.storage import Layout
+
+__all__ = ["RamDevice"]
+
+#: Threads that copy, and the largest piece of a storage that one copies at a time (bytes).
+THREADS, PIECE = 4, 16 << 20
+
+
+class FileCopy:
+    """A storage's bytes: pages in the swap file, and the unaligned bytes before and after them in RAM.
+
+    Direct I/O moves only whole, aligned pages of memory. An allocation begins and ends somewhere in a
+    page: those ends, less than two pages, are kept here.
+    """
+
+    def __init__(self, file: SwapFile, nbytes: int, phase: int) -> None:
+        self.head = min(-phase % ALIGNMENT, nbytes)
+        self.body = (nbytes - self.head) // ALIGNMENT * ALIGNMENT
+        self.ends: tuple[bytes, bytes] = (b"", b"")
+        self.file = file
+        self.offset = file.allocate(self.body) if self.body else -1
+
+    def free(self) -> None:
+        """Give the block back to the file."""
+        if self.offset >= 0:
+            self.file.free(self.offset, self.body)
+            self.offset = -1
+
+    def pieces(
+        self, memory: memoryview, move: Callable[[int, memoryview], None]
+    ) -> list[Callable[[], None]]:
+        """Return the calls that move the body between the file and ``memory``, the storage's bytes."""
+        return [
+            functools.partial(
+                _move,
+                move,
+                self.offset + start,
+                memory[self.head + start : self.head + min(start + PIECE, self.body)],
+            )
+            for start in range(0, self.body, PIECE)
+        ]
+
+
+def _move(move: Callable[[int, memoryview], None], offset: int, piece: memoryview) -> None:
+    # Released here, before the transfer counts as done: whoever then asks who holds the storage's
+    # memory must not find a thread that is about to let go.
+    with piece:
+        move(offset, piece)
+
+
+class FileTransfer:
+    """Pieces of a :class:`FileCopy` that threads are writing or reading."""
+
+    def __init__(self, copy: FileCopy, futures: list[Future[None]]) -> None:
+        self.copy = copy
+        self._futures = futures
+
+    def done(self) -> bool:
+        """Tell whether all pieces have ended."""
+        return all(future.done() for future in self._futures)
+
+    def wait(self) -> None:
+        """Wait for all pieces, well or badly ended."""
+        for future in self._futures:
+            future.exception()
+
+    def join(self) -> None:
+        """Wait for all pieces; raise the first error."""
+        self.wait()
+        for future in self._futures:
+            future.result()
+
+
+class RamDevice:
+    """The process's own memory, as NumPy's arrays have it.
+
+    Args:
+        directory: Where the swap file is made.
+    """
+
+    name = "RAM"
+    stand_in = np.empty(0, np.uint8)
+
+    def __init__(self, directory: str) -> None:
+        self.file = SwapFile(directory)
+        self._resident = process_memory.ResidentMemory()
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def locate(self, array: Any) -> Location | None:
+        """Return where a plain NumPy array lies; ``None`` if its memory is not NumPy's or not dense."""
+        owner = array
+        while (base := owner.base) is not None:
+            if type(base) is not np.ndarray:
+                return None
+            owner = base
+        if type(array) is not np.ndarray or array.dtype.hasobject or not owner.flags.owndata:
+            return None
+        if not _is_dense(owner):
+            return None
+        start = owner.__array_interface__["data"][0]
+        address = start if array is owner else array.__array_interface__["data"][0]
+        return Location(owner, owner.nbytes, start, address - start)
+
+    def view(self, owner: np.ndarray, origin: int, layout: Layout) -> np.ndarray:
+        """Return the array of that layout in ``owner``, with ``owner`` as its base."""
+        array: np.ndarray = np.ndarray(
+            layout.shape, layout.dtype, _dense_order(owner), origin + layout.offset, layout.strides
+        )
+        if not layout.writeable:
+            array.flags.writeable = False
+        return array
+
+    def copy_out(self, owner: np.ndarray, origin: int, nbytes: int) -> FileTransfer:
+        """Begin to write a storage to the swap file."""
+        memory = _bytes_of(owner)[origin : origin + nbytes]
+        copy = FileCopy(self.file, nbytes, _address(owner) + origin)
+        tail = copy.head + copy.body
+        copy.ends = (bytes(memory[: copy.head]), bytes(memory[tail:]))
+        return self._start(copy, copy.pieces(memory, copy.file.write))
+
+    def copy_in(
+        self, copy: FileCopy, nbytes: int, phase: int
+    ) -> tuple[np.ndarray, int, FileTransfer]:
+        """Allocate memory at the same place in a page and begin to read a storage into it."""
+        owner = np.empty(nbytes + ALIGNMENT, np.uint8)
+        origin = (phase - _address(owner)) % ALIGNMENT
+        memory = _bytes_of(owner)[origin : origin + nbytes]
+        tail = copy.head + copy.body
+        memory[: copy.head], memory[tail:] = copy.ends
+        return owner, origin, self._start(copy, copy.pieces(memory, copy.file.read))
+
+    def used_bytes(self) -> int:
+        """Return the resident memory (bytes)."""
+        return self._resident.bytes()
+
+    def peak_bytes(self) -> int:
+        """Return the highest resident memory since the process began (bytes)."""
+        return self._resident.peak_bytes()
+
+    def capacity(self) -> int:
+        """Return what this process has and what is available to it, less a reserve of 5 % (bytes)."""
+        free = process_memory.available_bytes()
+        ranks = _ranks_of_this_node()
+        return self.used_bytes() + int(free * 0.95) // ranks
+
+    def total_bytes(self) -> int:
+        """Return this process's share of the memory there is (bytes)."""
+        return process_memory.physical_bytes() // _ranks_of_this_node()
+
+    def trim(self) -> None:
+        """Give free memory of malloc's heaps back to the system."""
+        process_memory.trim()
+
+    def move_to(self, directory: str) -> None:
+        """Make the swap file in another directory from now on; copies in the old one stay readable there."""
+        if directory != self.file.directory:
+            self.file = SwapFile(directory)
+
+    def after_fork(self) -> None:
+        """Start with no threads and with a file of one's own."""
+        self._pool, self._lock = None, threading.Lock()
+        self.file.after_fork()
+        self.file = SwapFile(self.file.directory)
+
+    def close(self) -> None:
+        """End the threads and give the file's space back."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool:
+            pool.shutdown()
+        self.file.close()
+
+    def _start(self, copy: FileCopy, jobs: list[Callable[[], None]]) -> FileTransfer:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(THREADS, "chainer_ooc-copy")
+            return FileTransfer(copy, [self._pool.submit(job) for job in jobs])
+
+
+def _is_dense(owner: np.ndarray) -> bool:
+    if owner.flags.c_contiguous or owner.flags.f_contiguous:
+        return True
+    return _dense_order(owner).flags.c_contiguous
+
+
+def _dense_order(owner: np.ndarray) -> np.ndarray:
+    """Return ``owner`` with its axes in the order of memory: C-contiguous if it is dense."""
+    if owner.flags.c_contiguous:
+        return owner
+    return owner.transpose(sorted(range(owner.ndim), key=lambda axis: -owner.strides[axis]))
+
+
+def _bytes_of(owner: np.ndarray) -> memoryview:
+    return memoryview(_dense_order(owner).reshape(-1).view(np.uint8))
+
+
+def _address(owner: np.ndarray) -> int:
+    return int(owner.__array_interface__["data"][0])
+
+
+def _ranks_of_this_node() -> int:
+    """Return how many ranks the launcher started on this machine; 1 without a launcher."""
+    for name in (
+        "MPI_LOCALNRANKS",  # MPICH and its kin
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "PALS_LOCAL_SIZE",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+        "SLURM_NTASKS_PER_NODE",
+    ):
+        value = os.environ.get(name, "")
+        if value.isdigit() and int(value) > 0:
+            return int(value)
+    return 1

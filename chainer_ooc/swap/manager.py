@@ -1,0 +1,425 @@
+"""SwapManager: what is resident, what goes out, what comes back, and room under the limit."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
+from chainer_ooc.settings import Settings
+from chainer_ooc.swap.devices.base import Device
+from chainer_ooc.swap.mover import Counters, Mover
+from chainer_ooc.swap.storage import Layout, Saved, State, Storage
+
+__all__ = ["SwapManager"]
+
+#: This share of the limit is left for what nobody announces: Python's objects, BLAS buffers.
+MARGIN = 1 / 64
+#: The low-water mark, as a share of the limit: past it, copies go out behind the computation.
+LOW_WATER = 0.8
+#: Most bytes on their way out at a time.
+IN_FLIGHT = 256 << 20
+_EVERYTHING = 1 << 62
+
+
+class SwapManager:
+    """Moves the storages of one device.
+
+    Nothing moves while the device's memory is below the low-water mark. Past it, the oldest storages that
+    nobody else holds are copied out behind the computation: backward needs them last. When there is no
+    room for what is announced (:meth:`make_room`), storages give up their memory: those that backward has
+    used first, then the oldest; those with a valid copy before those that must be copied yet.
+
+    All methods may be called from any thread; transfers run beside them.
+
+    Args:
+        device: The memory and the way out of it.
+        settings: Returns the settings in force in the calling thread.
+        adopt: Called when memory is no longer plenty: save what was put off until then.
+        is_trusted: Tells whether the code that reads arrays in the calling thread leaves them as they are.
+
+    Attributes:
+        headroom: What functions took for themselves of late (bytes): left free when fetching ahead.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        settings: Callable[[], Settings],
+        adopt: Callable[[], None] = lambda: None,
+        is_trusted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.device = device
+        self.settings = settings
+        self.adopt = adopt
+        self.is_trusted = is_trusted
+        self.headroom = 0
+        self._mover = Mover(device, self._reclaim)
+        self._lock = threading.RLock()
+        # The storages that live, in the order of saving.
+        self._storages: dict[int, weakref.ref[Storage]] = {}
+        self._sequence = 0
+        self._limit: tuple[Any, int] = (object(), 0)
+        self._warned_bytes = 0
+
+    @property
+    def counters(self) -> Counters:
+        """What has been done so far."""
+        return self._mover.counters
+
+    @property
+    def busy(self) -> bool:
+        """Whether the calling thread is inside one of these methods."""
+        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+    # The limit.
+
+    @property
+    def limit(self) -> int:
+        """The limit in force (bytes)."""
+        wanted = self.settings().limit
+        if self._limit[0] != wanted or type(self._limit[0]) is not type(wanted):
+            if wanted is None:
+                nbytes = self.device.capacity()
+            elif isinstance(wanted, float):
+                nbytes = int(wanted * self.device.total_bytes())
+            else:
+                nbytes = wanted
+            self._limit = (wanted, nbytes)
+        return self._limit[1]
+
+    @property
+    def high(self) -> int:
+        """The high-water mark (bytes): room is made so that memory stays below it."""
+        return int(self.limit * (1 - MARGIN))
+
+    @property
+    def low(self) -> int:
+        """The low-water mark (bytes): nothing moves below it."""
+        return int(self.limit * LOW_WATER)
+
+    # What the graph asks.
+
+    def save(self, array: Any, label: str) -> Saved | None:
+        """Return what stands in for ``array``, or ``None`` if it must stay as it is.
+
+        Args:
+            array: An array of this device.
+            label: The function that saves it.
+        """
+        location = self.device.locate(array)
+        if location is None or location.nbytes < max(self.settings().min_bytes, 1):
+            return None
+        with self._lock:
+            storage = self._mover.find(location.owner)
+            if storage is None:
+                self._mover.clear_graves()
+                self._sequence += 1
+                storage = Storage(
+                    self, self._sequence, location.owner, location.nbytes, location.address, label
+                )
+                self._storages[self._sequence] = weakref.ref(storage)
+                self._mover.adopt(storage)
+            layout = Layout(
+                array.dtype,
+                array.shape,
+                array.strides,
+                location.offset - storage.origin,
+                getattr(array.flags, "writeable", True),
+            )
+            return Saved(storage, layout, array)
+
+    def expect(self, group: Iterable[Saved]) -> None:
+        """Tell that one more function will use ``group`` in backward."""
+        with self._lock:
+            for storage in {saved.storage for saved in group}:
+                storage.expected += 1
+
+    def read(self, saved: Saved, trusted: bool = False) -> Any:
+        """Return the array of ``saved``, fetched first where it is out.
+
+        Args:
+            saved: What stands in for it.
+            trusted: The reader does not write to it, so that the copy outside stays valid.
+
+        Raises:
+            GraphReleasedError: If it was dropped after its last use.
+            OSError: If the copy cannot be read, twice.
+        """
+        storage = saved.storage
+        with self._lock:
+            array = saved.alive()
+            if storage.state is State.DROPPED:
+                if array is not None:
+                    return array
+                raise GraphReleasedError(
+                    f"an array that {storage.label} saved was dropped after its use in backward, because "
+                    "single_backward=True; to run backward through a graph twice, or to read its arrays "
+                    "after it, enable out-of-core mode with single_backward=False"
+                )
+            if storage.resident:
+                self.counters.hits += 1
+            else:
+                self._begin_in(storage)
+                self._mover.end_in(storage)
+            if array is None:
+                array = self.device.view(storage.owner, storage.origin, saved.layout)
+                saved.remember(array)
+            if not trusted and saved.layout.writeable:
+                self._mover.taint(storage)
+            return array
+
+    def fetch(self, group: Sequence[Saved], trusted: bool) -> list[Any]:
+        """Return the arrays of ``group``; their transfers are all begun before one is waited for."""
+        with self._lock:
+            # What is resident first: held by this list, it cannot be released for the others.
+            arrays = {id(s): self.read(s, trusted) for s in group if s.storage.resident}
+            for saved in group:
+                self._begin_in(saved.storage)
+            return [arrays.get(id(s)) if id(s) in arrays else self.read(s, trusted) for s in group]
+
+    def note_growth(self, nbytes: int) -> None:
+        """Tell how many bytes a function took for itself."""
+        self.headroom = max(nbytes, self.headroom * 3 // 4)
+
+    def prefetch(self, before: int) -> None:
+        """Begin to fetch what backward needs next, as far ahead as free memory allows.
+
+        Args:
+            before: The lowest sequence number in use now: what was saved before it is needed next.
+        """
+        with self._lock:
+            room: int | None = None
+            for storage in self._in_order(newest_first=True):
+                if storage.state is not State.OUT or storage.sequence >= before or storage.used:
+                    continue
+                if room is None:
+                    coming = sum(s.nbytes for s in self._in_order() if s.state is State.COMING_IN)
+                    room = self.high - self.device.used_bytes() - self.headroom - coming
+                if room < storage.nbytes:
+                    room += self._release_clean(storage.nbytes - room, used_only=True)
+                if room < storage.nbytes:
+                    return
+                room -= storage.nbytes
+                self._begin_in(storage)
+                self.counters.prefetched += 1
+
+    def finish(self, group: Iterable[Saved], drop: bool) -> None:
+        """Tell that a function has used ``group`` in backward.
+
+        Args:
+            group: What it had saved.
+            drop: What no other function will use is not needed again.
+        """
+        with self._lock:
+            for storage in {saved.storage for saved in group}:
+                storage.expected -= 1
+                if drop and storage.used:
+                    self._mover.drop(storage)
+                elif storage.resident and storage.held:
+                    # Backward gave it to somebody, a gradient say, who may write to it.
+                    self._mover.taint(storage)
+
+    # Room.
+
+    def make_room(self, nbytes: int) -> bool:
+        """Make room under the limit for ``nbytes`` that are about to be allocated.
+
+        Returns:
+            Whether there is room now.
+
+        Raises:
+            SwapSpaceError: If there is no more space outside.
+        """
+        if self.device.used_bytes() + nbytes <= self.low:
+            return True
+        with self._lock:
+            self.adopt()
+            self._mover.clear_graves()
+            self._reclaim(nbytes)
+            used = self.device.used_bytes()
+            if used + nbytes > self.low:
+                self._write_behind(used + nbytes - self.low)
+            return used + nbytes <= self.high
+
+    def move_all_out(self) -> None:
+        """Move every storage out that nobody else holds."""
+        with self._lock:
+            self._mover.clear_graves()
+            self._push_out(_EVERYTHING)
+
+    def _reclaim(self, nbytes: int) -> None:
+        """Give up memory until ``nbytes`` fit below the high-water mark, or nothing is left to give up."""
+
+        def excess() -> int:
+            return self.device.used_bytes() + nbytes - self.high
+
+        if excess() <= 0:
+            return
+        self.device.trim()
+        for step in (
+            self._release_clean,
+            self._release_leaving,
+            self._push_out,
+            self._release_arrivals,
+        ):
+            missing = excess()
+            if missing <= 0:
+                return
+            if step(missing):
+                self.device.trim()
+
+    def _release_clean(self, nbytes: int, used_only: bool = False) -> int:
+        """Release storages whose copy is valid: the used ones, then the oldest. Returns bytes."""
+        self._settle()
+        freed = 0
+        for used in (True,) if used_only else (True, False):
+            for storage in self._in_order():
+                if freed >= nbytes:
+                    return freed
+                if storage.state is State.BOTH and storage.used is used:
+                    freed += self._release_unless_held(storage)
+        return freed
+
+    def _release_leaving(self, nbytes: int) -> int:
+        """Wait for storages on their way out and release them, the first first. Returns bytes."""
+        freed = 0
+        leaving = self._mover.leaving
+        while leaving and freed < nbytes:
+            storage = leaving.popleft()()
+            if storage is not None and storage.state is State.GOING_OUT:
+                self._mover.end_out(storage)
+                freed += self._release_unless_held(storage)
+        return freed
+
+    def _push_out(self, nbytes: int) -> int:
+        """Copy storages out and release them: the oldest first, the used ones last. Returns bytes."""
+        freed = 0
+        for used in (False, True):
+            for storage in self._in_order():
+                if freed + self._bytes_leaving() >= nbytes:
+                    break
+                if storage.state is State.RESIDENT and storage.used is used and not storage.held:
+                    self._mover.begin_out(storage)
+                    if self._bytes_leaving() > IN_FLIGHT:
+                        freed += self._release_leaving(1)
+        return freed + self._release_leaving(nbytes)
+
+    def _release_arrivals(self, nbytes: int) -> int:
+        """Release storages that were fetched ahead of their use, the last needed first. Returns bytes."""
+        freed = 0
+        for storage in self._in_order():
+            if freed < nbytes and storage.state is State.COMING_IN:
+                self._mover.end_in(storage)
+                freed += self._release_unless_held(storage)
+        return freed
+
+    def _release_unless_held(self, storage: Storage) -> int:
+        if storage.state is not State.BOTH or storage.held:
+            return 0
+        self._mover.release(storage)
+        return storage.nbytes
+
+    def _begin_in(self, storage: Storage) -> None:
+        if storage.state is State.OUT:
+            self._reclaim(storage.nbytes)
+            self._mover.begin_in(storage)
+
+    def _write_behind(self, nbytes: int) -> None:
+        """Begin to copy the oldest storages out, until ``nbytes`` could be released at once."""
+        self._settle()
+        leaving = self._bytes_leaving()
+        for storage in self._in_order():
+            if nbytes <= 0:
+                return
+            if storage.used:
+                continue
+            if storage.state is State.RESIDENT and leaving < IN_FLIGHT and not storage.held:
+                self._mover.begin_out(storage)
+                leaving += storage.nbytes
+            if storage.state in (State.GOING_OUT, State.BOTH):
+                nbytes -= storage.nbytes
+
+    def _settle(self) -> None:
+        """Take note of the copies that have ended."""
+        leaving = self._mover.leaving
+        while leaving:
+            storage = leaving[0]()
+            if storage is not None and storage.state is State.GOING_OUT:
+                if storage.transfer is not None and not storage.transfer.done():
+                    return
+                leaving.popleft()
+                self._mover.end_out(storage)
+            else:
+                leaving.popleft()
+
+    def _bytes_leaving(self) -> int:
+        leaving = (reference() for reference in self._mover.leaving)
+        return sum(s.nbytes for s in leaving if s is not None and s.state is State.GOING_OUT)
+
+    # When there is none.
+
+    def shortage(self, nbytes: int, what: str) -> OutOfMemoryError | None:
+        """Return the error for ``nbytes`` that do not fit if ``strict``; else warn, if not yet, of so much."""
+        message = self._explain_shortage(nbytes, what)
+        if self.settings().strict:
+            return OutOfMemoryError(message)
+        over = self.device.used_bytes() + nbytes - self.limit
+        if over > self._warned_bytes * 1.25:
+            self._warned_bytes = over
+            warnings.warn(message, ResourceWarning, stacklevel=2)
+        return None
+
+    def _explain_shortage(self, nbytes: int, what: str) -> str:
+        used = self.device.used_bytes()
+        with self._lock:
+            resident = [storage for storage in self._in_order() if storage.owner is not None]
+            saved = sum(storage.nbytes for storage in resident)
+            held = sum(storage.nbytes for storage in resident if storage.held)
+        return (
+            f"{what} needs {_mib(nbytes)} more, and {_mib(used)} of the limit of {_mib(self.limit)} are in use: "
+            f"{_mib(held)} by saved arrays that something else holds, {_mib(saved - held)} by other saved arrays, "
+            f"{_mib(used - saved)} by parameters, gradients, temporaries and the interpreter. It needs "
+            f"limit={used + nbytes + int(self.limit * MARGIN)} ({_mib(used + nbytes)}) or a smaller batch."
+        )
+
+    # All of them.
+
+    def _in_order(self, newest_first: bool = False) -> Iterator[Storage]:
+        references = list(self._storages.values())
+        for reference in reversed(references) if newest_first else references:
+            storage = reference()
+            if storage is not None:
+                yield storage
+
+    def storages(self) -> list[Storage]:
+        """Return the storages that live, in the order of saving."""
+        with self._lock:
+            return list(self._in_order())
+
+    def after_fork(self) -> None:
+        """In a forked child: what the parent saved can be read, and nothing of the parent's is touched."""
+        self._lock = threading.RLock()
+        self.device.after_fork()
+
+    def bury(self, storage: Storage) -> None:
+        """Forget a dying storage. Called at any time in any thread, even inside these methods."""
+        self._storages.pop(storage.sequence, None)
+        self._mover.bury(storage)
+
+    def settle(self) -> None:
+        """Wait for all that is under way and give back the space of all that died."""
+        with self._lock:
+            for storage in self._in_order():
+                if storage.state is State.GOING_OUT:
+                    self._mover.end_out(storage)
+                elif storage.state is State.COMING_IN:
+                    self._mover.end_in(storage)
+            self._mover.wait_for_graves()
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 20):,.0f} MiB"

@@ -1,0 +1,220 @@
+"""Mover: the transitions of a storage, one method each. When to make them is the manager's business."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.swap.devices.base import Copy, Device, Transfer
+from chainer_ooc.swap.storage import State, Storage
+
+__all__ = ["Counters", "Mover"]
+
+
+@dataclasses.dataclass
+class Counters:
+    """What has been done so far. Bytes and seconds."""
+
+    bytes_out: int = 0
+    bytes_in: int = 0
+    storages_out: int = 0
+    storages_in: int = 0
+    hits: int = 0
+    prefetched: int = 0
+    stall_out_seconds: float = 0.0
+    stall_in_seconds: float = 0.0
+
+
+class Mover:
+    """Moves single storages of one device. Its caller holds the manager's lock.
+
+    Args:
+        device: The memory and the way out of it.
+        make_room: Called with a number of bytes when the device has no memory for a transfer.
+
+    Attributes:
+        counters: What has been done so far.
+        leaving: The storages that are going out, in the order in which they were begun.
+    """
+
+    def __init__(self, device: Device, make_room: Callable[[int], None]) -> None:
+        self.device = device
+        self.counters = Counters()
+        self.leaving: deque[weakref.ref[Storage]] = deque()
+        self._make_room = make_room
+        # The resident storages by the identity of their owner, which lives as long as it is here.
+        self._by_owner: dict[int, weakref.ref[Storage]] = {}
+        # What dead storages left: filled at any time by any thread.
+        self._graves: deque[tuple[Copy | None, Transfer | None]] = deque()
+
+    def find(self, owner: Any) -> Storage | None:
+        """Return the resident storage in the memory of ``owner``, if there is one."""
+        reference = self._by_owner.get(id(owner))
+        return reference() if reference else None
+
+    def adopt(self, storage: Storage) -> None:
+        """Let :meth:`find` find a resident storage."""
+        self._by_owner[id(storage.owner)] = weakref.ref(storage)
+
+    def begin_out(self, storage: Storage) -> None:
+        """RESIDENT -> GOING_OUT.
+
+        Raises:
+            SwapSpaceError: If there is no space for it outside; it stays RESIDENT.
+        """
+        storage.transfer = self._copy_out(storage)
+        storage.move_to(State.GOING_OUT)
+        storage.tainted = False
+        self.leaving.append(weakref.ref(storage))
+
+    def end_out(self, storage: Storage) -> None:
+        """GOING_OUT -> BOTH, or -> RESIDENT if somebody may have written to it meanwhile. Waits.
+
+        Raises:
+            SwapSpaceError: If it could not be written, twice; it is RESIDENT then.
+        """
+        transfer = storage.transfer
+        assert transfer is not None
+        start = time.perf_counter()
+        try:
+            try:
+                transfer.join()
+            except OSError:
+                transfer.copy.free()
+                transfer = self._copy_out(storage)
+                transfer.join()
+        except OSError as error:
+            storage.transfer = None
+            storage.move_to(State.RESIDENT)
+            transfer.copy.free()
+            raise SwapSpaceError(
+                error.errno,
+                f"{storage!r} could not be written to the swap file ({error.strerror}); it stays in memory, no data "
+                "was lost",
+            ) from error
+        finally:
+            self.counters.stall_out_seconds += time.perf_counter() - start
+        storage.transfer = None
+        if storage.tainted:
+            storage.move_to(State.RESIDENT)
+            transfer.copy.free()
+        else:
+            storage.copy = transfer.copy
+            storage.move_to(State.BOTH)
+
+    def release(self, storage: Storage) -> None:
+        """BOTH -> OUT: give up the memory."""
+        storage.move_to(State.OUT)
+        self._let_go(storage)
+
+    def begin_in(self, storage: Storage) -> None:
+        """OUT -> COMING_IN."""
+        copy = storage.copy
+        assert copy is not None
+        owner, origin, transfer = self._again_with_room(
+            storage.nbytes, lambda: self.device.copy_in(copy, storage.nbytes, storage.phase)
+        )
+        storage.owner, storage.origin, storage.transfer = owner, origin, transfer
+        storage.move_to(State.COMING_IN)
+        self.adopt(storage)
+        self.counters.bytes_in += storage.nbytes
+        self.counters.storages_in += 1
+
+    def end_in(self, storage: Storage) -> None:
+        """COMING_IN -> BOTH. Waits.
+
+        Raises:
+            OSError: If it could not be read, twice; it is OUT then.
+        """
+        start = time.perf_counter()
+        try:
+            self._join_arrival(storage)
+        except OSError:
+            self.begin_in(storage)
+            self._join_arrival(storage)
+        finally:
+            self.counters.stall_in_seconds += time.perf_counter() - start
+
+    def taint(self, storage: Storage) -> None:
+        """BOTH -> RESIDENT: somebody who may write has the array, so that its copy is worth nothing."""
+        if storage.state is State.GOING_OUT:
+            storage.tainted = True
+        elif storage.state is State.BOTH:
+            storage.move_to(State.RESIDENT)
+            copy, storage.copy = storage.copy, None
+            assert copy is not None
+            copy.free()
+
+    def drop(self, storage: Storage) -> None:
+        """Any state -> DROPPED: give up the memory and the copy."""
+        if storage.state is not State.DROPPED:
+            storage.move_to(State.DROPPED)
+            self._graves.append((storage.copy, storage.transfer))
+            storage.copy = storage.transfer = None
+            if storage.owner is not None:
+                self._let_go(storage)
+            self.clear_graves()
+
+    def bury(self, storage: Storage) -> None:
+        """Take what a dying storage leaves. Called at any time in any thread, in the midst of anything."""
+        if storage.owner is not None:
+            self._by_owner.pop(id(storage.owner), None)
+        if storage.copy is not None or storage.transfer is not None:
+            self._graves.append((storage.copy, storage.transfer))
+
+    def clear_graves(self) -> None:
+        """Give back the space that dead storages left, once nothing reads or writes it any more."""
+        for _ in range(len(self._graves)):
+            copy, transfer = self._graves.popleft()
+            if transfer is not None and not transfer.done():
+                self._graves.append((copy, transfer))
+                continue
+            if transfer is not None and transfer.copy is not copy:
+                transfer.copy.free()
+            if copy is not None:
+                copy.free()
+
+    def wait_for_graves(self) -> None:
+        """Wait until all that dead storages left can be given back, and give it back."""
+        for _, transfer in tuple(self._graves):
+            if transfer is not None:
+                transfer.wait()
+        self.clear_graves()
+
+    def _copy_out(self, storage: Storage) -> Transfer:
+        transfer: Transfer = self._again_with_room(
+            storage.nbytes,
+            lambda: self.device.copy_out(storage.owner, storage.origin, storage.nbytes),
+        )
+        self.counters.bytes_out += storage.nbytes
+        self.counters.storages_out += 1
+        return transfer
+
+    def _join_arrival(self, storage: Storage) -> None:
+        transfer = storage.transfer
+        assert transfer is not None
+        try:
+            transfer.join()
+        except OSError:
+            storage.transfer = None
+            storage.move_to(State.OUT)
+            self._let_go(storage)
+            raise
+        storage.transfer = None
+        storage.move_to(State.BOTH)
+
+    def _let_go(self, storage: Storage) -> None:
+        self._by_owner.pop(id(storage.owner), None)
+        storage.owner = None
+
+    def _again_with_room(self, nbytes: int, begin: Callable[[], Any]) -> Any:
+        try:
+            return begin()
+        except MemoryError:
+            self._make_room(nbytes)
+            return begin()

@@ -1,0 +1,134 @@
+"""What the system says of this process's memory, and how to give freed memory back to it (Linux)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import resource
+
+import psutil
+
+__all__ = ["ResidentMemory", "available_bytes", "keep_less_freed_memory", "physical_bytes", "trim"]
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_CGROUP = "/sys/fs/cgroup"
+
+
+class ResidentMemory:
+    """Reads this process's resident memory (RSS) in about a microsecond."""
+
+    def __init__(self) -> None:
+        self._pid, self._fd = 0, -1
+
+    def bytes(self) -> int:
+        """Return the resident memory (bytes)."""
+        if self._pid != os.getpid():  # a fork's file would tell of its parent
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd, self._pid = (
+                os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC),
+                os.getpid(),
+            )
+        return int(os.pread(self._fd, 128, 0).split()[1]) * _PAGE
+
+    @staticmethod
+    def peak_bytes() -> int:
+        """Return the most that it has been since the process began (bytes), the kernel's ``VmHWM``."""
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) << 10
+        return 0
+
+
+def physical_bytes() -> int:
+    """Return the memory this process could have at all (bytes): the machine's, its cgroups', its rlimit's."""
+    return min([psutil.virtual_memory().total, *_cgroup_limits(), *_rlimit()])
+
+
+def available_bytes() -> int:
+    """Return the memory this process could take more of now (bytes)."""
+    room = [psutil.virtual_memory().available]
+    room += [max(limit - used, 0) for limit, used in _cgroups()]
+    address_space = _rlimit()
+    if address_space:
+        room.append(max(address_space[0] - psutil.Process().memory_info().vms, 0))
+    return min(room)
+
+
+def _rlimit() -> list[int]:
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return [] if soft == resource.RLIM_INFINITY else [soft]
+
+
+def _cgroup_limits() -> list[int]:
+    return [limit for limit, _ in _cgroups()]
+
+
+def _cgroups() -> list[tuple[int, int]]:
+    """Return (limit, used) in bytes of this process's cgroup and those above it, where there is a limit."""
+    found = []
+    for directory in _cgroup_directories():
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),  # version 2
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+        ):
+            limit, used = (
+                _read_int(os.path.join(directory, name)) for name in (limit_name, used_name)
+            )
+            if limit is not None and limit < 1 << 60:
+                found.append((limit, used or 0))
+    return found
+
+
+@functools.cache
+def _cgroup_directories() -> list[str]:
+    directories = []
+    try:
+        with open("/proc/self/cgroup") as lines:
+            for line in lines:
+                _, controllers, path = line.rstrip("\n").split(":", 2)
+                if controllers and "memory" not in controllers.split(","):
+                    continue
+                root = os.path.join(_CGROUP, "memory") if controllers else _CGROUP
+                # In a container the path may be the host's, which is not mounted: its parts that are.
+                parts = path.strip("/").split("/") if path.strip("/") else []
+                directories += [os.path.join(root, *parts[:n]) for n in range(len(parts), -1, -1)]
+    except OSError:
+        pass
+    return [directory for directory in dict.fromkeys(directories) if os.path.isdir(directory)]
+
+
+def _read_int(path: str) -> int | None:
+    try:
+        with open(path) as file:
+            return int(file.read())
+    except (OSError, ValueError):  # "max", in version 2
+        return None
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
+
+
+def trim() -> None:
+    """Give free memory inside malloc's heaps back to the system (glibc; elsewhere nothing)."""
+    library = _libc()
+    if library:
+        library.malloc_trim(0)
+
+
+def keep_less_freed_memory(threshold: int) -> None:
+    """Let allocations of ``threshold`` bytes and more go back to the system when they are freed (glibc).
+
+    By default malloc raises that threshold up to 32 MiB as the program frees larger blocks, which is
+    faster, but what is freed then stays in its heaps and counts as resident.
+    """
+    library = _libc()
+    if library:
+        library.mallopt(_M_MMAP_THRESHOLD, threshold)
+        library.mallopt(_M_TRIM_THRESHOLD, 2 * threshold)

@@ -1,0 +1,183 @@
+"""Storage: one allocation of a device's memory and where its bytes are. Saved: an array in it."""
+
+from __future__ import annotations
+
+import enum
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from chainer_ooc.errors import OutOfCoreError
+
+if TYPE_CHECKING:
+    from chainer_ooc.swap.devices.base import Copy, Transfer
+    from chainer_ooc.swap.manager import SwapManager
+
+__all__ = ["Layout", "Saved", "State", "Storage"]
+
+
+class State(enum.Enum):
+    """Where the bytes of a storage are."""
+
+    RESIDENT = "resident"  #: in the device's memory alone
+    GOING_OUT = "going out"  #: resident, and a copy is being written
+    BOTH = "both"  #: resident, and a valid copy is outside (clean)
+    OUT = "out"  #: outside alone
+    COMING_IN = "coming in"  #: outside, and being read into memory
+    DROPPED = "dropped"  #: nowhere: its last use has been
+
+
+_LEGAL = {
+    State.RESIDENT: {State.GOING_OUT, State.DROPPED},
+    State.GOING_OUT: {State.BOTH, State.RESIDENT, State.DROPPED},
+    State.BOTH: {State.OUT, State.RESIDENT, State.DROPPED},
+    State.OUT: {State.COMING_IN, State.DROPPED},
+    State.COMING_IN: {State.BOTH, State.OUT, State.DROPPED},
+    State.DROPPED: set(),
+}
+
+
+class Layout(NamedTuple):
+    """How an array lies in its storage.
+
+    Attributes:
+        dtype: Its NumPy dtype.
+        shape: Its shape.
+        strides: Its strides (bytes).
+        offset: Bytes from the storage's first byte to the array's first element.
+        writeable: Whether it may be written to.
+    """
+
+    dtype: Any
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    writeable: bool
+
+
+class Storage:
+    """One allocation, shared by all arrays that are views of it.
+
+    Its state changes in :meth:`move_to` alone. It lives as long as one :class:`Saved` of it.
+
+    Attributes:
+        manager: The manager that moves it.
+        sequence: Its number in the order of saving.
+        nbytes: Its size (bytes).
+        label: The function that saved it first.
+        state: Where its bytes are.
+        owner: What owns the memory while it is resident, else ``None``. For NumPy the array with no
+            base, for CuPy its ``Memory``.
+        origin: Bytes from the start of the owner's memory to the storage's first byte.
+        phase: The storage's first address modulo the page size: kept over a round trip, since
+            vectorized loops may round differently on memory of another alignment.
+        copy: The copy outside, or ``None``.
+        transfer: The copy under way, or ``None``.
+        tainted: Somebody outside backward got the array since the copy was begun, and may write.
+        expected: How many functions of the graph have yet to use it in backward.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "copy",
+        "expected",
+        "label",
+        "manager",
+        "nbytes",
+        "origin",
+        "owner",
+        "phase",
+        "sequence",
+        "state",
+        "tainted",
+        "transfer",
+    )
+
+    def __init__(
+        self, manager: SwapManager, sequence: int, owner: Any, nbytes: int, phase: int, label: str
+    ) -> None:
+        self.manager = manager
+        self.sequence = sequence
+        self.owner: Any = owner
+        self.nbytes = nbytes
+        self.phase = phase
+        self.label = label
+        self.origin = 0
+        self.state = State.RESIDENT
+        self.copy: Copy | None = None
+        self.transfer: Transfer | None = None
+        self.tainted = False
+        self.expected = 0
+
+    def move_to(self, state: State) -> None:
+        """Change the state.
+
+        Raises:
+            OutOfCoreError: If there is no such transition.
+        """
+        if state not in _LEGAL[self.state]:
+            raise OutOfCoreError(f"{self!r} cannot become {state.value!r}")
+        self.state = state
+
+    @property
+    def used(self) -> bool:
+        """Whether backward has used it for the last time, as far as is known."""
+        return self.expected <= 0
+
+    @property
+    def resident(self) -> bool:
+        """Whether its bytes are in the device's memory, ready to be used."""
+        return self.owner is not None and self.state is not State.COMING_IN
+
+    @property
+    def held(self) -> bool:
+        """Whether somebody besides this storage refers to the memory, so that letting go frees nothing."""
+        # One reference is this object's, one the argument's.
+        return sys.getrefcount(self.owner) > 2
+
+    def __repr__(self) -> str:
+        return f"<Storage {self.sequence} of {self.label}: {self.nbytes} bytes, {self.state.value}>"
+
+    def __del__(self) -> None:
+        self.manager.bury(self)
+
+
+class Saved:
+    """Stands in for an array: which storage it lies in, and how.
+
+    Reading it gives an array with the same bits, shape, strides and dtype; while the original array is
+    alive, that very object.
+    """
+
+    __slots__ = ("_last", "layout", "storage")
+
+    def __init__(self, storage: Storage, layout: Layout, array: Any) -> None:
+        self.storage = storage
+        self.layout = layout
+        self._last: weakref.ref[Any] | None = weakref.ref(array)
+
+    def get(self) -> Any:
+        """Return the array, fetched first where it is out.
+
+        Raises:
+            GraphReleasedError: If it was dropped after its last use.
+        """
+        manager = self.storage.manager
+        return manager.read(self, manager.is_trusted())
+
+    def alive(self) -> Any | None:
+        """Return the array handed out last if it is still alive, else ``None``."""
+        return None if self._last is None else self._last()
+
+    def remember(self, array: Any) -> None:
+        """Let :meth:`alive` return ``array`` as long as it lives."""
+        self._last = weakref.ref(array)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.get().copy()
+
+    def __reduce__(self) -> Any:
+        return self.get().__reduce__()
+
+    def __repr__(self) -> str:
+        return f"<Saved {self.layout.shape} {self.layout.dtype} of {self.storage!r}>"
