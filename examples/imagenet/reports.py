@@ -148,8 +148,12 @@ class Progress(training.Extension):
     def initialize(self, trainer: training.Trainer) -> None:
         """Starts the bar where the training is."""
         # Under mpiexec standard error is a pipe that ends in a terminal, so no terminal is not
-        # a reason to show nothing; only the width is unknown then.
-        width = {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 79}
+        # a reason to show nothing; only the width is unknown then (a terminal may say 0, too).
+        try:
+            known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        except (OSError, ValueError):
+            known = False
+        width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 79, "nrows": 24}
         self._bar = tqdm(
             total=self._total,
             initial=trainer.updater.iteration,

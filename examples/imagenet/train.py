@@ -9,6 +9,7 @@ The first form needs no data: it trains on real handwritten digits. See docs/ima
 
 import multiprocessing
 import os
+import signal
 import sys
 
 import launcher
@@ -72,6 +73,12 @@ def main() -> int:
             sys.stdout.flush()
             print(f"train.py: error: {e}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        # Before the training takes over Ctrl-C, or pressed twice: other ranks may be waiting.
+        if rank == 0:
+            print("train.py: interrupted", file=sys.stderr, flush=True)
+        world_module.abort(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

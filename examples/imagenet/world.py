@@ -5,6 +5,7 @@ One rank alone, without MPI, has the same methods, so the trainer has one path f
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -78,6 +79,14 @@ class World:
         except InputError as e:
             error = str(e)
         self.agree(error)
+
+
+def abort(status: int) -> None:
+    """Ends all ranks at once with this exit status; does nothing without MPI."""
+    if "mpi4py.MPI" in sys.modules:
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(status)
 
 
 def create_world(communicator: str | None, use_gpu: bool) -> World:
