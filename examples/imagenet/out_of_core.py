@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import launcher
 from config import Config
@@ -25,16 +27,6 @@ class Figures:
 
     bytes_out: int = 0
     bytes_in: int = 0
-
-
-def parse_limit(text: str) -> str | int | float:
-    """Turns ``--ooc-limit`` into what ``chainer_ooc.enable`` takes."""
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            pass
-    return text
 
 
 def measure_in_core_peak(config: Config, gpu: int) -> int:
@@ -77,24 +69,25 @@ def enable(config: Config, world: World, gpu: int) -> int | None:
     """
     if not config.ooc:
         return None
-    limit: str | int | float | None = None
+    options: dict[str, Any] = {}
     peak = None
     if config.ooc_limit is not None:
-        limit = parse_limit(config.ooc_limit)
-    elif config.digits:
+        options["limit"] = config.ooc_limit
+    elif config.digits and "CHAINER_OOC_LIMIT" not in os.environ:
         peak = world.broadcast(measure_in_core_peak(config, gpu) if world.rank == 0 else None)
-        limit = int(peak * DIGITS_FRACTION)
+        options["limit"] = int(peak * DIGITS_FRACTION)
     with world.together():
         try:
-            chainer_ooc.enable(limit=limit, single_backward=True)
+            chainer_ooc.enable(single_backward=True, **options)
         except ValueError as e:
-            raise InputError(f"--ooc-limit: {e}" if config.ooc_limit else str(e)) from e
+            name = "--ooc-limit" if config.ooc_limit is not None else "--ooc"
+            raise InputError(f"{name}: {e}") from e
     return peak
 
 
 def figures() -> Figures:
     """Returns what the engine has moved so far; zeros when it is not enabled."""
-    if not (hasattr(chainer_ooc, "is_enabled") and chainer_ooc.is_enabled()):
+    if not chainer_ooc.is_enabled():
         return Figures()
     stats = chainer_ooc.stats()
     return Figures(stats.bytes_out, stats.bytes_in)
@@ -102,6 +95,4 @@ def figures() -> Figures:
 
 def limit_bytes() -> int | None:
     """Returns the limit of this process in bytes; None when the engine is not enabled."""
-    if not (hasattr(chainer_ooc, "is_enabled") and chainer_ooc.is_enabled()):
-        return None
-    return chainer_ooc.stats().limit_bytes
+    return chainer_ooc.stats().limit_bytes if chainer_ooc.is_enabled() else None

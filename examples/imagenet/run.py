@@ -180,7 +180,7 @@ class Run:
                 self.say(f"out of core: an in-core step peaks at {megabytes(peak)} (measured); "
                          f"limit {limit} per rank")  # fmt: skip
             else:
-                given = "--ooc-limit" if self.config.ooc_limit else "the default limit"
+                given = "--ooc-limit" if self.config.ooc_limit else "default"
                 self.say(
                     f"out of core: in-core peak not measured; limit {limit} per rank ({given})"
                 )

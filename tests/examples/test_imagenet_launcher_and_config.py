@@ -3,7 +3,6 @@
 import launcher
 import pytest
 from config import parse_args
-from out_of_core import parse_limit
 
 
 @pytest.mark.parametrize(
@@ -110,13 +109,3 @@ def test_bad_arguments_are_one_line_and_status_2(argv, message, capsys, monkeypa
     with pytest.raises(SystemExit):
         parse_args(argv)
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1000000", 1_000_000), ("0.5", 0.5), ("8GiB", "8GiB"), ("8 gigs", "8 gigs")],
-)
-def test_parse_limit(text, value):
-    parsed = parse_limit(text)
-    assert parsed == value
-    assert type(parsed) is type(value)
