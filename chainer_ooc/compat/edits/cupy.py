@@ -6,7 +6,22 @@ from chainer_ooc.compat.edits import Edit, Replace
 
 _ATOMIC = "atomicAdd of float16 takes float16, but the product of two is a float: cast it back"
 
+_USE_CUDNN = "chainer.should_use_cudnn('>=auto', 5000)"
+
 EDITS = (
+    *(
+        Edit(
+            f"chainer.functions.rnn.{module}",
+            "recurrent networks on cuDNN are a setting of their own (CHAINER_OOC_CUDNN_RNN)",
+            (
+                Replace(
+                    _USE_CUDNN,
+                    f"{_USE_CUDNN} and getattr(cuda.cudnn, 'rnn_enabled', lambda: True)()",
+                ),
+            ),
+        )
+        for module in ("n_step_rnn", "n_step_lstm", "n_step_gru")
+    ),
     Edit(
         "chainer.functions.connection.deconvolution_2d",
         "a bug of the 7.8.1 release: arrays are passed where shapes are expected",
