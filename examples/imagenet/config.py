@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
 }
 DIGITS_DEFAULTS: dict[str, Any] = {
     "arch": "googlenetbn",
-    "insize": 96,
+    "insize": 80,
     "batchsize": 32,
     "epoch": 10,
     "iteration": 24,
