@@ -66,15 +66,8 @@ def main() -> int:
         findings.append(finding)
         print(f"  {_mark(finding)} {finding.name:<10} {finding.text}", flush=True)
 
-    advice: dict[str, list[str]] = {}
-    for finding in findings:
-        if finding.fix:
-            advice.setdefault(finding.fix, []).append(finding.name)
-    if advice:
-        print("\nTo get what is missing:\n")
-        width = max(len(", ".join(names)) for names in advice.values())
-        for fix, names in advice.items():
-            print(f"  {', '.join(names):<{width}}  {fix}")
+    _print_advice("Missing", [f for f in findings if f.fix and f.required])
+    _print_advice("Optional", [f for f in findings if f.fix and not f.required])
 
     blocking = [f.name for f in findings if f.required and not f.ok]
     if blocking:
@@ -82,6 +75,17 @@ def main() -> int:
         return 1
     print(f"\nThe main job can run here:\n\n  {MAIN_JOB}")
     return 0
+
+
+def _print_advice(title: str, findings: list[Finding]) -> None:
+    advice: dict[str, list[str]] = {}
+    for finding in findings:
+        advice.setdefault(finding.fix, []).append(finding.name)
+    if advice:
+        print(f"\n{title}:\n")
+        width = max(len(", ".join(names)) for names in advice.values())
+        for fix, names in advice.items():
+            print(f"  {', '.join(names):<{width}}  {fix}")
 
 
 def _mark(finding: Finding) -> str:

@@ -89,6 +89,7 @@ def run(
         command = [sys.executable, "-P", "-m", "pytest", *map(str, targets), "-q", "-m", MARKERS]
         command += ["-c", str(HERE / "pytest.ini"), "--rootdir", str(tests)]
         command += ["-p", "tests.chainer_suite.plugin", "-p", "no:cacheprovider"]
+        command += ["-W", "default"] if options.stock else []  # it warns while it is imported
         command += options.pytest.split()
         if ranks:
             command = [mpiexec(), "-n", str(ranks), *command, "-k", DOWNLOADS]
@@ -112,7 +113,8 @@ def run(
             total += count(report, failures)
         for _ in range(len(reports), max(ranks, 1)):
             total["failed"] += 1
-            last = "\n".join(output.splitlines()[-3:])
+            errors = [line for line in output.splitlines() if line.startswith("E  ")]
+            last = (errors or output.splitlines() or [""])[0]
             failures.append(f"{targets[0].relative_to(tests)}: ended without a report: {last}")
         return total
 
