@@ -32,6 +32,21 @@ EDITS = (
         _ATOMIC,
         tuple(Replace(f", w{i} * gy);", f", (T)(w{i} * gy));") for i in range(4)),
     ),
+    *(
+        Edit(
+            f"chainer.functions.pooling.{module}",
+            "max of a float (the difference of two float16) and a float16 is ambiguous: cast it back",
+            tuple(
+                Replace(
+                    f"max(roi_end_{axis} - roi_start_{axis}, (T)1.)",
+                    f"max((T)(roi_end_{axis} - roi_start_{axis}), (T)1.)",
+                    times=2,
+                )
+                for axis in "hw"
+            ),
+        )
+        for module in ("roi_average_align_2d", "roi_max_align_2d")
+    ),
     Edit(
         "chainer.functions.loss.negative_sampling",
         _ATOMIC,
