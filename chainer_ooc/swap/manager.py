@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ MARGIN = 1 / 64
 LOW_WATER = 0.8
 #: Most bytes on their way out at a time.
 IN_FLIGHT = 256 << 20
+#: What the last functions took for themselves is what the next may take: this many of them.
+_REMEMBERED = 16
 _EVERYTHING = 1 << 62
 
 
@@ -40,9 +43,6 @@ class SwapManager:
         settings: Returns the settings in force in the calling thread.
         adopt: Called when memory is no longer plenty: save what was put off until then.
         is_trusted: Tells whether the code that reads arrays in the calling thread leaves them as they are.
-
-    Attributes:
-        headroom: What functions took for themselves of late (bytes): left free when fetching ahead.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class SwapManager:
         self.settings = settings
         self.adopt = adopt
         self.is_trusted = is_trusted
-        self.headroom = 0
+        self._growth: deque[int] = deque([0], _REMEMBERED)
         self._mover = Mover(device, self._reclaim)
         self._lock = threading.RLock()
         # The storages that live, in the order of saving.
@@ -183,10 +183,13 @@ class SwapManager:
 
     def note_growth(self, nbytes: int) -> None:
         """Tell how many bytes a function took for itself."""
-        self.headroom = max(nbytes, self.headroom * 3 // 4)
+        self._growth.append(nbytes)
 
     def prefetch(self, before: int) -> None:
         """Begin to fetch what backward needs next, as far ahead as free memory allows.
+
+        As much is left free as functions took for themselves of late: what is fetched too early would have to
+        make room for the next of them, and be fetched again.
 
         Args:
             before: The lowest sequence number in use now: what was saved before it is needed next.
@@ -198,7 +201,7 @@ class SwapManager:
                     continue
                 if room is None:
                     coming = sum(s.nbytes for s in self._in_order() if s.state is State.COMING_IN)
-                    room = self.high - self.device.used_bytes() - self.headroom - coming
+                    room = self.high - self.device.used_bytes() - max(self._growth) - coming
                 if room < storage.nbytes:
                     room += self._release_clean(storage.nbytes - room, used_only=True)
                 if room < storage.nbytes:
@@ -370,7 +373,7 @@ class SwapManager:
         over = self.device.used_bytes() + nbytes - self.limit
         if over > self._warned_bytes * 1.25:
             self._warned_bytes = over
-            warnings.warn(message, ResourceWarning, stacklevel=2)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
 
     def _explain_shortage(self, nbytes: int, what: str) -> str:

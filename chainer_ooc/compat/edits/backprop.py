@@ -20,17 +20,16 @@ EDITS = (
                 "        x_data = _peek(x)\n        x_layout = x._layout\n        x_shape = x.shape\n",
             ),
             Replace(
-                "        # If the node has a reference to data, update it as well.\n        if self._data is not None:\n",
-                "        # If the node has a reference to data, update it as well.\n"
-                "        if self.__dict__.get('_data') is not None:\n",
+                "update it as well.\n        if self._data is not None:\n",
+                "update it as well.\n        if self.__dict__.get('_data') is not None:\n",
             ),
             Replace(
                 "            if node._data is not None:\n                node.retain_data()\n",
                 "            if node.__dict__.get('_data') is not None:\n                node.retain_data()\n",
             ),
             Replace(
-                "def _create_variable(data, name, grad, requires_grad, device):\n",
-                "def _peek(node):\n    return node._data\n\n\ndef _create_variable(data, name, grad, requires_grad, device):\n",
+                "def _create_variable(",
+                "def _peek(node):\n    return node._data\n\n\ndef _create_variable(",
             ),
         ),
     ),
