@@ -128,12 +128,14 @@ def save_attributes(
                     group += saved
             elif kind is SavedTuple:
                 group += [item for item in value if type(item) is Saved]
-            elif kind is list and any(
-                is_array(type(item)) or type(item) is Saved for item in value
-            ):
+            elif (
+                kind is list
+                and any(is_array(type(item)) or type(item) is Saved for item in value)
                 # Readers of the attribute get the list restored; other holders of it would not.
-                if sys.getrefcount(value) <= _LIST_REFERENCES and _descriptor(cls, name):
-                    group += _save_list(value, save, is_array)
+                and sys.getrefcount(value) <= _LIST_REFERENCES
+                and _descriptor(cls, name)
+            ):
+                group += _save_list(value, save, is_array)
             if replacement is not None and _descriptor(cls, name):
                 attributes[name] = replacement
             value = None
