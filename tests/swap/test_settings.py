@@ -1,0 +1,134 @@
+"""Settings: what is allowed, where it comes from, and errors that say what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+import chainer_ooc
+from chainer_ooc.errors import SettingError
+from chainer_ooc.settings import Settings, parse_bytes, parse_limit
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("8GiB", 8 << 30),
+        ("8 gib", 8 << 30),
+        ("8G", 8 << 30),
+        ("1.5k", 1536),
+        ("2 MB", 2_000_000),
+        ("7", 7),
+        ("512b", 512),
+        (12, 12),
+    ],
+)
+def test_bytes(text, nbytes):
+    assert parse_bytes("min_bytes", text) == nbytes
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 1.5, 0.0, -0.5, "8 gigs", "0", "1.5", "", True, [], "many"]
+)
+def test_a_bad_limit_is_named(value):
+    if value == "":
+        assert parse_limit(value) is None
+        return
+    with pytest.raises(SettingError) as error:
+        chainer_ooc.enable(limit=value)
+    assert "limit=" in str(error.value)
+    assert "8GiB" in str(error.value)
+    assert not chainer_ooc.is_enabled()
+
+
+@pytest.mark.parametrize(
+    ("value", "limit"),
+    [
+        (None, None),
+        ("none", None),
+        (0.5, 0.5),
+        ("0.5", 0.5),
+        (1.0, 1.0),
+        ("1GiB", 1 << 30),
+        ("4096", 4096),
+    ],
+)
+def test_a_good_limit(value, limit):
+    assert parse_limit(value) == limit
+
+
+def test_arguments_go_before_the_environment(monkeypatch):
+    monkeypatch.setenv("CHAINER_OOC_LIMIT", "1GiB")
+    monkeypatch.setenv("CHAINER_OOC_STRICT", "yes")
+    monkeypatch.setenv("CHAINER_OOC_MIN_BYTES", "")
+    assert Settings.resolve({}) == Settings(limit=1 << 30, strict=True)
+    assert Settings.resolve({"limit": 2, "strict": False}) == Settings(limit=2)
+
+
+def test_a_bad_variable_is_named(monkeypatch):
+    monkeypatch.setenv("CHAINER_OOC_SWAP_ALL", "maybe")
+    with pytest.raises(SettingError, match=r"swap_all='maybe'.*CHAINER_OOC_SWAP_ALL"):
+        Settings.resolve({})
+
+
+def test_an_inner_mode_inherits(monkeypatch):
+    monkeypatch.setenv("CHAINER_OOC_LIMIT", "1GiB")
+    outer = Settings(limit=5, strict=True)
+    assert Settings.resolve({"min_bytes": 1}, outer) == Settings(limit=5, strict=True, min_bytes=1)
+
+
+def test_an_unknown_setting_is_named():
+    with pytest.raises(SettingError, match=r"limits=3.*'limit'"):
+        Settings.resolve({"limits": 3})
+
+
+def test_the_swap_directory_must_be_there(tmp_path):
+    with pytest.raises(SettingError, match=r"swap_dir=.*is not a directory"):
+        chainer_ooc.enable(swap_dir=tmp_path / "nowhere")
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SettingError, match=r"swap_dir=.*is not a directory"):
+        chainer_ooc.enable(swap_dir=file)
+
+
+def test_modes_nest_like_using_config():
+    assert not chainer_ooc.is_enabled()
+    with chainer_ooc.out_of_core_mode():
+        assert chainer_ooc.is_enabled()
+        with chainer_ooc.out_of_core_mode(False):
+            assert not chainer_ooc.is_enabled()
+            with chainer_ooc.out_of_core_mode(limit=0.5):
+                assert chainer_ooc.is_enabled()
+        assert chainer_ooc.is_enabled()
+    assert not chainer_ooc.is_enabled()
+
+
+def test_enable_is_for_all_threads_and_a_mode_for_its_own():
+    import threading
+
+    seen = []
+    chainer_ooc.enable()
+    try:
+        with chainer_ooc.out_of_core_mode(False):
+            thread = threading.Thread(target=lambda: seen.append(chainer_ooc.is_enabled()))
+            thread.start()
+            thread.join()
+            assert not chainer_ooc.is_enabled()
+    finally:
+        chainer_ooc.disable()
+    assert seen == [True]
+    assert not chainer_ooc.is_enabled()
+
+
+def test_arguments_of_ibms_mode(capsys):
+    import chainer
+
+    with chainer_ooc.out_of_core_mode(
+        **{"async": True}, fine_granularity=True, debug=True, devices=(0, -1)
+    ):
+        assert chainer_ooc.is_enabled()
+        assert chainer.out_of_core_mode is chainer_ooc.out_of_core_mode
+    assert "bytes_out" in capsys.readouterr().out
+    with pytest.raises(TypeError, match="'sync'"):
+        chainer_ooc.out_of_core_mode(sync=True)
+    with pytest.raises(SettingError, match="enabled=3"):
+        chainer_ooc.out_of_core_mode(3)
