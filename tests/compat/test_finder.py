@@ -13,7 +13,7 @@ import chainer
 import pytest
 
 from chainer_ooc.compat import edits, finder
-from chainer_ooc.compat.edits import Edit, Replace, ReplaceTail
+from chainer_ooc.compat.edits import Edit, Replace, ReplaceTail, backprop
 
 EDITED = sorted(edits._table())
 
@@ -152,3 +152,11 @@ def test_a_missing_module_is_provided_by_its_redirect(tmp_path, monkeypatch):
     finally:
         for name in ("fake_cupy", "fake_cupy.cudnn", "stand_in"):
             sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("module", EDITED)
+def test_every_edited_module_is_in_the_documentation(module):
+    if module in {edit.module for edit in backprop.EDITS}:
+        return  # described as a whole
+    text = (Path(finder.__file__).parents[2] / "docs" / "compatibility.md").read_text()
+    assert f"`{module}`" in text

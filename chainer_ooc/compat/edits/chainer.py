@@ -179,7 +179,7 @@ EDITS = (
     ),
     Edit(
         "chainer.functions.math.fix",
-        "NumPy 2.4 warns of numpy.fix; trunc is the same function",
+        "NumPy 2.5 warns of numpy.fix; trunc is the same function",
         (Replace("xp.fix(x)", "xp.trunc(x)"),),
     ),
     Edit(

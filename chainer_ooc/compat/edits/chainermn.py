@@ -7,7 +7,7 @@ from chainer_ooc.compat.edits import Edit, Replace
 EDITS = (
     Edit(
         "chainermn.iterators.multi_node_iterator",
-        "NumPy 2.5 refuses int() of an array with a dimension; ranks other than the master do it",
+        "NumPy 2.4 refuses int() of an array with a dimension; ranks other than the master do it",
         (Replace("int(_size)", "int(_size[0])"),),
     ),
     Edit(
