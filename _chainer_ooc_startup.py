@@ -23,4 +23,4 @@ class _FirstImport:
         return install().find_spec(fullname, path, target)  # install() has removed this finder
 
 
-sys.meta_path.insert(0, _FirstImport)  # type: ignore[arg-type]
+sys.meta_path.insert(0, _FirstImport)
