@@ -36,7 +36,7 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
-        self.depth = 0  # how many functions of the graph are being run
+        self.running: Any = None  # the function of the graph that runs, and its inputs
         self.trusted = False  # the code that runs now leaves the arrays it reads as they are
         self.hooked = False
         self.error: BaseException | None = None
@@ -156,7 +156,9 @@ def hook_allocations() -> None:
 
 
 def _before_allocation(nbytes: int) -> bool:
-    """Make room for an allocation. Called by NumPy: an error is kept, and raised by the function it is in."""
+    """Make room for an allocation. Called by NumPy: an error is kept, and raised by the function that runs."""
+    from chainer_ooc.graph.backprop import describe
+
     if current() is None:
         return True
     manager = _managers["ram"]
@@ -166,14 +168,13 @@ def _before_allocation(nbytes: int) -> bool:
         manager.make_room(nbytes)
         used = manager.device.used_bytes() + nbytes
         local.peak = max(local.peak, used)
-        if used > manager.limit and local.depth:
-            error = manager.shortage(nbytes, "the function that runs now")
+        if used > manager.limit:
+            error = manager.shortage(nbytes, describe(local.running))
             if error is not None:
-                local.error = error
-                return False
+                raise error
     except BaseException as error:
-        # Outside of a function nobody would turn the MemoryError into this error.
-        if local.depth:
+        # Between functions nobody would turn NumPy's MemoryError into this one.
+        if local.running is not None:
             local.error = error
             return False
     return True

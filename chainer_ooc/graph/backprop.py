@@ -14,7 +14,7 @@ from chainer_ooc.graph import attributes, nodes
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import Saved
 
-__all__ = ["adopt", "install"]
+__all__ = ["adopt", "describe", "install"]
 
 _RECORD = "_ooc_record"
 _USED = "_ooc_used"
@@ -71,7 +71,7 @@ def _apply(self: Any, inputs: Any) -> Any:
     manager = _before(self, inputs)
     if manager is None:
         return _stock["apply"](self, inputs)
-    outputs = _run(self, manager, _stock["apply"], self, inputs)
+    outputs = _run(self, inputs, manager, _stock["apply"], self, inputs)
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
         _pending.append((weakref.ref(self), settings.single_backward))
         if len(_pending) > _most_pending:
@@ -79,7 +79,7 @@ def _apply(self: Any, inputs: Any) -> Any:
     if settings.swap_all:
         adopt()
         manager.move_all_out()
-    elif not mode.local.depth:
+    elif mode.local.running is None:
         manager.make_room(0)
     return outputs
 
@@ -102,9 +102,8 @@ def _backprop_step(
         if manager is None:
             step(func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
         else:
-            _run(
-                func, manager, step, func, target_input_indexes, grad_outputs, grad_inputs, is_debug
-            )
+            arguments = (target_input_indexes, grad_outputs, grad_inputs, is_debug)
+            _run(func, func.inputs, manager, step, func, *arguments)
     finally:
         mode.local.trusted = outer
         arrays.clear()
@@ -134,10 +133,10 @@ def _before(func: Any, inputs: Any) -> SwapManager | None:
     return manager
 
 
-def _run(func: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
+def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
     """Call a function of the graph; turn a failed allocation into the error that says why."""
     local = mode.local
-    local.depth += 1
+    outer, local.running = local.running, (func, inputs)
     start = local.peak = manager.device.used_bytes()
     try:
         return call(*args)
@@ -145,18 +144,18 @@ def _run(func: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
         reason, local.error = local.error, None
         if reason is None:
             raise
-        raise _naming(reason, func) from error
+        raise reason from error
     finally:
-        local.depth -= 1
+        local.running = outer
         manager.note_growth(local.peak - start)
 
 
-def _naming(reason: BaseException, func: Any) -> BaseException:
-    if isinstance(reason, MemoryError):
-        shapes = ", ".join(str(x.shape) for x in func.inputs or ())
-        name = f"{func.label}({shapes})" if shapes else func.label
-        return type(reason)(str(reason).replace("the function that runs now", name))
-    return reason
+def describe(running: tuple[Any, Any] | None) -> str:
+    """Name a function that runs and the shapes of its inputs."""
+    if running is None:
+        return "what runs between two functions"
+    func, inputs = running
+    return f"{func.label}({', '.join(str(x.shape) for x in inputs)})"
 
 
 def _fetch(record: Record, manager: SwapManager | None) -> list[Any]:

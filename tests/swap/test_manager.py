@@ -155,7 +155,7 @@ def test_after_its_last_use_it_is_dropped_with_no_copy(machine):
     assert states(saved) == [State.RESIDENT, State.DROPPED]
     manager.finish(saved[:1], drop=True)
     assert manager.counters.bytes_out == 0
-    with pytest.raises(GraphReleasedError, match="f0 saved was dropped.*single_backward=False"):
+    with pytest.raises(GraphReleasedError, match=r"f0 saved was dropped.*single_backward=False"):
         saved[0].get()
 
 
@@ -239,7 +239,7 @@ def test_a_failed_write_is_tried_again_then_raised_here(machine, monkeypatch):
     (other,) = save(machine)
     failures.clear()
     allowed = 2
-    with pytest.raises(SwapSpaceError, match="could not be written.*stays in memory"):
+    with pytest.raises(SwapSpaceError, match=r"could not be written.*stays in memory"):
         machine.manager.move_all_out()
     assert other.storage.state is State.RESIDENT
     assert set(other.get()) == {0}
