@@ -100,7 +100,7 @@ def generated(dtype: str) -> list[Kernel]:
             "elementwise",
             ("", f"{name} x", "x *= (1.0/4)", "div_by_size"),
             {},
-        )  # fmt: skip
+        )
     )
     return found
 
