@@ -151,7 +151,7 @@ def test_maxout_fills_its_weights_by_a_callable():
 
 def test_deconvolution_backward_without_forward_cover_all():
     link = L.Deconvolution2D(2, 3, 3, stride=2)
-    x = chainer.Variable(np.random.randn(1, 2, 4, 4).astype(np.float32))
+    x = chainer.Variable(np.random.randn(1, 2, 4, 4).astype(np.float32), requires_grad=False)
     function = F.connection.deconvolution_2d.Deconvolution2DFunction(stride=2)
     (y,) = function.apply((x, link.W))
     function.cover_all = None  # as the cuDNN and ChainerX paths leave it
