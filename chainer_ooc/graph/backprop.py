@@ -112,8 +112,11 @@ def _backprop_step(
                 owner.finish(group, record.drop)
         else:
             func.__dict__[_USED] = True
-        if settings and settings.swap_all and manager is not None:
-            manager.move_all_out()
+        if settings is not None and manager is not None:
+            if settings.swap_all:
+                manager.move_all_out()
+            elif mode.local.running is None:
+                manager.make_room(0)
 
 
 def _before(func: Any, inputs: Any) -> SwapManager | None:

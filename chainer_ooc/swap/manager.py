@@ -231,6 +231,8 @@ class SwapManager:
     def make_room(self, nbytes: int) -> bool:
         """Make room under the limit for ``nbytes`` that are about to be allocated.
 
+        With 0, which is for the moment after a function, copies go out behind the next one.
+
         Returns:
             Whether there is room now.
 
@@ -244,8 +246,8 @@ class SwapManager:
             self._mover.clear_graves()
             self._reclaim(nbytes)
             used = self.device.used_bytes()
-            if used + nbytes > self.low:
-                self._write_behind(used + nbytes - self.low)
+            if not nbytes and used > self.low:
+                self._write_behind(used - self.low)
             return used + nbytes <= self.high
 
     def move_all_out(self) -> None:

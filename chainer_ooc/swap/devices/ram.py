@@ -20,6 +20,9 @@ __all__ = ["RamDevice"]
 
 #: Threads that copy, and the largest piece of a storage that one copies at a time (bytes).
 THREADS, PIECE = 4, 16 << 20
+#: Freed arrays of this size (bytes) and more go back to the system at once, when memory has become short.
+#: NumPy asks for huge pages from this size on, so that taking them again is cheap.
+RETURNED = 4 << 20
 
 
 class FileCopy:
@@ -102,6 +105,7 @@ class RamDevice:
         self._resident = process_memory.ResidentMemory()
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        self._memory_is_short = False
 
     def locate(self, array: Any) -> Location | None:
         """Return where a plain NumPy array lies; ``None`` if its memory is not NumPy's or not dense."""
@@ -166,6 +170,10 @@ class RamDevice:
 
     def trim(self) -> None:
         """Give free memory of malloc's heaps back to the system."""
+        if not self._memory_is_short:
+            # Only now: what is given back at once must be taken again at once, which costs time.
+            self._memory_is_short = True
+            process_memory.keep_less_freed_memory(RETURNED)
         process_memory.trim()
 
     def move_to(self, directory: str) -> None:
