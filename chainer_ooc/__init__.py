@@ -14,6 +14,7 @@ from chainer_ooc.compat import install as _install_import_hook
 if TYPE_CHECKING:
     from chainer_ooc.api import Stats, disable, enable, is_enabled, out_of_core_mode, stats
     from chainer_ooc.graph.attributes import saved_attributes
+    from chainer_ooc.reporting.holders import explain
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "Stats",
     "disable",
     "enable",
+    "explain",
     "is_enabled",
     "out_of_core_mode",
     "saved_attributes",
@@ -31,7 +33,8 @@ _install_import_hook()
 
 # Loaded when first asked for: every Python process of the environment imports this module to get the hook.
 _LAZY = dict.fromkeys(__all__, "chainer_ooc.api") | {
-    "saved_attributes": "chainer_ooc.graph.attributes"
+    "explain": "chainer_ooc.reporting.holders",
+    "saved_attributes": "chainer_ooc.graph.attributes",
 }
 
 

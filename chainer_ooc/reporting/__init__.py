@@ -1,0 +1,1 @@
+"""What out-of-core mode tells of itself."""
