@@ -9,9 +9,10 @@ of ``libcudnn.so.9`` (:mod:`ctypes`, nothing to compile):
 * :mod:`.library`    finding, loading and checking the library; :mod:`.prototypes`,
   :mod:`.constants`: its C API
 * :mod:`.device`     the part of CuPy that is used; :mod:`.handles`, :mod:`.descriptors`
-* :mod:`.math_mode`  strict float32 or TF32; :mod:`.algorithms`, :mod:`.convolution`
+* :mod:`.math_mode`  strict float32 or TF32; :mod:`.workspace`, :mod:`.algorithms`,
+  :mod:`.convolution`
 * :mod:`.pooling`, :mod:`.normalization`, :mod:`.activation`, :mod:`.dropout`, :mod:`.spatial`,
-  :mod:`.rnn`
+  :mod:`.rnn_weights`, :mod:`.rnn`
 * :mod:`.cupy_cudnn`, :mod:`.cupy_cuda_cudnn`: what the import hook registers under CuPy's names
 
 Importing this package loads neither CuPy nor cuDNN.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import os
+import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy
@@ -23,71 +23,39 @@ __all__ = [
     "Algorithm",
     "Direction",
     "Plan",
-    "get_max_workspace_size",
     "run",
-    "set_max_workspace_size",
 ]
-
-WORKSPACE_VARIABLE = "CHAINER_OOC_CUDNN_WORKSPACE"
 
 #: More than cuDNN has algorithms times math types for one direction.
 _REQUESTED = 32
 
 
-def _workspace_from_environment() -> int:
-    text = os.environ.get(WORKSPACE_VARIABLE, "").strip()
-    if not text:
-        return 64 << 20
-    try:
-        size = int(text)
-    except ValueError:
-        size = -1
-    if size < 0:
-        raise ValueError(
-            f"{WORKSPACE_VARIABLE}={text!r} is not understood: give a number of bytes, 0 or more"
-        )
-    return size
-
-
-_max_workspace_size = _workspace_from_environment()
-
-
-def get_max_workspace_size() -> int:
-    """Return the workspace limit of convolutions, bytes."""
-    return _max_workspace_size
-
-
-def set_max_workspace_size(size: int) -> None:
-    """Set the workspace limit of convolutions for the process.
-
-    Where every usable algorithm needs more, the one that needs least is used all the same.
-
-    Args:
-        size: Bytes, 0 or more.
-
-    Raises:
-        ValueError: If it is negative.
-    """
-    global _max_workspace_size
-    if size < 0:
-        raise ValueError(f"the workspace limit must be 0 bytes or more, not {size}")
-    _max_workspace_size = int(size)
-
-
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """The C functions of one of a convolution's three computations; all take the same order."""
+    """The C functions of one of a convolution's three computations; all take the same order.
+
+    Attributes:
+        deterministic: The numbers of the algorithms that give the same bits at every run, the ones
+            that suit most shapes first, as cuDNN's headers describe them.
+        others: The rest.
+    """
 
     name: str
+    deterministic: tuple[int, ...]
+    others: tuple[int, ...]
     heuristics: str
     search: str
     workspace_size: str
     compute: str
 
 
-def _direction(name: str, middle: str) -> Direction:
+def _direction(
+    name: str, middle: str, deterministic: tuple[int, ...], others: tuple[int, ...]
+) -> Direction:
     return Direction(
         name,
+        deterministic,
+        others,
         f"cudnnGetConvolution{middle}Algorithm_v7",
         f"cudnnFindConvolution{middle}AlgorithmEx",
         f"cudnnGetConvolution{middle}WorkspaceSize",
@@ -96,11 +64,11 @@ def _direction(name: str, middle: str) -> Direction:
 
 
 #: From (x, W) to y.
-FORWARD = _direction("forward", "Forward")
+FORWARD = _direction("forward", "Forward", (1, 0, 2, 6, 7, 4, 5), ())
 #: From (W, gy) to gx.
-BACKWARD_DATA = _direction("backward data", "BackwardData")
+BACKWARD_DATA = _direction("backward data", "BackwardData", (1, 4, 5, 2, 3), (0,))
 #: From (x, gy) to gW.
-BACKWARD_FILTER = _direction("backward filter", "BackwardFilter")
+BACKWARD_FILTER = _direction("backward filter", "BackwardFilter", (1, 5, 2, 6), (0, 3))
 
 
 @dataclass(frozen=True)
@@ -127,7 +95,9 @@ class Plan:
         deterministic: Whether only deterministic algorithms may serve.
         limit: Workspace limit, bytes.
         describe: Shapes and parameters in words, for messages.
-        chosen: By the heuristics, best first; ``tuned``: by the search. ``None``: not asked yet.
+        chosen: By the heuristics, best first; ``None``: not asked yet.
+        tuned: By the search, fastest first; ``None``: not asked yet.
+        spare: All that accept the shapes, for when neither names one that runs.
     """
 
     direction: Direction
@@ -142,55 +112,83 @@ class Plan:
     describe: str
     chosen: list[Algorithm] | None = None
     tuned: list[Algorithm] | None = None
+    spare: list[Algorithm] | None = None
     #: Algorithms that turned out not to run, and whether less workspace than planned was announced.
     refused: set[Algorithm] = field(default_factory=set)
     announced: bool = False
 
+    def _sized(self, handle: int, number: int, math_type: int) -> Algorithm | None:
+        """Return an algorithm with its workspace, ``None`` if it does not accept the shapes.
+
+        The size is for the very descriptors that it will run with; the heuristics and the search
+        may know that of another math type.
+        """
+        try:
+            memory = loaded().size(
+                self.direction.workspace_size,
+                handle,
+                self.first.value,
+                self.second.value,
+                self.convolution(math_type).value,
+                self.output.value,
+                number,
+            )
+        except CuDNNError:
+            return None
+        return Algorithm(number, memory, math_type)
+
     def _usable(self, handle: int, found: Iterable[AlgorithmPerformance]) -> list[Algorithm]:
         """Return the algorithms that may serve, in the order found; last those above the limit."""
-        library = loaded()
-        usable: list[Algorithm] = []
+        usable: dict[Algorithm, None] = {}
         for entry in found:
             if entry.status or not math_mode.allowed(self.math_type, entry.mathType, self.dtype):
                 continue
             if self.deterministic and entry.determinism != CUDNN_DETERMINISTIC:
                 continue
             math_type = math_mode.to_run(self.math_type, entry.mathType)
-            try:
-                # The size for the very descriptors that it will run with; the search may know
-                # another math type's.
-                memory = library.size(
-                    self.direction.workspace_size,
-                    handle,
-                    self.first.value,
-                    self.second.value,
-                    self.convolution(math_type).value,
-                    self.output.value,
-                    entry.algo,
-                )
-            except CuDNNError:
-                continue
-            algorithm = Algorithm(entry.algo, memory, math_type)
-            if algorithm not in usable:
-                usable.append(algorithm)
-        within = [algorithm for algorithm in usable if algorithm.memory <= self.limit]
-        above = [algorithm for algorithm in usable if algorithm.memory > self.limit]
+            algorithm = self._sized(handle, entry.algo, math_type)
+            if algorithm is not None:
+                usable[algorithm] = None
+        return self._within_first(usable)
+
+    def _within_first(self, algorithms: Iterable[Algorithm]) -> list[Algorithm]:
+        given = list(algorithms)
+        within = [algorithm for algorithm in given if algorithm.memory <= self.limit]
+        above = [algorithm for algorithm in given if algorithm.memory > self.limit]
         return within + sorted(above, key=lambda algorithm: algorithm.memory)
+
+    def rest(self, handle: int) -> Iterator[Algorithm]:
+        """Yield every algorithm that accepts the shapes with the math type that was asked for.
+
+        cuDNN may recommend only algorithms of a math type that is not allowed, or none at all.
+        """
+        if self.spare is None:
+            numbers = self.direction.deterministic
+            if not self.deterministic:
+                numbers += self.direction.others
+            sized = (self._sized(handle, number, self.math_type) for number in numbers)
+            self.spare = self._within_first(algorithm for algorithm in sized if algorithm)
+        yield from self.spare
 
     def heuristic(self, handle: int) -> list[Algorithm]:
         """Return what cuDNN's heuristics recommend, best first. The same at every run."""
         if self.chosen is None:
             results, count = (AlgorithmPerformance * _REQUESTED)(), ctypes.c_int()
-            getattr(loaded(), self.direction.heuristics)(
-                handle,
-                self.first.value,
-                self.second.value,
-                self.convolution(self.math_type).value,
-                self.output.value,
-                _REQUESTED,
-                ctypes.byref(count),
-                results,
-            )
+            try:
+                getattr(loaded(), self.direction.heuristics)(
+                    handle,
+                    self.first.value,
+                    self.second.value,
+                    self.convolution(self.math_type).value,
+                    self.output.value,
+                    _REQUESTED,
+                    ctypes.byref(count),
+                    results,
+                )
+            except CuDNNError as error:
+                if not error.not_supported:
+                    raise
+                count.value = 0
             self.chosen = self._usable(handle, results[: count.value])
         return self.chosen
 
@@ -258,11 +256,13 @@ def run(
     shortage: BaseException | None = None
     failure: CuDNNError | None = None
     refused_size = None
-    for algorithm in algorithms:
-        if algorithm in plan.refused:
+    tried: set[Algorithm] = set()
+    for algorithm in itertools.chain(algorithms, plan.rest(handle)):
+        if algorithm in plan.refused or algorithm in tried:
             continue
         if refused_size is not None and algorithm.memory >= refused_size:
             continue
+        tried.add(algorithm)
         workspace = None
         if algorithm.memory:
             try:

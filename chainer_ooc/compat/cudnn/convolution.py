@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from chainer_ooc.compat.cudnn import algorithms, descriptors, device, math_mode
+from chainer_ooc.compat.cudnn import algorithms, descriptors, device, math_mode, workspace
 from chainer_ooc.compat.cudnn.algorithms import Direction, Plan
 from chainer_ooc.compat.cudnn.constants import CUDNN_TENSOR_NCHW, CUDNN_TENSOR_NHWC
 from chainer_ooc.compat.cudnn.handles import get_handle
@@ -114,7 +114,7 @@ def _compute(
         w_layout,
         math_mode.math_type_for(dtype, tensor_core),
         bool(deterministic),
-        algorithms.get_max_workspace_size(),
+        workspace.get_max_workspace_size(),
     )
     first, second, output = {
         algorithms.FORWARD: (x, w, y),

@@ -13,7 +13,7 @@ from chainer_ooc.compat.cudnn import choice as _choice
 from chainer_ooc.compat.cudnn import device as _device
 from chainer_ooc.compat.cudnn.constants import *  # noqa: F403
 from chainer_ooc.compat.cudnn.library import CuDNNError, LibraryNotFoundError, loaded
-from chainer_ooc.compat.cudnn.rnn import getRNNParamsSize
+from chainer_ooc.compat.cudnn.rnn_weights import getRNNParamsSize
 from chainer_ooc.compat.cudnn.spatial import (
     spatialTfGridGeneratorBackward,
     spatialTfGridGeneratorForward,

@@ -13,7 +13,6 @@ from chainer_ooc.compat.cudnn.activation import (
     softmax_backward,
     softmax_forward,
 )
-from chainer_ooc.compat.cudnn.algorithms import get_max_workspace_size, set_max_workspace_size
 from chainer_ooc.compat.cudnn.convolution import (
     convolution_backward_data,
     convolution_backward_filter,
@@ -35,16 +34,19 @@ from chainer_ooc.compat.cudnn.normalization import (
 )
 from chainer_ooc.compat.cudnn.pooling import pooling_backward, pooling_forward
 from chainer_ooc.compat.cudnn.rnn import (
-    create_rnn_descriptor,
-    get_rnn_lin_layer_bias_params,
-    get_rnn_lin_layer_matrix_params,
     rnn_backward_data,
     rnn_backward_weights,
-    rnn_enabled,
     rnn_forward_inference,
     rnn_forward_training,
 )
+from chainer_ooc.compat.cudnn.rnn_weights import (
+    create_rnn_descriptor,
+    get_rnn_lin_layer_bias_params,
+    get_rnn_lin_layer_matrix_params,
+    rnn_enabled,
+)
 from chainer_ooc.compat.cudnn.spatial import create_spatial_transformer_descriptor
+from chainer_ooc.compat.cudnn.workspace import get_max_workspace_size, set_max_workspace_size
 
 __all__ = [
     "DropoutStates",

@@ -13,8 +13,8 @@ from fake_cudnn import FakeCuDNN
 PACKAGE = "chainer_ooc.compat.cudnn"
 MODULES = (
     "activation", "algorithms", "convolution", "descriptors", "device", "dropout", "handles",
-    "library", "math_mode", "normalization", "pooling", "rnn", "spatial", "cupy_cudnn",
-    "cupy_cuda_cudnn",
+    "library", "math_mode", "normalization", "pooling", "rnn", "rnn_weights", "spatial",
+    "workspace", "cupy_cudnn", "cupy_cuda_cudnn",
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def cudnn(_stand_ins, monkeypatch):
     _stand_ins.fake.reset()
     fake_cupy.memory.refuse_above = None
     fake_cupy.memory.allocated.clear()
-    _stand_ins.algorithms.set_max_workspace_size(1 << 20)
+    _stand_ins.workspace.set_max_workspace_size(1 << 20)
     _stand_ins.math_mode.set_math_mode("fp32")
     yield _stand_ins
     fake_cupy.memory.refuse_above = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy
 import pytest
-from fake_cudnn import Offer
+from fake_cudnn import Offer, Refused
 from fake_cudnn_math import convolve, convolve_back, convolve_filter
 from fake_cupy import OutOfMemoryError, Stream, memory
 
@@ -192,6 +192,34 @@ def test_algorithm_that_does_not_run_gives_way_for_good(cudnn):
     assert algos == [6, 1, 1]
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_algorithms_that_cudnn_does_not_recommend_are_tried_last(cudnn, direction):
+    """Strict float32 where all recommendations are for tensor cores, or there are none."""
+    cudnn.fake.offers[OFFERS[direction]] = [Offer(2, 64, math_type=1)]
+    case = Case(cudnn)
+    case.check(direction)
+    call = cudnn.fake.named(FUNCTION[direction])[0].arguments
+    assert call["algo"] == 2
+    assert cudnn.fake.things[call["convDesc"]].math_type == 3
+
+
+def test_only_deterministic_ones_are_tried_in_deterministic_mode(cudnn):
+    cudnn.fake.offers["BackwardFilter"] = [Offer(0, 0, deterministic=False)]
+    case = Case(cudnn)
+    with pytest.raises(cudnn.library.CuDNNError, match="no algorithm of cuDNN serves"):
+        case.run("filter", deterministic=True)
+    case.check("filter", deterministic=False)
+
+
+def test_heuristics_that_refuse_leave_the_choice_to_us(cudnn, monkeypatch):
+    def refuse(self, **_given):
+        raise Refused(3002, "no heuristics")
+
+    monkeypatch.setattr(type(cudnn.fake), "do_GetConvolutionForwardAlgorithm_v7", refuse)
+    Case(cudnn).check()
+    assert cudnn.fake.named("cudnnConvolutionForward")[0].arguments["algo"] == 1
+
+
 def test_no_algorithm_is_an_error_that_names_the_shapes(cudnn):
     cudnn.fake.offers["Forward"] = []
     with pytest.raises(cudnn.library.CuDNNError, match=r"no algorithm.*x \(2, 4, 7, 6\)") as info:
@@ -344,6 +372,6 @@ def test_workspace_setting_is_checked(cudnn, monkeypatch):
         cudnn.cupy_cudnn.set_max_workspace_size(-1)
     monkeypatch.setenv("CHAINER_OOC_CUDNN_WORKSPACE", "8M")
     with pytest.raises(ValueError, match="'8M' is not understood"):
-        cudnn.algorithms._workspace_from_environment()
+        cudnn.workspace._from_environment()
     monkeypatch.setenv("CHAINER_OOC_CUDNN_WORKSPACE", str(8 << 20))
-    assert cudnn.algorithms._workspace_from_environment() == 8 << 20
+    assert cudnn.workspace._from_environment() == 8 << 20
