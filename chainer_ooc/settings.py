@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
+import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
+
 from chainer_ooc.errors import SettingError
+from chainer_ooc.swap.disk import EXTENT
 
 __all__ = ["Settings", "parse_bytes", "parse_limit"]
 
+_IN_MEMORY = ("tmpfs", "ramfs")
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
@@ -89,7 +96,35 @@ def _parse_directory(name: str, value: Any) -> str:
         )
     if not os.access(path, os.W_OK | os.X_OK):
         raise SettingError(f"{name}={path!r} cannot be written to; name a directory that can")
+    free = shutil.disk_usage(path).free
+    if free < EXTENT:
+        raise SettingError(
+            f"{name}={path!r} is full: {free >> 20} MiB are free, {EXTENT >> 20} MiB are the least that is "
+            "taken; free space there or name a directory on a larger disk"
+        )
+    if (kind := _file_system(path)) in _IN_MEMORY:
+        warnings.warn(
+            f"{name}={path!r} is a {kind}, that is memory: what is moved there takes memory all the same; "
+            "name a directory on a disk",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return path
+
+
+@functools.cache
+def _default_directory(temporary: str) -> str:
+    if _file_system(temporary) in _IN_MEMORY and os.access("/var/tmp", os.W_OK | os.X_OK):
+        return "/var/tmp"
+    return temporary
+
+
+def _file_system(directory: str) -> str:
+    """Return the type of the file system of a directory, such as ``"ext4"``; ``""`` if unknown."""
+    path = os.path.realpath(directory)
+    mounts = psutil.disk_partitions(all=True)
+    over = [m for m in mounts if os.path.commonpath([path, m.mountpoint]) == m.mountpoint]
+    return max(over, key=lambda mount: len(mount.mountpoint)).fstype if over else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +144,8 @@ class Settings:
         host_limit: Most pinned host memory (bytes) for arrays of a GPU; what is beyond goes to the
             swap file. ``None``: 80 % of the free host memory, divided by the ranks that share it.
             Not used for NumPy arrays, whose only tier is the swap file.
-        swap_dir: Directory of the swap file. ``None``: the directory for temporary files.
+        swap_dir: Directory of the swap file. ``None``: the directory for temporary files, or
+            ``/var/tmp`` where that is a file system in memory.
         strict: CPU only: a function whose working set does not fit under the limit raises
             :class:`~chainer_ooc.errors.OutOfMemoryError`. Default: one warning, and it runs.
         single_backward: Backward runs once per graph: after its last use an array is dropped, with no
@@ -160,7 +196,7 @@ class Settings:
     @property
     def directory(self) -> str:
         """The directory of the swap file."""
-        return self.swap_dir or tempfile.gettempdir()
+        return self.swap_dir or _default_directory(tempfile.gettempdir())
 
 
 def _optional(parse: Any) -> Any:

@@ -7,9 +7,6 @@ import errno
 import os
 import threading
 import uuid
-import warnings
-
-import psutil
 
 from chainer_ooc.errors import SwapSpaceError
 
@@ -19,8 +16,6 @@ __all__ = ["ALIGNMENT", "SwapFile"]
 ALIGNMENT = 4096
 #: The file grows by extents of this size (bytes), or by one block if that is larger.
 EXTENT = 64 << 20
-
-_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 
 
 class SwapFile:
@@ -117,14 +112,6 @@ class SwapFile:
         return fd
 
     def _open(self) -> int:
-        kind = file_system(self.directory)
-        if kind in _MEMORY_FILE_SYSTEMS:
-            warnings.warn(
-                f"swap_dir={self.directory!r} is a {kind}, that is memory: what is moved there takes memory "
-                "all the same; name a directory on a disk",
-                RuntimeWarning,
-                stacklevel=2,
-            )
         path = os.path.join(self.directory, f".chainer_ooc-{os.getpid()}-{uuid.uuid4().hex}")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
@@ -189,21 +176,6 @@ class SwapFile:
         else:
             self._offsets.insert(index, offset)
             self._free[offset] = size
-
-
-def file_system(directory: str) -> str:
-    """Return the type of the file system of a directory, such as ``"ext4"``; ``""`` if unknown."""
-    path = os.path.realpath(directory)
-    best = max(
-        (p for p in psutil.disk_partitions(all=True) if _is_under(path, p.mountpoint)),
-        key=lambda p: len(p.mountpoint),
-        default=None,
-    )
-    return best.fstype if best else ""
-
-
-def _is_under(path: str, directory: str) -> bool:
-    return os.path.commonpath([path, directory]) == directory
 
 
 def _round_up(nbytes: int) -> int:

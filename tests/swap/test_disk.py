@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chainer_ooc.errors import SwapSpaceError
-from chainer_ooc.swap.disk import ALIGNMENT, EXTENT, SwapFile, file_system
+from chainer_ooc.swap.disk import ALIGNMENT, EXTENT, SwapFile
 
 
 def page(byte: int, nbytes: int = ALIGNMENT) -> mmap.mmap:
@@ -108,15 +108,6 @@ def test_the_last_room_of_a_disk_is_used(file, monkeypatch):
     file.allocate(limit // 2)
     with pytest.raises(SwapSpaceError):
         file.allocate(1)
-
-
-def test_a_directory_in_memory_warns():
-    if file_system("/dev/shm") != "tmpfs":
-        pytest.skip("no tmpfs")
-    file = SwapFile("/dev/shm")
-    with pytest.warns(RuntimeWarning, match=r"swap_dir='/dev/shm' is a tmpfs"):
-        file.allocate(1)
-    file.close()
 
 
 def test_a_file_system_without_direct_io(file, monkeypatch):

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
 
 import chainer_ooc
 from chainer_ooc.errors import SettingError
-from chainer_ooc.settings import Settings, parse_bytes, parse_limit
+from chainer_ooc.settings import (
+    Settings,
+    _default_directory,
+    _file_system,
+    parse_bytes,
+    parse_limit,
+)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +97,33 @@ def test_the_swap_directory_must_be_there(tmp_path):
     file.touch()
     with pytest.raises(SettingError, match=r"swap_dir=.*is not a directory"):
         chainer_ooc.enable(swap_dir=file)
+
+
+def test_a_full_swap_directory_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 20))
+    with pytest.raises(SettingError, match=r"swap_dir=.* is full: 5 MiB are free"):
+        chainer_ooc.enable(swap_dir=tmp_path)
+
+
+def test_a_swap_directory_in_memory_warns(monkeypatch):
+    monkeypatch.setattr("chainer_ooc.settings._file_system", lambda path: "tmpfs")
+    with pytest.warns(RuntimeWarning, match=r"swap_dir='/dev/shm' is a tmpfs, that is memory"):
+        Settings.resolve({"swap_dir": "/dev/shm"})
+
+
+def test_the_default_directory_is_on_a_disk(monkeypatch, tmp_path):
+    _default_directory.cache_clear()
+    monkeypatch.setattr("chainer_ooc.settings._file_system", lambda path: "ext4")
+    assert _default_directory(str(tmp_path)) == str(tmp_path)
+    _default_directory.cache_clear()
+    monkeypatch.setattr("chainer_ooc.settings._file_system", lambda path: "tmpfs")
+    assert _default_directory(str(tmp_path)) == "/var/tmp"
+    _default_directory.cache_clear()
+
+
+def test_file_systems_are_told_apart():
+    assert _file_system("/proc") == "proc"
+    assert _file_system("/") not in ("", "proc")
 
 
 def test_modes_nest_like_using_config():
