@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
         "cupy": cupy.__version__,
         "python": platform.python_version(),
         "cudnn": chainer.backends.cuda._cudnn_version,
-        "cudnn_modules": getattr(chainer.backends.cuda.cudnn, "__name__", None),
+        "cudnn_modules": getattr(getattr(chainer.backends.cuda, "cudnn", None), "__name__", None),
     }
     try:
         import torch

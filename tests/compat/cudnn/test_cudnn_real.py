@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 
 import cudnn_headers
 import numpy
@@ -158,3 +162,24 @@ def test_spatial_transformer_and_rnn_descriptors(real):
     library.cudnnSetRNNDescriptor_v8(
         network.value, 0, 2, 2, 1, 0, 0, 0, 3, 8, 16, 16, 2, dropout.value, 0
     )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy")
+@pytest.mark.parametrize("value", ["own", "off"])
+def test_chainer_finds_the_modules(value):
+    """The whole way: import hook, choice, library; in a process of its own: Chainer keeps it."""
+    code = (
+        "import chainer_ooc, chainer, chainer.backends.cuda as cuda\n"
+        "name = getattr(getattr(cuda, 'cudnn', None), '__name__', None)\n"
+        "print(cuda.cudnn_enabled, cuda._cudnn_version // 10000, name)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CHAINER_OOC_CUDNN": value, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    expected = {
+        "own": "True 9 chainer_ooc.compat.cudnn.cupy_cudnn",
+        "off": "False -1 None",
+    }
+    assert done.stdout.strip() == expected[value], done.stderr[-2000:]
