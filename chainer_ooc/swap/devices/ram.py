@@ -106,6 +106,7 @@ class RamDevice:
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._memory_is_short = False
+        self._fruitless_trims = self._trims_to_skip = 0
 
     def locate(self, array: Any) -> Location | None:
         """Return where a plain NumPy array lies; ``None`` if its memory is not NumPy's or not dense."""
@@ -174,7 +175,17 @@ class RamDevice:
             # Only now: what is given back at once must be taken again at once, which costs time.
             self._memory_is_short = True
             process_memory.keep_less_freed_memory(RETURNED)
+        if self._trims_to_skip:
+            self._trims_to_skip -= 1
+            return
+        before = self.used_bytes()
         process_memory.trim()
+        # It takes milliseconds: where it gave nothing back, it is tried less and less often.
+        if before - self.used_bytes() >= RETURNED // 4:
+            self._fruitless_trims = 0
+        else:
+            self._fruitless_trims = min(self._fruitless_trims + 1, 5)
+            self._trims_to_skip = 2**self._fruitless_trims - 1
 
     def move_to(self, directory: str) -> None:
         """Make the swap file in another directory from now on; copies in the old one stay readable there."""
