@@ -39,7 +39,7 @@ DIGITS_DEFAULTS: dict[str, Any] = {
     "batchsize": 32,
     "epoch": 10,
     "iteration": 22,
-    "val_batchsize": 30,
+    "val_batchsize": 15,
 }
 """Defaults without list files: a few minutes for four ranks on two cores."""
 

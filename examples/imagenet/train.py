@@ -64,7 +64,7 @@ def main() -> int:
         start_ranks(config)
         prepare_workers(config)
         gpu, device_text = devices.use_gpu(config.gpu, launcher.local_size())
-        world = world_module.create_world(config.communicator, gpu)
+        world = world_module.create_world(config.communicator, gpu, config.ooc and not gpu)
         rank = world.rank
         return Run(config, world, gpu, f"{launcher.threads()} thread(s) each; {device_text}").main()
     except InputError as e:

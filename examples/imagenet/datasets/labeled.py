@@ -69,12 +69,12 @@ def read_image(path: str | Path) -> numpy.ndarray:
         raise InputError(f"image {path}: no such file; correct the list file or --root/-R") from e
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         # Pillow reports damaged data by OSError, and some broken headers by the other two.
-        reason = " ".join(str(e).split()) or type(e).__name__
-        if str(path) not in reason:
-            reason = f"cannot be decoded ({reason})"
-        else:
-            reason = "is not an image that can be decoded"
-        raise InputError(f"image {path}: {reason}; replace it or remove it from the list") from e
+        # Where it names the file, it only says that this is not an image.
+        reason = " ".join(str(e).split())
+        why = f" ({reason})" if reason and str(path) not in reason else ""
+        raise InputError(
+            f"image {path}: cannot be decoded{why}; replace it or remove it from the list"
+        ) from e
 
 
 class LabeledImages:
