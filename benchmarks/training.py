@@ -1,0 +1,115 @@
+"""A few iterations of a network in a process of its own: their times, its peak memory, what moved.
+
+``overhead.py`` and ``limits.py`` use it; by itself it prints one line of JSON:
+
+    python benchmarks/training.py '{"net": "resnet50", "limit": "600MiB", "iterations": 3}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(**task: Any) -> dict[str, Any]:
+    """Train in a new process.
+
+    Args:
+        **task: ``net``, ``iterations``, ``threads`` (default 1), and for :func:`chainer_ooc.enable` any of
+            its settings; without ``limit`` it is stock Chainer.
+
+    Returns:
+        ``seconds`` and ``cpu_seconds`` of each iteration, ``peak_bytes`` (``VmHWM``), ``digest`` of the
+        parameters, and for out-of-core runs ``stats``.
+    """
+    threads = str(task.pop("threads", 1))
+    environment = dict(os.environ, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, __file__, json.dumps(task)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{task} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> dict[str, Any]:
+    """Name the machine and what runs on it."""
+    import numpy
+    import psutil
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def print_table(header: list[str], rows: list[list[Any]]) -> None:
+    """Print a Markdown table."""
+    texts = [[f"{c:.3g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in [header, *texts]) for i in range(len(header))]
+    for row in [header, ["-" * width for width in widths], *texts]:
+        cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def write(path: str | None, results: Any) -> None:
+    """Write the results and the machine as JSON, if there is a path."""
+    if path:
+        Path(path).write_text(
+            json.dumps({"machine": machine(), "results": results}, indent=1) + "\n"
+        )
+
+
+def _train(net: str, iterations: int = 3, **settings: Any) -> dict[str, Any]:
+    import hashlib
+
+    import numpy as np
+    from nets import NETS
+
+    import chainer_ooc
+
+    import chainer  # isort: skip
+
+    np.random.seed(0)
+    if "limit" in settings:
+        chainer_ooc.enable(**settings)
+    model, x, t = NETS[net]()
+    optimizer = chainer.optimizers.MomentumSGD(lr=0.001).setup(model)
+    seconds, cpu_seconds = [], []
+    for _ in range(iterations):
+        start, cpu = time.perf_counter(), time.process_time()
+        optimizer.update(model, x, t)
+        seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu)
+    digest = hashlib.sha256()
+    for parameter in model.params():
+        digest.update(parameter.array.tobytes())
+    status = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_bytes": peak,
+        "digest": digest.hexdigest(),
+        "stats": vars(chainer_ooc.stats()) if "limit" in settings else None,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_train(**json.loads(sys.argv[1]))))
