@@ -38,7 +38,7 @@ DIGITS_DEFAULTS: dict[str, Any] = {
     "insize": 80,
     "batchsize": 32,
     "epoch": 10,
-    "iteration": 22,
+    "iteration": 20,
     "val_batchsize": 15,
 }
 """Defaults without list files: a few minutes for four ranks on two cores."""

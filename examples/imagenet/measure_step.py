@@ -1,7 +1,6 @@
 """Measures the peak memory of an in-core training step. Run by out_of_core.py in a child process.
 
-Its argument is a JSON object with arch, insize, n_classes, batchsize and gpu; it prints one with
-``peak_bytes``.
+Its argument is a JSON object with the arguments of ``measure``; it prints one with ``peak_bytes``.
 """
 
 import launcher
@@ -19,13 +18,19 @@ import chainer  # noqa: E402
 import devices  # noqa: E402
 import models  # noqa: E402
 import numpy  # noqa: E402
+import run  # noqa: E402, F401  what the trainer loads counts in its peak, too
 
 
-def measure(arch: str, insize: int, n_classes: int, batchsize: int, gpu: int) -> int:
+def measure(
+    arch: str, insize: int, n_classes: int, batchsize: int, gpu: int, with_mpi: bool
+) -> int:
     """Returns the peak of this process in bytes after two steps of training.
 
-    The first step allocates the optimizer's state; the second one is like all that follow.
+    The first step allocates the optimizer's state; the second one is like all that follow. MPI
+    is loaded as in a rank, which counts in the peak; nothing is sent.
     """
+    if with_mpi:
+        import mpi4py.MPI  # noqa: F401
     device = chainer.get_device("@numpy" if gpu < 0 else f"@cupy:{gpu}")
     device.use()
     model = models.create(arch, insize, n_classes)

@@ -29,7 +29,7 @@ class Figures:
     bytes_in: int = 0
 
 
-def measure_in_core_peak(config: Config, gpu: int) -> int:
+def measure_in_core_peak(config: Config, gpu: int, with_mpi: bool) -> int:
     """Returns the peak memory in bytes of an in-core step of this run, in a process of its own."""
     request = {
         "arch": config.arch,
@@ -37,6 +37,7 @@ def measure_in_core_peak(config: Config, gpu: int) -> int:
         "n_classes": config.n_classes,
         "batchsize": config.batchsize,
         "gpu": gpu,
+        "with_mpi": with_mpi,
     }
     script = Path(__file__).with_name("measure_step.py")
     done = subprocess.run(
@@ -70,11 +71,13 @@ def enable(config: Config, world: World, gpu: int) -> int | None:
     if not config.ooc:
         return None
     options: dict[str, Any] = {}
-    peak = None
+    peak: int | None = None
     if config.ooc_limit is not None:
         options["limit"] = config.ooc_limit
     elif config.digits and "CHAINER_OOC_LIMIT" not in os.environ:
-        peak = world.broadcast(measure_in_core_peak(config, gpu) if world.rank == 0 else None)
+        if world.rank == 0:
+            peak = measure_in_core_peak(config, gpu, with_mpi=world.comm is not None)
+        peak = world.broadcast(peak)
         options["limit"] = int(peak * DIGITS_FRACTION)
     with world.together():
         try:

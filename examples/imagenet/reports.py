@@ -131,7 +131,9 @@ def print_report() -> extensions.PrintReport:
 
 
 class Progress(training.Extension):
-    """A progress bar of iterations on standard error, with the loss.
+    """A progress bar of iterations, with the loss.
+
+    It is on standard output like the table: mpiexec does not keep the order of two streams.
 
     Args:
         stop: The run's stop trigger.
@@ -147,14 +149,15 @@ class Progress(training.Extension):
 
     def initialize(self, trainer: training.Trainer) -> None:
         """Starts the bar where the training is."""
-        # Under mpiexec standard error is a pipe that ends in a terminal, so no terminal is not
-        # a reason to show nothing; only the width is unknown then (a terminal may say 0, too).
+        # Under mpiexec the output is a pipe that ends in a terminal, so no terminal is not a
+        # reason to show nothing; only the width is unknown then (a terminal may say 0, too).
         try:
-            known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            known = os.get_terminal_size(sys.stdout.fileno()).columns > 0
         except (OSError, ValueError):
             known = False
         width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 79, "nrows": 24}
         self._bar = tqdm(
+            file=sys.stdout,
             total=self._total,
             initial=trainer.updater.iteration,
             unit="it",

@@ -35,7 +35,7 @@ def test_run_without_data_trains_on_digits_and_leaves_its_results(train, tmp_pat
     assert "1437 training and 360 validation images" in done.stdout
     for column in ("epoch", "iteration", "main/loss", "validation/main/accuracy", "lr"):
         assert column in done.stdout
-    assert "12/12" in done.stderr  # the progress bar
+    assert "12/12" in done.stdout  # the progress bar
     summary = json.loads((out / "summary.json").read_text())
     assert summary.keys() == SUMMARY_KEYS
     assert summary["ranks"] == 1
@@ -233,3 +233,15 @@ def test_out_of_core_ranks_end_with_the_same_parameters(train, lists, tmp_path):
     assert summary["bytes_out"] > 0
     assert summary["limit_bytes"] == 1 << 20
     shutil.rmtree(tmp_path / "a")
+
+
+def test_out_of_core_on_digits_stays_below_the_measured_in_core_peak(train, tmp_path):
+    # Large enough that activations are most of the peak: 60 % of it holds the rest.
+    args = ["-a", "googlenetbn", "-is", 64, "-B", 48, "-b", 15, "-i", 2, "-o", tmp_path]
+    done = train(*args, "--ooc")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["in_core_peak_bytes"] * 0.6 == pytest.approx(summary["limit_bytes"], abs=1)
+    assert "(measured); limit" in done.stdout
+    assert summary["bytes_out"] > 0
+    assert summary["bytes_in"] > 0
+    assert summary["peak_bytes"] < 0.75 * summary["in_core_peak_bytes"]

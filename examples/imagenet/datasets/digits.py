@@ -11,6 +11,7 @@ import gzip
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def write_digits(folder: Path, size: int, progress: Any = None) -> None:
             lines = []
             shown: Iterable[int] = indices
             if progress is not None:
-                shown = progress(indices, desc=f"writing {name} digits", unit="image")
+                shown = progress(
+                    indices, desc=f"writing {name} digits", unit="image", file=sys.stdout
+                )
             for i in shown:
                 file = f"{name}/{i:04d}.jpg"
                 image = Image.fromarray(images[i]).resize((size, size), Image.Resampling.BICUBIC)
