@@ -63,14 +63,13 @@ EDITS = (
     ),
     Edit(
         "chainer.functions.array.pad_sequence",
-        "NumPy 2 raises where a negative padding wrapped around into an unsigned array",
+        "NumPy 2 raises, and 1.26 warns, where a negative padding wraps around in an unsigned array",
         (
             Replace(
                 "y[i, l:] = self.padding\n",
                 "y[i, l:] = numpy.asarray(self.padding).astype(y.dtype)\n",
             ),
         ),
-        when=numpy_2,
     ),
     Edit(
         "chainer.variable",
