@@ -11,6 +11,7 @@ import numpy as np
 
 from chainer_ooc import mode
 from chainer_ooc.graph import attributes, nodes
+from chainer_ooc.settings import Settings
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import Saved
 
@@ -68,42 +69,40 @@ def _apply(self: Any, inputs: Any) -> Any:
     settings = mode.current()
     if settings is None:
         return _stock["apply"](self, inputs)
-    manager = _before(self, inputs)
+    manager, plenty = _before(inputs, settings)
     if manager is None:
         return _stock["apply"](self, inputs)
-    outputs = _run(self, inputs, manager, _stock["apply"], self, inputs)
+    apply = _stock["apply"]
+    outputs = apply(self, inputs) if plenty else _run(self, inputs, manager, apply, self, inputs)
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
         _pending.append((weakref.ref(self), settings.single_backward))
         if len(_pending) > _most_pending:
             _forget_dead()
-    if settings.swap_all:
-        adopt()
-        manager.move_all_out()
-    elif mode.local.running is None:
-        manager.make_room(0)
+    if not plenty:
+        _after(manager, settings)
     return outputs
 
 
 def _backprop_step(
     func: Any, target_input_indexes: Any, grad_outputs: Any, grad_inputs: Any, is_debug: Any
 ) -> None:
-    step = _stock["backprop_step"]
+    arguments = (func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
     record = func.__dict__.get(_RECORD)
     settings = mode.current()
-    if record is None and settings is None:
-        return step(func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
-    manager = _before(func, [gy for gy in grad_outputs if gy is not None]) if settings else None
+    manager, plenty = (None, True) if settings is None else _before(grad_outputs, settings)
+    if record is None and plenty:
+        func.__dict__[_USED] = True
+        return _stock["backprop_step"](*arguments)
     outer = mode.local.trusted
     mode.local.trusted = _is_chainers(func)
     arrays = []
     try:
         if record is not None:
             arrays = _fetch(record, manager)
-        if manager is None:
-            step(func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
+        if manager is None or plenty:
+            _stock["backprop_step"](*arguments)
         else:
-            arguments = (target_input_indexes, grad_outputs, grad_inputs, is_debug)
-            _run(func, func.inputs, manager, step, func, *arguments)
+            _run(func, func.inputs, manager, _stock["backprop_step"], *arguments)
     finally:
         mode.local.trusted = outer
         arrays.clear()
@@ -112,35 +111,44 @@ def _backprop_step(
                 owner.finish(group, record.drop)
         else:
             func.__dict__[_USED] = True
-        if settings is not None and manager is not None:
-            if settings.swap_all:
-                manager.move_all_out()
-            elif mode.local.running is None:
-                manager.make_room(0)
+    if manager is not None and settings is not None:
+        _after(manager, settings)
 
 
-def _before(func: Any, inputs: Any) -> SwapManager | None:
-    """Return the manager of the inputs' device; watch the thread's allocations if memory could get short."""
+def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
+    """Return the manager of the inputs' device, and whether memory is plenty for a function of them.
+
+    If not, the thread's allocations are watched from now on.
+    """
     manager = None
     nbytes = 0
     for x in inputs:
         array = x if type(x) is np.ndarray else getattr(x, "raw_array", None)
-        if manager is None:
-            manager = mode.manager_for(array)
         if array is not None:
+            if manager is None:
+                manager = mode.manager_for(array)
             nbytes += array.nbytes
-    if manager is None:
-        return None
-    if not mode.local.hooked and manager.device.used_bytes() + _EXPANSION * nbytes > manager.low:
-        mode.hook_allocations()
-    return manager
+    if manager is None or mode.local.hooked or settings.swap_all:
+        return manager, manager is None
+    if manager.has_plenty(_EXPANSION * nbytes, settings):
+        return manager, True
+    mode.hook_allocations()
+    return manager, False
+
+
+def _after(manager: SwapManager, settings: Settings) -> None:
+    if settings.swap_all:
+        adopt()
+        manager.move_all_out()
+    elif mode.local.running is None:
+        manager.make_room(0)
 
 
 def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
     """Call a function of the graph; turn a failed allocation into the error that says why."""
     local = mode.local
     outer, local.running = local.running, (func, inputs)
-    start = local.peak = manager.device.used_bytes()
+    start = local.peak = manager.last_used
     try:
         return call(*args)
     except MemoryError as error:

@@ -43,6 +43,9 @@ class SwapManager:
         settings: Returns the settings in force in the calling thread.
         adopt: Called when memory is no longer plenty: save what was put off until then.
         is_trusted: Tells whether the code that reads arrays in the calling thread leaves them as they are.
+
+    Attributes:
+        last_used: The bytes that were in use when the device was asked last.
     """
 
     def __init__(
@@ -56,13 +59,17 @@ class SwapManager:
         self.settings = settings
         self.adopt = adopt
         self.is_trusted = is_trusted
+        self.last_used = 0
         self._growth: deque[int] = deque([0], _REMEMBERED)
-        self._mover = Mover(device, self._reclaim)
+        self._mover = Mover(device, self.reclaim)
         self._lock = threading.RLock()
         # The storages that live, in the order of saving.
         self._storages: dict[int, weakref.ref[Storage]] = {}
         self._sequence = 0
-        self._limit: tuple[Any, int] = (object(), 0)
+        # The settings in force, and their limit, high- and low-water mark; what a limit of None means.
+        self._measured: tuple[Any, tuple[int, int, int]] = (None, (0, 0, 0))
+        self._capacity: int | None = None
+        self._slack = self._unasked = 0
         self._warned_bytes = 0
 
     @property
@@ -80,26 +87,51 @@ class SwapManager:
     @property
     def limit(self) -> int:
         """The limit in force (bytes)."""
-        wanted = self.settings().limit
-        if self._limit[0] != wanted or type(self._limit[0]) is not type(wanted):
-            if wanted is None:
-                nbytes = self.device.capacity()
-            elif isinstance(wanted, float):
-                nbytes = int(wanted * self.device.total_bytes())
-            else:
-                nbytes = wanted
-            self._limit = (wanted, nbytes)
-        return self._limit[1]
+        return self._marks()[0]
 
     @property
     def high(self) -> int:
         """The high-water mark (bytes): room is made so that memory stays below it."""
-        return int(self.limit * (1 - MARGIN))
+        return self._marks()[1]
 
     @property
     def low(self) -> int:
         """The low-water mark (bytes): nothing moves below it."""
-        return int(self.limit * LOW_WATER)
+        return self._marks()[2]
+
+    def _marks(self) -> tuple[int, int, int]:
+        settings = self.settings()
+        if settings is not self._measured[0]:
+            limit = self._limit_of(settings)
+            marks = (limit, int(limit * (1 - MARGIN)), int(limit * LOW_WATER))
+            self._measured = (settings, marks)
+        return self._measured[1]
+
+    def _limit_of(self, settings: Settings) -> int:
+        wanted = settings.limit
+        if wanted is None:
+            # What is free is asked once: later it would be less by what was taken.
+            if self._capacity is None:
+                self._capacity = self.device.capacity()
+            return self._capacity
+        return int(wanted * self.device.total_bytes()) if isinstance(wanted, float) else wanted
+
+    def used_bytes(self) -> int:
+        """Return the bytes in use now."""
+        self.last_used = self.device.used_bytes()
+        return self.last_used
+
+    def has_plenty(self, nbytes: int, settings: Settings) -> bool:
+        """Tell whether a function that takes at most ``nbytes`` leaves memory below the low-water mark.
+
+        The system is asked only when what functions may have taken since the last time could matter.
+        """
+        self._slack -= nbytes
+        self._unasked += 1
+        if self._slack < 0 or self._unasked > 64 or settings is not self._measured[0]:
+            self._slack = self.low - self.used_bytes() - nbytes
+            self._unasked = 0
+        return self._slack >= 0
 
     # What the graph asks.
 
@@ -201,13 +233,16 @@ class SwapManager:
                     continue
                 if room is None:
                     coming = sum(s.nbytes for s in self._in_order() if s.state is State.COMING_IN)
-                    room = self.high - self.device.used_bytes() - max(self._growth) - coming
+                    room = self.high - self.used_bytes() - max(self._growth) - coming
                 if room < storage.nbytes:
                     room += self._release_clean(storage.nbytes - room, used_only=True)
                 if room < storage.nbytes:
                     return
                 room -= storage.nbytes
-                self._begin_in(storage)
+                try:
+                    self._begin_in(storage)
+                except MemoryError:  # the free memory is in pieces: it is fetched when it is needed
+                    return
                 self.counters.prefetched += 1
 
     def finish(self, group: Iterable[Saved], drop: bool) -> None:
@@ -239,13 +274,13 @@ class SwapManager:
         Raises:
             SwapSpaceError: If there is no more space outside.
         """
-        if self.device.used_bytes() + nbytes <= self.low:
+        if self.used_bytes() + nbytes <= self.low:
             return True
         with self._lock:
             self.adopt()
             self._mover.clear_graves()
             self._reclaim(nbytes)
-            used = self.device.used_bytes()
+            used = self.used_bytes()
             if not nbytes and used > self.low:
                 self._write_behind(used - self.low)
             return used + nbytes <= self.high
@@ -256,11 +291,26 @@ class SwapManager:
             self._mover.clear_graves()
             self._push_out(_EVERYTHING)
 
+    def reclaim(self, nbytes: int) -> int:
+        """Give up ``nbytes`` of memory even if so much is free: an allocation has failed, it is in pieces.
+
+        Returns:
+            How much has been given up (bytes).
+
+        Raises:
+            SwapSpaceError: If there is no more space outside.
+        """
+        with self._lock:
+            self.adopt()
+            used = self.device.used_bytes()
+            self._reclaim(nbytes + max(self.high - used, 0))
+            return max(used - self.device.used_bytes(), 0)
+
     def _reclaim(self, nbytes: int) -> None:
         """Give up memory until ``nbytes`` fit below the high-water mark, or nothing is left to give up."""
 
         def excess() -> int:
-            return self.device.used_bytes() + nbytes - self.high
+            return self.used_bytes() + nbytes - self.high
 
         if excess() <= 0:
             return
@@ -369,17 +419,18 @@ class SwapManager:
 
     def shortage(self, nbytes: int, what: str) -> OutOfMemoryError | None:
         """Return the error for ``nbytes`` that do not fit if ``strict``; else warn, if not yet, of so much."""
-        message = self._explain_shortage(nbytes, what)
+        message = self.explain_shortage(nbytes, what)
         if self.settings().strict:
             return OutOfMemoryError(message)
-        over = self.device.used_bytes() + nbytes - self.limit
+        over = self.used_bytes() + nbytes - self.limit
         if over > self._warned_bytes * 1.25:
             self._warned_bytes = over
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
 
-    def _explain_shortage(self, nbytes: int, what: str) -> str:
-        used = self.device.used_bytes()
+    def explain_shortage(self, nbytes: int, what: str) -> str:
+        """Return what holds the memory when ``nbytes`` for ``what`` do not fit, and what would help."""
+        used = self.used_bytes()
         with self._lock:
             resident = [storage for storage in self._in_order() if storage.owner is not None]
             saved = sum(storage.nbytes for storage in resident)

@@ -58,6 +58,7 @@ class Device(Protocol):
 
     name: str
     stand_in: Any  #: an array of the device without elements
+    asks_for_room: bool  #: its allocator asks the manager for room itself
 
     def locate(self, array: Any) -> Location | None:
         """Return where ``array`` lies, or ``None`` for an array that must stay where it is."""

@@ -98,6 +98,7 @@ class RamDevice:
     """
 
     name = "RAM"
+    asks_for_room = False
     stand_in = np.empty(0, np.uint8)
 
     def __init__(self, directory: str) -> None:
