@@ -46,6 +46,13 @@ class Record:
         self.group = group
         self.drop = drop
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+        """A deep copy of a function has arrays of its own: none of them is saved."""
+        return Record([], self.drop)
+
+    def __reduce__(self) -> Any:
+        return Record, ([], self.drop)
+
 
 def install() -> None:
     """Patch Chainer, once."""
@@ -123,7 +130,7 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     manager = None
     nbytes = 0
     for x in inputs:
-        array = x if type(x) is np.ndarray else getattr(x, "raw_array", None)
+        array = getattr(x, "raw_array", x)
         if array is not None:
             if manager is None:
                 manager = mode.manager_for(array)
@@ -132,7 +139,8 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
         return manager, manager is None
     if manager.has_plenty(_EXPANSION * nbytes, settings):
         return manager, True
-    mode.hook_allocations()
+    if not manager.device.asks_for_room:
+        mode.hook_allocations()
     return manager, False
 
 
@@ -214,7 +222,7 @@ def _save(func: Any, drop: bool) -> None:
 
 
 def _is_array(kind: type) -> bool:
-    return kind is np.ndarray
+    return kind is np.ndarray or kind is mode.gpu_array_type()
 
 
 def _is_chainers(func: Any) -> bool:

@@ -136,16 +136,8 @@ link("StatefulPeepholeLSTM", lambda: L.StatefulPeepholeLSTM(4, 3), n(2, 4), call
 link("StatefulZoneoutLSTM", lambda: L.StatefulZoneoutLSTM(4, 3), n(2, 4), call=twice)
 link("ChildSumTreeLSTM", lambda: L.ChildSumTreeLSTM(4, 3), *[n(2, 3)] * 4, n(2, 4))
 link("NaryTreeLSTM", lambda: L.NaryTreeLSTM(4, 3, n_ary=2), *[n(2, 3)] * 4, n(2, 4))
-for rnn in [
-    "NStepLSTM",
-    "NStepBiLSTM",
-    "NStepGRU",
-    "NStepBiGRU",
-    "NStepRNNTanh",
-    "NStepBiRNNTanh",
-    "NStepRNNReLU",
-    "NStepBiRNNReLU",
-]:
+KINDS = ("LSTM", "GRU", "RNNTanh", "RNNReLU")
+for rnn in [f"NStep{direction}{kind}" for direction in ("", "Bi") for kind in KINDS]:
     link(rnn, lambda rnn=rnn: getattr(L, rnn)(2, 4, 3, 0.3), *SERIES, call=sequences)
 
 

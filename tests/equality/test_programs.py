@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
 import chainer
@@ -152,7 +153,7 @@ def test_truncated_backprop_through_time(equal):
         optimizer = optimizers.Adam().setup(model)
         words = np.random.RandomState(7).randint(0, 5, (12, 2)).astype(np.int32)
         loss = 0
-        for step, (x, t) in enumerate(zip(words[:-1], words[1:], strict=True)):
+        for step, (x, t) in enumerate(itertools.pairwise(words)):
             loss += F.softmax_cross_entropy(model(x), t)
             if step % 4 == 3:
                 model.cleargrads()
