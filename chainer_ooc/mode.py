@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,10 +16,15 @@ from chainer_ooc.swap.devices.numpy_allocator import AllocatorHook
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
 
+if TYPE_CHECKING:
+    from chainer_ooc.swap.devices.base import Device
+    from chainer_ooc.swap.devices.gpus import Gpus
+
 __all__ = [
     "current",
     "disable",
     "enable",
+    "gpu_array_type",
     "is_enabled",
     "manager_for",
     "managers",
@@ -49,6 +55,7 @@ _last = Settings()
 _managers: dict[Any, SwapManager] = {}
 _lock = threading.RLock()
 _hook: AllocatorHook | None = None
+_gpus: Gpus | None = None
 
 
 def current() -> Settings | None:
@@ -83,6 +90,8 @@ def disable() -> None:
     if _hook is not None:
         _hook.uninstall()
     local.hooked = False
+    if _gpus is not None:
+        _gpus.disable()
 
 
 @contextlib.contextmanager
@@ -100,6 +109,12 @@ def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
         if current() is None and local.hooked and _hook is not None:
             _hook.uninstall()
             local.hooked = False
+        if _gpus is not None:
+            settings = current()
+            if settings is not None:
+                _gpus.enable(settings)
+            elif _enabled is None:
+                _gpus.disable()
 
 
 def _prepare(settings: Settings) -> None:
@@ -118,30 +133,55 @@ def _prepare(settings: Settings) -> None:
         local.stack.append(settings)
         try:
             manager.limit  # noqa: B018  # what None means is what is free now, not when memory gets short
+            _prepare_gpus(settings)
         finally:
             local.stack.pop()
 
 
 def _make_ram_manager(settings: Settings) -> SwapManager:
+    manager = _managers["ram"] = _make_manager(RamDevice(settings.directory))
+    return manager
+
+
+def _make_manager(device: Device) -> SwapManager:
     from chainer_ooc.graph import backprop
 
-    manager = SwapManager(
-        RamDevice(settings.directory), _settings_or_last, backprop.adopt, lambda: local.trusted
-    )
-    _managers["ram"] = manager
-    return manager
+    return SwapManager(device, _settings_or_last, backprop.adopt, lambda: local.trusted)
+
+
+def _prepare_gpus(settings: Settings) -> None:
+    global _gpus
+    cupy = sys.modules.get("cupy")  # Chainer has imported it if it can be imported
+    if _gpus is None and cupy is not None and cupy.cuda.is_available():
+        from chainer_ooc.graph.backprop import describe
+        from chainer_ooc.swap.devices.gpus import Gpus
+
+        _gpus = Gpus(cupy, _make_manager, current, lambda: describe(local.running), _note_used)
+    if _gpus is not None:
+        _gpus.enable(settings)
+
+
+def _note_used(nbytes: int) -> None:
+    local.peak = max(local.peak, nbytes)
+
+
+def gpu_array_type() -> type | None:
+    """Return the type of the arrays that are on GPUs, ``None`` while there are no GPUs."""
+    return None if _gpus is None else _gpus.array_type
 
 
 def manager_for(array: Any) -> SwapManager | None:
     """Return the manager of the device that ``array`` is on; ``None`` for arrays that stay as they are."""
     if type(array) is np.ndarray:
         return _managers.get("ram")
+    if _gpus is not None and type(array) is _gpus.array_type:
+        return _gpus.manager_for(array)
     return None
 
 
 def managers() -> list[SwapManager]:
     """Return the managers there are."""
-    return list(_managers.values())
+    return [*_managers.values(), *(_gpus.managers.values() if _gpus is not None else ())]
 
 
 def hook_allocations() -> None:
@@ -182,13 +222,15 @@ def _before_allocation(nbytes: int) -> bool:
 
 def _after_fork() -> None:
     """A child begins with out-of-core mode off, with no threads, and lets its parent's file alone."""
-    global _enabled, _managers, _lock, _hook
+    global _enabled, _managers, _lock, _hook, _gpus
     if _hook is not None:
         _hook.uninstall()
     _enabled = None
     for manager in _managers.values():
         manager.after_fork()
-    _managers, _lock = {}, threading.RLock()
+    if _gpus is not None:
+        _gpus.after_fork()
+    _managers, _gpus, _lock = {}, None, threading.RLock()
     local.__init__()  # type: ignore[misc]
 
 

@@ -1,0 +1,298 @@
+"""CuPy arrays: out of a GPU's memory into page-locked memory or the swap file, and back, on streams."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+from typing import Any
+
+from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.swap import process_memory
+from chainer_ooc.swap.devices.base import Copy, Location, Transfer
+from chainer_ooc.swap.devices.cuda_host import PIECE, THREADS, DiskCopy, DiskTier, HostTier
+from chainer_ooc.swap.devices.cuda_streams import CopyStreams
+from chainer_ooc.swap.devices.ram import _ranks_of_this_node
+from chainer_ooc.swap.disk import ALIGNMENT as PAGE
+from chainer_ooc.swap.disk import SwapFile
+from chainer_ooc.swap.pinned import PinnedSlab
+from chainer_ooc.swap.storage import Layout
+
+__all__ = ["CudaDevice", "CupyArrays"]
+
+#: This share of the free memory is left to what does not come from CuPy's pool: libraries, kernels.
+RESERVE = 0.05
+_HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all GPUs
+
+# What a forked child must not destroy: the driver's objects are the parent's.
+_abandoned: list[object] = []
+
+
+class CupyArrays:
+    """Where CuPy's arrays lie. Their memory is freed when the last array lets go of its ``Memory``."""
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+
+    def locate(self, array: Any) -> Location | None:
+        """Return where an array lies; ``None`` if its memory is not of CuPy's allocators or not the GPU's."""
+        if type(array) is not self._cupy.ndarray:
+            return None
+        memory = array.data.mem
+        module = self._cupy.cuda.memory
+        if type(memory) is module.PooledMemory:
+            if memory.identity != "Memory":  # managed, system, foreign
+                return None
+        elif type(memory) is not module.Memory:
+            return None
+        return Location(memory, memory.size, memory.ptr, array.data.ptr - memory.ptr)
+
+    def address(self, owner: Any) -> int:
+        """Return the first address of an owner's memory."""
+        return int(owner.ptr)
+
+    def view(self, owner: Any, origin: int, layout: Layout) -> Any:
+        """Return the array of that layout at byte ``origin`` of ``owner``."""
+        pointer = self._cupy.cuda.MemoryPointer(owner, origin + layout.offset)
+        return self._cupy.ndarray(layout.shape, layout.dtype, pointer, layout.strides)
+
+
+class StreamTransfer:
+    """A copy on a stream, between the GPU and page-locked memory."""
+
+    def __init__(self, streams: CopyStreams, copy: Copy, event: Any, owner: Any) -> None:
+        self.copy = copy
+        self._streams = streams
+        self._event = event
+        # The pool would hand the memory out again while it is still read or written.
+        self._owner = owner
+
+    def done(self) -> bool:
+        """Tell whether it has ended."""
+        if not self._event.done:
+            return False
+        self._owner = None
+        return True
+
+    def join(self) -> None:
+        """Make the computing streams wait for it. The host does not."""
+        self._streams.let_compute_wait(self._event)
+        self._owner = None
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        self._event.synchronize()
+        self._owner = None
+
+
+class DiskTransfer:
+    """Pieces that threads carry between the GPU and the swap file."""
+
+    def __init__(self, copy: DiskCopy, futures: list[Future[None]], owner: Any) -> None:
+        self.copy: Copy = copy
+        self._futures = futures
+        self._owner = owner
+
+    def done(self) -> bool:
+        """Tell whether all pieces have ended."""
+        if not all(future.done() for future in self._futures):
+            return False
+        self._owner = None
+        return True
+
+    def join(self) -> None:
+        """Wait for all pieces; raise the first error."""
+        self.wait()
+        for future in self._futures:
+            future.result()
+
+    def wait(self) -> None:
+        """Wait for all pieces, well or badly ended."""
+        for future in self._futures:
+            future.exception()
+        self._owner = None
+
+
+class FailedTransfer:
+    """A transfer that could not be begun: it fails when it is joined, as one that fails under way."""
+
+    def __init__(self, copy: Copy, error: OSError) -> None:
+        self.copy = copy
+        self._error = error
+
+    def done(self) -> bool:
+        """Return ``True``."""
+        return True
+
+    def join(self) -> None:
+        """Raise the error."""
+        raise self._error
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class CudaDevice:
+    """The memory of one GPU, as CuPy's pool has it.
+
+    Copies run on two non-blocking streams beside the computation; where :meth:`Transfer.join` orders the
+    computation after a copy, the GPU waits, not the host. The host waits only for the swap file, or for
+    page-locked memory when there is none. What a program computes on streams of its own is respected:
+    copies come after all that the streams have been given which were seen when memory was asked for.
+
+    Args:
+        cupy: CuPy, or what simulates it.
+        device_id: The GPU.
+        directory: Where the swap file is made.
+        host_limit: Most page-locked memory (bytes); ``None``: 80 % of the free memory of the machine,
+            divided by the ranks that share it.
+        arrays: Where arrays lie and how they are made.
+    """
+
+    asks_for_room = True
+
+    def __init__(
+        self,
+        cupy: Any,
+        device_id: int,
+        directory: str,
+        host_limit: int | None = None,
+        arrays: CupyArrays | None = None,
+    ) -> None:
+        self.name = f"GPU {device_id}"
+        self.device_id = device_id
+        self.streams = CopyStreams(cupy, device_id)
+        self.arrays = CupyArrays(cupy) if arrays is None else arrays
+        self._cupy = cupy
+        self._runtime = cupy.cuda.runtime
+        self._peak = 0
+        with self.streams.on_device():
+            self.stand_in = cupy.ndarray((0,), "B")
+            #: The limit of the pool that the user has set (CUPY_GPU_MEMORY_LIMIT), 0 for none (bytes).
+            self.own_limit = int(cupy.get_default_memory_pool().get_limit())
+        if host_limit is None:
+            host_limit = int(process_memory.available_bytes() * 0.8) // _ranks_of_this_node()
+        # Staging blocks are inside the limit, unless they would take more than a quarter of it.
+        piece = min(PIECE, max(host_limit // (4 * THREADS) // PAGE, 16) * PAGE)
+        staging = self._new_slab(THREADS * piece)
+        self.disk = DiskTier(self.streams, staging, piece, directory)
+        self.host = HostTier(self._new_slab(max(host_limit - THREADS * piece, 0)))
+
+    def locate(self, array: Any) -> Location | None:
+        """Return where an array lies, ``None`` if it must stay where it is."""
+        return self.arrays.locate(array)
+
+    def view(self, owner: Any, origin: int, layout: Layout) -> Any:
+        """Return the array of that layout at byte ``origin`` of ``owner``."""
+        return self.arrays.view(owner, origin, layout)
+
+    def copy_out(self, owner: Any, origin: int, nbytes: int) -> Transfer:
+        """Begin to copy a storage to page-locked memory, or to the swap file if there is no more.
+
+        Raises:
+            SwapSpaceError: If the swap file cannot take it either.
+        """
+        address = self.arrays.address(owner) + origin
+        copy = self.host.allocate(nbytes)
+        with self.streams.on_device():
+            if copy is None:
+                try:
+                    on_disk = self.disk.allocate(nbytes)
+                except SwapSpaceError as error:
+                    raise SwapSpaceError(
+                        error.errno,
+                        f"{error.strerror} (and host_limit leaves {self.host.slab.limit} bytes of page-locked "
+                        f"memory, {self.host.slab.allocated} in use)",
+                        error.filename,
+                    ) from error
+                after = self.streams.computed()
+                return DiskTransfer(on_disk, self.disk.write(on_disk, address, after), owner)
+            try:
+                after = self.streams.computed()
+                copy.written = self.streams.copy_out(copy.address, address, nbytes, after)
+            except OSError as error:
+                return FailedTransfer(copy, error)
+        return StreamTransfer(self.streams, copy, copy.written, owner)
+
+    def copy_in(self, copy: Any, nbytes: int, phase: int) -> tuple[Any, int, Transfer]:
+        """Allocate memory on the current stream and begin to copy a storage into it.
+
+        Raises:
+            MemoryError: If the pool has no memory for it.
+        """
+        with self.streams.on_device():
+            memory = self._cupy.cuda.alloc(nbytes)
+            owner, address = memory.mem, memory.ptr
+            origin = address - self.arrays.address(owner)
+            after = self.streams.allocated()
+            if isinstance(copy, DiskCopy):
+                futures = self.disk.read(copy, address, after)
+                return owner, origin, DiskTransfer(copy, futures, owner)
+            after.append(copy.written)
+            try:
+                copy.read = self.streams.copy_in(address, copy.address, nbytes, after)
+            except OSError as error:
+                return owner, origin, FailedTransfer(copy, error)
+        return owner, origin, StreamTransfer(self.streams, copy, copy.read, owner)
+
+    def used_bytes(self) -> int:
+        """Return what arrays and workspaces have of the pool (bytes)."""
+        with self.streams.on_device():
+            return int(self._cupy.get_default_memory_pool().used_bytes())
+
+    def note_allocation(self) -> None:
+        """Tell that memory has been allocated on the current stream, for the peak and for the order of copies."""
+        self.streams.note_current()
+        self._peak = max(self._peak, self._cupy.get_default_memory_pool().total_bytes())
+
+    def peak_bytes(self) -> int:
+        """Return the most that the pool has taken of the GPU, free blocks that it keeps included (bytes)."""
+        with self.streams.on_device():
+            self.note_allocation()
+        return self._peak
+
+    def capacity(self) -> int:
+        """Return what the pool has and what is free, less a reserve, for each rank that shares the GPU (bytes)."""
+        with self.streams.on_device():
+            pool = self._cupy.get_default_memory_pool()
+            free = self._runtime.memGetInfo()[0]
+            nbytes = pool.total_bytes() + int(free * (1 - RESERVE)) // self._ranks()
+        return min(nbytes, self.own_limit) if self.own_limit else nbytes
+
+    def total_bytes(self) -> int:
+        """Return this process's share of the GPU's memory (bytes)."""
+        with self.streams.on_device():
+            return int(self._runtime.memGetInfo()[1]) // self._ranks()
+
+    def trim(self) -> None:
+        """Do nothing: CuPy's pool gives free blocks back itself when it needs to, and that stops the GPU."""
+
+    def move_to(self, directory: str) -> None:
+        """Make the swap file in another directory from now on; copies in the old one stay readable there."""
+        if directory != self.disk.file.directory:
+            self.disk.file = SwapFile(directory)
+
+    def after_fork(self) -> None:
+        """In a forked child there is no GPU: nothing of the parent's may be destroyed."""
+        _abandoned.append((self.streams, self.host, self.disk))
+        self.host.slab.after_fork()
+        self.disk.staging.after_fork()
+
+    def close(self) -> None:
+        """Wait for the copies, end the threads and give up all space outside."""
+        self.streams.synchronize()
+        self.disk.close()
+        self.host.slab.close()
+
+    def _new_slab(self, limit: int) -> PinnedSlab:
+        return PinnedSlab(limit, self._register, self._runtime.hostUnregister)
+
+    def _register(self, address: int, nbytes: int) -> None:
+        with self.streams.on_device():  # also in the thread that makes chunks ahead
+            self._runtime.hostRegister(address, nbytes, _HOST_REGISTER_PORTABLE)
+
+    def _ranks(self) -> int:
+        """Return how many ranks share this GPU, if they take the GPUs of the machine in turn."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if visible and "," not in visible:  # the launcher gave this rank one of its own
+            return 1
+        return -(-_ranks_of_this_node() // max(self._runtime.getDeviceCount(), 1))

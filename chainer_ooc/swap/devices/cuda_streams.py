@@ -1,0 +1,129 @@
+"""CopyStreams: copies beside the computation on one GPU, and the order between the streams.
+
+The rules that this module keeps (CUDA C++ Programming Guide, "Asynchronous Concurrent Execution"; CUDA
+Runtime API, "Stream Management" and "Event Management"; CuPy's ``cupy/cuda/memory.pyx``):
+
+* Work on different non-blocking streams has no order but through events. A copy out begins after what
+  computing streams have been given until then; a copy in begins after the allocation of its memory on
+  the stream that it was allocated on, because what that memory held before may still be in use there.
+* CuPy's pool hands a freed block out again at once, on the stream it was allocated on. So memory that a
+  copy reads or writes is held until the copy's event is done, or until those streams wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["CopyStreams"]
+
+#: Computing streams that nobody else refers to are forgotten when there are more than this.
+_MOST_STREAMS = 8
+
+
+class CopyStreams:
+    """Two non-blocking streams, one each way.
+
+    Args:
+        cupy: CuPy, or what simulates it.
+        device_id: The GPU.
+    """
+
+    def __init__(self, cupy: Any, device_id: int) -> None:
+        self.device_id = device_id
+        self._cuda = cupy.cuda
+        self._runtime = cupy.cuda.runtime
+        self._compute: dict[int, Any] = {}
+        with self.on_device():
+            self._out = self._cuda.Stream(non_blocking=True)
+            self._back = self._cuda.Stream(non_blocking=True)
+
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which this GPU is the current one of the calling thread."""
+        if self._runtime.getDevice() == self.device_id:
+            return contextlib.nullcontext()
+        device: contextlib.AbstractContextManager[Any] = self._cuda.Device(self.device_id)
+        return device
+
+    def note_current(self) -> Any:
+        """Count the calling thread's current stream among the computing ones, and return it."""
+        stream = self._cuda.get_current_stream()
+        if stream.ptr not in self._compute:
+            if len(self._compute) >= _MOST_STREAMS:
+                self._forget_idle()
+            self._compute = {**self._compute, stream.ptr: stream}
+        return stream
+
+    def computed(self) -> list[Any]:
+        """Return events of all that the computing streams have been given until now."""
+        self.note_current()
+        return [self._record(stream) for stream in self._compute.values()]
+
+    def allocated(self) -> list[Any]:
+        """Return the event of all that the current stream has been given until now."""
+        return [self._record(self.note_current())]
+
+    def copy_out(self, host: int, device: int, nbytes: int, after: Iterable[Any]) -> Any:
+        """Begin a copy to the host after some events. Returns its own event.
+
+        Args:
+            host: Address in page-locked memory.
+            device: Address on the GPU.
+            nbytes: Size (bytes).
+            after: Events.
+
+        Raises:
+            OSError: If the driver refuses.
+        """
+        kind = self._runtime.memcpyDeviceToHost
+        return self._copy(self._out, host, device, nbytes, kind, after)
+
+    def copy_in(self, device: int, host: int, nbytes: int, after: Iterable[Any]) -> Any:
+        """Begin a copy to the GPU after some events. Returns its own event.
+
+        Raises:
+            OSError: If the driver refuses.
+        """
+        kind = self._runtime.memcpyHostToDevice
+        return self._copy(self._back, device, host, nbytes, kind, after)
+
+    def let_compute_wait(self, event: Any) -> None:
+        """Make what the computing streams are given from now on happen after an event. The host goes on.
+
+        All of them wait, since the memory that is given up after this was allocated on one of them.
+        """
+        self.note_current()
+        for stream in self._compute.values():
+            stream.wait_event(event)
+
+    def synchronize(self) -> None:
+        """Wait until all copies have ended."""
+        self._out.synchronize()
+        self._back.synchronize()
+
+    def _copy(
+        self, stream: Any, target: int, source: int, nbytes: int, kind: int, after: Iterable[Any]
+    ) -> Any:
+        for event in after:
+            stream.wait_event(event)
+        try:
+            self._runtime.memcpyAsync(target, source, nbytes, kind, stream.ptr)
+        except self._runtime.CUDARuntimeError as error:
+            raise OSError(
+                errno.EIO, f"the copy of {nbytes} bytes cannot be begun: {error}"
+            ) from error
+        return self._record(stream)
+
+    def _record(self, stream: Any) -> Any:
+        return stream.record(self._cuda.Event(disable_timing=True))
+
+    def _forget_idle(self) -> None:
+        # One reference is the table's, one the variable's, one the argument's.
+        self._compute = {
+            pointer: stream
+            for pointer, stream in self._compute.items()
+            if sys.getrefcount(stream) > 3 or not stream.done
+        }

@@ -1,0 +1,69 @@
+"""FreeBlocks: the free parts of a range of addresses, best fit, neighbours merged."""
+
+from __future__ import annotations
+
+import bisect
+
+__all__ = ["FreeBlocks"]
+
+
+class FreeBlocks:
+    """Free blocks by address and by size. Not thread-safe.
+
+    Attributes:
+        nbytes: The sum of their sizes (bytes).
+    """
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._size: dict[int, int] = {}
+        self._by_address: list[int] = []
+        self._by_size: list[tuple[int, int]] = []
+        # Blocks are not merged across these addresses: a new region begins there.
+        self._fences: set[int] = set()
+
+    def add_region(self, address: int, nbytes: int) -> None:
+        """Add a free region that blocks of other regions are not merged with."""
+        self._fences.update((address, address + nbytes))
+        self.insert(address, nbytes)
+
+    def take(self, nbytes: int) -> int | None:
+        """Cut ``nbytes`` off the smallest block that has them, the lowest of those; ``None`` if none has."""
+        index = bisect.bisect_left(self._by_size, (nbytes, -1))
+        if index == len(self._by_size):
+            return None
+        size, address = self._by_size[index]
+        self._remove(address)
+        if size > nbytes:
+            self._add(address + nbytes, size - nbytes)
+        return address
+
+    def insert(self, address: int, nbytes: int) -> None:
+        """Add a free block, merged with its neighbours."""
+        index = bisect.bisect_left(self._by_address, address)
+        after = address + nbytes
+        if after in self._size and after not in self._fences:
+            nbytes += self._remove(after)
+        if index and address not in self._fences:
+            before = self._by_address[index - 1]
+            if before + self._size[before] == address:
+                nbytes += self._remove(before)
+                address = before
+        self._add(address, nbytes)
+
+    def largest(self) -> int:
+        """Return the size of the largest block (bytes), 0 if there is none."""
+        return self._by_size[-1][0] if self._by_size else 0
+
+    def _add(self, address: int, nbytes: int) -> None:
+        self._size[address] = nbytes
+        bisect.insort(self._by_address, address)
+        bisect.insort(self._by_size, (nbytes, address))
+        self.nbytes += nbytes
+
+    def _remove(self, address: int) -> int:
+        nbytes = self._size.pop(address)
+        del self._by_address[bisect.bisect_left(self._by_address, address)]
+        del self._by_size[bisect.bisect_left(self._by_size, (nbytes, address))]
+        self.nbytes -= nbytes
+        return nbytes
