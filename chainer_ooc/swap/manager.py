@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
@@ -63,8 +62,6 @@ class SwapManager:
         self._growth: deque[int] = deque([0], _REMEMBERED)
         self._mover = Mover(device, self.reclaim)
         self._lock = threading.RLock()
-        # The storages that live, in the order of saving.
-        self._storages: dict[int, weakref.ref[Storage]] = {}
         self._sequence = 0
         # The settings in force, and their limit, high- and low-water mark; what a limit of None means.
         self._measured: tuple[Any, tuple[int, int, int]] = (None, (0, 0, 0))
@@ -153,7 +150,6 @@ class SwapManager:
                 storage = Storage(
                     self, self._sequence, location.owner, location.nbytes, location.address, label
                 )
-                self._storages[self._sequence] = weakref.ref(storage)
                 self._mover.adopt(storage)
             layout = Layout(
                 array.dtype,
@@ -228,11 +224,11 @@ class SwapManager:
         """
         with self._lock:
             room: int | None = None
-            for storage in self._in_order(newest_first=True):
-                if storage.state is not State.OUT or storage.sequence >= before or storage.used:
+            for storage in self._mover.members(State.OUT, newest_first=True):
+                if storage.sequence >= before or storage.used:
                     continue
                 if room is None:
-                    coming = sum(s.nbytes for s in self._in_order() if s.state is State.COMING_IN)
+                    coming = self._mover.nbytes[State.COMING_IN]
                     room = self.high - self.used_bytes() - max(self._growth) - coming
                 if room < storage.nbytes:
                     room += self._release_clean(storage.nbytes - room, used_only=True)
@@ -332,10 +328,10 @@ class SwapManager:
         self._settle()
         freed = 0
         for used in (True,) if used_only else (True, False):
-            for storage in self._in_order():
+            for storage in self._mover.members(State.BOTH):
                 if freed >= nbytes:
                     return freed
-                if storage.state is State.BOTH and storage.used is used:
+                if storage.used is used:
                     freed += self._release_unless_held(storage)
         return freed
 
@@ -354,22 +350,23 @@ class SwapManager:
         """Copy storages out and release them: the oldest first, the used ones last. Returns bytes."""
         freed = 0
         for used in (False, True):
-            for storage in self._in_order():
-                if freed + self._bytes_leaving() >= nbytes:
+            for storage in self._mover.members(State.RESIDENT):
+                if freed + self._mover.nbytes[State.GOING_OUT] >= nbytes:
                     break
-                if storage.state is State.RESIDENT and storage.used is used and not storage.held:
+                if storage.used is used and not storage.held:
                     self._mover.begin_out(storage)
-                    if self._bytes_leaving() > IN_FLIGHT:
+                    if self._mover.nbytes[State.GOING_OUT] > IN_FLIGHT:
                         freed += self._release_leaving(1)
         return freed + self._release_leaving(nbytes)
 
     def _release_arrivals(self, nbytes: int) -> int:
         """Release storages that were fetched ahead of their use, the last needed first. Returns bytes."""
         freed = 0
-        for storage in self._in_order():
-            if freed < nbytes and storage.state is State.COMING_IN:
-                self._mover.end_in(storage)
-                freed += self._release_unless_held(storage)
+        for storage in self._mover.members(State.COMING_IN):
+            if freed >= nbytes:
+                break
+            self._mover.end_in(storage)
+            freed += self._release_unless_held(storage)
         return freed
 
     def _release_unless_held(self, storage: Storage) -> int:
@@ -386,17 +383,15 @@ class SwapManager:
     def _write_behind(self, nbytes: int) -> None:
         """Begin to copy the oldest storages out, until ``nbytes`` could be released at once."""
         self._settle()
-        leaving = self._bytes_leaving()
-        for storage in self._in_order():
-            if nbytes <= 0:
+        size = self._mover.nbytes
+        for storage in self._mover.members(State.RESIDENT):
+            if (
+                size[State.BOTH] + size[State.GOING_OUT] >= nbytes
+                or size[State.GOING_OUT] >= IN_FLIGHT
+            ):
                 return
-            if storage.used:
-                continue
-            if storage.state is State.RESIDENT and leaving < IN_FLIGHT and not storage.held:
+            if not storage.used and not storage.held:
                 self._mover.begin_out(storage)
-                leaving += storage.nbytes
-            if storage.state in (State.GOING_OUT, State.BOTH):
-                nbytes -= storage.nbytes
 
     def _settle(self) -> None:
         """Take note of the copies that have ended."""
@@ -410,10 +405,6 @@ class SwapManager:
                 self._mover.end_out(storage)
             else:
                 leaving.popleft()
-
-    def _bytes_leaving(self) -> int:
-        leaving = (reference() for reference in self._mover.leaving)
-        return sum(s.nbytes for s in leaving if s is not None and s.state is State.GOING_OUT)
 
     # When there is none.
 
@@ -432,7 +423,7 @@ class SwapManager:
         """Return what holds the memory when ``nbytes`` for ``what`` do not fit, and what would help."""
         used = self.used_bytes()
         with self._lock:
-            resident = [storage for storage in self._in_order() if storage.owner is not None]
+            resident = [storage for storage in self.storages() if storage.owner is not None]
             saved = sum(storage.nbytes for storage in resident)
             held = sum(storage.nbytes for storage in resident if storage.held)
         return (
@@ -444,17 +435,10 @@ class SwapManager:
 
     # All of them.
 
-    def _in_order(self, newest_first: bool = False) -> Iterator[Storage]:
-        references = list(self._storages.values())
-        for reference in reversed(references) if newest_first else references:
-            storage = reference()
-            if storage is not None:
-                yield storage
-
     def storages(self) -> list[Storage]:
         """Return the storages that live, in the order of saving."""
         with self._lock:
-            return list(self._in_order())
+            return list(self._mover.members(*State))
 
     def after_fork(self) -> None:
         """In a forked child: what the parent saved can be read, and nothing of the parent's is touched."""
@@ -463,17 +447,15 @@ class SwapManager:
 
     def bury(self, storage: Storage) -> None:
         """Forget a dying storage. Called at any time in any thread, even inside these methods."""
-        self._storages.pop(storage.sequence, None)
         self._mover.bury(storage)
 
     def settle(self) -> None:
         """Wait for all that is under way and give back the space of all that died."""
         with self._lock:
-            for storage in self._in_order():
-                if storage.state is State.GOING_OUT:
-                    self._mover.end_out(storage)
-                elif storage.state is State.COMING_IN:
-                    self._mover.end_in(storage)
+            for storage in self._mover.members(State.GOING_OUT):
+                self._mover.end_out(storage)
+            for storage in self._mover.members(State.COMING_IN):
+                self._mover.end_in(storage)
             self._mover.wait_for_graves()
 
 

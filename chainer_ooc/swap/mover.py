@@ -6,7 +6,7 @@ import dataclasses
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from chainer_ooc.errors import SwapSpaceError
@@ -40,6 +40,7 @@ class Mover:
     Attributes:
         counters: What has been done so far.
         leaving: The storages that are going out, in the order in which they were begun.
+        nbytes: The size of all storages in each state (bytes).
     """
 
     def __init__(self, device: Device, make_room: Callable[[int], None]) -> None:
@@ -49,7 +50,11 @@ class Mover:
         self._make_room = make_room
         # The resident storages by the identity of their owner, which lives as long as it is here.
         self._by_owner: dict[int, weakref.ref[Storage]] = {}
-        # What dead storages left: filled at any time by any thread.
+        # The storages that live, by state and sequence number, and how many bytes they are.
+        self._members: dict[State, dict[int, weakref.ref[Storage]]] = {state: {} for state in State}
+        self.nbytes = dict.fromkeys(State, 0)
+        # Dead storages, and what they left: filled at any time by any thread.
+        self._dead: deque[tuple[State, int, int]] = deque()
         self._graves: deque[tuple[Copy | None, Transfer | None]] = deque()
 
     def find(self, owner: Any) -> Storage | None:
@@ -58,8 +63,16 @@ class Mover:
         return reference() if reference else None
 
     def adopt(self, storage: Storage) -> None:
-        """Let :meth:`find` find a resident storage."""
-        self._by_owner[id(storage.owner)] = weakref.ref(storage)
+        """Take a new storage, which is RESIDENT."""
+        self._by_owner[id(storage.owner)] = self._enter(storage)
+
+    def members(self, *states: State, newest_first: bool = False) -> Iterator[Storage]:
+        """Return the storages that are in one of the states now, in the order of saving."""
+        found = {n: reference for state in states for n, reference in self._members[state].items()}
+        for number in sorted(found, reverse=newest_first):
+            storage = found[number]()
+            if storage is not None and storage.state in states:
+                yield storage
 
     def begin_out(self, storage: Storage) -> None:
         """RESIDENT -> GOING_OUT.
@@ -68,7 +81,7 @@ class Mover:
             SwapSpaceError: If there is no space for it outside; it stays RESIDENT.
         """
         storage.transfer = self._copy_out(storage)
-        storage.move_to(State.GOING_OUT)
+        self._move(storage, State.GOING_OUT)
         storage.tainted = False
         self.leaving.append(weakref.ref(storage))
 
@@ -90,7 +103,7 @@ class Mover:
                 transfer.join()
         except OSError as error:
             storage.transfer = None
-            storage.move_to(State.RESIDENT)
+            self._move(storage, State.RESIDENT)
             transfer.copy.free()
             raise SwapSpaceError(
                 error.errno,
@@ -101,15 +114,15 @@ class Mover:
             self.counters.stall_out_seconds += time.perf_counter() - start
         storage.transfer = None
         if storage.tainted:
-            storage.move_to(State.RESIDENT)
+            self._move(storage, State.RESIDENT)
             transfer.copy.free()
         else:
             storage.copy = transfer.copy
-            storage.move_to(State.BOTH)
+            self._move(storage, State.BOTH)
 
     def release(self, storage: Storage) -> None:
         """BOTH -> OUT: give up the memory."""
-        storage.move_to(State.OUT)
+        self._move(storage, State.OUT)
         self._let_go(storage)
 
     def begin_in(self, storage: Storage) -> None:
@@ -120,8 +133,8 @@ class Mover:
             storage.nbytes, lambda: self.device.copy_in(copy, storage.nbytes, storage.phase)
         )
         storage.owner, storage.origin, storage.transfer = owner, origin, transfer
-        storage.move_to(State.COMING_IN)
-        self.adopt(storage)
+        self._by_owner[id(owner)] = weakref.ref(storage)
+        self._move(storage, State.COMING_IN)
         self.counters.bytes_in += storage.nbytes
         self.counters.storages_in += 1
 
@@ -145,7 +158,7 @@ class Mover:
         if storage.state is State.GOING_OUT:
             storage.tainted = True
         elif storage.state is State.BOTH:
-            storage.move_to(State.RESIDENT)
+            self._move(storage, State.RESIDENT)
             copy, storage.copy = storage.copy, None
             assert copy is not None
             copy.free()
@@ -153,7 +166,7 @@ class Mover:
     def drop(self, storage: Storage) -> None:
         """Any state -> DROPPED: give up the memory and the copy."""
         if storage.state is not State.DROPPED:
-            storage.move_to(State.DROPPED)
+            self._move(storage, State.DROPPED)
             self._graves.append((storage.copy, storage.transfer))
             storage.copy = storage.transfer = None
             if storage.owner is not None:
@@ -164,11 +177,16 @@ class Mover:
         """Take what a dying storage leaves. Called at any time in any thread, in the midst of anything."""
         if storage.owner is not None:
             self._by_owner.pop(id(storage.owner), None)
+        self._dead.append((storage.state, storage.sequence, storage.nbytes))
         if storage.copy is not None or storage.transfer is not None:
             self._graves.append((storage.copy, storage.transfer))
 
     def clear_graves(self) -> None:
-        """Give back the space that dead storages left, once nothing reads or writes it any more."""
+        """Forget the dead; give back the space they left, once nothing reads or writes it any more."""
+        while self._dead:
+            state, number, nbytes = self._dead.popleft()
+            del self._members[state][number]
+            self.nbytes[state] -= nbytes
         for _ in range(len(self._graves)):
             copy, transfer = self._graves.popleft()
             if transfer is not None and not transfer.done():
@@ -186,6 +204,19 @@ class Mover:
                 transfer.wait()
         self.clear_graves()
 
+    def _enter(self, storage: Storage) -> weakref.ref[Storage]:
+        reference = weakref.ref(storage)
+        self._members[storage.state][storage.sequence] = reference
+        self.nbytes[storage.state] += storage.nbytes
+        return reference
+
+    def _move(self, storage: Storage, state: State) -> None:
+        before = storage.state
+        storage.move_to(state)
+        del self._members[before][storage.sequence]
+        self.nbytes[before] -= storage.nbytes
+        self._enter(storage)
+
     def _copy_out(self, storage: Storage) -> Transfer:
         transfer: Transfer = self._again_with_room(
             storage.nbytes,
@@ -202,11 +233,11 @@ class Mover:
             transfer.join()
         except OSError:
             storage.transfer = None
-            storage.move_to(State.OUT)
+            self._move(storage, State.OUT)
             self._let_go(storage)
             raise
         storage.transfer = None
-        storage.move_to(State.BOTH)
+        self._move(storage, State.BOTH)
 
     def _let_go(self, storage: Storage) -> None:
         self._by_owner.pop(id(storage.owner), None)
