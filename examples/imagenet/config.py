@@ -36,9 +36,9 @@ DEFAULTS: dict[str, Any] = {
 DIGITS_DEFAULTS: dict[str, Any] = {
     "arch": "googlenetbn",
     "insize": 80,
-    "batchsize": 32,
+    "batchsize": 36,
     "epoch": 10,
-    "iteration": 20,
+    "iteration": 18,
     "val_batchsize": 15,
 }
 """Defaults without list files: a few minutes for four ranks on two cores."""

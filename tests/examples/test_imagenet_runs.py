@@ -235,6 +235,7 @@ def test_out_of_core_ranks_end_with_the_same_parameters(train, lists, tmp_path):
     shutil.rmtree(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_out_of_core_on_digits_stays_below_the_measured_in_core_peak(train, tmp_path):
     # Large enough that activations are most of the peak: 60 % of it holds the rest.
     args = ["-a", "googlenetbn", "-is", 64, "-B", 48, "-b", 15, "-i", 2, "-o", tmp_path]
