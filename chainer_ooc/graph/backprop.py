@@ -24,6 +24,8 @@ _USED = "_ooc_used"
 #: twice the size of its kernel): with less room than that, its allocations are watched.
 _EXPANSION = 128
 
+_FORGET = "chainer.functions.util.forget"
+
 # Functions that have been applied and not been looked at yet, with their ``single_backward``:
 # while memory is plenty nobody looks.
 _pending: deque[tuple[weakref.ref[Any], bool]] = deque()
@@ -229,7 +231,8 @@ def _is_chainers(func: Any) -> bool:
     """Tell whether a function is one of Chainer's, which leave what they retain as it is."""
     wrapped = func.__dict__.get("_function")
     module = type(func if wrapped is None else wrapped).__module__
-    return module.startswith(("chainer.", "chainermn."))
+    # F.forget runs its caller's code, with the arrays that it retained.
+    return module.startswith(("chainer.", "chainermn.")) and module != _FORGET
 
 
 def _stand_in(saved: Saved) -> Any:
