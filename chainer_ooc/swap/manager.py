@@ -77,7 +77,7 @@ class SwapManager:
     @property
     def busy(self) -> bool:
         """Whether the calling thread is inside one of these methods."""
-        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+        return self._lock._is_owned()  # type: ignore[attr-defined]
 
     # The limit.
 

@@ -43,7 +43,7 @@ class Mover:
         nbytes: The size of all storages in each state (bytes).
     """
 
-    def __init__(self, device: Device, make_room: Callable[[int], None]) -> None:
+    def __init__(self, device: Device, make_room: Callable[[int], object]) -> None:
         self.device = device
         self.counters = Counters()
         self.leaving: deque[weakref.ref[Storage]] = deque()

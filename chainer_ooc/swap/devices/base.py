@@ -35,7 +35,9 @@ class Copy(Protocol):
 class Transfer(Protocol):
     """A copy under way, in either direction."""
 
-    copy: Copy
+    @property
+    def copy(self) -> Copy:
+        """What is written or read."""
 
     def done(self) -> bool:
         """Tell whether it has ended, well or badly, without waiting."""
@@ -74,7 +76,7 @@ class Device(Protocol):
             OSError: If it cannot be begun.
         """
 
-    def copy_in(self, copy: Copy, nbytes: int, phase: int) -> tuple[Any, int, Transfer]:
+    def copy_in(self, copy: Any, nbytes: int, phase: int) -> tuple[Any, int, Transfer]:
         """Allocate memory and begin to copy a storage in. Returns its owner, its origin and the transfer.
 
         Raises:

@@ -107,7 +107,7 @@ def _array_api() -> Any:
         from numpy._core import multiarray
     except ImportError:  # NumPy 1
         from numpy.core import multiarray  # type: ignore[no-redef]
-    return multiarray._ARRAY_API  # type: ignore[attr-defined]
+    return multiarray._ARRAY_API
 
 
 assert np.dtype(np.uintp).itemsize == ctypes.sizeof(ctypes.c_size_t)

@@ -228,7 +228,8 @@ def _dense_order(owner: np.ndarray) -> np.ndarray:
 
 
 def _bytes_of(owner: np.ndarray) -> memoryview:
-    return memoryview(_dense_order(owner).reshape(-1).view(np.uint8))
+    flat: Any = _dense_order(owner).reshape(-1).view(np.uint8)
+    return memoryview(flat)
 
 
 def _address(owner: np.ndarray) -> int:
