@@ -197,6 +197,7 @@ def write_plots(history: History, out: Path) -> list[Path]:
             if rows:
                 axes.plot([r[0] for r in rows], [r[column] for r in rows], style, label=label)
         axes.set_xlabel("iteration")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(name)
         if name == "accuracy":
             axes.set_ylim(0, 1)
