@@ -105,7 +105,7 @@ def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        local.stack.pop()
+        _leave(entry)
         if current() is None and local.hooked and _hook is not None:
             _hook.uninstall()
             local.hooked = False
@@ -115,6 +115,14 @@ def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
                 _gpus.enable(settings)
             elif _enabled is None:
                 _gpus.disable()
+
+
+def _leave(entry: Any) -> None:
+    """Take back the last such entry: generators leave in any order, and a forked child has none."""
+    for index in reversed(range(len(local.stack))):
+        if local.stack[index] is entry:
+            del local.stack[index]
+            return
 
 
 def _prepare(settings: Settings) -> None:
