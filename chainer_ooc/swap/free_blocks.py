@@ -38,6 +38,13 @@ class FreeBlocks:
             self._add(address + nbytes, size - nbytes)
         return address
 
+    def take_exactly(self, address: int, nbytes: int) -> bool:
+        """Take the block at ``address`` if it is free and of that size. Returns whether it was."""
+        if self._size.get(address) != nbytes:
+            return False
+        self._remove(address)
+        return True
+
     def insert(self, address: int, nbytes: int) -> None:
         """Add a free block, merged with its neighbours."""
         index = bisect.bisect_left(self._by_address, address)

@@ -30,6 +30,8 @@ _abandoned: list[object] = []
 class CupyArrays:
     """Where CuPy's arrays lie. Their memory is freed when the last array lets go of its ``Memory``."""
 
+    asks_for_room = True
+
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
 
@@ -49,6 +51,19 @@ class CupyArrays:
     def address(self, owner: Any) -> int:
         """Return the first address of an owner's memory."""
         return int(owner.ptr)
+
+    def allocate(self, nbytes: int, phase: int) -> tuple[Any, int]:
+        """Return the owner of new memory, and where in it that begins. All of it is aligned alike.
+
+        Raises:
+            MemoryError: If there is none.
+        """
+        pointer = self._cupy.cuda.alloc(nbytes)
+        return pointer.mem, pointer.ptr - pointer.mem.ptr
+
+    def empty(self) -> Any:
+        """Return an array without elements."""
+        return self._cupy.ndarray((0,), "B")
 
     def view(self, owner: Any, origin: int, layout: Layout) -> Any:
         """Return the array of that layout at byte ``origin`` of ``owner``."""
@@ -148,8 +163,6 @@ class CudaDevice:
         arrays: Where arrays lie and how they are made.
     """
 
-    asks_for_room = True
-
     def __init__(
         self,
         cupy: Any,
@@ -162,11 +175,12 @@ class CudaDevice:
         self.device_id = device_id
         self.streams = CopyStreams(cupy, device_id)
         self.arrays = CupyArrays(cupy) if arrays is None else arrays
+        self.asks_for_room = self.arrays.asks_for_room
         self._cupy = cupy
         self._runtime = cupy.cuda.runtime
         self._peak = 0
         with self.streams.on_device():
-            self.stand_in = cupy.ndarray((0,), "B")
+            self.stand_in = self.arrays.empty()
             #: The limit of the pool that the user has set (CUPY_GPU_MEMORY_LIMIT), 0 for none (bytes).
             self.own_limit = int(cupy.get_default_memory_pool().get_limit())
         if host_limit is None:
@@ -220,9 +234,8 @@ class CudaDevice:
             MemoryError: If the pool has no memory for it.
         """
         with self.streams.on_device():
-            memory = self._cupy.cuda.alloc(nbytes)
-            owner, address = memory.mem, memory.ptr
-            origin = address - self.arrays.address(owner)
+            owner, origin = self.arrays.allocate(nbytes, phase)
+            address = self.arrays.address(owner) + origin
             after = self.streams.allocated()
             if isinstance(copy, DiskCopy):
                 futures = self.disk.read(copy, address, after)
