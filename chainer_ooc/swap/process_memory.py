@@ -9,7 +9,14 @@ import resource
 
 import psutil
 
-__all__ = ["ResidentMemory", "available_bytes", "keep_less_freed_memory", "physical_bytes", "trim"]
+__all__ = [
+    "ResidentMemory",
+    "available_bytes",
+    "keep_less_freed_memory",
+    "physical_bytes",
+    "trim",
+    "ucx_keeps_freed_memory",
+]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -113,6 +120,18 @@ def _read_int(path: str) -> int | None:
 def _libc() -> ctypes.CDLL | None:
     library = ctypes.CDLL(None)
     return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
+
+
+def ucx_keeps_freed_memory() -> bool:
+    """Tell whether UCX, a transport of MPI, is loaded and watches malloc.
+
+    What is freed then does not go back to the system: the memory of a process that takes and frees large
+    arrays in turn grows from iteration to iteration.
+    """
+    if os.environ.get("UCX_MEM_EVENTS", "").lower() in ("n", "no", "0", "off", "false"):
+        return False
+    with open("/proc/self/maps") as maps:
+        return any("libucm" in line for line in maps)
 
 
 def trim() -> None:

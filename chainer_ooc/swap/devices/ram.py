@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -175,6 +176,13 @@ class RamDevice:
         if not self._memory_is_short:
             # Only now: what is given back at once must be taken again at once, which costs time.
             self._memory_is_short = True
+            if process_memory.ucx_keeps_freed_memory():
+                warnings.warn(
+                    "MPI's transport UCX keeps freed memory from going back to the system: memory will grow past "
+                    "the limit; set UCX_MEM_EVENTS=no in the environment before MPI is loaded",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             process_memory.keep_less_freed_memory(RETURNED)
         if self._trims_to_skip:
             self._trims_to_skip -= 1
