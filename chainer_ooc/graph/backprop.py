@@ -136,7 +136,7 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
         if array is not None:
             if manager is None:
                 manager = mode.manager_for(array)
-            nbytes += array.nbytes
+            nbytes += getattr(array, "nbytes", 0)  # what is no array gets Chainer's own error
     if manager is None or mode.local.hooked or settings.swap_all:
         return manager, manager is None
     if manager.has_plenty(_EXPANSION * nbytes, settings):

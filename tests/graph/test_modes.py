@@ -362,6 +362,19 @@ def test_arrays_of_other_kinds_are_left_alone():
     assert mode.manager_for(X.view(Other)) is None
 
 
+@pytest.mark.parametrize("given", [((X, X), 2), ("text", 2), (3, 2), ([[1.0]], 2)])
+def test_what_is_no_array_gets_the_error_of_chainer(given):
+    errors = []
+    for on in (False, True):
+        with (
+            chainer_ooc.out_of_core_mode(on, **(SETTINGS if on else {})),
+            pytest.raises(TypeError) as error,
+        ):
+            F.tile(*given)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
 # force_copies() itself.
 
 
