@@ -4,7 +4,8 @@
     python tests/chainer_suite/run.py /path/to/chainer
 
 Prints a Markdown table of passed, failed and skipped tests and the failures. ``chainermn_tests``
-run under ``mpiexec``, file by file. Only tests that need no GPU and no ChainerX run.
+run under ``mpiexec``, file by file. With ``--force-copies`` each test runs out of core, and what was moved is counted on
+the standard error. Only tests that need no GPU and no ChainerX run.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="checkout of Chainer v7.8.1")
     parser.add_argument("--stock", action="store_true", help="without chainer_ooc's edits")
+    parser.add_argument(
+        "--force-copies", action="store_true", help="out of core, see chainer_ooc.testing"
+    )
     parser.add_argument("--only", nargs="*", help="directories, like functions_tests chainermn")
     parser.add_argument("--ranks", type=int, default=2, help="ranks for chainermn_tests")
     parser.add_argument("--timeout", type=int, default=1500, help="seconds for a directory")
@@ -90,6 +94,7 @@ def run(
         command += ["-c", str(HERE / "pytest.ini"), "--rootdir", str(tests)]
         command += ["-p", "tests.chainer_suite.plugin", "-p", "no:cacheprovider"]
         command += ["-W", "default"] if options.stock else []  # it warns while it is imported
+        command += ["-p", "tests.chainer_suite.forced"] if options.force_copies else []
         command += options.pytest.split()
         if ranks:
             command = [mpiexec(), "-n", str(ranks), *command, "-k", DOWNLOADS]
@@ -108,6 +113,9 @@ def run(
         except subprocess.TimeoutExpired:
             output = "no end within the timeout"
         reports = sorted(Path(directory).glob("*.xml"))
+        for line in output.splitlines():
+            if line.startswith("forced:"):
+                print(f"{targets[0].relative_to(tests)}: {line}", file=sys.stderr, flush=True)
         total: Counter[str] = Counter()
         for report in reports:
             total += count(report, failures)
