@@ -67,7 +67,7 @@ class SwapManager:
         self._measured: tuple[Any, tuple[int, int, int]] = (None, (0, 0, 0))
         self._capacity: int | None = None
         self._slack = self._unasked = 0
-        self._warned_bytes = 0
+        self._has_warned = False
 
     @property
     def counters(self) -> Counters:
@@ -409,14 +409,16 @@ class SwapManager:
     # When there is none.
 
     def shortage(self, nbytes: int, what: str) -> OutOfMemoryError | None:
-        """Return the error for ``nbytes`` that do not fit if ``strict``; else warn, if not yet, of so much."""
+        """Return the error for ``nbytes`` that do not fit if ``strict``; else warn, once, if it is much."""
+        strict = self.settings().strict
+        over = self.last_used + nbytes - self.limit
+        if not strict and (self._has_warned or over <= self.limit * MARGIN):
+            return None
         message = self.explain_shortage(nbytes, what)
-        if self.settings().strict:
+        if strict:
             return OutOfMemoryError(message)
-        over = self.used_bytes() + nbytes - self.limit
-        if over > self._warned_bytes * 1.25:
-            self._warned_bytes = over
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self._has_warned = True
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
 
     def explain_shortage(self, nbytes: int, what: str) -> str:
