@@ -4,8 +4,8 @@
     python tests/chainer_suite/run.py /path/to/chainer
 
 Prints a Markdown table of passed, failed and skipped tests and the failures. ``chainermn_tests``
-run under ``mpiexec``, file by file. With ``--force-copies`` each test runs out of core, and what was moved is counted on
-the standard error. Only tests that need no GPU and no ChainerX run.
+run under ``mpiexec``, file by file. With ``--force-copies`` each test runs out of core; what was moved is counted
+on the standard error. Only tests that need no GPU and no ChainerX run.
 """
 
 from __future__ import annotations
