@@ -33,6 +33,17 @@ BINARY = (
 )
 
 
+def inner_node(y, rng):
+    """Return the node of a variable some functions before ``y`` that is no leaf, or ``None``."""
+    node = y.node
+    for _ in range(rng.randint(1, 4)):
+        if node.creator_node is None:
+            return None
+        inputs = node.creator_node.inputs
+        node = inputs[rng.randint(len(inputs))]
+    return None if node.creator_node is None else node
+
+
 def program(seed, limit_memory):
     """Interpret random steps. What is drawn does not depend on what is computed."""
     rng = np.random.RandomState(seed)
@@ -44,15 +55,15 @@ def program(seed, limit_memory):
     def pick(things):
         return things[rng.randint(len(things))]
 
-    for _ in range(40):
-        step = rng.randint(12)
+    for _ in range(60):
+        step = rng.randint(13)
         if step < 5:
             variables.append(pick(UNARY)(pick(variables)))
         elif step < 7:
             a, b = pick(variables), pick(variables)
             variables.append(F.tanh(pick(BINARY)(a, b)))
-        elif step == 7 and len(variables) > 2:
-            del variables[rng.randint(len(variables))]
+        elif step == 7:
+            del variables[: rng.randint(len(variables))]  # the graph alone has their arrays now
         elif step == 8:
             arrays.append(pick(variables).array)
         elif step == 9 and arrays:
@@ -62,16 +73,22 @@ def program(seed, limit_memory):
         elif step == 10 and arrays:
             del arrays[rng.randint(len(arrays))]
         elif step == 11:
+            # Arrays that the graph alone has, taken out of it: to be looked at, kept and edited.
+            node = inner_node(pick(variables), rng)
+            if node is not None and node.data is not None:
+                seen.append(np.array(node.data))
+                what = rng.randint(3)
+                if what == 0:
+                    arrays.append(node.data)
+                elif what == 1 and node.data.flags.writeable:
+                    node.data[0] += 0.5
+        elif step == 12:
             y = pick(variables)
             if rng.rand() < 0.5:
                 F.sum(y).backward()
             else:
                 gxs = chainer.grad([F.sum(F.sin(y))], leaves, enable_double_backprop=False)
                 seen += [None if gx is None else np.array(gx.array) for gx in gxs]
-            func = y.creator
-            if func is not None and rng.rand() < 0.5:
-                node = func.inputs[0]
-                seen.append(None if node.data is None else np.array(node.data))
         limit_memory(rng)
     total = sum(F.sum(v) for v in variables)
     del variables
