@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import deque
@@ -197,8 +198,11 @@ def _by_manager(group: list[Saved]) -> list[tuple[SwapManager, list[Saved]]]:
 
 def adopt() -> None:
     """Save what the functions keep that have been applied since the last time."""
-    while _pending:
-        reference, drop = _pending.popleft()
+    while True:
+        try:
+            reference, drop = _pending.popleft()
+        except IndexError:  # not asked for beforehand: other threads take from it too
+            return
         func = reference()
         if func is not None and func.inputs is not None and _RECORD not in func.__dict__:
             _save(func, drop)
@@ -243,8 +247,9 @@ def _stand_in(saved: Saved) -> Any:
 def _forget_dead() -> None:
     """Leave out functions that died; look again when there are twice as many as live."""
     global _most_pending
-    for _ in range(len(_pending)):
-        entry = _pending.popleft()
-        if entry[0]() is not None:
-            _pending.append(entry)
+    with contextlib.suppress(IndexError):  # another thread has saved them all
+        for _ in range(len(_pending)):
+            entry = _pending.popleft()
+            if entry[0]() is not None:
+                _pending.append(entry)
     _most_pending = max(4096, 2 * len(_pending))

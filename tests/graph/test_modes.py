@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 import os
 import pickle
@@ -15,6 +16,7 @@ import pytest
 import chainer_ooc
 from chainer_ooc import mode
 from chainer_ooc.errors import GraphReleasedError
+from chainer_ooc.graph import backprop
 from chainer_ooc.swap.storage import Saved
 from chainer_ooc.testing import assert_same_bits, force_copies
 
@@ -425,3 +427,13 @@ def test_force_copies_poisons_what_is_released(monkeypatch):
         flush()
         assert len(seen) == 1 and set(seen[0]) == {force_copies_module.POISON}
         assert_same_bits(node.data, X)
+
+
+def test_another_thread_saves_the_last_function_first(monkeypatch):
+    class Emptied(collections.deque):
+        def __len__(self):
+            return super().__len__() + 1
+
+    monkeypatch.setattr(backprop, "_pending", Emptied())
+    backprop.adopt()
+    backprop._forget_dead()
