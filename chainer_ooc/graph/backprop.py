@@ -69,6 +69,7 @@ def install() -> None:
         nodes.install(_stand_in)
         attributes.saved_attributes(batch_normalization.BatchNormalization, ["_impl"])
         attributes.saved_attributes(batch_normalization.BatchNormalizationGrad, ["_impl"])
+        _stock["config"] = chainer.config
         _stock["apply"] = chainer.FunctionNode.apply
         _stock["backprop_step"] = _backprop_utils.backprop_step
         chainer.FunctionNode.apply = _apply
@@ -77,7 +78,8 @@ def install() -> None:
 
 def _apply(self: Any, inputs: Any) -> Any:
     settings = mode.current()
-    if settings is None:
+    # What static_graph runs again writes to the arrays of the first time.
+    if settings is None or _stock["config"].schedule_func is not None:
         return _stock["apply"](self, inputs)
     manager, plenty = _before(inputs, settings)
     if manager is None:

@@ -129,7 +129,7 @@ def simulated_gpu(
     manager = mode._make_manager(device)
 
     def label(address: int) -> str | None:
-        for storage in manager.storages():
+        for storage in manager._in_order():  # with no lock: threads that copy come here
             if storage.owner is not None:
                 start = _address(storage.owner)
                 if start <= address < start + storage.owner.nbytes:

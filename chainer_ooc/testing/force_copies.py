@@ -230,7 +230,8 @@ def force_copies() -> Iterator[Moved]:
     manager = mode._managers.get("ram")
 
     def apply_to_no_leaves(self: Any, inputs: Any) -> Any:
-        if chainer.config.enable_backprop and type(self) is not _Identity:
+        plain = chainer.config.enable_backprop and chainer.config.schedule_func is None
+        if plain and type(self) is not _Identity:
             inputs = _without_leaves(inputs)
         return apply(self, inputs)
 

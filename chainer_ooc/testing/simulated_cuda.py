@@ -35,6 +35,7 @@ import mmap
 import random
 import threading
 import types
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -160,7 +161,7 @@ class _Pool:
         self.device_id, self.total, self.limit = device_id, total, 0
         self._memory = mmap.mmap(-1, total, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self.regions: dict[int, tuple[int, _Stream]] = {}
+        self.regions: dict[int, tuple[int, int]] = {}  # address: size, stream
         self.used = 0
         self._space = FreeBlocks()
         self._space.insert(self.start, total)
@@ -210,7 +211,7 @@ class _Pool:
 
     def free_all_blocks(self) -> None:
         for address, (size, stream) in list(self.regions.items()):
-            if self._arenas[stream.ptr].take_exactly(address, size):
+            if self._arenas[stream].take_exactly(address, size):
                 self._machine.synchronize()
                 del self.regions[address]
                 self._space.insert(address, size)
@@ -226,7 +227,7 @@ class _Pool:
             raise OutOfMemoryError(f"{size} bytes, {self.total_bytes()} taken, limit {limit}")
         address = self._space.take(size)
         assert address is not None
-        self.regions[address] = size, stream
+        self.regions[address] = size, stream.ptr
         self._arenas[stream.ptr].add_region(address, size)
         taken = self._arenas[stream.ptr].take_exactly(address, size)
         assert taken
@@ -319,11 +320,14 @@ class SimulatedCuda:
         self._random = random.Random(seed)
         self._eagerness = self._random.choice((0.0, 0.0, 0.1, 0.6))
         self._local = threading.local()
-        self._streams = [
+        self._null = [
             _Stream(self, "the computing stream" + (f" of GPU {i}" if i else ""), 0, i)
             for i in range(devices)
         ]
-        self._null = tuple(self._streams)
+        # A stream that its owner has destroyed still does what it was given.
+        self._streams: weakref.WeakValueDictionary[int, _Stream] = weakref.WeakValueDictionary()
+        self._busy: dict[_Stream, None] = {}
+        self._made = 0
         self._pools = [_Pool(self, i, total) for i in range(devices)]
         self._allocator: Callable[[int], Any] = self._stock_malloc
         self.ndarray = type("ndarray", (_Array,), {"_machine": self})
@@ -418,7 +422,7 @@ class SimulatedCuda:
     def synchronize(self) -> None:
         """Wait for the devices."""
         with self.lock:
-            for stream in self._streams:
+            for stream in (*self._null, *self._streams.values(), *self._busy):
                 stream.synchronize()
 
     def count(self, name: str) -> None:
@@ -429,10 +433,10 @@ class SimulatedCuda:
 
     def _new_stream(self, non_blocking: bool = False) -> _Stream:
         with self.lock:
-            number = len(self._streams)
-            name = f"{'non-blocking ' if non_blocking else ''}stream {number}"
-            stream = _Stream(self, name, 0x1000 + number, self._get_device())
-            self._streams.append(stream)
+            self._made += 1
+            name = f"{'non-blocking ' if non_blocking else ''}stream {self._made}"
+            stream = _Stream(self, name, 0x1000 + self._made, self._get_device())
+            self._streams[stream.ptr] = stream
             return stream
 
     def _current_streams(self) -> list[_Stream]:
@@ -444,6 +448,7 @@ class SimulatedCuda:
 
     def _enqueue(self, stream: _Stream, item: Any) -> int:
         stream.items.append(item)
+        self._busy[stream] = None
         index = stream.executed + len(stream.items) - 1
         if self.eager and stream in self._null:
             self._run(stream, index)
@@ -458,15 +463,18 @@ class SimulatedCuda:
                 self._run(*item)
             else:
                 item()
+        if not stream.items:
+            self._busy.pop(stream, None)
 
     def _progress(self) -> None:
         """Let time pass, or not."""
         while self._random.random() < self._eagerness:
-            stream = self._random.choice(self._streams)
-            if stream.items:
-                item = stream.items[0]
-                if not isinstance(item, tuple) or item[0].executed > item[1]:
-                    self._run(stream, stream.executed)
+            if not self._busy:
+                return
+            stream = self._random.choice(list(self._busy))
+            item = stream.items[0]
+            if not isinstance(item, tuple) or item[0].executed > item[1]:
+                self._run(stream, stream.executed)
 
     def _is_of_a_pool(self, address: int) -> bool:
         return any(pool.owner_of(address) for pool in self._pools)
@@ -519,7 +527,7 @@ class SimulatedCuda:
     def _memcpy_async(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         with self.lock:
             self._fail_if_told("memcpyAsync", CUDARuntimeError("cudaErrorUnknown"))
-            on = next(s for s in self._streams if s.ptr == stream)
+            on = self._streams[stream]
             host, device = (target, source) if kind == 2 else (source, target)
             self._must_be_pinned(host, nbytes)
             if not self.is_device_memory(device):

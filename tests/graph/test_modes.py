@@ -346,6 +346,11 @@ def test_static_graph_passes_through():
         expected = train()
         with chainer_ooc.out_of_core_mode(**SETTINGS):
             assert_same_bits(train(), expected)
+            loss = F.sum(F.square(Static()(X)))
+            flush()
+            labels = {storage.label for storage in mode.managers()[0].storages()}
+            assert not labels & {"LinearFunction", "ReLU"}
+            loss.backward()
 
 
 def test_arrays_of_other_kinds_are_left_alone():
