@@ -77,9 +77,10 @@ class PinnedSlab:
     def free(self, address: int, nbytes: int) -> None:
         """Give back the block at ``address`` that was allocated with ``nbytes`` bytes."""
         with self._lock:
-            size = _round_up(nbytes)
-            self.allocated -= size
-            self._free.insert(address, size)
+            if self._chunks:  # else a forked child gives back what is the parent's
+                size = _round_up(nbytes)
+                self.allocated -= size
+                self._free.insert(address, size)
 
     def wait(self) -> None:
         """Wait until a chunk that is being made ahead is there."""

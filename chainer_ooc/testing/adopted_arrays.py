@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ from chainer_ooc import mode
 from chainer_ooc.swap.devices.base import Location
 from chainer_ooc.swap.devices.cuda import CudaDevice
 from chainer_ooc.swap.devices.ram import RamDevice
+from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import Layout
 from chainer_ooc.testing.simulated_cuda import POISON, OutOfMemoryError, SimulatedCuda
 
-__all__ = ["AdoptedArrays", "simulated_gpu"]
+__all__ = ["AdoptedArrays", "simulated_gpu", "storage_at"]
 
 _PAGE = 4096
 
@@ -109,6 +110,19 @@ def _address(owner: np.ndarray) -> int:
     return int(owner.__array_interface__["data"][0])
 
 
+def storage_at(manager: SwapManager, address: int, address_of: Callable[[Any], int]) -> str | None:
+    """Name the storage that lies at an address, for :attr:`SimulatedCuda.label`."""
+    # With no lock: threads that copy come here, while others hold the manager's and wait for them.
+    for reference in list(manager._mover._by_owner.values()):
+        storage = reference()
+        owner = None if storage is None else storage.owner
+        if storage is not None and owner is not None:
+            start = address_of(owner)
+            if start <= address < start + storage.origin + storage.nbytes:
+                return f"Storage {storage.sequence} of {storage.label}"
+    return None
+
+
 @contextlib.contextmanager
 def simulated_gpu(
     seed: int, directory: str, host_limit: int = 64 << 20, other: int = 0
@@ -128,15 +142,7 @@ def simulated_gpu(
     device = CudaDevice(machine, 0, directory, host_limit, AdoptedArrays(machine, other))  # type: ignore[arg-type]
     manager = mode._make_manager(device)
 
-    def label(address: int) -> str | None:
-        for storage in manager._in_order():  # with no lock: threads that copy come here
-            if storage.owner is not None:
-                start = _address(storage.owner)
-                if start <= address < start + storage.owner.nbytes:
-                    return f"Storage {storage.sequence} of {storage.label}"
-        return None
-
-    machine.label = label
+    machine.label = lambda address: storage_at(manager, address, _address)
     before = mode._managers.get("ram")
     mode._managers["ram"] = manager
     try:

@@ -74,7 +74,11 @@ class CupyAllocator:
 
     def _reclaim(self, manager: SwapManager, nbytes: int, error: MemoryError) -> Any:
         # What is free may be in pieces, or on another stream's list: give up more until it fits.
-        while manager.reclaim(nbytes):
+        freed = -1
+        while freed:
+            freed = manager.reclaim(nbytes)
+            if not freed:
+                manager.settle()  # what has died may be held by copies under way
             try:
                 return self._stock(nbytes)
             except MemoryError as again:

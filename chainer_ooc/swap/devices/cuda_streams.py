@@ -121,9 +121,10 @@ class CopyStreams:
         return stream.record(self._cuda.Event(disable_timing=True))
 
     def _forget_idle(self) -> None:
-        # One reference is the table's, one the variable's, one the argument's.
+        table = self._compute
+        # One reference is the table's, one the argument's.
         self._compute = {
-            pointer: stream
-            for pointer, stream in self._compute.items()
-            if sys.getrefcount(stream) > 3 or not stream.done
+            pointer: table[pointer]
+            for pointer in table
+            if sys.getrefcount(table[pointer]) > 2 or not table[pointer].done
         }

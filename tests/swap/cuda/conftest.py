@@ -1,0 +1,70 @@
+"""A CUDA device on a simulated GPU, and a manager of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from chainer_ooc.settings import Settings
+from chainer_ooc.swap.devices.cuda import CudaDevice
+from chainer_ooc.swap.devices.cuda_allocator import CupyAllocator
+from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.testing.adopted_arrays import storage_at
+from chainer_ooc.testing.simulated_cuda import SimulatedCuda
+
+MIB = 1 << 20
+
+
+class Rig:
+    """A simulated GPU, its device, manager and allocator hook."""
+
+    def __init__(self, directory, seed=0, host_limit=16 * MIB, limit=8 * MIB, devices=1):
+        self.cupy = SimulatedCuda(seed, total=32 * MIB, devices=devices)
+        self.settings = Settings(limit=limit, min_bytes=1)
+        self.device = CudaDevice(self.cupy, 0, str(directory), host_limit)
+        self.manager = SwapManager(self.device, lambda: self.settings, is_trusted=lambda: True)
+        self.cupy.label = lambda address: storage_at(self.manager, address, lambda owner: owner.ptr)
+        self.pool = self.cupy.get_default_memory_pool()
+        self.pool.set_limit(limit)
+        self.allocator = CupyAllocator(
+            self.cupy, lambda device_id: self.manager, lambda: "the test", lambda nbytes: None
+        )
+
+    def array(self, value, nbytes=MIB):
+        array = self.cupy.ndarray((nbytes // 4,), np.float32)
+        array.fill(value)
+        return array
+
+    def save(self, value, nbytes=MIB):
+        saved = self.manager.save(self.array(value, nbytes), f"f{value}")
+        self.manager.expect([saved])
+        return saved
+
+    def owner(self, value, nbytes=MIB):
+        """Return memory that holds a value and that nobody else holds."""
+        return self.array(value, nbytes).data.mem
+
+    def close(self):
+        self.manager.settle()
+        self.cupy.check()
+        self.device.close()
+
+
+@pytest.fixture
+def make_rig(tmp_path):
+    """Return a function that makes a rig, closed and checked for races at the end."""
+    rigs = []
+
+    def make(**given):
+        rigs.append(Rig(tmp_path, **given))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.fixture(params=range(4))
+def rig(request, make_rig):
+    """A rig, under several schedules."""
+    return make_rig(seed=request.param)

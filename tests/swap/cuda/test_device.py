@@ -1,0 +1,336 @@
+"""CudaDevice alone: every copy comes after what it depends on, and before what depends on it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.swap.devices.cuda import FailedTransfer
+from chainer_ooc.swap.storage import Layout
+
+MIB = 1 << 20
+
+
+def array_of(rig, owner, nbytes=MIB):
+    return rig.device.view(owner, 0, Layout(np.dtype("f4"), (nbytes // 4,), (4,), 0, True))
+
+
+def round_trip(rig, value, nbytes=MIB):
+    """Copy a value out, give its memory up, use the memory for something else, copy it in."""
+    owner = rig.owner(value, nbytes)
+    out = rig.device.copy_out(owner, 0, nbytes)
+    out.join()
+    del owner
+    rig.array(-1.0, nbytes)
+    owner, origin, transfer = rig.device.copy_in(out.copy, nbytes, 0)
+    assert origin == 0
+    transfer.join()
+    return array_of(rig, owner, nbytes), out.copy
+
+
+def test_a_round_trip_keeps_the_bytes_and_never_stops_the_host(rig):
+    array, copy = round_trip(rig, 3.0)
+    assert rig.cupy.calls["synchronize"] == 0
+    assert (array.get() == 3).all()
+    copy.free()
+
+
+@pytest.mark.parametrize("nbytes", [512, MIB + 512, 3 * MIB])
+def test_a_round_trip_through_the_file(make_rig, nbytes):
+    rig = make_rig(host_limit=0)
+    array, copy = round_trip(rig, 5.0, nbytes)
+    assert (array.get() == 5).all()
+    assert rig.device.disk.file.allocated >= nbytes
+    copy.free()
+    assert rig.device.disk.file.allocated == 0
+
+
+def test_the_copy_out_comes_after_what_was_computed(rig):
+    owner = rig.owner(1.0)
+    array_of(rig, owner).add(1)
+    out = rig.device.copy_out(owner, 0, MIB)
+    out.join()
+    array_of(rig, owner).add(1)  # not part of the copy
+    new, _, back = rig.device.copy_in(out.copy, MIB, 0)
+    back.join()
+    assert (array_of(rig, new).get() == 2).all()
+
+
+def test_work_on_a_stream_of_the_users_is_waited_for(rig):
+    stream = rig.cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        owner = rig.owner(1.0)
+        rig.device.note_allocation()
+        array_of(rig, owner).add(1)
+    out = rig.device.copy_out(owner, 0, MIB)  # with another stream current
+    out.join()
+    del owner
+    with stream:  # the memory is on this stream's free list
+        other = rig.array(9.0)
+        owner, _, back = rig.device.copy_in(out.copy, MIB, 0)
+        back.join()
+        assert (array_of(rig, owner).get() == 2).all()
+    assert (other.get() == 9).all()
+
+
+def test_streams_that_are_gone_are_forgotten(rig):
+    for _ in range(50):
+        with rig.cupy.cuda.Stream():
+            rig.device.note_allocation()
+    assert len(rig.device.streams._compute) <= 8
+    kept = [rig.cupy.cuda.Stream() for _ in range(20)]
+    for stream in kept:
+        with stream:
+            rig.device.note_allocation()
+    assert len(rig.device.streams._compute) >= 20
+    del kept, stream
+    busy = rig.cupy.cuda.Stream()
+    pointer = busy.ptr
+    with busy:
+        rig.array(0.0)
+        rig.device.note_allocation()
+    rig.cupy._eagerness = 0
+    with busy:
+        rig.array(0.0)
+    del busy
+    with rig.cupy.cuda.Stream():
+        rig.device.note_allocation()
+    assert pointer in rig.device.streams._compute
+
+
+def test_a_copy_in_waits_for_the_copy_out_of_the_same_bytes(rig):
+    owner = rig.owner(4.0)
+    out = rig.device.copy_out(owner, 0, MIB)
+    new, _, back = rig.device.copy_in(out.copy, MIB, 0)
+    back.join()
+    assert (array_of(rig, new).get() == 4).all()
+    out.wait()
+
+
+@pytest.mark.parametrize("host_limit", [0, 16 * MIB])
+@pytest.mark.parametrize("way", ["out", "in"])
+def test_the_memory_is_held_until_the_copy_has_ended(make_rig, host_limit, way):
+    rig = make_rig(host_limit=host_limit)
+    rig.cupy._eagerness = 0
+    owner = rig.owner(4.0)
+    transfer = rig.device.copy_out(owner, 0, MIB)
+    if way == "in":
+        transfer.join()
+        owner, _, transfer = rig.device.copy_in(transfer.copy, MIB, 0)
+    alive = weakref.ref(owner)
+    del owner
+    gc.collect()
+    if host_limit:
+        assert alive() is not None  # nobody waited: it cannot have ended
+        assert not transfer.done()
+        rig.cupy.synchronize()
+    while not transfer.done():
+        pass
+    assert alive() is None
+
+
+@pytest.mark.parametrize("host_limit", [0, 16 * MIB])
+@pytest.mark.parametrize("ended_by", ["join", "wait"])
+def test_the_memory_is_let_go_when_the_copy_is_waited_for(make_rig, host_limit, ended_by):
+    rig = make_rig(host_limit=host_limit)
+    owner = rig.owner(4.0)
+    transfer = rig.device.copy_out(owner, 0, MIB)
+    alive = weakref.ref(owner)
+    del owner
+    getattr(transfer, ended_by)()
+    assert alive() is None
+    rig.array(1.0)
+
+
+def test_waiting_is_the_hosts(rig):
+    owner = rig.owner(4.0)
+    transfer = rig.device.copy_out(owner, 0, MIB)
+    transfer.wait()
+    assert transfer.done()
+    assert (np.frombuffer(_bytes(transfer.copy), "f4") == 4).all()
+
+
+def _bytes(copy):
+    return bytes((ctypes.c_char * copy.nbytes).from_address(copy.address))
+
+
+def test_a_block_is_not_used_again_while_a_copy_reads_it(make_rig):
+    rig = make_rig(host_limit=3 * MIB)  # of which 2 MiB can be handed out
+    rig.cupy._eagerness = 0
+    first = rig.device.copy_out(rig.owner(1.0), 0, MIB)
+    first.join()
+    owner, _, back = rig.device.copy_in(first.copy, MIB, 0)
+    back.join()
+    first.copy.free()  # the GPU may not have begun to read it
+    size = rig.device.host.slab.limit
+    others = [rig.device.copy_out(rig.owner(7.0), 0, MIB) for _ in range(size // MIB)]
+    assert all(transfer.copy.address for transfer in others)
+    assert (array_of(rig, owner).get() == 1).all()
+    for transfer in others:
+        transfer.wait()
+
+
+def test_a_block_is_not_used_again_while_a_copy_writes_it(make_rig):
+    rig = make_rig(host_limit=3 * MIB)
+    rig.cupy._eagerness = 0
+    first = rig.device.copy_out(rig.owner(1.0), 0, MIB)
+    first.copy.free()
+    assert rig.device.host.slab.allocated == MIB
+    again = [rig.device.copy_out(rig.owner(2.0), 0, MIB) for _ in range(2)]
+    for transfer in again:
+        transfer.wait()
+        assert (np.frombuffer(_bytes(transfer.copy), "f4") == 2).all()
+        transfer.copy.free()
+    assert rig.device.host.slab.allocated == 0
+    first.wait()
+
+
+def test_copies_are_freed_once(rig):
+    transfer = rig.device.copy_out(rig.owner(1.0), 0, MIB)
+    transfer.wait()
+    transfer.copy.free()
+    transfer.copy.free()
+    assert rig.device.host.slab.allocated == 0
+
+
+def test_the_slab_overflows_to_the_file(make_rig):
+    rig = make_rig(host_limit=4 * MIB)
+    transfers = [rig.device.copy_out(rig.owner(float(i)), 0, MIB) for i in range(6)]
+    for transfer in transfers:
+        transfer.join()
+    assert 2 * MIB <= rig.device.disk.file.allocated <= 4 * MIB
+    assert sum(rig.cupy.pinned.values()) <= 4 * MIB
+    for i, transfer in enumerate(transfers):
+        owner, _, back = rig.device.copy_in(transfer.copy, MIB, 0)
+        back.join()
+        assert (array_of(rig, owner).get() == i).all()
+
+
+def test_host_and_disk_full(make_rig, monkeypatch):
+    rig = make_rig(host_limit=0)
+
+    def full(extent):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rig.device.disk.file, "_reserve", full)
+    owner = rig.owner(6.0)
+    with pytest.raises(SwapSpaceError, match=r"no data was lost.*host_limit") as error:
+        rig.device.copy_out(owner, 0, MIB)
+    assert error.value.errno == errno.ENOSPC
+    assert (array_of(rig, owner).get() == 6).all()
+
+
+def test_no_memory_can_be_locked_at_all(make_rig):
+    rig = make_rig()
+    rig.cupy.fail["hostRegister"] = list(range(20))
+    with pytest.raises(SwapSpaceError, match="ulimit -l"):
+        rig.device.copy_out(rig.owner(6.0), 0, MIB)
+
+
+@pytest.mark.parametrize("host_limit", [0, 16 * MIB])
+def test_a_copy_that_cannot_be_begun_fails_when_it_is_joined(make_rig, host_limit):
+    rig = make_rig(host_limit=host_limit)
+    rig.cupy.fail["memcpyAsync"] = [0]
+    out = rig.device.copy_out(rig.owner(6.0), 0, MIB)
+    out.wait()
+    assert out.done()
+    with pytest.raises(OSError, match="cannot be begun"):
+        out.join()
+    assert isinstance(out, FailedTransfer) == bool(host_limit)
+    out.copy.free()
+    out = rig.device.copy_out(rig.owner(6.0), 0, MIB)
+    out.join()
+    rig.cupy.fail["memcpyAsync"] = [0]
+    _, _, back = rig.device.copy_in(out.copy, MIB, 0)
+    with pytest.raises(OSError, match="cannot be begun"):
+        back.join()
+    owner, _, back = rig.device.copy_in(out.copy, MIB, 0)
+    back.join()
+    assert (array_of(rig, owner).get() == 6).all()
+
+
+def test_which_arrays_stay(rig):
+    array = rig.array(1.0)
+    assert rig.device.locate(array).nbytes == MIB
+    assert rig.device.locate(np.zeros(3)) is None
+    managed = rig.array(1.0)
+    managed.data.mem.identity = "ManagedMemory"
+    assert rig.device.locate(managed) is None
+
+    class Foreign:
+        ptr, size, device_id = array.data.ptr, MIB, 0
+
+    foreign = rig.cupy.ndarray((4,), "f4", rig.cupy.cuda.MemoryPointer(Foreign(), 0))
+    assert rig.device.locate(foreign) is None
+
+
+def test_views_lie_where_they_lay(rig):
+    array = rig.array(1.0)
+    view = rig.cupy.ndarray((3,), "f4", rig.cupy.cuda.MemoryPointer(array.data.mem, 64), (8,))
+    location = rig.device.locate(view)
+    assert (location.owner, location.offset) == (array.data.mem, 64)
+    again = rig.device.view(location.owner, 0, Layout(view.dtype, (3,), (8,), 64, True))
+    assert (again.data.ptr, again.strides) == (view.data.ptr, (8,))
+
+
+def test_the_other_gpu_may_be_current(make_rig):
+    rig = make_rig(devices=2)
+    array = rig.array(2.0)
+    owner = array.data.mem
+    del array
+    with rig.cupy.cuda.Device(1):
+        other = rig.cupy.ndarray((MIB,), "f4")
+        assert rig.device.used_bytes() == MIB
+        out = rig.device.copy_out(owner, 0, MIB)
+        out.join()
+        owner, _, back = rig.device.copy_in(out.copy, MIB, 0)
+        back.join()
+        assert owner.device_id == 0
+        assert rig.device.streams._out.device_id == 0
+    assert (array_of(rig, owner).get() == 2).all()
+    assert other.data.mem.device_id == 1
+
+
+def test_what_it_says_of_its_memory(make_rig, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    rig = make_rig()
+    held = [rig.array(1.0) for _ in range(3)]
+    assert rig.device.used_bytes() == 3 * MIB
+    held.clear()
+    rig.device.note_allocation()
+    assert rig.device.used_bytes() == 0
+    assert rig.device.peak_bytes() == 3 * MIB
+    rig.pool.free_all_blocks()
+    assert rig.device.peak_bytes() == 3 * MIB
+    assert rig.device.total_bytes() == 32 * MIB
+    assert rig.device.capacity() == int(32 * MIB * 0.95)
+    monkeypatch.setenv("MPI_LOCALNRANKS", "4")
+    assert rig.device.total_bytes() == 8 * MIB
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert rig.device.total_bytes() == 32 * MIB
+
+
+def test_closing_waits_for_the_copies(make_rig):
+    rig = make_rig()
+    rig.cupy._eagerness = 0
+    transfer = rig.device.copy_out(rig.owner(1.0), 0, MIB)
+    rig.device.close()
+    assert not rig.cupy.pinned
+    assert transfer.done()
+
+
+def test_a_forked_child_has_nothing(make_rig):
+    rig = make_rig()
+    out = rig.device.copy_out(rig.owner(1.0), 0, MIB)
+    out.wait()
+    before = dict(rig.cupy.pinned)
+    rig.device.after_fork()
+    out.copy.free()
+    assert rig.cupy.pinned == before
+    assert rig.device.host.slab.allocate(1) is None
