@@ -260,9 +260,8 @@ class _Array:
         (address, size), shape, dtype, strides = self.span, self.shape, self.dtype, self.strides
 
         def make() -> np.ndarray:
-            return np.ndarray(
-                shape, dtype, (ctypes.c_char * size).from_address(address), 0, strides
-            )
+            memory: Any = (ctypes.c_char * size).from_address(address)
+            return np.ndarray(shape, dtype, memory, 0, strides)
 
         return make
 
@@ -401,7 +400,7 @@ class SimulatedCuda:
                 for address, size in spans:
                     access = Access(name, stream.name, index, is_write, address, address + size)
                     self.note(access, stream.clock)
-            self._enqueue(stream, run)  # type: ignore[arg-type]
+            self._enqueue(stream, run)
 
     def note(self, access: Access, clock: Clock) -> None:
         """Count an access, and every earlier one that it races with among :attr:`races`."""
@@ -440,7 +439,7 @@ class SimulatedCuda:
             return stream
 
     def _current_streams(self) -> list[_Stream]:
-        return self._local.__dict__.setdefault("streams", [])  # type: ignore[no-any-return]
+        return self._local.__dict__.setdefault("streams", [])
 
     def _tick(self, stream: _Stream) -> int:
         stream.clock[stream.name] = stream.clock.get(stream.name, 0) + 1

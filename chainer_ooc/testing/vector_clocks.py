@@ -14,11 +14,11 @@ _PAGE = 1 << 20
 
 
 class Access(NamedTuple):
-    """An access to bytes ``start`` to ``stop``, the ``index``-th act of ``actor``."""
+    """An access to bytes ``start`` to ``stop``, the ``number``-th act of ``actor``."""
 
     name: str
     actor: str
-    index: int
+    number: int
     is_write: bool
     start: int
     stop: int
@@ -44,7 +44,7 @@ class Accesses:
             kept = []
             for other in self._pages[page]:
                 apart = other.stop <= access.start or access.stop <= other.start
-                ordered = clock.get(other.actor, 0) >= other.index
+                ordered = clock.get(other.actor, 0) >= other.number
                 if not apart and not ordered and (access.is_write or other.is_write):
                     races[other] = None
                 # Whoever comes after a write that covers it, and in order, comes after it as well.

@@ -91,7 +91,7 @@ class CupyAllocator:
 def out_of_memory_class(cupy: Any) -> type[errors.OutOfMemoryError]:
     """Return the class that is both :class:`chainer_ooc.errors.OutOfMemoryError` and CuPy's."""
 
-    class OutOfMemoryError(errors.OutOfMemoryError, cupy.cuda.memory.OutOfMemoryError):  # type: ignore[misc]
+    class OutOfMemoryError(errors.OutOfMemoryError, cupy.cuda.memory.OutOfMemoryError):
         """The GPU's memory does not hold what must be there at one time."""
 
         def __init__(self, message: str) -> None:
