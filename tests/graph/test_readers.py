@@ -125,6 +125,7 @@ def test_properties_and_slots_are_left_alone(everything_out):
     func = Guarded()
     func.apply((F.exp(ONES),))
     assert all(item is None or type(item) is np.ndarray for item in func.items)
+    assert type(vars(Guarded)["items"]) is property
 
 
 def test_saved_attributes_reaches_nested_objects(everything_out):

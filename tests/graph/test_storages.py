@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc
+from chainer_ooc import mode
 from chainer_ooc.graph import backprop
 from chainer_ooc.swap.storage import Saved, State
 from chainer_ooc.testing import assert_same_bits
@@ -349,3 +350,40 @@ def test_backward_that_uses_nothing_fetches_nothing(everything_out):
     y.backward()
     assert exp.label == "exp"
     assert everything_out.counters.bytes_in - fetched == x.array.nbytes  # exp's output alone
+
+
+# While memory is plenty, functions are not looked at.
+
+
+def test_what_backward_used_before_it_was_saved_counts_as_used():
+    with chainer_ooc.out_of_core_mode(min_bytes=1, limit=1 << 40):
+        x = chainer.Variable(base())
+        y = F.sum(F.exp(F.copy(x, -1)))
+        z = F.sum(F.sin(F.tanh(F.copy(x, -1))))
+        y.backward()
+        backprop.adopt()
+        (manager,) = mode.managers()
+        used = {s.label: s.used for s in manager.storages()}
+        assert used["Exp"] and not used["Tanh"]
+        z.backward()
+        assert all(s.used for s in manager.storages())
+
+
+def test_functions_that_died_are_forgotten():
+    with chainer_ooc.out_of_core_mode(min_bytes=1, limit=1 << 40):
+        for _ in range(6000):
+            F.identity(np.ones(1, np.float32))
+        assert len(backprop._pending) <= 4097
+
+
+def test_backward_fetches_ahead(everything_out):
+    x = chainer.Variable(base())
+    h = F.copy(x, -1)
+    for _ in range(4):
+        h = F.exp(F.sin(h))
+    y = F.sum(h)
+    del h
+    flush()
+    before = everything_out.counters.prefetched
+    y.backward()
+    assert everything_out.counters.prefetched > before

@@ -1,0 +1,53 @@
+"""What dying storages leave: their space is given back once nothing reads or writes it, and only once."""
+
+from __future__ import annotations
+
+import pytest
+
+from chainer_ooc.swap.mover import Mover
+
+
+class Copy:
+    freed = 0
+
+    def free(self):
+        self.freed += 1
+
+
+class Transfer:
+    def __init__(self, copy):
+        self.copy = copy
+        self.ended = False
+
+    def done(self):
+        return self.ended
+
+    def wait(self):
+        self.ended = True
+
+
+@pytest.fixture
+def mover():
+    return Mover(None, lambda nbytes: None)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["coming in", "going out"])
+def test_space_under_transfer_is_given_back_after_it(mover, own):
+    copy = Copy()
+    transfer = Transfer(copy)
+    mover._graves.append((copy if own else None, transfer))
+    mover.clear_graves()
+    mover.clear_graves()
+    assert copy.freed == 0
+    transfer.ended = True
+    mover.clear_graves()
+    mover.clear_graves()
+    assert copy.freed == 1
+
+
+def test_waiting_for_the_graves_empties_them(mover):
+    copies = [Copy(), Copy()]
+    mover._graves.append((copies[0], Transfer(copies[0])))
+    mover._graves.append((copies[1], None))
+    mover.wait_for_graves()
+    assert [copy.freed for copy in copies] == [1, 1]
