@@ -23,6 +23,7 @@ from chainer_ooc.testing import Moved, force_copies
 # Tests of how many functions a graph has, and of which object an attribute is. They run in out-of-core mode itself,
 # with all moved out that nobody holds: force_copies() adds functions to graphs, and reads copies of what a test holds.
 PLAIN = (
+    "exporters_tests/",
     "test_computational_graph.py",
     "test_function.py::TestFunction_",
     "test_function.py::TestFunctionRetaining",
