@@ -35,10 +35,10 @@ DEFAULTS: dict[str, Any] = {
 }
 DIGITS_DEFAULTS: dict[str, Any] = {
     "arch": "googlenetbn",
-    "insize": 80,
-    "batchsize": 36,
+    "insize": 96,
+    "batchsize": 40,
     "epoch": 10,
-    "iteration": 18,
+    "iteration": 14,
     "val_batchsize": 15,
 }
 """Defaults without list files: a few minutes for four ranks on two cores."""

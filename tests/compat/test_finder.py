@@ -135,22 +135,22 @@ def test_another_version_of_chainer_is_a_clear_error(run_python, tmp_path, versi
 
 
 def test_a_missing_module_is_provided_by_its_redirect(tmp_path, monkeypatch):
-    (tmp_path / "fake_cupy").mkdir()
-    (tmp_path / "fake_cupy" / "__init__.py").write_text("")
+    (tmp_path / "with_no_cudnn").mkdir()
+    (tmp_path / "with_no_cudnn" / "__init__.py").write_text("")
     (tmp_path / "stand_in.py").write_text("value = 7\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(finder.REDIRECTS, "fake_cupy.cudnn", "stand_in")
+    monkeypatch.setitem(finder.REDIRECTS, "with_no_cudnn.cudnn", "stand_in")
     monkeypatch.setenv("CHAINER_OOC_CUDNN", "own")
     finder.install()
     try:
-        import fake_cupy.cudnn
+        import with_no_cudnn.cudnn
         import stand_in
 
-        assert fake_cupy.cudnn is stand_in is sys.modules["fake_cupy.cudnn"]
+        assert with_no_cudnn.cudnn is stand_in is sys.modules["with_no_cudnn.cudnn"]
         assert stand_in.value == 7
         assert stand_in.__name__ == stand_in.__spec__.name == "stand_in"
     finally:
-        for name in ("fake_cupy", "fake_cupy.cudnn", "stand_in"):
+        for name in ("with_no_cudnn", "with_no_cudnn.cudnn", "stand_in"):
             sys.modules.pop(name, None)
 
 
