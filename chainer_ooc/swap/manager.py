@@ -300,6 +300,8 @@ class SwapManager:
             self.adopt()
             used = self.device.used_bytes()
             self._reclaim(nbytes + max(self.high - used, 0))
+            if self.device.used_bytes() >= used:
+                self._mover.wait_for_graves()  # what died may be held by copies under way
             return max(used - self.device.used_bytes(), 0)
 
     def _reclaim(self, nbytes: int) -> None:

@@ -35,7 +35,8 @@ class Mover:
 
     Args:
         device: The memory and the way out of it.
-        make_room: Called with a number of bytes when the device has no memory for a transfer.
+        make_room: Called with a number of bytes when the device has no memory for a transfer. Returns how
+            much has been given up, 0 if that is all.
 
     Attributes:
         counters: What has been done so far.
@@ -43,7 +44,7 @@ class Mover:
         nbytes: The size of all storages in each state (bytes).
     """
 
-    def __init__(self, device: Device, make_room: Callable[[int], object]) -> None:
+    def __init__(self, device: Device, make_room: Callable[[int], int]) -> None:
         self.device = device
         self.counters = Counters()
         self.leaving: deque[weakref.ref[Storage]] = deque()
@@ -241,11 +242,14 @@ class Mover:
 
     def _let_go(self, storage: Storage) -> None:
         self._by_owner.pop(id(storage.owner), None)
+        self.device.before_release()
         storage.owner = None
 
     def _again_with_room(self, nbytes: int, begin: Callable[[], Any]) -> Any:
-        try:
-            return begin()
-        except MemoryError:
-            self._make_room(nbytes)
-            return begin()
+        while True:
+            try:
+                return begin()
+            except MemoryError:
+                # What is free may be in pieces: more is given up until it fits.
+                if not self._make_room(nbytes):
+                    raise

@@ -66,7 +66,7 @@ class _PoisoningMover(Mover):
         lent: Storages whose restored memory was given to somebody who may write to it.
     """
 
-    def __init__(self, device: Device, make_room: Callable[[int], None]) -> None:
+    def __init__(self, device: Device, make_room: Callable[[int], int]) -> None:
         super().__init__(device, make_room)
         self.lent: weakref.WeakSet[Storage] = weakref.WeakSet()
 
@@ -113,7 +113,7 @@ class _ForcingManager(SwapManager):
             backprop.adopt,
             lambda: mode.local.trusted,
         )
-        self._mover = _PoisoningMover(self.device, self._reclaim)
+        self._mover = _PoisoningMover(self.device, self.reclaim)
         # By the identity of originals that live: the copy of each, and a digest of what was copied.
         self._copies: dict[int, tuple[weakref.ref[Any], weakref.ref[Storage], bytes]] = {}
 

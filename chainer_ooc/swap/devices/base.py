@@ -83,6 +83,9 @@ class Device(Protocol):
             MemoryError: If there is no memory for it.
         """
 
+    def before_release(self) -> None:
+        """Make sure that memory which is given up after this is used by nobody who came before."""
+
     def used_bytes(self) -> int:
         """Return the bytes that count against the limit now."""
 

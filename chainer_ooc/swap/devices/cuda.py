@@ -132,7 +132,7 @@ class FailedTransfer:
 
     def __init__(self, copy: Copy, error: OSError) -> None:
         self.copy = copy
-        self._error = error
+        self._error = error.with_traceback(None)  # its frames hold the memory
 
     def done(self) -> bool:
         """Return ``True``."""
@@ -246,6 +246,10 @@ class CudaDevice:
             except OSError as error:
                 return owner, origin, FailedTransfer(copy, error)
         return owner, origin, StreamTransfer(self.streams, copy, copy.read, owner)
+
+    def before_release(self) -> None:
+        """Order the computing streams, if there are several: one may use memory that another allocated."""
+        self.streams.order_computing()
 
     def used_bytes(self) -> int:
         """Return what arrays and workspaces have of the pool (bytes)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -73,18 +74,15 @@ class CupyAllocator:
         return memory
 
     def _reclaim(self, manager: SwapManager, nbytes: int, error: MemoryError) -> Any:
-        # What is free may be in pieces, or on another stream's list: give up more until it fits.
-        freed = -1
-        while freed:
-            freed = manager.reclaim(nbytes)
-            if not freed:
-                manager.settle()  # what has died may be held by copies under way
-            try:
+        # What is free may be in pieces, or on another stream's list: more is given up until it fits.
+        while manager.reclaim(nbytes):
+            with contextlib.suppress(MemoryError):
                 return self._stock(nbytes)
-            except MemoryError as again:
-                error = again
         message = manager.explain_shortage(nbytes, self._describe())
-        raise out_of_memory_class(self._cupy)(message) from error
+        try:
+            raise out_of_memory_class(self._cupy)(message) from error
+        finally:
+            del error  # it would hold this frame, and so those of its callers with their arrays
 
 
 @functools.cache

@@ -99,6 +99,14 @@ class CopyStreams:
         for stream in self._compute.values():
             stream.wait_event(event)
 
+    def order_computing(self) -> None:
+        """Make what the computing streams are given from now on happen after what any of them was given."""
+        with self.on_device():
+            self.note_current()
+            if len(self._compute) > 1:
+                for event in self.computed():
+                    self.let_compute_wait(event)
+
     def synchronize(self) -> None:
         """Wait until all copies have ended."""
         self._out.synchronize()

@@ -153,6 +153,9 @@ class RamDevice:
         memory[: copy.head], memory[tail:] = copy.ends
         return owner, origin, self._start(copy, copy.pieces(memory, copy.file.read))
 
+    def before_release(self) -> None:
+        """Do nothing: who computes has ended when the call returns."""
+
     def used_bytes(self) -> int:
         """Return the resident memory (bytes)."""
         return self._resident.bytes()
