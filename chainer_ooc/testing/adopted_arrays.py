@@ -88,12 +88,14 @@ class AdoptedArrays:
             self._nbytes += nbytes
 
     def _bury(self, address: int) -> None:
-        with self._machine.lock:
-            nbytes, _ = self._blocks[address]
+        nbytes, _ = self._blocks.pop(address)  # at once: nothing is copied there from now on
+        self._nbytes -= nbytes
+
+        def note() -> None:
             self._note("what uses the memory after it was freed", True, address, nbytes)
-            del self._blocks[address]
-            self._nbytes -= nbytes
             self._machine.accesses.forget(address, address + nbytes)
+
+        self._machine.lock.defer(note)
 
     def _note(self, name: str, is_write: bool, address: int, nbytes: int) -> None:
         machine = self._machine
@@ -103,7 +105,7 @@ class AdoptedArrays:
 
     def _is_adopted(self, address: int) -> bool:
         with self._machine.lock:
-            return any(a <= address < a + nbytes for a, (nbytes, _) in self._blocks.items())
+            return any(a <= address < a + nbytes for a, (nbytes, _) in tuple(self._blocks.items()))
 
 
 def _address(owner: np.ndarray) -> int:

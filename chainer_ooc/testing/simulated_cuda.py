@@ -60,6 +60,30 @@ class OutOfMemoryError(MemoryError):
     """What the pool raises."""
 
 
+class _Lock:
+    """A lock that a thread may take again, and what must not happen inside: the collector's work."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._deferred: deque[Callable[[], object]] = deque()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *args: object) -> None:
+        while self._depth == 1 and self._deferred:
+            self._deferred.popleft()()
+        self._depth -= 1
+        self._lock.release()
+
+    def defer(self, job: Callable[[], object]) -> None:
+        """Run a job now, or when the calling thread has left: memory may die in the midst of anything."""
+        with self:
+            self._deferred.append(job)
+
+
 class _Memory:
     """Memory allocated without a pool (``cupy.cuda.Memory``)."""
 
@@ -68,16 +92,18 @@ class _Memory:
 
 
 class _PooledMemory:
-    """A block of the pool; it goes back when nobody refers to it."""
+    """A block of the pool; it goes back when nobody refers to it.
+
+    CuPy's are unknown to the cyclic garbage collector, which else would finalize them with a dying storage
+    that passes them on. Here the block goes back with an object that it does not know, an array.
+    """
 
     identity = "Memory"
 
     def __init__(self, pool: _Pool, address: int, size: int, stream: _Stream) -> None:
         self.ptr, self.size, self.device_id = address, size, pool.device_id
-        self._pool, self._stream = pool, stream
-
-    def __del__(self) -> None:
-        self._pool.free(self)
+        self._token = np.empty(0)
+        pool.blocks[address] = weakref.ref(self._token, lambda _: pool.free(address, size, stream))
 
 
 class _MemoryPointer:
@@ -162,6 +188,7 @@ class _Pool:
         self._memory = mmap.mmap(-1, total, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.regions: dict[int, tuple[int, int]] = {}  # address: size, stream
+        self.blocks: dict[int, weakref.ref[Any]] = {}
         self.used = 0
         self._space = FreeBlocks()
         self._space.insert(self.start, total)
@@ -184,18 +211,19 @@ class _Pool:
             machine.kernel("the first use of new memory", [], [(address, size)], stream=stream)
             return _MemoryPointer(_PooledMemory(self, address, size, stream), 0)
 
-    def free(self, memory: _PooledMemory) -> None:
+    def free(self, address: int, size: int, stream: _Stream) -> None:
         machine = self._machine
-        with machine.lock:
-            self.used -= memory.size
-            address, size, stream = memory.ptr, memory.size, memory._stream
 
-            def poison() -> None:
-                ctypes.memset(address, POISON, size)
+        def poison() -> None:
+            ctypes.memset(address, POISON, size)
 
+        def insert() -> None:
+            self.used -= size
             what = "what uses the memory after it was freed"
             machine.kernel(what, [], [(address, size)], poison, stream)
             self._arenas[stream.ptr].insert(address, size)
+
+        machine.lock.defer(insert)
 
     def total_bytes(self) -> int:
         return sum(size for size, _ in self.regions.values())
@@ -305,7 +333,7 @@ class SimulatedCuda:
     """
 
     def __init__(self, seed: int = 0, total: int = 64 << 20, devices: int = 1) -> None:
-        self.lock = threading.RLock()
+        self.lock = _Lock()
         self.races: list[str] = []
         self.calls: Counter[str] = Counter()
         self.label: Callable[[int], str | None] = lambda address: None

@@ -40,6 +40,7 @@ class CopyStreams:
         with self.on_device():
             self._out = self._cuda.Stream(non_blocking=True)
             self._back = self._cuda.Stream(non_blocking=True)
+            self.note_current()
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which this GPU is the current one of the calling thread."""
