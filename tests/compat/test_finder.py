@@ -143,8 +143,8 @@ def test_a_missing_module_is_provided_by_its_redirect(tmp_path, monkeypatch):
     monkeypatch.setenv("CHAINER_OOC_CUDNN", "own")
     finder.install()
     try:
-        import with_no_cudnn.cudnn
         import stand_in
+        import with_no_cudnn.cudnn
 
         assert with_no_cudnn.cudnn is stand_in is sys.modules["with_no_cudnn.cudnn"]
         assert stand_in.value == 7
