@@ -89,6 +89,7 @@ KNOWN = {
     "_push_out: leave out 'if freed": "more goes out than must",
     "SwapManager.save: leave out 'self._mover.clear_graves()'": "space is given back later",
     "_join_arrival: leave out 'storage.transfer = None'": "a transfer that has ended changes nothing",
+    "'if record is None and plenty:'": "what follows does nothing then, more slowly",
     "_is_dense: turn around": "the other branch gives the same, more slowly",
 }
 
@@ -228,7 +229,7 @@ def main() -> int:
         shutil.copytree(
             ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "*.pyc", "result*")
         )
-        if killed(copy, options.timeout) is not None:
+        if not options.no_baseline and killed(copy, options.timeout) is not None:
             sys.exit("the tests fail without a mutant")
         for number, mutant in enumerate(mutants, 1):
             start = time.perf_counter()
@@ -255,6 +256,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--generic", default="", help="how many generic mutants, or 'all'")
     parser.add_argument("--seed", type=int, default=0, help="which of them")
     parser.add_argument("--only", default="", help="mutants with this in their name")
+    parser.add_argument("--no-baseline", action="store_true", help="trust that the tests pass")
     parser.add_argument("--timeout", type=int, default=120, help="seconds for the tests of one")
     return parser.parse_args()
 
