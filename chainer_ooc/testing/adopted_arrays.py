@@ -61,7 +61,7 @@ class AdoptedArrays:
     def allocate(self, nbytes: int, phase: int) -> tuple[np.ndarray, int]:
         """Return new memory, at the same place in a page as before: NumPy's rounding depends on it."""
         machine = self._machine
-        machine._fail_if_told("malloc", OutOfMemoryError("told to fail"))
+        machine._fail_if_told("malloc", OutOfMemoryError)
         pool = machine.get_default_memory_pool()
         if pool.limit and self._nbytes + nbytes > pool.limit:
             raise OutOfMemoryError(f"{nbytes} bytes, {self._nbytes} in use, limit {pool.limit}")

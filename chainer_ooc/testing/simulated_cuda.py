@@ -198,7 +198,7 @@ class _Pool:
     def malloc(self, nbytes: int) -> _MemoryPointer:
         machine = self._machine
         with machine.lock:
-            machine._fail_if_told("malloc", OutOfMemoryError("told to fail"))
+            machine._fail_if_told("malloc", OutOfMemoryError)
             if nbytes == 0:
                 return _MemoryPointer(_Memory(), 0)
             size = -(-nbytes // _UNIT) * _UNIT
@@ -529,17 +529,17 @@ class SimulatedCuda:
         pool = self.get_default_memory_pool()
         return pool.total - pool.total_bytes(), pool.total
 
-    def _fail_if_told(self, name: str, error: Exception) -> None:
+    def _fail_if_told(self, name: str, error: type[Exception]) -> None:
         self.count(name)
         numbers = self.fail.get(name, [])
         fails = 0 in numbers
         self.fail[name] = [number - 1 for number in numbers if number]
         if fails:
-            raise error
+            raise error(f"{name} was told to fail")
 
     def _host_register(self, address: int, nbytes: int, flags: int) -> None:
         with self.lock:
-            self._fail_if_told("hostRegister", CUDARuntimeError("cudaErrorMemoryAllocation"))
+            self._fail_if_told("hostRegister", CUDARuntimeError)
             assert address % mmap.PAGESIZE == nbytes % mmap.PAGESIZE == 0
             self.pinned[address] = nbytes
             ctypes.memset(address, POISON, nbytes)
@@ -553,7 +553,7 @@ class SimulatedCuda:
 
     def _memcpy_async(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         with self.lock:
-            self._fail_if_told("memcpyAsync", CUDARuntimeError("cudaErrorUnknown"))
+            self._fail_if_told("memcpyAsync", CUDARuntimeError)
             on = self._streams[stream]
             host, device = (target, source) if kind == 2 else (source, target)
             self._must_be_pinned(host, nbytes)

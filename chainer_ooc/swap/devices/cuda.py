@@ -117,8 +117,10 @@ class DiskTransfer:
     def join(self) -> None:
         """Wait for all pieces; raise the first error."""
         self.wait()
-        for future in self._futures:
-            future.result()
+        # An error holds the frames it passes, this one too, and a future its error: no cycle.
+        futures, self._futures = self._futures[::-1], []
+        while futures:
+            futures.pop().result()
 
     def wait(self) -> None:
         """Wait for all pieces, well or badly ended."""
@@ -132,7 +134,7 @@ class FailedTransfer:
 
     def __init__(self, copy: Copy, error: OSError) -> None:
         self.copy = copy
-        self._error = error.with_traceback(None)  # its frames hold the memory
+        self._arguments = error.args  # the error itself holds frames that hold the memory
 
     def done(self) -> bool:
         """Return ``True``."""
@@ -140,7 +142,7 @@ class FailedTransfer:
 
     def join(self) -> None:
         """Raise the error."""
-        raise self._error
+        raise OSError(*self._arguments)
 
     def wait(self) -> None:
         """Return at once."""

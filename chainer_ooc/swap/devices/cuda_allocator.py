@@ -75,7 +75,9 @@ class CupyAllocator:
 
     def _reclaim(self, manager: SwapManager, nbytes: int, error: MemoryError) -> Any:
         # What is free may be in pieces, or on another stream's list: more is given up until it fits.
-        while manager.reclaim(nbytes):
+        freed = 1
+        while freed:
+            freed = manager.reclaim(nbytes)
             with contextlib.suppress(MemoryError):
                 return self._stock(nbytes)
         message = manager.explain_shortage(nbytes, self._describe())

@@ -1,0 +1,222 @@
+"""The allocator hook and the managers of several GPUs: limits, reclaim and retry, errors that explain."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from chainer_ooc import errors
+from chainer_ooc.settings import Settings
+from chainer_ooc.swap.devices.cuda_allocator import SMALL, out_of_memory_class
+from chainer_ooc.swap.devices.gpus import Gpus
+from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.storage import State
+from chainer_ooc.testing.simulated_cuda import OutOfMemoryError, SimulatedCuda
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def hooked(rig):
+    rig.allocator.install()
+    return rig
+
+
+def states(saved):
+    return [one.storage.state for one in saved]
+
+
+def test_room_is_made_before_the_pool_would_fail(hooked):
+    before = hooked.cupy.calls["malloc"]
+    saved = [hooked.save(float(i)) for i in range(12)]
+    assert hooked.cupy.calls["malloc"] - before == 12  # none failed
+    assert hooked.pool.total_bytes() <= 8 * MIB
+    assert states(saved).count(State.OUT) >= 4
+    assert [set(s.get().get()) for s in saved] == [{float(i)} for i in range(12)]
+    assert hooked.device.peak_bytes() <= 8 * MIB
+
+
+def test_nothing_moves_while_all_fits(hooked):
+    saved = [hooked.save(float(i)) for i in range(6)]
+    assert set(states(saved)) == {State.RESIDENT}
+    assert hooked.cupy.calls["memcpyAsync"] == 0
+    assert hooked.manager.counters.bytes_out == 0
+
+
+def test_memory_in_pieces_is_given_up_until_it_fits(hooked):
+    small = [hooked.save(float(i), MIB // 2) for i in range(14)]
+    held = [one.get() for one in small[::2]]  # every other block stays
+    assert hooked.pool.used_bytes() == 7 * MIB
+    for one in small[1::2]:
+        hooked.manager.finish([one], drop=True)
+    del held[::2]
+    array = hooked.array(5.0, 2 * MIB)  # 3.5 MiB are free, in halves
+    assert set(array.get()) == {5.0}
+
+
+def test_a_failed_allocation_is_tried_again(hooked):
+    hooked.cupy.fail["malloc"] = [0]  # nothing can be given up
+    saved = hooked.save(1.0)
+    hooked.cupy.fail["malloc"] = [0]
+    array = hooked.array(2.0)
+    assert set(array.get()) == {2.0}
+    assert saved.storage.state is State.OUT
+    assert set(saved.get().get()) == {1.0}
+
+
+def test_what_cannot_fit_says_why(hooked):
+    held = [hooked.array(float(i)) for i in range(3)]
+    saved = [hooked.save(float(i)) for i in range(5)]
+    keep = saved[0].get()
+    with pytest.raises(OutOfMemoryError) as raised:
+        hooked.array(0.0, 6 * MIB)
+    error = raised.value
+    assert isinstance(error, errors.OutOfMemoryError)
+    assert str(error).startswith(
+        "the test needs 6 MiB more, and 4 MiB of the limit of 8 MiB are in"
+    )
+    assert "1 MiB by saved arrays that something else holds" in str(error)
+    assert "3 MiB by parameters" in str(error)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is errors.OutOfMemoryError and str(again) == str(error)
+    assert out_of_memory_class(hooked.cupy) is type(error)
+    del raised, error
+    # Nothing is lost, and smaller things go on.
+    held.clear()
+    assert set(hooked.array(3.0, 5 * MIB).get()) == {3.0}
+    assert [set(s.get().get()) for s in saved] == [{float(i)} for i in range(5)]
+    assert set(keep.get()) == {0.0}
+
+
+def test_small_allocations_ask_for_room_when_they_fail(hooked):
+    saved = [hooked.save(float(i)) for i in range(7)]
+    rest = hooked.manager.high - hooked.pool.used_bytes()
+    small = [hooked.array(0.0, SMALL // 2) for _ in range(rest // (SMALL // 2) + 6)]
+    assert hooked.pool.total_bytes() <= 8 * MIB
+    assert State.OUT in states(saved)
+    assert len(small) > 6
+
+
+def test_a_full_host_and_disk_is_an_error_and_nothing_is_lost(make_rig, monkeypatch):
+    rig = make_rig(host_limit=0)
+    rig.allocator.install()
+
+    def full(extent):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rig.device.disk.file, "_reserve", full)
+    saved = []
+    with pytest.raises(errors.SwapSpaceError):
+        for i in range(20):
+            saved.append(rig.save(float(i)))
+    assert len(saved) == 7
+    assert [set(s.get().get()) for s in saved] == [{float(i)} for i in range(7)]
+
+
+def test_it_is_put_back(rig):
+    stock = rig.cupy.cuda.get_allocator()
+    rig.allocator.install()
+    rig.allocator.install()
+    rig.allocator.uninstall()
+    assert rig.cupy.cuda.get_allocator() is stock
+    rig.allocator.install()
+    rig.cupy.cuda.set_allocator(len)  # the user's
+    rig.allocator.uninstall()
+    assert rig.cupy.cuda.get_allocator() is len
+    rig.cupy.cuda.set_allocator(stock)
+
+
+class Mode:
+    """Out-of-core mode on two simulated GPUs."""
+
+    def __init__(self, directory):
+        self.cupy = SimulatedCuda(total=32 * MIB, devices=2)
+        self.on = None
+        self.directory = str(directory)
+        self.noted = []
+        self.gpus = Gpus(
+            self.cupy, self.make, lambda: self.on, lambda: "the test", self.noted.append
+        )
+
+    def make(self, device):
+        return SwapManager(device, lambda: self.on or self.last, is_trusted=lambda: True)
+
+    def enable(self, limit):
+        self.on = self.last = Settings(
+            limit=limit, min_bytes=1, host_limit=8 * MIB, swap_dir=self.directory
+        )
+        self.gpus.enable(self.on)
+
+    def disable(self):
+        self.on = None
+        self.gpus.disable()
+
+    def save(self, value, device_id):
+        with self.cupy.cuda.Device(device_id):
+            array = self.cupy.ndarray((MIB // 4,), "f4")
+            array.fill(value)
+            return self.gpus.manager_for(array).save(array, "f")
+
+
+@pytest.fixture
+def mode(tmp_path):
+    mode = Mode(tmp_path)
+    yield mode
+    for manager in mode.gpus.managers.values():
+        manager.settle()
+    mode.cupy.check()
+
+
+def test_each_gpu_has_a_manager_and_a_limit(mode):
+    mode.enable(4 * MIB)
+    saved = [mode.save(float(i), i % 2) for i in range(12)]
+    assert sorted(mode.gpus.managers) == [0, 1]
+    for device_id in (0, 1):
+        with mode.cupy.cuda.Device(device_id):
+            pool = mode.cupy.get_default_memory_pool()
+            assert pool.get_limit() == 4 * MIB
+            assert pool.total_bytes() <= 4 * MIB
+    for i, one in enumerate(saved):
+        array = one.get()
+        assert array.data.device_id == i % 2
+        with mode.cupy.cuda.Device(i % 2):
+            assert set(array.get()) == {float(i)}
+    assert max(mode.noted) <= 4 * MIB
+
+
+def test_the_limit_follows_the_mode(mode):
+    pool = mode.cupy.get_default_memory_pool()
+    pool.set_limit(20 * MIB)  # the user's own
+    mode.enable(0.25)
+    first = mode.save(1.0, 0)
+    assert pool.get_limit() == 8 * MIB
+    mode.enable(6 * MIB)
+    assert pool.get_limit() == 6 * MIB
+    mode.enable(None)
+    assert pool.get_limit() == 20 * MIB
+    mode.enable(6 * MIB)
+    mode.disable()
+    assert pool.get_limit() == 20 * MIB
+    assert set(first.get().get()) == {1.0}
+    array = mode.cupy.ndarray((4,), "f4")
+    assert mode.gpus.manager_for(array) is first.storage.manager
+
+
+def test_nothing_is_made_while_the_mode_is_off(mode):
+    array = mode.cupy.ndarray((4,), "f4")
+    assert mode.gpus.manager_for(array) is None
+    assert mode.gpus.managers == {}
+
+
+def test_allocations_are_stock_while_the_mode_is_off(mode):
+    mode.enable(4 * MIB)
+    saved = [mode.save(float(i), 0) for i in range(3)]
+    mode.on = None  # in this thread
+    saved.append(mode.save(3.0, 0))
+    with pytest.raises(OutOfMemoryError):
+        mode.save(4.0, 0)
+    assert all(one.storage.resident for one in saved)
+    mode.on = mode.last
+    saved.append(mode.save(4.0, 0))
+    assert [set(one.get().get()) for one in saved] == [{float(i)} for i in range(5)]
