@@ -250,6 +250,19 @@ def test_an_edit_through_a_buffer(everything_out):
     assert func.array[0, 0, 0] == 77
 
 
+def test_what_a_function_uses_is_not_released_under_it(everything_out):
+    func = keep(array=base())
+    flush()
+    (saved,) = func.saved()
+    (array,) = everything_out.fetch([saved], trusted=True)
+    everything_out._release_clean(1 << 60)
+    assert saved.storage.state is State.BOTH
+    assert everything_out.read(saved, trusted=True) is array
+    del array
+    everything_out._release_clean(1 << 60)
+    assert saved.storage.state is State.OUT
+
+
 def test_a_function_of_a_user_that_edits_what_it_retained(everything_out):
     class Eater(chainer.FunctionNode):
         def forward(self, inputs):
