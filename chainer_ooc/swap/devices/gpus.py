@@ -44,6 +44,7 @@ class Gpus:
         self._make = make
         self._settings = settings
         self._allocator = CupyAllocator(cupy, self._manager_of, describe, note)
+        self._bounds: dict[int, int] = {}  # of the pools, as they were set here
         self._lock = threading.RLock()
 
     def manager_for(self, array: Any) -> SwapManager | None:
@@ -63,6 +64,7 @@ class Gpus:
             for device_id, manager in self.managers.items():
                 device: Any = manager.device
                 device.move_to(settings.directory)
+                self._note_own_limit(device_id, device)
                 self._bound(device_id, manager.limit)
 
     def disable(self) -> None:
@@ -70,7 +72,9 @@ class Gpus:
         with self._lock:
             self._allocator.uninstall()
             for device_id, manager in self.managers.items():
-                self._bound(device_id, manager.device.own_limit)  # type: ignore[attr-defined]
+                device: Any = manager.device
+                self._note_own_limit(device_id, device)
+                self._bound(device_id, device.own_limit)
 
     def after_fork(self) -> None:
         """In a forked child there is no GPU."""
@@ -89,6 +93,14 @@ class Gpus:
     def _bound(self, device_id: int, nbytes: int) -> None:
         with self._cupy.cuda.Device(device_id):
             self._cupy.get_default_memory_pool().set_limit(size=nbytes)
+        self._bounds[device_id] = nbytes
+
+    def _note_own_limit(self, device_id: int, device: Any) -> None:
+        """Take note of a limit that somebody else has set on the pool since it was set here."""
+        with self._cupy.cuda.Device(device_id):
+            nbytes = int(self._cupy.get_default_memory_pool().get_limit())
+        if nbytes != self._bounds[device_id]:
+            device.own_limit = nbytes
 
     def _manager_of(self, device_id: int) -> SwapManager | None:
         return None if self._settings() is None else self.managers.get(device_id)

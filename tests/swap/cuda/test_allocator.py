@@ -198,6 +198,15 @@ def test_the_limit_follows_the_mode(mode):
     mode.enable(6 * MIB)
     mode.disable()
     assert pool.get_limit() == 20 * MIB
+    pool.set_limit(10 * MIB)  # another
+    mode.enable(6 * MIB)
+    assert pool.get_limit() == 6 * MIB
+    mode.disable()
+    assert pool.get_limit() == 10 * MIB
+    mode.enable(6 * MIB)
+    pool.set_limit(5 * MIB)  # and meanwhile
+    mode.disable()
+    assert pool.get_limit() == 5 * MIB
     assert set(first.get().get()) == {1.0}
     array = mode.cupy.ndarray((4,), "f4")
     assert mode.gpus.manager_for(array) is first.storage.manager

@@ -1,0 +1,178 @@
+"""Training out of core on a GPU: the bits of stock Chainer, the limit held, shortages survived."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+
+import numpy as np
+import pytest
+
+cupy = pytest.importorskip("cupy")
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def clean(chainer_gpu):
+    """Start with an empty pool; end with out-of-core mode off and the pool's limit as it was."""
+    import chainer_ooc
+
+    pool = cupy.get_default_memory_pool()
+    limit = pool.get_limit()
+    gc.collect()
+    pool.free_all_blocks()
+    yield pool
+    chainer_ooc.disable()
+    pool.set_limit(size=limit)
+    gc.collect()
+    pool.free_all_blocks()
+
+
+def network(chainer, depth=12, width=32):
+    links, functions = chainer.links, chainer.functions
+
+    class Net(chainer.Chain):
+        def __init__(self):
+            super().__init__()
+            with self.init_scope():
+                self.first = links.Convolution2D(3, width, 3, pad=1)
+                self.blocks = chainer.ChainList(
+                    *[links.Convolution2D(width, width, 3, pad=1) for _ in range(depth)]
+                )
+                self.norms = chainer.ChainList(
+                    *[links.BatchNormalization(width) for _ in range(depth)]
+                )
+                self.last = links.Linear(None, 10)
+
+        def __call__(self, x, t):
+            h = self.first(x)
+            for block, norm in zip(self.blocks, self.norms, strict=True):
+                h = functions.relu(norm(block(h))) + functions.dropout(h, 0.1)
+            h = functions.average_pooling_2d(functions.max_pooling_2d(h, 2), 2)
+            return functions.softmax_cross_entropy(self.last(h), t)
+
+    return Net()
+
+
+def train(chainer, mode, steps=3, batch=16, size=64, depth=12):
+    """Train; return losses and parameters in host memory, and the pool's peak."""
+    pool = cupy.get_default_memory_pool()
+    np.random.seed(0)
+    cupy.random.seed(0)
+    net = network(chainer, depth)
+    net.to_device("@cupy:0")
+    optimizer = chainer.optimizers.MomentumSGD(0.01).setup(net)
+    x = cupy.asarray(np.random.rand(batch, 3, size, size).astype("f"))
+    t = cupy.asarray(np.arange(batch) % 10, dtype="i")
+    results, peak = [], 0
+    with chainer.using_config("cudnn_deterministic", True), mode:
+        for _ in range(steps):
+            optimizer.update(net, x, t)
+            results.append(float(net(x, t).array))
+            peak = max(peak, pool.total_bytes())
+    return results + [cupy.asnumpy(p.array).tobytes() for p in net.params()], peak
+
+
+def test_every_saved_array_moved(chainer_gpu, clean):
+    import chainer_ooc
+
+    stock, _ = train(chainer_gpu, contextlib.nullcontext())
+    before = chainer_ooc.stats()
+    mode = chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1)
+    ours, _ = train(chainer_gpu, mode)
+    assert ours == stock
+    assert chainer_ooc.stats().bytes_in - before.bytes_in > 100 * MIB
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5])
+@pytest.mark.parametrize("host_limit", [None, 0, 64 * MIB])
+def test_a_limit_is_held(chainer_gpu, clean, share, host_limit, tmp_path):
+    import chainer_ooc
+
+    stock, in_core = train(chainer_gpu, contextlib.nullcontext())
+    gc.collect()
+    clean.free_all_blocks()
+    limit = int(in_core * share)
+    before = chainer_ooc.stats()
+    mode = chainer_ooc.out_of_core_mode(limit=limit, host_limit=host_limit, swap_dir=tmp_path)
+    ours, peak = train(chainer_gpu, mode)
+    assert ours == stock
+    assert peak <= limit
+    assert chainer_ooc.stats().bytes_out > before.bytes_out
+
+
+def test_nothing_moves_while_all_fits(chainer_gpu, clean):
+    import chainer_ooc
+
+    before = chainer_ooc.stats()
+    train(chainer_gpu, chainer_ooc.out_of_core_mode())
+    after = chainer_ooc.stats()
+    assert (after.bytes_out, after.bytes_in) == (before.bytes_out, before.bytes_in)
+
+
+def test_a_batch_that_does_not_fit_without(chainer_gpu, clean):
+    """The pool's limit stands for a small GPU: stock Chainer runs out of memory, and out of core it trains."""
+    import chainer_ooc
+
+    _, in_core = train(chainer_gpu, contextlib.nullcontext(), steps=1, depth=24)
+    gc.collect()
+    clean.free_all_blocks()
+    clean.set_limit(size=in_core // 2)
+    with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+        train(chainer_gpu, contextlib.nullcontext(), steps=1, depth=24)
+    gc.collect()
+    clean.free_all_blocks()
+    mode = chainer_ooc.out_of_core_mode(limit=in_core // 2)
+    ours, peak = train(chainer_gpu, mode, steps=1, depth=24)
+    assert peak <= in_core // 2
+    assert len(ours) > 1
+
+
+def test_what_cannot_fit_says_why_and_training_goes_on(chainer_gpu, clean):
+    import chainer_ooc
+
+    chainer_ooc.enable(limit=256 * MIB)
+    x = chainer_gpu.Variable(cupy.zeros((16, MIB), "f"))
+    y = chainer_gpu.functions.relu(x)
+    with pytest.raises(cupy.cuda.memory.OutOfMemoryError) as raised:
+        chainer_gpu.functions.broadcast_to(y[None], (9, 16, MIB)) + 1
+    assert isinstance(raised.value, chainer_ooc.OutOfMemoryError)
+    assert "limit" in str(raised.value)
+    del raised
+    gc.collect()
+    loss = chainer_gpu.functions.sum(y * y)
+    loss.backward()
+    assert not x.grad.any()
+
+
+def test_a_stream_of_the_users(chainer_gpu, clean):
+    import chainer_ooc
+
+    stock, _ = train(chainer_gpu, contextlib.nullcontext())
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        ours, _ = train(chainer_gpu, chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1))
+        stream.synchronize()
+    assert ours == stock
+
+
+def test_no_leak(chainer_gpu, clean):
+    import chainer_ooc
+
+    used = []
+    for _ in range(4):
+        train(chainer_gpu, chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1), steps=2)
+        gc.collect()
+        cupy.cuda.Device().synchronize()
+        used.append(clean.used_bytes())
+    assert used[-1] <= used[0]
+
+
+def test_the_pools_limit_is_given_back(chainer_gpu, clean):
+    import chainer_ooc
+
+    clean.set_limit(size=1 << 33)
+    with chainer_ooc.out_of_core_mode(limit=1 << 30):
+        chainer_gpu.functions.relu(chainer_gpu.Variable(cupy.ones((MIB,), "f")))
+        assert clean.get_limit() == 1 << 30
+    assert clean.get_limit() == 1 << 33

@@ -1,0 +1,126 @@
+"""Chainer's functions and networks on the CUDA device's own code: the bits of stock Chainer, and no race."""
+
+from __future__ import annotations
+
+import sys
+
+import chainer
+import numpy as np
+import pytest
+
+import chainer_ooc
+from chainer_ooc.testing import assert_same_bits, force_copies
+from chainer_ooc.testing.adopted_arrays import simulated_gpu
+from tests.conftest import ROOT
+from tests.equality.function_cases import CASES
+from tests.equality.test_functions import run
+from tests.graph.test_networks import train
+
+sys.path.insert(0, str(ROOT / "examples" / "imagenet"))
+
+MIB = 1 << 20
+forcing = sys.modules[force_copies.__module__]
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """Return a function: :func:`force_copies` copies to the simulated GPU's host memory from now on."""
+
+    def force(manager):
+        mine = forcing._ForcingManager()
+        mine.device = mine._mover.device = manager.device
+        monkeypatch.setattr(forcing, "_manager", mine)
+        return mine
+
+    return force
+
+
+def check(case, seed, tmp_path, forced, host_limit):
+    from chainer_ooc import mode
+
+    stock = run(case)
+    with simulated_gpu(seed, str(tmp_path), host_limit) as machine:
+        mine = forced(mode._managers["ram"])
+        with force_copies() as moved:
+            results = run(case)
+        assert machine.calls["memcpyAsync"] >= moved.storages_in + moved.storages_out
+        assert_same_bits(results, stock)
+        if case.still is None:
+            assert moved.bytes_in > 0
+        del results
+        mine.settle()
+
+
+# A few of each kind; all of them with many schedules where there is time.
+@pytest.mark.parametrize("number", range(0, len(CASES), 9))
+def test_functions(number, tmp_path, forced):
+    host_limit = 2 * MIB if number % 2 else 64 * MIB
+    check(CASES[number], number, tmp_path, forced, host_limit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_all_functions(case, tmp_path, forced):
+    for seed, host_limit in enumerate((0, 64 * MIB, 64 * MIB)):
+        check(case, seed, tmp_path, forced, host_limit)
+
+
+def test_a_network_moved_out_whole(tmp_path):
+    from models import create
+
+    stock = train(lambda: create("resnet50", 32, 5), 32)
+    for seed, host_limit in enumerate((4 * MIB, 64 * MIB)):
+        with simulated_gpu(seed, str(tmp_path), host_limit) as machine:
+            before = chainer_ooc.stats()
+            mode = {"swap_all": True, "min_bytes": 1, "single_backward": seed == 1}
+            assert train(lambda: create("resnet50", 32, 5), 32, **mode) == stock
+            assert chainer_ooc.stats().bytes_in - before.bytes_in > 4 * MIB
+            assert machine.calls["memcpyAsync"] > 500
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_network_under_a_limit(seed, tmp_path):
+    """On demand: writes behind, reclaims, prefetches."""
+
+    class Net(chainer.Chain):
+        def __init__(self):
+            super().__init__()
+            with self.init_scope():
+                self.blocks = chainer.ChainList(
+                    *[chainer.links.Convolution2D(8, 8, 3, pad=1) for _ in range(12)]
+                )
+                self.last = chainer.links.Linear(None, 3)
+
+        def __call__(self, x, t):
+            h = x
+            for block in self.blocks:
+                h = chainer.functions.relu(block(h)) + chainer.functions.dropout(h, 0.2)
+            return chainer.functions.softmax_cross_entropy(self.last(h), t)
+
+    def steps():
+        np.random.seed(0)
+        net = Net()
+        optimizer = chainer.optimizers.SGD(0.01).setup(net)
+        x = np.random.rand(4, 8, 32, 32).astype("f")
+        losses = []
+        for _ in range(3):
+            loss = net(x, np.array([0, 1, 2, 0], "i"))
+            net.cleargrads()
+            loss.backward()
+            optimizer.update()
+            losses.append(loss.array.copy())
+            del loss
+        return losses + [p.array for p in net.params()]
+
+    stock = steps()
+    limit = 100 * MIB
+    # All but 3 MiB of the limit are somebody else's.
+    with simulated_gpu(seed, str(tmp_path), 2 * MIB if seed % 2 else 64 * MIB, 97 * MIB):
+        before = chainer_ooc.stats()
+        with chainer_ooc.out_of_core_mode(limit=limit, min_bytes=1):
+            ours = steps()
+        after = chainer_ooc.stats()
+        assert_same_bits(ours, stock)
+        assert after.bytes_in - before.bytes_in > MIB
+        assert after.prefetched > before.prefetched
+        del ours
