@@ -26,13 +26,16 @@ import psutil
 #: Packages of the extras in pyproject.toml, by extra.
 PACKAGES = {
     "mpi": ("mpi4py>=4", "mpich>=4"),
-    "examples": ("matplotlib", "pillow", "scikit-learn", "tqdm"),
+    "examples": (
+        *("h5py", "jinja2", "lmdb", "matplotlib", "pillow", "pydantic>=2", "pyyaml"),
+        *("scikit-learn", "simplejpeg", "tensorboardX", "tqdm"),
+    ),
     "cuda12": ("cupy-cuda12x[ctk]>=14", "nvidia-cudnn-cu12>=9", "nvidia-nccl-cu12"),
     "cuda13": ("cupy-cuda13x[ctk]>=14", "nvidia-cudnn-cu13>=9", "nvidia-nccl-cu13"),
 }
 MAIN_JOB = "mpiexec -n 4 python examples/imagenet/train.py --ooc"
 
-_IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+_IMPORT_NAMES = {"pillow": "PIL", "pydantic>=2": "pydantic", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 _GIB = 2**30
 _TIMEOUT = 60  # seconds for one child process
 
