@@ -21,10 +21,16 @@ ROOT = Path(chainer_ooc.__file__).resolve().parents[1]
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run what takes minutes, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say why."""
     gpu = has_gpu() if any(item.get_closest_marker("gpu") for item in items) else False
     for item in items:
+        if item.get_closest_marker("exhaustive") and not config.getoption("--exhaustive"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --exhaustive"))
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="no GPU, or no CuPy"))
         if item.get_closest_marker("mpi") and (mpiexec() is None or not has_mpi4py()):

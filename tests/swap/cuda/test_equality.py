@@ -58,7 +58,7 @@ def test_functions(number, tmp_path, forced):
     check(CASES[number], number, tmp_path, forced, host_limit)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_all_functions(case, tmp_path, forced):
     for seed, host_limit in enumerate((0, 64 * MIB, 64 * MIB)):
