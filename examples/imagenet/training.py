@@ -39,6 +39,7 @@ class Updater(training.updaters.StandardUpdater):
 
     Attributes:
         seconds: Time spent in updates by this process, in seconds.
+        data_seconds: The part of it spent waiting for batches, in seconds.
         n_updates: Number of updates by this process.
     """
 
@@ -55,6 +56,7 @@ class Updater(training.updaters.StandardUpdater):
         self._save = save
         self._trainer: training.Trainer | None = None
         self.seconds = 0.0
+        self.data_seconds = 0.0
         self.n_updates = 0
 
     def connect_trainer(self, trainer: training.Trainer) -> None:
@@ -68,6 +70,7 @@ class Updater(training.updaters.StandardUpdater):
         optimizer = self.get_optimizer("main")
         before = iterator._state, iterator._previous_epoch_detail
         batch = iterator.next()
+        self.data_seconds += time.perf_counter() - start
         try:
             self._world.agree(first_error(batch))
         except InputError:
