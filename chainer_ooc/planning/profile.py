@@ -1,0 +1,337 @@
+"""Profile: one training iteration as data. Steps with their times, storages with their users."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "OTHER",
+    "VERSION",
+    "Profile",
+    "Rerun",
+    "Step",
+    "Storage",
+    "describe_input",
+    "signature_of",
+]
+
+#: The version of the JSON format.
+VERSION = 1
+
+FORWARD, BACKWARD, OTHER = "forward", "backward", "other"
+_PHASES = (FORWARD, BACKWARD, OTHER)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rerun:
+    """How a forward step is run again in backward, bit for bit.
+
+    Attributes:
+        seconds: How long that takes.
+        workspace_bytes: What it takes for itself meanwhile, without what it reads and writes.
+        reads: The storages that it needs (indexes), saved ones or such that another re-run makes.
+        writes: The storages that it makes again (indexes).
+    """
+
+    seconds: float
+    workspace_bytes: int
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One function's forward or backward, or what runs between and after them (the optimizer).
+
+    While a step runs, memory holds ``Profile.fixed_bytes``, the saved storages that are resident,
+    ``held_bytes`` and, at the worst moment, ``workspace_bytes``.
+
+    Attributes:
+        label: The function's name.
+        phase: ``"forward"``, ``"backward"`` or ``"other"``.
+        seconds: The time from its start to the next step's start with everything in memory.
+        workspace_bytes: The most that it takes for itself while it runs (im2col, cuDNN's workspace).
+        held_bytes: Arrays besides the saved storages that live while it runs: gradients, outputs that
+            nobody saved, gradients of parameters as far as there are any yet.
+        inputs: Its inputs as :func:`describe_input` gives them; empty for backward.
+        function: For backward the index of the forward step of the same function, else -1.
+        rerun: How it can be run again, ``None`` if it must not be; forward only.
+    """
+
+    label: str
+    phase: str
+    seconds: float
+    workspace_bytes: int = 0
+    held_bytes: int = 0
+    inputs: tuple[str, ...] = ()
+    function: int = -1
+    rerun: Rerun | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells this step from others: phase, label and inputs."""
+        return f"{self.phase} {self.label}({', '.join(self.inputs)})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Storage:
+    """One allocation made in forward. It is saved if backward uses it.
+
+    Attributes:
+        nbytes: Its size (bytes).
+        producer: The step that makes it (index).
+        free_from: From the start of this step on nothing but the graph refers to it, so that it can leave.
+        uses: The backward steps that need it (indexes, ascending). Empty if nobody saved it: then it is
+            here because re-runs pass through it, and its bytes count in the steps' ``held_bytes``.
+        label: The function that made it.
+    """
+
+    nbytes: int
+    producer: int
+    free_from: int
+    uses: tuple[int, ...]
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One iteration of training.
+
+    Attributes:
+        name: What was trained.
+        device: Where it ran, or the device whose times were modelled.
+        modelled: Whether times come from a model of the device and not from a clock.
+        fixed_bytes: What is in memory all the time: parameters, optimizer state, input data and, on the
+            CPU, the process itself.
+        steps: Forward, then backward, in the order in which they ran.
+        storages: What forward made, in the order of making.
+    """
+
+    name: str
+    device: str
+    modelled: bool
+    fixed_bytes: int
+    steps: tuple[Step, ...]
+    storages: tuple[Storage, ...]
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @functools.cached_property
+    def signature(self) -> str:
+        """What tells this graph from others (hexadecimal): functions, shapes and dtypes of forward."""
+        return signature_of(step.key for step in self.steps if step.phase == FORWARD)
+
+    @functools.cached_property
+    def saved(self) -> tuple[int, ...]:
+        """The storages that backward uses (indexes)."""
+        return tuple(i for i, storage in enumerate(self.storages) if storage.uses)
+
+    @functools.cached_property
+    def made(self) -> tuple[tuple[int, ...], ...]:
+        """For each step the saved storages that it makes."""
+        return self._by_step(lambda storage: (storage.producer,))
+
+    @functools.cached_property
+    def used(self) -> tuple[tuple[int, ...], ...]:
+        """For each step the saved storages that it needs in backward."""
+        return self._by_step(lambda storage: storage.uses)
+
+    @functools.cached_property
+    def makers(self) -> dict[int, int]:
+        """The step whose re-run makes a storage again, by storage; those that have one."""
+        found: dict[int, int] = {}
+        for number, step in enumerate(self.steps):
+            for storage in step.rerun.writes if step.rerun else ():
+                found.setdefault(storage, number)
+        return found
+
+    @property
+    def compute_seconds(self) -> float:
+        """The time of all steps with everything in memory."""
+        return math.fsum(step.seconds for step in self.steps)
+
+    @property
+    def saved_bytes(self) -> int:
+        """The size of all saved storages."""
+        return sum(self.storages[i].nbytes for i in self.saved)
+
+    @functools.cached_property
+    def in_core_bytes(self) -> int:
+        """The peak with everything in memory, where storages stay until the iteration ends."""
+        made = peak = 0
+        for number, step in enumerate(self.steps):
+            made += sum(self.storages[i].nbytes for i in self.made[number])
+            peak = max(peak, made + step.held_bytes + step.workspace_bytes)
+        return self.fixed_bytes + peak
+
+    @functools.cached_property
+    def floor_bytes(self) -> int:
+        """The least limit under which each step has what it needs: no schedule can do with less."""
+        return self.fixed_bytes + max(
+            (self.pinned(n) + s.held_bytes + s.workspace_bytes for n, s in enumerate(self.steps)),
+            default=0,
+        )
+
+    def pinned(self, number: int) -> int:
+        """Return the bytes of saved storages that must be in memory while a step runs."""
+        return self._pinned[number]
+
+    @functools.cached_property
+    def _pinned(self) -> list[int]:
+        totals = [0] * (len(self.steps) + 1)
+        for i in self.saved:
+            storage = self.storages[i]
+            totals[storage.producer] += storage.nbytes
+            totals[max(storage.free_from, storage.producer + 1)] -= storage.nbytes
+        result, total = [], 0
+        for number in range(len(self.steps)):
+            total += totals[number]
+            begun = (i for i in self.used[number] if self.storages[i].free_from <= number)
+            result.append(total + sum(self.storages[i].nbytes for i in begun))
+        return result
+
+    def _by_step(self, steps_of: Any) -> tuple[tuple[int, ...], ...]:
+        found: list[list[int]] = [[] for _ in self.steps]
+        for i in self.saved:
+            for number in steps_of(self.storages[i]):
+                found[number].append(i)
+        return tuple(map(tuple, found))
+
+    def to_json(self) -> str:
+        """Return it as JSON, one step and one storage a line."""
+        lists = {
+            "steps": [_step_row(step) for step in self.steps],
+            "storages": [
+                [s.nbytes, s.producer, s.free_from, s.uses, s.label] for s in self.storages
+            ],
+        }
+        head: dict[str, Any] = {"version": VERSION, "signature": self.signature}
+        for name in ("name", "device", "modelled", "fixed_bytes"):
+            head[name] = getattr(self, name)
+        parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        for key, rows in lists.items():
+            lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
+            parts.append(f'"{key}": [\n{lines}\n]')
+        return "{" + ",\n".join(parts) + "}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Profile:
+        """Return what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If it is no profile, or one of another version.
+        """
+        try:
+            data = json.loads(text)
+            version = data["version"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                "this is no profile: JSON with a version is expected, as Profile.to_json() gives it"
+            ) from error
+        if version != VERSION:
+            raise ValueError(
+                f"a profile of version {version!r} cannot be read, only version {VERSION}; record it again"
+            )
+        try:
+            profile = cls(
+                data["name"],
+                data["device"],
+                data["modelled"],
+                data["fixed_bytes"],
+                tuple(_step_of(row) for row in data["steps"]),
+                tuple(Storage(n, p, f, tuple(u), label) for n, p, f, u, label in data["storages"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the profile is not complete: {error!r}; record it again") from error
+        if profile.signature != data.get("signature"):
+            raise ValueError("the profile's steps do not match its signature; record it again")
+        return profile
+
+
+def describe_input(dtype: Any, shape: Sequence[int], producer: int = -1) -> str:
+    """Describe one input of a function: its dtype, its shape and which step made it.
+
+    Args:
+        dtype: Its dtype.
+        shape: Its shape.
+        producer: The step (index), -1 for a leaf.
+    """
+    text = f"{dtype}[{','.join(map(str, shape))}]"
+    return text if producer < 0 else f"{text}@{producer}"
+
+
+def signature_of(keys: Iterable[str]) -> str:
+    """Return the signature (hexadecimal) of a graph from the keys of its forward steps, in order."""
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(key.encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def check(profile: Profile) -> None:
+    """Check that a profile is consistent.
+
+    Raises:
+        ValueError: Names what is not.
+    """
+    count = len(profile.steps)
+    if profile.fixed_bytes < 0:
+        raise ValueError(f"fixed_bytes={profile.fixed_bytes} is negative; bytes are >= 0")
+    for number, step in enumerate(profile.steps):
+        where = f"step {number} ({step.label})"
+        if step.phase not in _PHASES:
+            raise ValueError(f"{where}: phase={step.phase!r} is not one of {', '.join(_PHASES)}")
+        if not (math.isfinite(step.seconds) and step.seconds >= 0):
+            raise ValueError(f"{where}: seconds={step.seconds!r} is not a time >= 0")
+        if min(step.workspace_bytes, step.held_bytes) < 0:
+            raise ValueError(f"{where}: its bytes must be >= 0, not {step!r}")
+        for i in (*step.rerun.reads, *step.rerun.writes) if step.rerun else ():
+            if not 0 <= i < len(profile.storages):
+                raise ValueError(f"{where}: its re-run names storage {i!r}, which is not there")
+    for i, storage in enumerate(profile.storages):
+        where = f"storage {i} ({storage.label})"
+        if storage.nbytes < 0:
+            raise ValueError(f"{where}: nbytes={storage.nbytes} is negative; bytes are >= 0")
+        if not 0 <= storage.producer < count:
+            raise ValueError(f"{where}: producer={storage.producer} is not a step")
+        if list(storage.uses) != sorted(set(storage.uses)) or not all(
+            storage.producer < use < count for use in storage.uses
+        ):
+            raise ValueError(
+                f"{where}: uses={storage.uses} are not steps after its producer in ascending order"
+            )
+        if not storage.producer < storage.free_from <= count:
+            raise ValueError(
+                f"{where}: free_from={storage.free_from} is not a step after its producer"
+            )
+
+
+def _step_row(step: Step) -> list[Any]:
+    rerun = step.rerun and dataclasses.astuple(step.rerun)
+    return [
+        step.label,
+        step.phase,
+        step.seconds,
+        step.workspace_bytes,
+        step.held_bytes,
+        step.inputs,
+        step.function,
+        rerun,
+    ]
+
+
+def _step_of(row: list[Any]) -> Step:
+    label, phase, seconds, workspace, held, inputs, function, rerun = row
+    if rerun is not None:
+        again, own, reads, writes = rerun
+        rerun = Rerun(again, own, tuple(reads), tuple(writes))
+    return Step(label, phase, seconds, workspace, held, tuple(inputs), function, rerun)
