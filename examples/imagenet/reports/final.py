@@ -1,0 +1,180 @@
+"""The report of a run: report.md in its folder of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import chainer_ooc
+
+from reports.figures import Synchronize
+from reports.history import History
+from reports.units import duration, gibibytes, write_atomically
+
+PACKAGES = ("chainer_ooc", "chainer", "numpy", "cupy", "mpi4py", "pillow", "simplejpeg")
+
+
+def write_report(
+    out: Path,
+    summary: Mapping[str, Any],
+    history: History,
+    figures: Synchronize,
+    updater: Any,
+    pictures: Iterable[Path],
+    configuration: Mapping[str, Any],
+    versions: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes report.md: outcome, memory, time, configuration, versions, plots.
+
+    Args:
+        out: Folder of the results.
+        summary: What ``summarize`` returned.
+        history: The course of the run.
+        figures: Its figures.
+        updater: The run's updater.
+        pictures: Plots, in ``out``.
+        configuration: The resolved configuration.
+        versions: Versions of what the run used; None: found out here.
+
+    Returns:
+        The file.
+    """
+    sections = [
+        f"# Training report: {out.resolve().name}\n\n```sh\n{command_line()}\n```\n",
+        _section("Outcome", _outcome(summary, history, updater)),
+        _section("Time", _time(figures)),
+        _section("Memory", _memory(summary)),
+        _section("Out of core", _out_of_core(summary)),
+        _section("Configuration", configuration.items()),
+        _section("Versions", (find_versions() if versions is None else versions).items()),
+        "".join(f"![{picture.stem}]({picture.name})\n" for picture in pictures),
+    ]
+    text = "\n".join(section for section in sections if section)
+    path = out / "report.md"
+    write_atomically(path, lambda f: f.write(text.encode()))
+    return path
+
+
+def command_line() -> str:
+    """Returns the command line of this process, as a shell reads it."""
+    return shlex.join([Path(sys.executable).name, *sys.argv])
+
+
+def find_versions() -> dict[str, str]:
+    """Returns versions of Python, the packages, the system, the machine and the code."""
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name == "chainer_ooc":  # runs from its sources
+                found[name] = chainer_ooc.__version__
+    found["system"] = f"{platform.system()} {platform.release()}"
+    memory = gibibytes(psutil.virtual_memory().total)
+    found["machine"] = f"{platform.node()}, {os.cpu_count()} cores, {memory}"
+    commit = _commit()
+    if commit:
+        found["code"] = commit
+    return found
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 20}
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, **options).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **options).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"commit {commit}" + (" with changes" if changed else "")
+
+
+def _section(title: str, rows: Iterable[tuple[str, Any]]) -> str:
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows if value is not None]
+    if not lines:
+        return ""
+    return "\n".join([f"## {title}\n", "| | |", "|---|---|", *lines]) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = ", ".join(map(str, value))
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
+
+
+def _bytes(value: int | None) -> str | None:
+    return None if value is None else gibibytes(value)
+
+
+def _outcome(
+    summary: Mapping[str, Any], history: History, updater: Any
+) -> list[tuple[str, str | None]]:
+    first, last = summary["loss_first"], summary["loss_last"]
+    best = max(history.validation, key=lambda row: row[2], default=None)
+    return [
+        ("ranks", str(summary["ranks"])),
+        ("iterations", f"{updater.iteration} ({updater.n_updates} in this process)"),
+        ("epochs", f"{updater.epoch_detail:.2f}"),
+        ("loss", None if first is None else f"{first:.4f} -> {last:.4f}"),
+        ("validation accuracy", _number(summary["val_accuracy"], ".4f")),
+        ("best of them", best and f"{best[2]:.4f} at iteration {best[0]}"),
+    ]
+
+
+def _time(figures: Synchronize) -> list[tuple[str, str | None]]:
+    seconds = figures.total_seconds
+    if not seconds:
+        return []
+    return [
+        ("training", duration(seconds)),
+        ("images per second", f"{figures.total_images / seconds:.4g} (all ranks)"),
+        ("waiting for data", f"{figures.total_data_seconds / seconds:.1%}"),
+    ]
+
+
+def _memory(summary: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    peak, in_core = summary["peak_bytes"], summary["in_core_peak_bytes"]
+    share = f" ({peak / in_core:.0%} of in core)" if in_core else ""
+    return [
+        ("peak of a rank", f"{gibibytes(peak)}{share}"),
+        ("limit of a rank", _bytes(summary["limit_bytes"])),
+        ("in-core step, measured", _bytes(in_core)),
+    ]
+
+
+def _out_of_core(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if summary["limit_bytes"] is None:
+        return []
+    rows = [
+        ("moved out, all ranks", gibibytes(summary["bytes_out"])),
+        ("moved in, all ranks", gibibytes(summary["bytes_in"])),
+    ]
+    stats = chainer_ooc.stats()
+    for field in dataclasses.fields(stats):
+        value = getattr(stats, field.name)
+        # What is above, for all ranks; and what this version or run does not count.
+        if isinstance(value, int | float) and field.name not in ("peak_bytes", "limit_bytes"):
+            rows.append((f"{field.name}, rank 0", _quantity(field.name, value)))
+    return rows
+
+
+def _quantity(name: str, value: float) -> str:
+    if name.endswith("_seconds"):
+        return duration(value)
+    if "bytes" in name:
+        return gibibytes(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
