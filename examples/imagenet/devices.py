@@ -31,8 +31,9 @@ def use_gpu(requested: tuple[int, ...] | None, local_ranks: int) -> tuple[bool, 
     Raises:
         InputError: A requested GPU does not exist, or there are fewer than ranks.
     """
-    if requested == (-1,):
-        return False, "NumPy and the naive communicator (--gpu -1)"
+    if requested is not None and set(requested) == {-1}:
+        ids = " ".join(map(str, requested))
+        return False, f"NumPy and the naive communicator (--gpu {ids})"
     available = n_gpus()
     if requested is None:
         if not available:

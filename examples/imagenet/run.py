@@ -91,7 +91,7 @@ class Run:
         """Returns train list, val list, mean and root; writes the digits when needed (rank 0)."""
         config = self.config
         if not config.digits:
-            return config.train, config.val, config.mean, config.root
+            return *config.lists, config.mean, config.root
         size = digits.image_size(config.insize)
         folder = config.out / "data" / f"digits-{size}"
         with self.world.together():

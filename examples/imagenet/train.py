@@ -64,8 +64,11 @@ def main() -> int:
         start_ranks(config)
         prepare_workers(config)
         gpu, device_text = devices.use_gpu(config.gpu, launcher.local_size())
-        world = world_module.create_world(config.communicator, gpu, config.ooc and not gpu)
+        name, replaced = world_module.communicator_name(config.communicator, gpu)
+        world = world_module.create_world(name, gpu, config.ooc and not gpu, config.allreduce_dtype)
         rank = world.rank
+        if replaced and rank == 0:
+            print(f"warning: {replaced}", flush=True)
         return Run(config, world, gpu, f"{launcher.threads()} thread(s) each; {device_text}").main()
     except InputError as e:
         # Every rank has the same error; one line is enough.

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import launcher
 import numpy
+from config.checks import REMOVED_COMMUNICATORS
 from errors import InputError
+
+from chainer_ooc.compat.communicators import current_name
 
 
 class World:
@@ -90,22 +94,49 @@ def abort(status: int) -> None:
         MPI.COMM_WORLD.Abort(status)
 
 
-def create_world(communicator: str | None, use_gpu: bool, frees_memory: bool = False) -> World:
+def communicator_name(requested: str | None, use_gpu: bool) -> tuple[str | None, str | None]:
+    """Returns which ChainerMN communicator to create.
+
+    Args:
+        requested: ``--communicator``; None: ``pure_nccl`` with GPUs, else ``naive``. A name that
+            ChainerMN 7 removed stands for what there is instead.
+        use_gpu: Whether the ranks train on GPUs.
+
+    Returns:
+        The name (None when none was requested), and a line that says what replaces a removed name.
+
+    Raises:
+        InputError: The communicator needs GPUs.
+    """
+    if requested in REMOVED_COMMUNICATORS:
+        with warnings.catch_warnings(action="ignore"):
+            name = current_name(requested) if use_gpu else "naive"
+        return name, f"--communicator {requested}: ChainerMN 7 has it no more; using {name}"
+    if not use_gpu and requested not in (None, "naive"):
+        raise InputError(
+            f"--communicator {requested}: works only with GPUs; use naive or leave it out"
+        )
+    return requested, None
+
+
+def create_world(
+    communicator: str | None,
+    use_gpu: bool,
+    frees_memory: bool = False,
+    allreduce_dtype: str | None = None,
+) -> World:
     """Joins the ranks that were started together.
 
     Args:
-        communicator: Name of a ChainerMN communicator; None: ``pure_nccl`` with GPUs, else
-            ``naive``.
+        communicator: Name of a ChainerMN communicator as ``communicator_name`` returns it.
         use_gpu: Whether the ranks train on GPUs.
         frees_memory: Whether the run counts on freed host memory going back to the system.
+        allreduce_dtype: Precision in which gradients are summed, only with ``pure_nccl``.
 
     Raises:
-        InputError: mpi4py is missing or belongs to another MPI, or the communicator needs GPUs.
+        InputError: mpi4py is missing or belongs to another MPI, or the communicator cannot do
+            what is asked of it.
     """
-    if not use_gpu and communicator not in (None, "naive"):
-        raise InputError(
-            f"--communicator {communicator}: works only with GPUs; use naive or leave it out"
-        )
     started = launcher.world_size()
     if started == 1 and communicator is None:
         return World()
@@ -124,7 +155,13 @@ def create_world(communicator: str | None, use_gpu: bool, frees_memory: bool = F
     import chainermn
     import chainermn.global_except_hook
 
-    comm = chainermn.create_communicator(communicator or ("pure_nccl" if use_gpu else "naive"))
+    name = communicator or ("pure_nccl" if use_gpu else "naive")
+    options: dict[str, Any] = {}
+    if allreduce_dtype is not None and name == "pure_nccl":
+        options["allreduce_grad_dtype"] = numpy.dtype(allreduce_dtype)
+    elif allreduce_dtype == "float16":
+        raise InputError(f"--allreduce-dtype float16: only pure_nccl can do it, not {name}")
+    comm = chainermn.create_communicator(name, **options)
     if comm.size != started:
         raise InputError(
             f"MPI: the launcher started {started} ranks, but mpi4py sees {comm.size}; "

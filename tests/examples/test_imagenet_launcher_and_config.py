@@ -88,13 +88,15 @@ def test_asking_for_epochs_overrides_the_digits_iterations():
     ("argv", "message"),
     [
         (["t.txt"], "give both list files"),
-        (["-a", "lenet"], "invalid choice: 'lenet'"),
+        (["-a", "resnet5"], "'resnet5' is not allowed; did you mean resnet50?; allowed are alex,"),
         (["-B", "0"], "'0' is not an integer of at least 1"),
         (["--insize", "big"], "'big' is not an integer of at least 1"),
         (["--ooc-limit", "1GiB"], "only with --ooc"),
         (["-g", "0", "0"], "--gpu 0 0: give different GPU ids"),
         (["-g", "-1", "0"], "--gpu -1 0: give different GPU ids"),
-        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["-g", "x"], "--gpu: 'x' is not an integer of at least -1"),
+        (["--batchsiz", "3"], "unrecognized arguments: --batchsiz; did you mean --batchsize?"),
+        (["t.txt", "v.txt", "w.txt"], "w.txt: more than two list files"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(argv, message, capsys, monkeypatch):

@@ -1,0 +1,101 @@
+"""One line that says what is wrong with a value, and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from errors import InputError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def suggestion(name: str, allowed: Iterable[str]) -> str:
+    """Returns "; did you mean NAME?" when one of the allowed names is near, else nothing."""
+    near = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """Returns the values of a field that has a fixed set of them, else nothing."""
+    for kind in _kinds(field.annotation):
+        if get_origin(kind) is Literal:
+            return get_args(kind)
+    return ()
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """Returns the members of a union, without None and Annotated."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [m for a in get_args(annotation) for m in _kinds(a)]
+        return [m for m in members if m is not type(None)]
+    if hasattr(annotation, "__metadata__"):
+        return _kinds(annotation.__origin__)
+    return [annotation]
+
+
+def _range(constraints: Iterable[Any]) -> str:
+    """Says the range of a number, such as " of at least 1"."""
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    bounds = []
+    for constraint in constraints:
+        for item in getattr(constraint, "metadata", [constraint]):
+            for name, phrase in words.items():
+                if getattr(item, name, None) is not None:
+                    bounds.append(f"{phrase} {getattr(item, name):g}")
+    return f" of {' and '.join(bounds)}" if bounds else ""
+
+
+def _number(kind: Any, constraints: Iterable[Any]) -> str:
+    return f"{'an integer' if kind is int else 'a number'}{_range(constraints)}"
+
+
+def _allowed(model: type[BaseModel], name: str, error: Any) -> str:
+    """Says what is wrong, with what is allowed."""
+    field = model.model_fields[name]
+    allowed = choices(field)
+    if allowed:
+        hint = suggestion(str(error["input"]), allowed)
+        return f"is not allowed{hint}; allowed are {', '.join(allowed)}"
+    kinds = _kinds(field.annotation)
+    if kinds[0] in (int, float):
+        return f"is not {_number(kinds[0], field.metadata)}"
+    if get_origin(kinds[0]) is tuple:
+        item = get_args(kinds[0])[0]
+        if hasattr(item, "__metadata__"):
+            return f"is not {_number(item.__origin__, item.__metadata__)}"
+        return "is not a list of rows of a first epoch (from 1), a learning rate and a weight decay"
+    if kinds[0] is bool:
+        return "is not allowed; allowed are true and false"
+    if error["type"] in ("missing", "value_error"):
+        return str(error["msg"])
+    message = str(error["msg"])
+    return message if message.startswith("is not") else f"is not valid: {message}"
+
+
+def validate(model: type[Model], values: Mapping[str, Any], origins: Mapping[str, str]) -> Model:
+    """Returns the checked settings.
+
+    Args:
+        model: The schema.
+        values: Keys and values.
+        origins: What to call a key in an error, such as ``--batchsize`` or ``run.yaml: batchsize``.
+
+    Raises:
+        InputError: A value is not allowed, or some exclude each other.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as e:
+        error = e.errors()[0]
+    if not error["loc"]:
+        raise InputError(str(error["msg"]))
+    name = str(error["loc"][0])
+    origin = origins.get(name, name)
+    value = error["input"]
+    shown = repr(value) if isinstance(value, str) else str(value)
+    raise InputError(f"{origin}: {shown[:80]} {_allowed(model, name, error)}")
