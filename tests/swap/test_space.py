@@ -1,0 +1,47 @@
+"""Space outside, and the books of what lives: no more is taken than must, and all comes back at once."""
+
+from __future__ import annotations
+
+from chainer_ooc.swap.storage import State
+from tests.swap.test_manager import MIB, machine, save, states
+
+__all__ = ["machine"]  # the fixture
+
+
+def test_no_more_is_copied_than_must_go(machine):
+    save_and_hold = save(machine, 60)
+    assert machine.manager.make_room(20 * MIB)
+    gone = states(save_and_hold).count(State.OUT)
+    assert machine.manager.counters.bytes_out == gone * MIB
+
+
+def test_dropping_gives_the_space_back_without_waiting_for_anything(machine):
+    saved = save(machine, 3)
+    machine.manager.move_all_out()
+    assert machine.file.allocated > 0
+    machine.manager.finish(saved, drop=True)
+    assert machine.file.allocated == 0
+
+
+def test_saving_gives_back_the_space_of_what_died(machine):
+    saved = save(machine, 3)
+    machine.manager.move_all_out()
+    assert machine.file.allocated > 0
+    del saved
+    other = save(machine)
+    assert machine.file.allocated == 0
+    assert states(other) == [State.RESIDENT]
+
+
+def test_nothing_is_kept_of_what_died(machine):
+    mover = machine.manager._mover
+    saved = save(machine, 6)
+    assert mover.nbytes[State.RESIDENT] == 6 * MIB
+    machine.manager.move_all_out()
+    machine.manager._begin_in(saved[0].storage)
+    saved[1].get()
+    assert sum(mover.nbytes.values()) == 6 * MIB
+    del saved
+    machine.manager.settle()
+    assert set(mover.nbytes.values()) == {0}
+    assert not any(mover._members.values())
