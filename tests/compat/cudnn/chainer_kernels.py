@@ -9,15 +9,35 @@ from __future__ import annotations
 
 import ast
 import importlib
-import itertools
 import json
 import pkgutil
 import re
 import sys
 import warnings
 from typing import Any, NamedTuple
+from unittest import mock
 
 DTYPES = {"e": "float16", "f": "float32", "d": "float64"}
+
+#: What a type placeholder stands for where that is not the arrays' floating type: kernel -> letters.
+OTHER_TYPES = {
+    # Indices, labels and sizes.
+    "inverse_indices": {"S": "int32"},
+    "resize_images_interpolate_bilinear": {"S": "int32"},
+    "resize_images_interpolate_grad_bilinear": {"S": "int32"},
+    "embed_id_bwd": {"S": "int32"},
+    "embed_id_bwd_ignore_label": {"S": "int32"},
+    "ctc_label_prob_sum": {"I": "int32"},
+    "softmax_crossent_bwd": {"S": "int32"},
+    "softmax_crossent_weight_bwd": {"S": "int32"},
+    # Addresses, and what lies there.
+    "pad_sequence_fwd": {"P": "uint64"},
+    "_memcpy_gather": {"T": "uint64", "X": "int32", "Y": "int32"},
+    "_memcpy_scatter": {"T": "uint64", "X": "int32", "Y": "int32"},
+    # Rates of an optimizer: float32 for parameters of float16.
+    "amsbound": {"T": "float32"},
+    "adabound": {"T": "float32"},
+}
 
 
 class Kernel(NamedTuple):
@@ -105,6 +125,37 @@ def generated(dtype: str) -> list[Kernel]:
     return found
 
 
+def recorded() -> list[Kernel]:
+    """Return kernels that Chainer's code puts together from its arguments: it runs on mocks."""
+    from chainer.backends import cuda
+    from chainer.functions.rnn import tree_lstm
+    from chainer.optimizers import rmsprop
+
+    found: list[Kernel] = []
+
+    def record(*arguments: Any, **options: Any) -> Any:
+        module = sys._getframe(1).f_globals["__name__"]
+        found.append(Kernel(module, 0, "elementwise", arguments, options))
+        return lambda *_arrays: (mock.MagicMock(), mock.MagicMock())
+
+    with (
+        mock.patch.object(cuda, "elementwise", record),
+        mock.patch.object(tree_lstm.backend, "get_array_module", lambda *_arrays: mock.MagicMock()),
+    ):
+        for branches in (2, 3):
+            inputs = [mock.MagicMock(shape=(2, 4)) for _ in range(branches)]
+            inputs.append(mock.MagicMock(shape=(2, 4 * (3 + branches))))
+            function = tree_lstm.TreeLSTM()
+            function.forward(tuple(inputs))
+            function.backward(tuple(inputs), (mock.MagicMock(), mock.MagicMock()))
+        for inside in (False, True):
+            rule = rmsprop.RMSpropRule(eps_inside_sqrt=inside)
+            rule._state = {"ms": mock.MagicMock()}
+            rule.update_core_gpu(mock.MagicMock(**{"grad.dtype.type": float}))
+    assert len(found) == 6
+    return found
+
+
 def _letters(*params: str) -> list[str]:
     """Return the type placeholders of parameter lists: single capital letters."""
     return sorted(set(re.findall(r"(?:^|,|\braw\b|\bconst\b)\s*([A-Z])\s", ",".join(params))))
@@ -168,35 +219,30 @@ def problem(kernel: Kernel, arch: str, dtype: str) -> str | None:
 
     headers = "".join(f"#include <{name}>\n" for name in core._cupy_header_list)
     if kernel.kind == "raw":
-        attempts, headers = [(None, 1)], ""
+        sources, headers, types = [kernel.arguments[:2]], "", {}
     else:
-        letters = _letters(*kernel.arguments[:2])
-        # What a letter stands for, and how a raw array is indexed, is seen only at run time.
-        choices = [dict.fromkeys((DTYPES[dtype], "float32", "int32")) for _ in letters]
-        types = [dict(zip(letters, c, strict=True)) for c in itertools.product(*choices)]
-        types = [t for t in types if not t or DTYPES[dtype] in t.values()]
-        types.append(dict.fromkeys(letters, "int32"))  # works on indices only
+        types = dict.fromkeys(_letters(*kernel.arguments[:2]), DTYPES[dtype])
+        types |= OTHER_TYPES.get(_name(kernel), {})
+        # How a raw array is indexed, by one number or by several, is seen only at run time.
         raw = "raw" in ",".join(kernel.arguments[:2])
-        attempts = list(itertools.product(types, (1, 2, 3) if raw else (1,)))
-    complaint = None
-    for types, ndim in attempts:
-        if types is None:
-            code, name = kernel.arguments[0], kernel.arguments[1]
-        else:
-            code, name = _code(kernel, types, ndim)
-        options = (*kernel.options.get("options", ()), *core.assemble_cupy_compiler_options(()))
+        sources = [_code(kernel, types, ndim) for ndim in ((1, 2, 3) if raw else (1,))]
+    options = (*kernel.options.get("options", ()), *core.assemble_cupy_compiler_options(()))
+    complaints = []
+    for code, name in sources:
         try:
             program = compiler._NVRTCProgram(headers + code, f"{name}.cu", (), (), method="ptx")
             program.compile(
                 (*options, f"-arch=compute_{arch}", "--device-as-default-execution-space")
             )
         except compiler.CompileException as error:
-            complaint = (
-                complaint or f"{kernel.module}:{kernel.line} {name} {types}\n{str(error)[:1500]}"
-            )
-            continue
-        return None
-    return complaint
+            complaints.append(f"{kernel.module}:{kernel.line} {name} {types}\n{str(error)[:1500]}")
+        else:
+            return None
+    return complaints[0]
+
+
+def _name(kernel: Kernel) -> str:
+    return str(kernel.arguments[3 if kernel.kind == "elementwise" else 6])
 
 
 def main() -> None:
@@ -204,10 +250,24 @@ def main() -> None:
 
     chainer_ooc.compat.finder.install()
     arch, dtype = sys.argv[1:3]
-    found, dynamic = kernels()
-    found += generated(dtype)
-    problems = [p for p in (problem(kernel, arch, dtype) for kernel in found) if p is not None]
-    print(json.dumps({"kernels": len(found), "dynamic": dynamic, "problems": problems}))
+    report = {"kernels": 0, "dynamic": [], "problems": [], "unknown": unknown(arch)}
+    if not report["unknown"]:
+        found, report["dynamic"] = kernels()
+        found += [*generated(dtype), *recorded()]
+        report["kernels"] = len(found)
+        problems = (problem(kernel, arch, dtype) for kernel in found)
+        report["problems"] = [complaint for complaint in problems if complaint is not None]
+    print(json.dumps(report))
+
+
+def unknown(arch: str) -> str | None:
+    """Return why nothing can be compiled for ``arch``: CUDA 13 knows 7.5 and later only."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    version = nvrtc.getVersion()
+    if version >= (13, 0) and int(arch) < 75:
+        return f"NVRTC {version[0]}.{version[1]} does not compile for {arch[0]}.{arch[1]}"
+    return None
 
 
 if __name__ == "__main__":
