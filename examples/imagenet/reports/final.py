@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 
 import chainer_ooc
-
 from reports.figures import Synchronize
 from reports.history import History
 from reports.units import duration, gibibytes, write_atomically
