@@ -17,7 +17,7 @@ _UNSET: Any = object()
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """What out-of-core mode has done in this process so far.
+    """What out-of-core mode has done in this process so far, over all devices.
 
     Attributes:
         bytes_out: Bytes copied out of the devices' memory.
@@ -28,8 +28,13 @@ class Stats:
         storages_in: Allocations copied back.
         hits: Reads that found the array in memory.
         prefetched: Allocations whose copy back was begun before they were asked for.
-        stall_out_seconds: Time that computing threads waited for copies out.
-        stall_in_seconds: Time that computing threads waited for copies back.
+        prefetch_hits: Those of them that were used before they had to go out again.
+        copy_seconds: Time in which copies were under way. On a GPU this is not measured: 0.
+        stall_fetch_seconds: Time that computing threads waited for arrays that were fetched when they were asked
+            for. On a GPU, where the streams wait, this and the next are what the host waited.
+        stall_late_seconds: Time that they waited for arrays that were fetched ahead, too late.
+        stall_room_seconds: Time that they waited for copies out, to make room.
+        stall_trim_seconds: Time that they spent on giving freed memory back to the system.
     """
 
     bytes_out: int
@@ -40,8 +45,40 @@ class Stats:
     storages_in: int
     hits: int
     prefetched: int
-    stall_out_seconds: float
-    stall_in_seconds: float
+    prefetch_hits: int
+    copy_seconds: float
+    stall_fetch_seconds: float
+    stall_late_seconds: float
+    stall_room_seconds: float
+    stall_trim_seconds: float
+
+    @property
+    def stall_in_seconds(self) -> float:
+        """Time that computing threads waited for copies back."""
+        return self.stall_fetch_seconds + self.stall_late_seconds
+
+    @property
+    def stall_out_seconds(self) -> float:
+        """Time that computing threads waited for copies out."""
+        return self.stall_room_seconds
+
+    @property
+    def stall_seconds(self) -> float:
+        """Time that computing threads waited, for whatever cause."""
+        return self.stall_in_seconds + self.stall_out_seconds + self.stall_trim_seconds
+
+    @property
+    def prefetch_accuracy(self) -> float | None:
+        """The share of what was fetched ahead that was used before it had to go out again; ``None`` for none."""
+        return self.prefetch_hits / self.prefetched if self.prefetched else None
+
+    @property
+    def overlap_percent(self) -> float | None:
+        """The share of the copies' time in which nobody waited for them (%); ``None`` where it is not measured."""
+        if not self.copy_seconds:
+            return None
+        waited = self.stall_in_seconds + self.stall_out_seconds
+        return 100 * max(1 - waited / self.copy_seconds, 0)
 
 
 def enable(
@@ -53,6 +90,8 @@ def enable(
     swap_dir: str | os.PathLike[str] | None = _UNSET,
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
+    verify: bool = _UNSET,
+    trace: str | os.PathLike[str] | None = _UNSET,
 ) -> None:
     """Turn out-of-core mode on for the whole process.
 
@@ -70,6 +109,10 @@ def enable(
         strict: CPU only: raise :class:`~chainer_ooc.errors.OutOfMemoryError` for a function whose working set
             does not fit under the limit, instead of one warning.
         single_backward: Backward runs once per graph: arrays are dropped after their last use.
+        verify: Check that what comes back is what went out, and report what is modified in place after it was
+            saved. Slow: for finding errors.
+        trace: Write a trace of functions, copies, waits and memory to this file, for Perfetto or
+            chrome://tracing; at the end of the process, or when out-of-core mode is turned off.
 
     Raises:
         SettingError: If a value is not allowed.
@@ -100,6 +143,8 @@ def out_of_core_mode(
     swap_dir: str | os.PathLike[str] | None = _UNSET,
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
+    verify: bool = _UNSET,
+    trace: str | os.PathLike[str] | None = _UNSET,
     async_: bool = True,
     fine_granularity: bool = True,
     debug: bool = False,
@@ -120,6 +165,8 @@ def out_of_core_mode(
         swap_dir: See :func:`enable`.
         strict: See :func:`enable`.
         single_backward: See :func:`enable`.
+        verify: See :func:`enable`.
+        trace: See :func:`enable`.
         async_: Accepted for programs written for IBM's out-of-core Chainer (there spelled ``async``, a
             reserved word today; ``**{"async": True}`` works). Copies are asynchronous whatever it says.
         fine_granularity: As ``async_``: every array moves on its own whatever it says.
@@ -159,6 +206,8 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
         "swap_dir",
         "strict",
         "single_backward",
+        "verify",
+        "trace",
     )
     return {name: arguments[name] for name in names if arguments[name] is not _UNSET}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CorruptCopyError",
     "GraphReleasedError",
     "OutOfCoreError",
     "OutOfMemoryError",
@@ -29,3 +30,7 @@ class SwapSpaceError(OutOfCoreError, OSError):
 
 class GraphReleasedError(OutOfCoreError, RuntimeError):
     """An array was asked for that ``single_backward`` has dropped after its last use."""
+
+
+class CorruptCopyError(OutOfCoreError, OSError):
+    """With ``verify``: what came back is not what went out. The disk, or the memory, is broken."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import dataclasses
 import os
 import sys
 import threading
@@ -15,8 +17,10 @@ from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.numpy_allocator import AllocatorHook
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.observing import Observer
 
 if TYPE_CHECKING:
+    from chainer_ooc.reporting.trace import Trace
     from chainer_ooc.swap.devices.base import Device
     from chainer_ooc.swap.devices.gpus import Gpus
 
@@ -50,11 +54,13 @@ class _Local(threading.local):
 
 
 local = _Local()
+observers: list[Observer] = []  #: who is told what happens in all threads and on all devices
 _enabled: Settings | None = None
 _last = Settings()
 _managers: dict[Any, SwapManager] = {}
 _lock = threading.RLock()
 _hook: AllocatorHook | None = None
+_traces: dict[str, Trace] = {}
 _gpus: Gpus | None = None
 
 
@@ -81,6 +87,7 @@ def enable(**given: Any) -> None:
     settings = Settings.resolve(given)
     _prepare(settings)
     _enabled = settings
+    _write_traces()
 
 
 def disable() -> None:
@@ -92,6 +99,7 @@ def disable() -> None:
     local.hooked = False
     if _gpus is not None:
         _gpus.disable()
+    _write_traces()
 
 
 @contextlib.contextmanager
@@ -115,6 +123,7 @@ def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
                 _gpus.enable(settings)
             elif _enabled is None:
                 _gpus.disable()
+        _write_traces()
 
 
 def _leave(entry: Any) -> None:
@@ -144,6 +153,8 @@ def _prepare(settings: Settings) -> None:
             _prepare_gpus(settings)
         finally:
             local.stack.pop()
+        if settings.trace is not None and settings.trace not in _traces:
+            _begin_trace(settings.trace)
 
 
 def _make_ram_manager(settings: Settings) -> SwapManager:
@@ -154,7 +165,8 @@ def _make_ram_manager(settings: Settings) -> SwapManager:
 def _make_manager(device: Device) -> SwapManager:
     from chainer_ooc.graph import backprop
 
-    return SwapManager(device, _settings_or_last, backprop.adopt, lambda: local.trusted)
+    trusted = lambda: local.trusted  # noqa: E731
+    return SwapManager(device, _settings_or_last, backprop.adopt, trusted, observers)
 
 
 def _prepare_gpus(settings: Settings) -> None:
@@ -167,6 +179,33 @@ def _prepare_gpus(settings: Settings) -> None:
         _gpus = Gpus(cupy, _make_manager, current, lambda: describe(local.running), _note_used)
     if _gpus is not None:
         _gpus.enable(settings)
+
+
+def _begin_trace(path: str) -> None:
+    from chainer_ooc.reporting.trace import Trace
+
+    def facts() -> dict[str, Any]:
+        from chainer_ooc.api import stats
+
+        return {"settings": dataclasses.asdict(_last), "stats": dataclasses.asdict(stats())}
+
+    _traces[path] = Trace(path, facts)
+    observers.append(_traces[path])
+
+
+def _write_traces() -> None:
+    """Write the traces that no mode asks for any more."""
+    wanted = {mode.trace for mode in (_enabled, *local.stack) if isinstance(mode, Settings)}
+    for path in _traces.keys() - wanted:
+        trace = _traces.pop(path)
+        observers.remove(trace)
+        trace.write()
+
+
+@atexit.register
+def _write_last_traces() -> None:
+    while _traces:
+        _traces.popitem()[1].write()
 
 
 def _note_used(nbytes: int) -> None:
@@ -239,6 +278,8 @@ def _after_fork() -> None:
     if _gpus is not None:
         _gpus.after_fork()
     _managers, _gpus, _lock = {}, None, threading.RLock()
+    _traces.clear()
+    observers.clear()
     local.__init__()  # type: ignore[misc]
 
 

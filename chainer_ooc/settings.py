@@ -112,6 +112,16 @@ def _parse_directory(name: str, value: Any) -> str:
     return path
 
 
+def _parse_file(name: str, value: Any) -> str:
+    path = os.path.abspath(os.fspath(value))
+    directory = os.path.dirname(path)
+    if os.path.isdir(path) or not os.access(directory, os.W_OK | os.X_OK):
+        raise SettingError(
+            f"{name}={os.fspath(value)!r} is not a file that can be written; name one in a directory that exists"
+        )
+    return path
+
+
 @functools.cache
 def _default_directory(temporary: str) -> str:
     if _file_system(temporary) in _IN_MEMORY and os.access("/var/tmp", os.W_OK | os.X_OK):
@@ -151,6 +161,11 @@ class Settings:
         single_backward: Backward runs once per graph: after its last use an array is dropped, with no
             copy written. A second backward through the same graph raises
             :class:`~chainer_ooc.errors.GraphReleasedError`.
+        verify: Take checksums of what is saved: what comes back must be what went out, or
+            :class:`~chainer_ooc.errors.CorruptCopyError` is raised; what is modified in place after it was
+            saved is reported with the function that saved it. Slow: for finding errors.
+        trace: Write a trace of functions, copies, waits and memory to this file, for Perfetto or
+            chrome://tracing. With several ranks, each writes its own: its number is added to the name.
     """
 
     limit: Limit = None
@@ -160,6 +175,8 @@ class Settings:
     swap_dir: str | None = None
     strict: bool = False
     single_backward: bool = False
+    verify: bool = False
+    trace: str | None = None
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], base: Settings | None = None) -> Settings:
@@ -211,4 +228,6 @@ _PARSERS = {
     "swap_dir": _optional(_parse_directory),
     "strict": _parse_flag,
     "single_backward": _parse_flag,
+    "verify": _parse_flag,
+    "trace": _optional(_parse_file),
 }

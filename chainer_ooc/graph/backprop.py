@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import weakref
 from collections import deque
 from typing import Any
@@ -128,9 +129,9 @@ def _backprop_step(
 
 
 def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
-    """Return the manager of the inputs' device, and whether memory is plenty for a function of them.
+    """Return the manager of the inputs' device, and whether memory is plenty and nobody watches.
 
-    If not, the thread's allocations are watched from now on.
+    If memory is short, the thread's allocations are announced from now on.
     """
     manager = None
     nbytes = 0
@@ -142,8 +143,8 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
             nbytes += getattr(array, "nbytes", 0)  # what is no array gets Chainer's own error
     if manager is None or mode.local.hooked or settings.swap_all:
         return manager, manager is None
-    if manager.has_plenty(_EXPANSION * nbytes, settings):
-        return manager, True
+    if manager.marks.are_far(_EXPANSION * nbytes, settings):
+        return manager, not (settings.verify or mode.observers)
     if not manager.device.asks_for_room:
         mode.hook_allocations()
     return manager, False
@@ -154,6 +155,8 @@ def _after(manager: SwapManager, settings: Settings) -> None:
         adopt()
         manager.move_all_out()
     elif mode.local.running is None:
+        if settings.verify:
+            adopt()
         manager.make_room(0)
 
 
@@ -161,7 +164,8 @@ def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) ->
     """Call a function of the graph; turn a failed allocation into the error that says why."""
     local = mode.local
     outer, local.running = local.running, (func, inputs)
-    start = local.peak = manager.last_used
+    start = local.peak = manager.marks.last_used
+    begun = time.perf_counter() if mode.observers else 0.0
     try:
         return call(*args)
     except MemoryError as error:
@@ -171,7 +175,9 @@ def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) ->
         raise reason from error
     finally:
         local.running = outer
-        manager.note_growth(local.peak - start)
+        manager.marks.note_growth(local.peak - start)
+        if begun:
+            manager.ran(func.label, call is not _stock["apply"], (begun, time.perf_counter()))
 
 
 def describe(running: tuple[Any, Any] | None) -> str:
@@ -187,7 +193,7 @@ def _fetch(record: Record, manager: SwapManager | None) -> list[Any]:
     for owner, group in _by_manager(record.group):
         arrays += owner.fetch(group, mode.local.trusted)
         if manager is owner:
-            owner.prefetch(min(saved.storage.sequence for saved in group))
+            owner.prefetch(group)
     return arrays
 
 
@@ -224,7 +230,7 @@ def _save(func: Any, drop: bool) -> None:
     func.__dict__[_RECORD] = Record(group, drop)
     used = func.__dict__.pop(_USED, False)
     for owner, saved in _by_manager(group):
-        owner.expect(saved)
+        owner.expect(saved, func.rank)
         if used:
             owner.finish(saved, drop)
 

@@ -6,19 +6,25 @@ import dataclasses
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.swap import verify
 from chainer_ooc.swap.devices.base import Copy, Device, Transfer
+from chainer_ooc.swap.observing import Observer
 from chainer_ooc.swap.storage import State, Storage
+from chainer_ooc.swap.use_order import Forward
 
 __all__ = ["Counters", "Mover"]
+
+#: Waits shorter than this are counted, but not told (seconds).
+_NOTICED = 20e-6
 
 
 @dataclasses.dataclass
 class Counters:
-    """What has been done so far. Bytes and seconds."""
+    """What has been done so far. See :class:`chainer_ooc.Stats`, where they are summed up."""
 
     bytes_out: int = 0
     bytes_in: int = 0
@@ -26,8 +32,12 @@ class Counters:
     storages_in: int = 0
     hits: int = 0
     prefetched: int = 0
-    stall_out_seconds: float = 0.0
-    stall_in_seconds: float = 0.0
+    prefetch_hits: int = 0
+    copy_seconds: float = 0.0
+    stall_fetch_seconds: float = 0.0
+    stall_late_seconds: float = 0.0
+    stall_room_seconds: float = 0.0
+    stall_trim_seconds: float = 0.0
 
 
 class Mover:
@@ -37,6 +47,7 @@ class Mover:
         device: The memory and the way out of it.
         make_room: Called with a number of bytes when the device has no memory for a transfer. Returns how
             much has been given up, 0 if that is all.
+        observers: Who is told what happens.
 
     Attributes:
         counters: What has been done so far.
@@ -44,24 +55,37 @@ class Mover:
         nbytes: The size of all storages in each state (bytes).
     """
 
-    def __init__(self, device: Device, make_room: Callable[[int], int]) -> None:
+    def __init__(
+        self, device: Device, make_room: Callable[[int], int], observers: Sequence[Observer] = ()
+    ) -> None:
         self.device = device
         self.counters = Counters()
         self.leaving: deque[weakref.ref[Storage]] = deque()
+        self.observers = observers
         self._make_room = make_room
+        self._busy_until = 0.0
         # The resident storages by the identity of their owner, which lives as long as it is here.
         self._by_owner: dict[int, weakref.ref[Storage]] = {}
         # The storages that live, by state and sequence number, and how many bytes they are.
         self._members: dict[State, dict[int, weakref.ref[Storage]]] = {state: {} for state in State}
         self.nbytes = dict.fromkeys(State, 0)
         # Dead storages, and what they left: filled at any time by any thread.
-        self._dead: deque[tuple[State, int, int]] = deque()
+        self._dead: deque[tuple[State, int, int, Forward]] = deque()
         self._graves: deque[tuple[Copy | None, Transfer | None]] = deque()
 
     def find(self, owner: Any) -> Storage | None:
         """Return the resident storage in the memory of ``owner``, if there is one."""
         reference = self._by_owner.get(id(owner))
         return reference() if reference else None
+
+    def stalled(self, cause: str, start: float) -> None:
+        """Note that the calling thread has waited since ``start``. ``cause`` is one of the counters' ``stall_``."""
+        end = time.perf_counter()
+        name = f"stall_{cause}_seconds"
+        setattr(self.counters, name, getattr(self.counters, name) + end - start)
+        if end - start > _NOTICED:
+            for observer in self.observers:
+                observer.stalled(self.device.name, cause, (start, end))
 
     def adopt(self, storage: Storage) -> None:
         """Take a new storage, which is RESIDENT."""
@@ -112,7 +136,7 @@ class Mover:
                 "was lost",
             ) from error
         finally:
-            self.counters.stall_out_seconds += time.perf_counter() - start
+            self.stalled("room", start)
         storage.transfer = None
         if storage.tainted:
             self._move(storage, State.RESIDENT)
@@ -120,10 +144,14 @@ class Mover:
         else:
             storage.copy = transfer.copy
             self._move(storage, State.BOTH)
+        self._copied(storage, transfer, out=True)
 
     def release(self, storage: Storage) -> None:
         """BOTH -> OUT: give up the memory."""
         self._move(storage, State.OUT)
+        if not storage.used:
+            storage.forward.look_again_at(storage)
+        storage.ahead = False
         self._let_go(storage)
 
     def begin_in(self, storage: Storage) -> None:
@@ -152,7 +180,7 @@ class Mover:
             self.begin_in(storage)
             self._join_arrival(storage)
         finally:
-            self.counters.stall_in_seconds += time.perf_counter() - start
+            self.stalled("late" if storage.ahead else "fetch", start)
 
     def taint(self, storage: Storage) -> None:
         """BOTH -> RESIDENT: somebody who may write has the array, so that its copy is worth nothing."""
@@ -178,14 +206,15 @@ class Mover:
         """Take what a dying storage leaves. Called at any time in any thread, in the midst of anything."""
         if storage.owner is not None:
             self._by_owner.pop(id(storage.owner), None)
-        self._dead.append((storage.state, storage.sequence, storage.nbytes))
+        self._dead.append((storage.state, storage.sequence, storage.nbytes, storage.forward))
         if storage.copy is not None or storage.transfer is not None:
             self._graves.append((storage.copy, storage.transfer))
 
     def clear_graves(self) -> None:
         """Forget the dead; give back the space they left, once nothing reads or writes it any more."""
         while self._dead:
-            state, number, nbytes = self._dead.popleft()
+            state, number, nbytes, forward = self._dead.popleft()
+            forward.living -= 1
             del self._members[state][number]
             self.nbytes[state] -= nbytes
         for _ in range(len(self._graves)):
@@ -218,7 +247,17 @@ class Mover:
         self.nbytes[before] -= storage.nbytes
         self._enter(storage)
 
+    def _copied(self, storage: Storage, transfer: Transfer, out: bool) -> None:
+        span = transfer.span()
+        if span is not None:
+            # Transfers overlap each other: the time in which any was under way.
+            self.counters.copy_seconds += max(span[1] - max(span[0], self._busy_until), 0)
+            self._busy_until = max(self._busy_until, span[1])
+            for observer in self.observers:
+                observer.copied(storage, out, span)
+
     def _copy_out(self, storage: Storage) -> Transfer:
+        verify.check_unchanged(self.device, storage)
         transfer: Transfer = self._again_with_room(
             storage.nbytes,
             lambda: self.device.copy_out(storage.owner, storage.origin, storage.nbytes),
@@ -232,6 +271,7 @@ class Mover:
         assert transfer is not None
         try:
             transfer.join()
+            verify.check_arrival(self.device, storage)
         except OSError:
             storage.transfer = None
             self._move(storage, State.OUT)
@@ -239,6 +279,7 @@ class Mover:
             raise
         storage.transfer = None
         self._move(storage, State.BOTH)
+        self._copied(storage, transfer, out=False)
 
     def _let_go(self, storage: Storage) -> None:
         self._by_owner.pop(id(storage.owner), None)

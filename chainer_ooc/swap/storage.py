@@ -12,6 +12,7 @@ from chainer_ooc.errors import OutOfCoreError
 if TYPE_CHECKING:
     from chainer_ooc.swap.devices.base import Copy, Transfer
     from chainer_ooc.swap.manager import SwapManager
+    from chainer_ooc.swap.use_order import Forward
 
 __all__ = ["Layout", "Saved", "State", "Storage"]
 
@@ -75,18 +76,27 @@ class Storage:
         transfer: The copy under way, or ``None``.
         tainted: Somebody outside backward got the array since the copy was begun, and may write.
         expected: How many functions of the graph have yet to use it in backward.
+        rank: The highest rank of these functions in the graph: backward runs by falling rank.
+        forward: What it was saved with, in a row, and ``number``, its place there.
+        ahead: It was fetched before it was asked for, and has not been used since.
+        checksum: Of its bytes as they must be, with ``verify``, else ``None``.
     """
 
     __slots__ = (
         "__weakref__",
+        "ahead",
+        "checksum",
         "copy",
         "expected",
+        "forward",
         "label",
         "manager",
         "nbytes",
+        "number",
         "origin",
         "owner",
         "phase",
+        "rank",
         "sequence",
         "state",
         "tainted",
@@ -108,6 +118,11 @@ class Storage:
         self.transfer: Transfer | None = None
         self.tainted = False
         self.expected = 0
+        self.rank = 0
+        self.forward: Forward
+        self.number = 0
+        self.ahead = False
+        self.checksum: int | None = None
 
     def move_to(self, state: State) -> None:
         """Change the state.

@@ -12,7 +12,7 @@ import hashlib
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import chainer
@@ -25,6 +25,7 @@ from chainer_ooc.swap.devices.base import Device
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.mover import Counters, Mover
+from chainer_ooc.swap.observing import Observer
 from chainer_ooc.swap.storage import Layout, Saved, State, Storage
 
 __all__ = ["Moved", "force_copies"]
@@ -66,8 +67,10 @@ class _PoisoningMover(Mover):
         lent: Storages whose restored memory was given to somebody who may write to it.
     """
 
-    def __init__(self, device: Device, make_room: Callable[[int], int]) -> None:
-        super().__init__(device, make_room)
+    def __init__(
+        self, device: Device, make_room: Callable[[int], int], observers: Sequence[Observer] = ()
+    ) -> None:
+        super().__init__(device, make_room, observers)
         self.lent: weakref.WeakSet[Storage] = weakref.WeakSet()
 
     def taint(self, storage: Storage) -> None:
@@ -105,6 +108,7 @@ class _ForcingManager(SwapManager):
     """Copies each array out when it is saved, and gives the original up, whoever holds it."""
 
     _mover: _PoisoningMover
+    _mover_type = _PoisoningMover
 
     def __init__(self) -> None:
         super().__init__(
@@ -113,7 +117,6 @@ class _ForcingManager(SwapManager):
             backprop.adopt,
             lambda: mode.local.trusted,
         )
-        self._mover = _PoisoningMover(self.device, self.reclaim)
         # By the identity of originals that live: the copy of each, and a digest of what was copied.
         self._copies: dict[int, tuple[weakref.ref[Any], weakref.ref[Storage], bytes]] = {}
 

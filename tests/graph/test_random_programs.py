@@ -108,8 +108,8 @@ def test_same_bits(seed):
         if rng.rand() < 0.5:
             with manager._lock:
                 manager.adopt()
-                manager._push_out(1 << 60)
-                manager._release_clean(1 << 60)
+                manager._reclaimer.push_out(1 << 60)
+                manager._reclaimer.release_clean(1 << 60)
 
     before = None
     for settings in ({"swap_all": True}, {"limit": 1 << 40}):

@@ -255,11 +255,11 @@ def test_what_a_function_uses_is_not_released_under_it(everything_out):
     flush()
     (saved,) = func.saved()
     (array,) = everything_out.fetch([saved], trusted=True)
-    everything_out._release_clean(1 << 60)
+    everything_out._reclaimer.release_clean(1 << 60)
     assert saved.storage.state is State.BOTH
     assert everything_out.read(saved, trusted=True) is array
     del array
-    everything_out._release_clean(1 << 60)
+    everything_out._reclaimer.release_clean(1 << 60)
     assert saved.storage.state is State.OUT
 
 
@@ -299,7 +299,7 @@ def test_a_function_of_a_user_inside_forget_that_edits_its_input(everything_out)
         node = h.node
         del h
         y.backward()
-        everything_out._release_clean(1 << 60)
+        everything_out._reclaimer.release_clean(1 << 60)
         return x.grad, np.array(node.data)
 
     inside = run()

@@ -70,7 +70,7 @@ def test_when_there_is_no_room_the_oldest_go(machine):
     out = [s.storage.state is State.OUT for s in saved]
     assert out == sorted(out, reverse=True)
     assert 17 <= sum(out) <= 19
-    assert machine.used_bytes() + 20 * MIB <= machine.manager.high
+    assert machine.used_bytes() + 20 * MIB <= machine.manager.marks.high
 
 
 def test_used_and_clean_before_unused_and_clean(machine):
@@ -144,7 +144,7 @@ def test_what_backward_gives_away_is_copied_again(machine):
     gradient += 1
     del gradient
     manager.move_all_out()
-    manager._release_clean(1 << 60)
+    manager._reclaimer.release_clean(1 << 60)
     assert set(saved.get()) == {1}
 
 
@@ -199,14 +199,14 @@ def test_fetching_ahead_goes_backward_and_leaves_room(machine):
     saved = save(machine, 60)
     manager = machine.manager
     manager.move_all_out()
-    manager.note_growth(30 * MIB)
+    manager.marks.note_growth(30 * MIB)
     manager.fetch(saved[50:51], trusted=True)
-    manager.prefetch(before=saved[50].storage.sequence)
+    manager.prefetch(saved[50:51])
     manager.settle()
     come = [n for n, one in enumerate(saved) if one.storage.resident]
     assert come == list(range(come[0], 51))
     assert 30 <= len(come) <= 33
-    assert machine.used_bytes() + 30 * MIB <= manager.high
+    assert machine.used_bytes() + 30 * MIB <= manager.marks.high
 
 
 def test_a_full_disk_loses_nothing(machine, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+from chainer_ooc.swap.observing import Span
 from chainer_ooc.swap.storage import Layout
 
 __all__ = ["Copy", "Device", "Location", "Transfer"]
@@ -54,6 +55,9 @@ class Transfer(Protocol):
     def wait(self) -> None:
         """Wait until it has ended, well or badly. Raises nothing."""
 
+    def span(self) -> Span | None:
+        """Return when it began and ended (seconds of :func:`time.perf_counter`), ``None`` if nobody knows yet."""
+
 
 class Device(Protocol):
     """The memory of one device and the way out of it and back."""
@@ -82,6 +86,9 @@ class Device(Protocol):
         Raises:
             MemoryError: If there is no memory for it.
         """
+
+    def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
+        """Return a checksum of a resident storage's bytes. Waits for what computes them."""
 
     def before_release(self) -> None:
         """Make sure that memory which is given up after this is used by nobody who came before."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import zlib
 from concurrent.futures import Future
 from typing import Any
+
+import numpy as np
 
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap import process_memory
 from chainer_ooc.swap.devices.base import Copy, Location, Transfer
 from chainer_ooc.swap.devices.cuda_host import PIECE, THREADS, DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda_streams import CopyStreams
-from chainer_ooc.swap.devices.ram import _ranks_of_this_node
 from chainer_ooc.swap.disk import ALIGNMENT as PAGE
 from chainer_ooc.swap.disk import SwapFile
+from chainer_ooc.swap.observing import Span
 from chainer_ooc.swap.pinned import PinnedSlab
+from chainer_ooc.swap.ranks import ranks_of_this_node
 from chainer_ooc.swap.storage import Layout
 
 __all__ = ["CudaDevice", "CupyArrays"]
@@ -98,6 +102,10 @@ class StreamTransfer:
         self._event.synchronize()
         self._owner = None
 
+    def span(self) -> Span | None:
+        """Return ``None``: events without timing are the faster ones."""
+        return None
+
 
 class DiskTransfer:
     """Pieces that threads carry between the GPU and the swap file."""
@@ -128,6 +136,10 @@ class DiskTransfer:
             future.exception()
         self._owner = None
 
+    def span(self) -> Span | None:
+        """Return ``None``: nobody takes the time."""
+        return None
+
 
 class FailedTransfer:
     """A transfer that could not be begun: it fails when it is joined, as one that fails under way."""
@@ -146,6 +158,10 @@ class FailedTransfer:
 
     def wait(self) -> None:
         """Return at once."""
+
+    def span(self) -> Span | None:
+        """Return ``None``: it never began."""
+        return None
 
 
 class CudaDevice:
@@ -186,7 +202,7 @@ class CudaDevice:
             #: The limit of the pool that the user has set (CUPY_GPU_MEMORY_LIMIT), 0 for none (bytes).
             self.own_limit = int(cupy.get_default_memory_pool().get_limit())
         if host_limit is None:
-            host_limit = int(process_memory.available_bytes() * 0.8) // _ranks_of_this_node()
+            host_limit = int(process_memory.available_bytes() * 0.8) // ranks_of_this_node()
         # Staging blocks are inside the limit, unless they would take more than a quarter of it.
         piece = min(PIECE, max(host_limit // (4 * THREADS) // PAGE, 16) * PAGE)
         staging = self._new_slab(THREADS * piece)
@@ -248,6 +264,12 @@ class CudaDevice:
             except OSError as error:
                 return owner, origin, FailedTransfer(copy, error)
         return owner, origin, StreamTransfer(self.streams, copy, copy.read, owner)
+
+    def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
+        """Return the CRC-32 of a storage's bytes, which are copied to the host for that."""
+        with self.streams.on_device():
+            layout = Layout(np.dtype("u1"), (nbytes,), (1,), 0, True)
+            return zlib.crc32(self._cupy.asnumpy(self.arrays.view(owner, origin, layout)))
 
     def before_release(self) -> None:
         """Order the computing streams, if there are several: one may use memory that another allocated."""
@@ -314,4 +336,4 @@ class CudaDevice:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if visible and "," not in visible:  # the launcher gave this rank one of its own
             return 1
-        return -(-_ranks_of_this_node() // max(self._runtime.getDeviceCount(), 1))
+        return -(-ranks_of_this_node() // max(self._runtime.getDeviceCount(), 1))

@@ -62,7 +62,7 @@ class CupyAllocator:
         if manager is None or manager.busy:
             return self._stock(nbytes)
         device: Any = manager.device
-        if nbytes >= SMALL and device.used_bytes() + nbytes > manager.high:
+        if nbytes >= SMALL and device.used_bytes() + nbytes > manager.marks.high:
             manager.make_room(nbytes)
         try:
             memory = self._stock(nbytes)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
+import time
 import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 from chainer_ooc.swap import process_memory
 from chainer_ooc.swap.devices.base import Location
 from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
+from chainer_ooc.swap.observing import Span
+from chainer_ooc.swap.ranks import ranks_of_this_node
 from chainer_ooc.swap.storage import Layout
 
 __all__ = ["RamDevice"]
@@ -48,8 +51,11 @@ class FileCopy:
 
     def pieces(
         self, memory: memoryview, move: Callable[[int, memoryview], None]
-    ) -> list[Callable[[], None]]:
-        """Return the calls that move the body between the file and ``memory``, the storage's bytes."""
+    ) -> list[Callable[[], Span]]:
+        """Return the calls that move the body between the file and ``memory``, the storage's bytes.
+
+        Each returns when it began and ended.
+        """
         return [
             functools.partial(
                 _move,
@@ -61,17 +67,19 @@ class FileCopy:
         ]
 
 
-def _move(move: Callable[[int, memoryview], None], offset: int, piece: memoryview) -> None:
+def _move(move: Callable[[int, memoryview], None], offset: int, piece: memoryview) -> Span:
+    start = time.perf_counter()
     # Released here, before the transfer counts as done: whoever then asks who holds the storage's
     # memory must not find a thread that is about to let go.
     with piece:
         move(offset, piece)
+    return start, time.perf_counter()
 
 
 class FileTransfer:
     """Pieces of a :class:`FileCopy` that threads are writing or reading."""
 
-    def __init__(self, copy: FileCopy, futures: list[Future[None]]) -> None:
+    def __init__(self, copy: FileCopy, futures: list[Future[Span]]) -> None:
         self.copy = copy
         self._futures = futures
 
@@ -89,6 +97,13 @@ class FileTransfer:
         self.wait()
         for future in self._futures:
             future.result()
+
+    def span(self) -> Span | None:
+        """Return when the first piece began and the last ended."""
+        if not self._futures or any(not f.done() or f.exception() for f in self._futures):
+            return None
+        starts, ends = zip(*(future.result() for future in self._futures), strict=True)
+        return min(starts), max(ends)
 
 
 class RamDevice:
@@ -153,6 +168,10 @@ class RamDevice:
         memory[: copy.head], memory[tail:] = copy.ends
         return owner, origin, self._start(copy, copy.pieces(memory, copy.file.read))
 
+    def checksum(self, owner: np.ndarray, origin: int, nbytes: int) -> int:
+        """Return the CRC-32 of a storage's bytes."""
+        return zlib.crc32(_bytes_of(owner)[origin : origin + nbytes])
+
     def before_release(self) -> None:
         """Do nothing: who computes has ended when the call returns."""
 
@@ -167,12 +186,12 @@ class RamDevice:
     def capacity(self) -> int:
         """Return what this process has and what is available to it, less a reserve of 5 % (bytes)."""
         free = process_memory.available_bytes()
-        ranks = _ranks_of_this_node()
+        ranks = ranks_of_this_node()
         return self.used_bytes() + int(free * 0.95) // ranks
 
     def total_bytes(self) -> int:
         """Return this process's share of the memory there is (bytes)."""
-        return process_memory.physical_bytes() // _ranks_of_this_node()
+        return process_memory.physical_bytes() // ranks_of_this_node()
 
     def trim(self) -> None:
         """Give free memory of malloc's heaps back to the system."""
@@ -218,7 +237,7 @@ class RamDevice:
             pool.shutdown()
         self.file.close()
 
-    def _start(self, copy: FileCopy, jobs: list[Callable[[], None]]) -> FileTransfer:
+    def _start(self, copy: FileCopy, jobs: list[Callable[[], Span]]) -> FileTransfer:
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(THREADS, "chainer_ooc-copy")
@@ -245,18 +264,3 @@ def _bytes_of(owner: np.ndarray) -> memoryview:
 
 def _address(owner: np.ndarray) -> int:
     return int(owner.__array_interface__["data"][0])
-
-
-def _ranks_of_this_node() -> int:
-    """Return how many ranks the launcher started on this machine; 1 without a launcher."""
-    for name in (
-        "MPI_LOCALNRANKS",  # MPICH and its kin
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-        "PALS_LOCAL_SIZE",
-        "MV2_COMM_WORLD_LOCAL_SIZE",
-        "SLURM_NTASKS_PER_NODE",
-    ):
-        value = os.environ.get(name, "")
-        if value.isdigit() and int(value) > 0:
-            return int(value)
-    return 1

@@ -91,7 +91,7 @@ def test_what_cannot_fit_says_why(hooked):
 
 def test_small_allocations_ask_for_room_when_they_fail(hooked):
     saved = [hooked.save(float(i)) for i in range(7)]
-    rest = hooked.manager.high - hooked.pool.used_bytes()
+    rest = hooked.manager.marks.high - hooked.pool.used_bytes()
     small = [hooked.array(0.0, SMALL // 2) for _ in range(rest // (SMALL // 2) + 6)]
     assert hooked.pool.total_bytes() <= 8 * MIB
     assert State.OUT in states(saved)

@@ -62,7 +62,11 @@ class Program:
 
     def step(self, what, argument):
         rig, manager = self.rig, self.rig.manager
-        index = self.pick(argument) if what in ("use", "write", "hold", "die", "drop") else None
+        index = (
+            self.pick(argument)
+            if what in ("use", "write", "hold", "die", "drop", "prefetch")
+            else None
+        )
         if what.startswith("save"):
             value = float(len(self.saved))
             if what == "save":
@@ -81,8 +85,6 @@ class Program:
             manager.make_room(argument)
         elif what == "move all out":
             manager.move_all_out()
-        elif what == "prefetch":
-            manager.prefetch(argument)
         elif what == "let go":
             self.order_streams()
             self.held.clear()
@@ -90,6 +92,8 @@ class Program:
             rig.cupy.fail[argument] = [0]
         elif index is None:
             return
+        elif what == "prefetch":
+            manager.prefetch([self.saved[index]])
         elif what == "die":
             self.order_streams()  # the program's own duty
             self.saved[index] = None

@@ -1,0 +1,29 @@
+"""Observer: who is told what happens, as it happens: traces, profiles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chainer_ooc.swap.storage import Storage
+
+__all__ = ["Observer", "Span"]
+
+#: When something began and ended (seconds of :func:`time.perf_counter`).
+Span = tuple[float, float]
+
+
+class Observer:
+    """Is told what happens; does nothing with it. Called in the threads that compute."""
+
+    def ran(self, device: str, label: str, backward: bool, span: Span) -> None:
+        """Tell that a function of the graph has run, forward or backward, without what it waited for before."""
+
+    def copied(self, storage: Storage, out: bool, span: Span) -> None:
+        """Tell that a storage has been copied out, or back in."""
+
+    def stalled(self, device: str, cause: str, span: Span) -> None:
+        """Tell that a computing thread has waited. For the causes see :class:`~chainer_ooc.Stats`."""
+
+    def used(self, device: str, time: float, nbytes: int) -> None:
+        """Tell how much memory was in use at a moment (bytes)."""

@@ -1,0 +1,140 @@
+"""Reclaimer: which storages give up their memory, and which are copied out behind the computation."""
+
+from __future__ import annotations
+
+import time
+
+from chainer_ooc.swap.mover import Mover
+from chainer_ooc.swap.storage import State, Storage
+from chainer_ooc.swap.watermarks import Watermarks
+
+__all__ = ["EVERYTHING", "Reclaimer"]
+
+#: Most bytes on their way out at a time.
+IN_FLIGHT = 256 << 20
+EVERYTHING = 1 << 62
+
+
+class Reclaimer:
+    """Gives up memory when it is short. Its caller holds the manager's lock.
+
+    Storages that backward has used go first, then the oldest, which backward needs last; those with a valid
+    copy before those that must be copied yet; last what was fetched ahead of its use. What somebody else
+    holds stays: letting go of it would free nothing.
+
+    Args:
+        mover: Makes the transitions.
+        marks: The limit, and where memory stands.
+    """
+
+    def __init__(self, mover: Mover, marks: Watermarks) -> None:
+        self._mover = mover
+        self._marks = marks
+
+    def reclaim(self, nbytes: int) -> None:
+        """Give up memory until ``nbytes`` fit below the high-water mark, or nothing is left to give up.
+
+        Raises:
+            SwapSpaceError: If there is no more space outside.
+        """
+
+        def excess() -> int:
+            return self._marks.used_bytes() + nbytes - self._marks.high
+
+        if excess() <= 0:
+            return
+        self._trim()
+        for step in (
+            self.release_clean,
+            self._release_leaving,
+            self.push_out,
+            self._release_arrivals,
+        ):
+            missing = excess()
+            if missing <= 0:
+                return
+            if step(missing):
+                self._trim()
+
+    def release_clean(self, nbytes: int, used_only: bool = False) -> int:
+        """Release storages whose copy is valid: the used ones, then the oldest. Returns bytes."""
+        self._settle()
+        freed = 0
+        for used in (True,) if used_only else (True, False):
+            for storage in self._mover.members(State.BOTH):
+                if freed >= nbytes:
+                    return freed
+                if storage.used is used:
+                    freed += self._release_unless_held(storage)
+        return freed
+
+    def push_out(self, nbytes: int) -> int:
+        """Copy storages out and release them: the oldest first, the used ones last. Returns bytes."""
+        freed = 0
+        for used in (False, True):
+            for storage in self._mover.members(State.RESIDENT):
+                if freed + self._mover.nbytes[State.GOING_OUT] >= nbytes:
+                    break
+                if storage.used is used and not storage.held:
+                    self._mover.begin_out(storage)
+                    if self._mover.nbytes[State.GOING_OUT] > IN_FLIGHT:
+                        freed += self._release_leaving(1)
+        return freed + self._release_leaving(nbytes)
+
+    def write_behind(self, nbytes: int) -> None:
+        """Begin to copy the oldest storages out, until ``nbytes`` could be released at once."""
+        self._settle()
+        size = self._mover.nbytes
+        for storage in self._mover.members(State.RESIDENT):
+            if (
+                size[State.BOTH] + size[State.GOING_OUT] >= nbytes
+                or size[State.GOING_OUT] >= IN_FLIGHT
+            ):
+                return
+            if not storage.used and not storage.held:
+                self._mover.begin_out(storage)
+
+    def _release_leaving(self, nbytes: int) -> int:
+        """Wait for storages on their way out and release them, the first first. Returns bytes."""
+        freed = 0
+        leaving = self._mover.leaving
+        while leaving and freed < nbytes:
+            storage = leaving.popleft()()
+            if storage is not None and storage.state is State.GOING_OUT:
+                self._mover.end_out(storage)
+                freed += self._release_unless_held(storage)
+        return freed
+
+    def _release_arrivals(self, nbytes: int) -> int:
+        """Release storages that were fetched ahead of their use, the last needed first. Returns bytes."""
+        freed = 0
+        for storage in self._mover.members(State.COMING_IN):
+            if freed >= nbytes:
+                break
+            self._mover.end_in(storage)
+            freed += self._release_unless_held(storage)
+        return freed
+
+    def _release_unless_held(self, storage: Storage) -> int:
+        if storage.state is not State.BOTH or storage.held:
+            return 0
+        self._mover.release(storage)
+        return storage.nbytes
+
+    def _settle(self) -> None:
+        """Take note of the copies that have ended."""
+        leaving = self._mover.leaving
+        while leaving:
+            storage = leaving[0]()
+            if storage is not None and storage.state is State.GOING_OUT:
+                if storage.transfer is not None and not storage.transfer.done():
+                    return
+                leaving.popleft()
+                self._mover.end_out(storage)
+            else:
+                leaving.popleft()
+
+    def _trim(self) -> None:
+        start = time.perf_counter()
+        self._mover.device.trim()
+        self._mover.stalled("trim", start)

@@ -1,0 +1,51 @@
+"""Checks of ``verify``: what is saved stays as it is, and what comes back is what went out."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+
+from chainer_ooc.errors import CorruptCopyError
+from chainer_ooc.swap.devices.base import Device
+from chainer_ooc.swap.storage import Storage
+
+__all__ = ["begin", "check_arrival", "check_unchanged"]
+
+
+def begin(device: Device, storage: Storage) -> None:
+    """Take the checksum of a resident storage: from now on it is checked."""
+    storage.checksum = device.checksum(storage.owner, storage.origin, storage.nbytes)
+
+
+def check_unchanged(device: Device, storage: Storage) -> None:
+    """Warn if a resident storage that is checked has been written to since it was saved.
+
+    That is legal, and the results are those of stock Chainer. They are seldom what was meant: backward computes
+    with the new values. After its last use in backward anybody may write to it.
+    """
+    before = storage.checksum
+    if before is None:
+        return
+    begin(device, storage)
+    if storage.checksum != before and not storage.used:
+        warnings.warn(
+            f"an array of {storage.nbytes} bytes that {storage.label} saved for backward has been modified in place "
+            "since: backward computes with the new values, as it does in stock Chainer",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def check_arrival(device: Device, storage: Storage) -> None:
+    """Check a storage that has come back, if it is checked.
+
+    Raises:
+        CorruptCopyError: If it is not what went out.
+    """
+    found = storage.checksum and device.checksum(storage.owner, storage.origin, storage.nbytes)
+    if found != storage.checksum:
+        raise CorruptCopyError(
+            errno.EIO,
+            f"{storage!r} came back with the checksum {found:#x} instead of {storage.checksum:#x}; the disk or the "
+            "memory that held its copy is broken",
+        )
