@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from compute_mean import compute_mean, save_mean
 from errors import InputError
 from PIL import Image
 
 from datasets.labeled import LabeledImages, read_list
+from datasets.statistics import collect, save_mean
 
 N_CLASSES = 10
 N_VALIDATION = 360
@@ -88,7 +88,7 @@ def write_digits(folder: Path, size: int, progress: Any = None) -> None:
                 lines.append(f"{file} {labels[i]}\n")
             (partial / f"{name}.txt").write_text("".join(lines))
         train = LabeledImages(read_list(partial / "train.txt", N_CLASSES), partial)
-        save_mean(partial / "mean.npy", compute_mean(train))
+        save_mean(partial / "mean.npy", collect(train).mean_image)
         try:
             partial.rename(folder)
         except OSError:

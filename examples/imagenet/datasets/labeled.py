@@ -1,16 +1,69 @@
-"""List files of labelled images, and decoding with errors that name the file."""
+"""List files of labelled images, and the images of a list."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy
 from errors import InputError
-from PIL import Image
+
+from datasets import decoding
+from datasets.decoding import Size, read_image
+from datasets.resizing import resize
 
 Pair = tuple[str, int]
 """Path relative to the root, and label from 0."""
+
+
+class Source(Protocol):
+    """Labelled images of any origin, as the classes of this package offer them."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """Returns what errors call the ``i``-th image."""
+
+    def label(self, i: int) -> int:
+        """Returns the class of the ``i``-th image, from 0."""
+
+    def image_size(self, i: int) -> Size:
+        """Returns the width and height of the ``i``-th image, without decoding it if possible."""
+
+    def image(self, i: int, at_least: Size | None = None) -> numpy.ndarray:
+        """Returns the ``i``-th image: uint8 RGB, (height, width, 3); see ``decoding.decode``."""
+
+
+def parse_line(line: str) -> Pair:
+    """Returns path and label of a line of a list file.
+
+    Raises:
+        ValueError: It is not a path, white space and an integer.
+    """
+    # from the right, so that a path may contain spaces
+    name, label = line.strip().rsplit(None, 1)
+    return name, int(label)
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Returns the lines of a list file.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "not a UTF-8 text file"
+        raise InputError(
+            f"list file {path}: {reason}; give a text file with a path and a label on each line"
+        ) from e
+
+
+def allowed_labels(n_classes: int | None) -> str:
+    """Returns the allowed labels in words."""
+    return f"0 to {n_classes - 1}" if n_classes is not None else "0 or more"
 
 
 def read_list(path: str | Path, n_classes: int | None = None) -> list[Pair]:
@@ -25,30 +78,20 @@ def read_list(path: str | Path, n_classes: int | None = None) -> list[Pair]:
     Raises:
         InputError: The file is missing, empty, or a line or label is not valid.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "not a UTF-8 text file"
-        raise InputError(
-            f"list file {path}: {reason}; give a text file with a path and a label on each line"
-        ) from e
     pairs: list[Pair] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
-        # from the right, so that a path may contain spaces
-        name, *rest = line.strip().rsplit(None, 1)
         try:
-            label = int(rest[0])
-        except (IndexError, ValueError):
+            name, label = parse_line(line)
+        except ValueError:
             raise InputError(
                 f"{path} line {number}: {line.strip()[:80]!r} is not a path and an integer label"
             ) from None
         if label < 0 or (n_classes is not None and label >= n_classes):
-            allowed = f"0 to {n_classes - 1}" if n_classes is not None else "0 or more"
             raise InputError(
                 f"{path} line {number}: label {label} of {name} is out of range; "
-                f"allowed are {allowed}"
+                f"allowed are {allowed_labels(n_classes)}"
             )
         pairs.append((name, label))
     if not pairs:
@@ -56,29 +99,11 @@ def read_list(path: str | Path, n_classes: int | None = None) -> list[Pair]:
     return pairs
 
 
-def read_image(path: str | Path) -> numpy.ndarray:
-    """Decodes an image to uint8 RGB of shape (height, width, 3).
-
-    Raises:
-        InputError: The file is missing, not an image, truncated or otherwise damaged.
-    """
-    try:
-        with Image.open(path) as image:
-            return numpy.asarray(image.convert("RGB"))
-    except FileNotFoundError as e:
-        raise InputError(f"image {path}: no such file; correct the list file or --root/-R") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        # Pillow reports damaged data by OSError, and some broken headers by the other two.
-        # Where it names the file, it only says that this is not an image.
-        reason = " ".join(str(e).split())
-        why = f" ({reason})" if reason and str(path) not in reason else ""
-        raise InputError(
-            f"image {path}: cannot be decoded{why}; replace it or remove it from the list"
-        ) from e
-
-
 class LabeledImages:
     """Images of a list, decoded on demand.
+
+    The list is kept as a few arrays: loader processes receive a copy each, and that of a million
+    strings would take seconds and hundreds of megabytes.
 
     Args:
         pairs: Paths relative to ``root``, and labels.
@@ -86,16 +111,119 @@ class LabeledImages:
     """
 
     def __init__(self, pairs: Sequence[Pair], root: str | Path = ".") -> None:
-        self.pairs = pairs
         self.root = Path(root)
+        names = [pairs[i][0].encode() for i in range(len(pairs))]
+        self._names = b"".join(names)
+        self._ends = numpy.cumsum([0, *map(len, names)], dtype=numpy.int64)
+        self.labels = numpy.array([pairs[i][1] for i in range(len(pairs))], dtype=numpy.int32)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.labels)
 
     def path(self, i: int) -> Path:
         """Returns the path of the ``i``-th image."""
-        return self.root / self.pairs[i][0]
+        return self.root / self._names[self._ends[i] : self._ends[i + 1]].decode()
+
+    def name(self, i: int) -> str:
+        """Returns what errors call the ``i``-th image: its path."""
+        return str(self.path(i))
+
+    def label(self, i: int) -> int:
+        """Returns the class of the ``i``-th image."""
+        return int(self.labels[i])
+
+    def image_size(self, i: int) -> Size:
+        """Returns the width and height of the ``i``-th image, from its header."""
+        return decoding.image_size(self.path(i))
+
+    def image(self, i: int, at_least: Size | None = None) -> numpy.ndarray:
+        """Returns the ``i``-th image, uint8 (height, width, 3); see ``decoding.decode``."""
+        return read_image(self.path(i), at_least)
 
     def __getitem__(self, i: int) -> tuple[numpy.ndarray, int]:
         """Returns the ``i``-th image, uint8 (height, width, 3), and its label."""
-        return read_image(self.path(i)), self.pairs[i][1]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.image(i), self.label(i)
+
+
+class Enlarged:
+    """Images of a source, all resized to one size when they are read.
+
+    Args:
+        source: The images.
+        size: Their new width and height; the aspect ratio is not kept.
+    """
+
+    def __init__(self, source: Source, size: Size) -> None:
+        self.source = source
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, i: int) -> str:
+        """Returns what errors call the ``i``-th image."""
+        return self.source.name(i)
+
+    def label(self, i: int) -> int:
+        """Returns the class of the ``i``-th image."""
+        return self.source.label(i)
+
+    def image_size(self, i: int) -> Size:
+        """Returns the size given."""
+        return self.size
+
+    def image(self, i: int, at_least: Size | None = None) -> numpy.ndarray:
+        """Returns the ``i``-th image, uint8, of this size."""
+        return resize(self.source.image(i), self.size)
+
+
+class Subset:
+    """Some images of a source, in a given order, such as those of one rank.
+
+    Args:
+        source: The images.
+        indices: Which of them.
+    """
+
+    def __init__(self, source: Source, indices: numpy.ndarray) -> None:
+        self.source = source
+        self.indices = numpy.asarray(indices, dtype=numpy.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, i: int) -> str:
+        """Returns what errors call the ``i``-th image."""
+        return self.source.name(int(self.indices[i]))
+
+    def label(self, i: int) -> int:
+        """Returns the class of the ``i``-th image."""
+        return self.source.label(int(self.indices[i]))
+
+    def image_size(self, i: int) -> Size:
+        """Returns the width and height of the ``i``-th image."""
+        return self.source.image_size(int(self.indices[i]))
+
+    def image(self, i: int, at_least: Size | None = None) -> numpy.ndarray:
+        """Returns the ``i``-th image; see ``decoding.decode``."""
+        return self.source.image(int(self.indices[i]), at_least)
+
+
+def shard_indices(n: int, rank: int, size: int, order_seed: int | None) -> numpy.ndarray:
+    """Returns which of ``n`` images a rank has.
+
+    Args:
+        n: Number of images.
+        rank: The rank, from 0.
+        size: Number of ranks.
+        order_seed: Shuffles the images before they are shared out, and gives every rank the same
+            number, so that their epochs end together: some images are then on two ranks. None: in
+            order, every image on one rank.
+    """
+    if order_seed is None:
+        return numpy.arange(n * rank // size, n * (rank + 1) // size)
+    order = numpy.random.default_rng(order_seed).permutation(n)
+    start, length = n * rank // size, -(-n // size)
+    return order[numpy.arange(start, start + length) % max(n, 1)]

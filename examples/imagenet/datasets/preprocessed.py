@@ -8,12 +8,13 @@ thus repeats both, whichever process decodes the image and however far ahead it 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy
 from errors import InputError
-from transforms import CropAndNormalize
 
-from datasets.labeled import LabeledImages
+from datasets.decoding import Size
+from datasets.labeled import Source
 
 Example = tuple[numpy.ndarray, numpy.ndarray]
 
@@ -29,6 +30,27 @@ class BadExample:
     message: str
 
 
+class Transform(Protocol):
+    """Makes a network's input of an image.
+
+    Attributes:
+        at_least: Width and height that suffice of an image, or None if all its pixels count.
+    """
+
+    at_least: Size | None
+
+    def __call__(
+        self, image: numpy.ndarray, name: str, rng: numpy.random.Generator | None
+    ) -> numpy.ndarray:
+        """Returns float32 (channels, height, width).
+
+        Args:
+            image: uint8, (height, width, 3).
+            name: What errors call the image.
+            rng: Source of the augmentation; None: no augmentation.
+        """
+
+
 class PreprocessedImages:
     """Images ready for a network.
 
@@ -41,9 +63,7 @@ class PreprocessedImages:
     image differ from epoch to epoch (see ``EpochOrder``).
     """
 
-    def __init__(
-        self, images: LabeledImages, transform: CropAndNormalize, seed: tuple[int, ...] | None
-    ) -> None:
+    def __init__(self, images: Source, transform: Transform, seed: tuple[int, ...] | None) -> None:
         self.images = images
         self.transform = transform
         self.seed = seed
@@ -58,12 +78,12 @@ class PreprocessedImages:
             InputError: The image cannot be used.
         """
         visit, position = divmod(int(i), len(self))
-        image, label = self.images[position]
+        image = self.images.image(position, self.transform.at_least)
         rng = None
         if self.seed is not None:
             rng = numpy.random.default_rng((*self.seed, visit, position))
-        x = self.transform(image, str(self.images.path(position)), rng)
-        return x, numpy.array(label, dtype=numpy.int32)
+        x = self.transform(image, self.images.name(position), rng)
+        return x, numpy.array(self.images.label(position), dtype=numpy.int32)
 
     def __getitem__(self, i: int) -> Example | BadExample:
         """Like ``get``, but returns a ``BadExample`` instead of raising InputError."""

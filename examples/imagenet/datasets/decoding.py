@@ -1,0 +1,157 @@
+"""From the bytes of an image file to RGB pixels, fast for JPEG and right for all the rest.
+
+JPEG in colour or grey is decoded by simplejpeg (libjpeg-turbo straight into an array), everything
+else, and everything where simplejpeg is not installed, by Pillow; both give the same pixels. What
+a camera or an editor may have put into the file is undone: EXIF orientation, CMYK, palettes,
+16 bits per sample, transparency (shown on white). Of an animation the first frame is taken.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy
+from errors import InputError
+from PIL import ExifTags, Image, ImageOps
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+Size = tuple[int, int]
+"""Width and height in pixels, in Pillow's order."""
+
+# Pillow reports damaged data by OSError and SyntaxError, and broken headers by the others too.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError,
+          Image.DecompressionBombError)  # fmt: skip
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Returns the contents of an image file.
+
+    Raises:
+        InputError: The file is missing or cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as e:
+        raise InputError(f"image {path}: no such file; correct the list file or --root/-R") from e
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"image {path}: cannot be read ({getattr(e, 'strerror', None) or e}); "
+            f"correct the list file or the file's permissions"
+        ) from e
+
+
+def damaged(name: str, error: Exception | str) -> InputError:
+    """Returns the error for an image that cannot be decoded."""
+    reason = " ".join(str(error).split())
+    # Where Pillow names the file, it only says that this is not an image.
+    unknown = reason.startswith("cannot identify image file")
+    why = "not an image in a format that Pillow reads" if unknown or not reason else reason
+    return InputError(
+        f"image {name}: cannot be decoded ({why}); replace it or remove it from the list"
+    )
+
+
+def decode(data: bytes, name: str, at_least: Size | None = None) -> numpy.ndarray:
+    """Decodes an image.
+
+    Args:
+        data: The bytes of the file.
+        name: What errors call the image.
+        at_least: A width and height that suffice. A larger JPEG may then come out smaller, by
+            a factor of up to 8, but not smaller than this: its frequencies are decoded only as
+            far as needed, which is several times faster. None: all pixels.
+
+    Returns:
+        uint8 RGB, C-contiguous, (height, width, 3), upright.
+
+    Raises:
+        InputError: Not an image, truncated or otherwise damaged.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+                return _decode_jpeg(data, image, at_least)
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
+    except DAMAGE as e:
+        raise damaged(name, e) from e
+
+
+def read_image(path: str | Path, at_least: Size | None = None) -> numpy.ndarray:
+    """Reads and decodes an image file; see ``decode``.
+
+    Raises:
+        InputError: The file is missing, not an image, truncated or otherwise damaged.
+    """
+    return decode(read_bytes(path), str(path), at_least)
+
+
+def image_size(path: str | Path) -> Size:
+    """Returns the width and height of an image, upright, from the header of its file.
+
+    Raises:
+        InputError: The file is missing or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = _orientation(image) >= 5
+            return image.size[::-1] if turned else image.size
+    except FileNotFoundError as e:
+        raise InputError(f"image {path}: no such file; correct the list file or --root/-R") from e
+    except DAMAGE as e:
+        raise damaged(str(path), e) from e
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format in ("JPEG", "MPO") and "exif" not in image.info:
+        return 1  # most images: nothing to parse
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def _decode_jpeg(data: bytes, image: Image.Image, at_least: Size | None) -> numpy.ndarray:
+    orientation = _orientation(image)
+    width, height = at_least or (0, 0)
+    if orientation >= 5:
+        width, height = height, width
+    if simplejpeg is not None:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_width=width, min_height=height)
+    else:
+        if at_least is not None:
+            image.draft(None, (width, height))
+        pixels = numpy.asarray(image.convert("RGB"))
+    return upright(pixels, orientation)
+
+
+def upright(pixels: numpy.ndarray, orientation: int) -> numpy.ndarray:
+    """Undoes an EXIF orientation (1 to 8; anything else counts as 1), contiguous."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return numpy.ascontiguousarray(pixels)
+
+
+def _rgb(image: Image.Image) -> numpy.ndarray:
+    mode = image.mode
+    if mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is unknown")
+    if mode == "I" or mode.startswith("I;16"):
+        # Pillow's own conversion would clip everything above 255.
+        samples = numpy.asarray(image).astype(numpy.int64)
+        if samples.min() < 0 or samples.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits")
+        grey = ((samples + 128) // 257).astype(numpy.uint8)
+        return numpy.repeat(grey[:, :, None], 3, axis=2)
+    if "transparency" in image.info or mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        rgba = numpy.asarray(image.convert("RGBA")).astype(numpy.uint16)
+        alpha = rgba[:, :, 3:]
+        on_white = (rgba[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255
+        return on_white.astype(numpy.uint8)
+    return numpy.array(image.convert("RGB"))

@@ -1,0 +1,146 @@
+"""Iterators: the same examples in the same order, whoever loads them.
+
+``serial`` loads in the training process, ``thread`` in threads of it, which is best for large
+JPEGs (decoding does not hold the interpreter's lock, and nothing is copied), ``process`` in
+processes, which is best where augmentation in Python takes most of the time. Chainer's
+iterators do the work; examples come back from processes through shared memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from typing import Any
+
+from chainer import iterators
+from errors import InputError
+
+from datasets.preprocessed import BadExample, EpochOrder, PreprocessedImages
+
+ITERATORS = ("serial", "thread", "process")
+
+
+def start_worker_server() -> None:
+    """Starts the server that loader processes are forked from.
+
+    Forking a process that has an MPI communicator or has used a GPU is not safe, so this
+    comes before either, and before threads; calling it again does nothing.
+    """
+    if multiprocessing.get_start_method(allow_none=True) != "forkserver":
+        multiprocessing.set_start_method("forkserver", force=True)
+    # What the server has imported its workers need not import. It sees no sys.path, only the
+    # environment, before Python 3.13.
+    multiprocessing.set_forkserver_preload(["chainer_ooc", "chainer", "datasets.iterators"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        process = multiprocessing.Process()
+        process.start()
+        process.join()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def make_iterator(
+    dataset: PreprocessedImages,
+    batchsize: int,
+    *,
+    iterator: str = "serial",
+    workers: int = 1,
+    repeat: bool = True,
+    seed: tuple[int, ...] = (0,),
+) -> Any:
+    """Returns a Chainer iterator.
+
+    Order and augmentation depend on the seeds, the epoch and the index alone, not on the kind
+    of the iterator nor on the number of workers.
+
+    Args:
+        dataset: The examples.
+        batchsize: Examples per batch.
+        iterator: One of ``ITERATORS``; ``process`` under MPI needs ``start_worker_server`` first.
+        workers: Number of threads or processes.
+        repeat: Whether it goes on for ever, shuffled anew for each epoch; else once, in order.
+        seed: Seeds of the order, e.g. (seed, rank).
+
+    Raises:
+        InputError: There is no such kind, or no worker.
+    """
+    if iterator not in ITERATORS:
+        raise InputError(f"iterator {iterator!r}: allowed are {', '.join(ITERATORS)}")
+    if iterator != "serial" and workers < 1:
+        raise InputError(f"loaderjob {workers}: iterator {iterator} needs 1 or more")
+    options: dict[str, Any] = {"repeat": repeat}
+    if repeat:
+        options["order_sampler"] = EpochOrder(len(dataset), seed)
+    else:
+        options["shuffle"] = False
+    if iterator == "serial" or not len(dataset):
+        return iterators.SerialIterator(dataset, batchsize, **options)
+    if iterator == "thread":
+        return iterators.MultithreadIterator(dataset, batchsize, n_threads=workers, **options)
+    return ProcessIterator(dataset, batchsize, n_processes=workers, **options)
+
+
+class ProcessIterator(iterators.MultiprocessIterator):
+    """Chainer's iterator of worker processes, which does not wait for dead ones.
+
+    Chainer's waits for ever for an example whose worker was killed, by the system when
+    memory ran out for instance. This one then returns a batch of one ``BadExample``.
+    """
+
+    def __init__(self, dataset: PreprocessedImages, batch_size: int, **options: Any) -> None:
+        if "mpi4py.MPI" in sys.modules and multiprocessing.get_start_method() == "fork":
+            raise InputError(
+                "iterator process: worker processes cannot be forked once there is an MPI "
+                "communicator; call start_worker_server() before, or use iterator thread"
+            )
+        # A slow storage is not a fault, and a dead worker is noticed otherwise.
+        super().__init__(dataset, batch_size, dataset_timeout=None, **options)
+
+    def _initialize_loop(self) -> None:
+        if self.shared_mem is None:
+            # Otherwise the first batch would be loaded here, one example after the other.
+            self.shared_mem = self._example_bytes()
+        super()._initialize_loop()
+        self._workers: list[Any] | None = None
+
+    def _example_bytes(self) -> int | None:
+        example = self.dataset[0]
+        if isinstance(example, BadExample):
+            return None
+        return sum(array.nbytes for array in example)
+
+    def __next__(self) -> list[Any]:
+        """Returns the next batch."""
+        loop = self._prefetch_loop
+        if loop.thread is None and not loop.measure_required():
+            loop.launch_thread()
+        if loop.thread is not None and not self._wait(loop):
+            self._workers = []
+            return [BadExample(
+                "a loader process was killed, perhaps because memory ran out; use fewer of them "
+                "(--loaderjob/-j), or threads"
+            )]  # fmt: skip
+        return super().__next__()
+
+    next = __next__
+
+    def _wait(self, loop: Any) -> bool:
+        """Waits for a batch; returns False if a worker died."""
+        if self._workers is None:
+            self._workers = list(loop._pool._pool)
+        communicator = self._comm
+        while self._workers:
+            with communicator._lock:
+                if communicator._batch_queue or communicator._not_empty_cond.wait(0.2):
+                    return True
+            # The pool replaces a process that ended by a new one; the example is lost.
+            if any(worker not in loop._pool._pool for worker in self._workers):
+                loop._pool.terminate()
+                return False
+        return False
