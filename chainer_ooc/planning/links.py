@@ -1,0 +1,112 @@
+"""Copies under way on the links of a simulated system."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from chainer_ooc.planning.system import Tier
+
+__all__ = ["Copy", "Link"]
+
+
+class Copy:
+    """One copy that waits, is under way, or has ended.
+
+    Attributes:
+        storage: What is copied (index).
+        inward: Whether it comes in.
+        left: Bytes that remain, with the latency expressed as bytes.
+        start: When its bytes began to move (seconds), -1 while it waits.
+        end: When it ended (seconds), -1 before.
+        link: Where.
+    """
+
+    __slots__ = ("end", "inward", "left", "link", "start", "storage")
+
+    def __init__(self, link: Link, storage: int, inward: bool, left: float) -> None:
+        self.link = link
+        self.storage = storage
+        self.inward = inward
+        self.left = left
+        self.start = self.end = -1.0
+
+
+class Link:
+    """The copies between memory and one tier: first come, first served in each queue.
+
+    Where both directions are busy and share bandwidth, each gets the share that it has alone.
+
+    Args:
+        tier: Its bandwidths.
+    """
+
+    def __init__(self, tier: Tier) -> None:
+        self.tier = tier
+        self.now = 0.0
+        outward: deque[Copy] = deque()
+        self._queues = (outward, outward if tier.one_queue else deque())
+        self._rates = (tier.out_bandwidth, tier.in_bandwidth)
+        together = tier.out_bandwidth + tier.in_bandwidth
+        both = tier.both_bandwidth
+        self._share = 1.0 if both is None else min(1.0, both / together)
+        self._latency_bytes = tuple(tier.latency * rate for rate in self._rates)
+
+    def begin(self, storage: int, nbytes: int, inward: bool, now: float) -> Copy:
+        """Put a copy into its queue."""
+        self.advance(now)
+        copy = Copy(self, storage, inward, nbytes + self._latency_bytes[inward])
+        self._queues[inward].append(copy)
+        return copy
+
+    def cancel(self, copy: Copy) -> bool:
+        """Take a copy that has not started out of its queue. Returns whether that was possible."""
+        if copy.start >= 0:
+            return False
+        self._queues[copy.inward].remove(copy)
+        return True
+
+    def advance(self, until: float) -> None:
+        """Let time pass up to ``until`` (seconds)."""
+        while self.now < until and self._pass(until):
+            pass
+        self.now = max(self.now, until)
+
+    def wait(self, copy: Copy) -> float:
+        """Let time pass until ``copy`` has ended; return when that was (seconds)."""
+        while copy.end < 0:
+            self._pass(float("inf"))
+        return copy.end
+
+    @property
+    def busy(self) -> bool:
+        """Whether a copy is under way."""
+        return bool(self._queues[0] or self._queues[1])
+
+    def _pass(self, until: float) -> bool:
+        """Let time pass until a copy ends, at most up to ``until``. Returns whether one has ended."""
+        out, back = self._queues
+        heads = []
+        if out:
+            heads.append(out[0])
+        if back and back is not out:
+            heads.append(back[0])
+        if not heads:
+            return False
+        share = self._share if len(heads) == 2 else 1.0
+        first, seconds = heads[0], float("inf")
+        for copy in heads:
+            if copy.start < 0:
+                copy.start = self.now
+            needed = copy.left / (self._rates[copy.inward] * share)
+            if needed < seconds:
+                first, seconds = copy, needed
+        ends = self.now + seconds <= until
+        if not ends:
+            seconds = until - self.now
+        for copy in heads:
+            copy.left -= self._rates[copy.inward] * share * seconds
+        self.now += seconds
+        if ends:
+            first.end = self.now
+            self._queues[first.inward].popleft()
+        return ends

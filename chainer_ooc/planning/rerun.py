@@ -1,0 +1,62 @@
+"""Which functions are run again to have storages back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from chainer_ooc.planning.profile import Profile, Rerun
+
+__all__ = ["can_be_made_again", "chain"]
+
+
+def chain(
+    profile: Profile, wanted: Iterable[int], is_there: Callable[[int], bool]
+) -> tuple[list[tuple[int, Rerun]], list[int]]:
+    """Return what must run again to make some storages.
+
+    Args:
+        profile: The iteration.
+        wanted: The storages (indexes), none of which is there.
+        is_there: Tells whether a storage can be had without a re-run.
+
+    Returns:
+        The forward steps with their re-runs, in order, and the storages that they need which are there.
+
+    Raises:
+        ValueError: If something must not be run again.
+    """
+    found: dict[int, Rerun] = {}
+    reads: dict[int, None] = {}
+    todo = list(wanted)
+    while todo:
+        i = todo.pop()
+        number = profile.makers.get(i, -1)
+        rerun = profile.steps[number].rerun if number >= 0 else None
+        if rerun is None:
+            storage = profile.storages[i]
+            raise ValueError(f"storage {i} ({storage.label}) cannot be made again: it has no re-run")
+        if number in found:
+            continue
+        found[number] = rerun
+        for read in rerun.reads:
+            if is_there(read):
+                reads[read] = None
+            else:
+                todo.append(read)
+    return sorted(found.items()), list(reads)
+
+
+def can_be_made_again(profile: Profile) -> tuple[int, ...]:
+    """Return the saved storages (indexes) that can be made from saved storages and leaves."""
+    makeable: dict[int, bool] = {}
+    result = []
+    for i in range(len(profile.storages)):
+        number = profile.makers.get(i, -1)
+        rerun = profile.steps[number].rerun if number >= 0 else None
+        # A re-run reads only what was made before, so that the answers are there.
+        makeable[i] = rerun is not None and all(
+            bool(profile.storages[read].uses) or makeable.get(read, False) for read in rerun.reads
+        )
+        if makeable[i] and profile.storages[i].uses:
+            result.append(i)
+    return tuple(result)
