@@ -71,11 +71,13 @@ TARGETS = {
         "SwapManager.fetch",
         "SwapManager.finish",
         "SwapManager.expect",
-        "SwapManager._push_out",
-        "SwapManager._release_unless_held",
+        "SwapManager.prefetch",
+        "SwapManager.move_all_out",
         "SwapManager._begin_in",
         "SwapManager.bury",
     ),
+    "chainer_ooc/swap/reclaimer.py": ("Reclaimer.*",),
+    "chainer_ooc/swap/use_order.py": ("Forward.*", "UseOrder.*"),
     "chainer_ooc/swap/mover.py": ("Mover.*",),
     "chainer_ooc/swap/storage.py": ("Storage.move_to", "Storage.held", "Saved.*"),
     "chainer_ooc/swap/devices/ram.py": (
@@ -90,11 +92,10 @@ TARGETS = {
 #: Generic mutants that the tests cannot find: a part of their name, and why.
 KNOWN = {
     "self.counters.hits": "a figure for reports",
-    "self.counters.stall": "a figure for reports",
     "counters.storages_": "a figure for reports",
     "time.perf_counter()": "a figure for reports",
     "assert ": "it guards against errors of the callers",
-    "__repr__": "text for people",
+    "stalled": "a figure for reports",
     "_join_arrival: leave out 'storage.transfer = None'": "a transfer that has ended changes nothing",
     "'if record is None and plenty:'": "what follows does nothing then, more slowly",
     "_is_dense: turn around": "the other branch gives the same, more slowly",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import ROOT
-from tests.mutants.run import PLANTED, generic, planted
+from tests.mutants.run import KNOWN, PLANTED, generic, planted
 
 SCRIPT = ROOT / "tests" / "mutants" / "run.py"
 
@@ -18,9 +18,12 @@ def test_each_planted_mutant_changes_what_it_names():
 
 
 def test_generic_mutants_are_many_and_differ():
-    sources = [mutant.source for mutant in generic()]
-    assert len(sources) > 200
+    mutants = list(generic())
+    sources = [mutant.source for mutant in mutants]
+    assert len(sources) > 500
     assert len(set(sources)) > 0.95 * len(sources)
+    for part in KNOWN:
+        assert any(part in mutant.name for mutant in mutants), f"{part!r} is no mutant any more"
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from chainer_ooc.swap import reclaimer
 from chainer_ooc.swap.storage import State
 from tests.swap.test_manager import MIB, machine, save, states
 
@@ -13,6 +16,22 @@ def test_no_more_is_copied_than_must_go(machine):
     assert machine.manager.make_room(20 * MIB)
     gone = states(save_and_hold).count(State.OUT)
     assert machine.manager.counters.bytes_out == gone * MIB
+
+
+@pytest.mark.parametrize("move", ["make_room", "move_all_out"])
+def test_no_more_is_on_its_way_than_may_be(machine, monkeypatch, move):
+    monkeypatch.setattr(reclaimer, "IN_FLIGHT", 4 * MIB)
+    begin, most = machine.copy_out, []
+
+    def copy_out(*arguments):
+        most.append(machine.manager._mover.nbytes[State.GOING_OUT])
+        return begin(*arguments)
+
+    monkeypatch.setattr(machine, "copy_out", copy_out)
+    saved = save(machine, 60)
+    machine.manager.make_room(40 * MIB) if move == "make_room" else machine.manager.move_all_out()
+    assert states(saved).count(State.OUT) >= 37
+    assert 3 * MIB <= max(most) <= 4 * MIB
 
 
 def test_dropping_gives_the_space_back_without_waiting_for_anything(machine):
