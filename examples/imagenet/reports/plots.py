@@ -114,9 +114,11 @@ def _memory(figure: Any, history: History, limit: int | None, in_core_peak: int 
             held.plot(x, [value / MIB] * 2, style, label=f"{label} ({value / MIB:,.0f} MiB)")
     held.set_ylabel("MiB of a rank")
     held.set_ylim(bottom=0)
-    moved.plot(iterations, [n / GIB for n in history.column("swapped_bytes")])
-    moved.set_ylabel("GiB moved")
-    moved.set_ylim(bottom=0)
+    swapped = history.column("swapped_bytes")
+    unit, name = (GIB, "GiB") if max(swapped) >= GIB else (MIB, "MiB")
+    moved.plot(iterations, [n / unit for n in swapped])
+    moved.set_ylabel(f"{name} moved")
+    moved.set_ylim(0, 1.1 * max(swapped) / unit or 1)
 
 
 def _time(figure: Any, history: History) -> None:

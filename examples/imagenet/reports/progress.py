@@ -19,7 +19,8 @@ from reports.units import gibibytes
 LONGEST_SILENCE = 60.0
 """Most seconds between two lines where there is no terminal."""
 
-_BAR_WIDTH = 8
+_BAR_WIDTH = 4
+"""The least of the bar that is left when there are many figures."""
 _SEPARATOR = "  "
 
 
@@ -39,23 +40,27 @@ class _Bar:
             initial=n,
             unit="it",
             mininterval=0.5,
-            ncols=terminal.columns(),
+            ncols=_bar_columns(),
             nrows=24,
             bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
         )
 
     def show(self, n: int, figures: Sequence[str]) -> None:
         bar = self._bar
-        bar.ncols = (terminal.columns() or terminal.WIDTH) - 1
-        times = len("0:00:00<0:00:00")
-        room = bar.ncols - 2 * len(str(bar.total)) - 3 - times - _BAR_WIDTH - len(_SEPARATOR)
-        # tqdm puts a comma before what it is given.
-        bar.postfix = _SEPARATOR + fit(figures, room)
+        bar.ncols = _bar_columns()
+        times = 2 * len(tqdm.format_interval(bar.format_dict["elapsed"])) + 1
+        taken = [f"{n}/{bar.total} ", " " * _BAR_WIDTH, " ", " " * times, ", "]
+        bar.postfix = fit(figures, bar.ncols - sum(map(len, taken)))
         bar.update(n - bar.n)
 
     def close(self) -> None:
         self._bar.refresh()
         self._bar.close()
+
+
+def _bar_columns() -> int:
+    # In the last column the cursor of some terminals goes to the next line.
+    return (terminal.columns() or terminal.WIDTH + 1) - 1
 
 
 class _Lines:

@@ -53,13 +53,17 @@ class Table(training.Extension):
         sys.stdout.flush()
 
     def _lines(self, entry: dict[str, Any], width: int | None) -> list[str]:
-        for names in (tuple(COLUMNS), tuple(COLUMNS.values())):
-            heading = "  ".join(name.ljust(_width(name)) for name in names).rstrip()
-            if width is None or len(heading) < width:
-                cells = zip(names, (_text(entry.get(key)) for key in COLUMNS), strict=True)
-                row = "  ".join(text.ljust(_width(name)) for name, text in cells).rstrip()
-                new, self._heading = heading != self._heading, heading
-                return [heading, row] if new else [row]
+        short = tuple(COLUMNS.values())
+        for names, least, gap, digits in ((tuple(COLUMNS), 7, 2, 4), (short, 6, 1, 3)):
+            widths = [max(len(name), least) for name in names]
+            if width is not None and sum(widths) + gap * (len(names) - 1) >= width:
+                continue
+            texts = [_text(entry.get(key), digits) for key in COLUMNS]
+            heading, row = (
+                (" " * gap).join(map(str.ljust, cells, widths)).rstrip() for cells in (names, texts)
+            )
+            new, self._heading = heading != self._heading, heading
+            return [heading, row] if new else [row]
         words = [f"{short} {_text(entry[key])}" for key, short in COLUMNS.items() if key in entry]
         glued = ", ".join(word.replace(" ", "\xa0") for word in words)
         wrapped = textwrap.wrap(glued, max(20, width - 1), subsequent_indent="  ")
@@ -70,14 +74,10 @@ class Table(training.Extension):
         self._printed = int(serializer("printed", self._printed))
 
 
-def _width(name: str) -> int:
-    return max(len(name), 7)
-
-
-def _text(value: Any) -> str:
+def _text(value: Any, digits: int = 4) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 def print_report() -> Table:

@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 
+import psutil
+
 WIDTH = 79
 """Columns to use where the output is not a terminal."""
+
+_LAUNCHERS = ("mpiexec", "mpiexec.hydra", "mpirun", "orterun", "prterun", "srun")
 
 
 def columns() -> int | None:
     """Returns the width of the terminal that shows standard output, None if there is none.
 
-    Under mpiexec standard output is a pipe whose other end may be a terminal: then it is the
-    terminal that controls this process. Batch jobs and services have none.
+    Under mpiexec standard output is a pipe to the launcher: then it is the launcher's output that
+    counts.
     """
-    for width in (_width_of_stdout(), _width_of_controlling_terminal()):
-        if width is not None:
-            return width
-    return None
-
-
-def _width_of_stdout() -> int | None:
-    try:
+    with contextlib.suppress(OSError, ValueError):
         # Some pseudo terminals say 0.
         return os.get_terminal_size(sys.stdout.fileno()).columns or WIDTH
-    except (OSError, ValueError):
-        return None
-
-
-def _width_of_controlling_terminal() -> int | None:
-    launched = any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK"))
-    if not launched or os.environ.get("TERM", "dumb") == "dumb":
+    path = _output_of_launcher()
+    if path is None:
         return None
     with contextlib.suppress(OSError):
-        fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+        fd = os.open(path, os.O_RDONLY | os.O_NOCTTY)
         try:
             return os.get_terminal_size(fd).columns or WIDTH
         finally:
             os.close(fd)
+    return None
+
+
+@functools.cache
+def _output_of_launcher() -> str | None:
+    """Returns the file that the launcher of this process writes to, None without a launcher."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for process in psutil.Process().parents():
+            if process.name() in _LAUNCHERS:
+                return os.readlink(f"/proc/{process.pid}/fd/1")
     return None
