@@ -61,10 +61,10 @@ class AdoptedArrays:
     def allocate(self, nbytes: int, phase: int) -> tuple[np.ndarray, int]:
         """Return new memory, at the same place in a page as before: NumPy's rounding depends on it."""
         machine = self._machine
-        machine._fail_if_told("malloc", OutOfMemoryError)
+        machine.fail_if_told("malloc", OutOfMemoryError)
         pool = machine.get_default_memory_pool()
-        if pool.limit and self._nbytes + nbytes > pool.limit:
-            raise OutOfMemoryError(f"{nbytes} bytes, {self._nbytes} in use, limit {pool.limit}")
+        if (limit := pool.get_limit()) and self._nbytes + nbytes > limit:
+            raise OutOfMemoryError(f"{nbytes} bytes, {self._nbytes} in use, limit {limit}")
         owner = np.empty(nbytes + _PAGE, np.uint8)
         owner.fill(POISON)
         self._adopt(owner, _address(owner), owner.nbytes)
@@ -100,8 +100,7 @@ class AdoptedArrays:
     def _note(self, name: str, is_write: bool, address: int, nbytes: int) -> None:
         machine = self._machine
         spans = [(address, nbytes)]
-        stream = machine.get_current_stream()
-        machine.kernel(name, [] if is_write else spans, spans if is_write else [], stream=stream)
+        machine.kernel(name, [] if is_write else spans, spans if is_write else [])
 
     def _is_adopted(self, address: int) -> bool:
         with self._machine.lock:

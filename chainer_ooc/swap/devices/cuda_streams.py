@@ -7,7 +7,13 @@ Runtime API, "Stream Management" and "Event Management"; CuPy's ``cupy/cuda/memo
   computing streams have been given until then; a copy in begins after the allocation of its memory on
   the stream that it was allocated on, because what that memory held before may still be in use there.
 * CuPy's pool hands a freed block out again at once, on the stream it was allocated on. So memory that a
-  copy reads or writes is held until the copy's event is done, or until those streams wait for it.
+  copy reads or writes is held until the copy's event is done, or until those streams wait for it. A stream
+  that is seen for the first time waits for all copies begun so far: it may own blocks of before.
+* The legacy default stream is named 0 on each GPU: waiting and recording must be done with this GPU the
+  current one.
+* The per-thread default stream (``CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1``) is named 2 in each thread, and
+  is another in each: only its own thread can put it in order. Where several threads compute on such
+  streams, the host waits instead.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import sys
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +29,7 @@ __all__ = ["CopyStreams"]
 
 #: Computing streams that nobody else refers to are forgotten when there are more than this.
 _MOST_STREAMS = 8
+_PER_THREAD = 2  # cudaStreamPerThread
 
 
 class CopyStreams:
@@ -37,6 +45,9 @@ class CopyStreams:
         self._cuda = cupy.cuda
         self._runtime = cupy.cuda.runtime
         self._compute: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._threads = 0  # that compute on default streams of their own
         with self.on_device():
             self._out = self._cuda.Stream(non_blocking=True)
             self._back = self._cuda.Stream(non_blocking=True)
@@ -53,14 +64,23 @@ class CopyStreams:
         """Count the calling thread's current stream among the computing ones, and return it."""
         stream = self._cuda.get_current_stream()
         if stream.ptr not in self._compute:
-            if len(self._compute) >= _MOST_STREAMS:
-                self._forget_idle()
-            self._compute = {**self._compute, stream.ptr: stream}
+            with self._lock:
+                if len(self._compute) >= _MOST_STREAMS:
+                    self._forget_idle()
+                self._compute = {**self._compute, stream.ptr: stream}
+            self._wait_for_copies(stream)
+        if stream.ptr == _PER_THREAD and not hasattr(self._local, "noted"):
+            self._local.noted = True
+            with self._lock:
+                self._threads += 1
+            self._wait_for_copies(stream)
         return stream
 
     def computed(self) -> list[Any]:
         """Return events of all that the computing streams have been given until now."""
         self.note_current()
+        if self._threads > 1:
+            self._runtime.deviceSynchronize()
         return [self._record(stream) for stream in self._compute.values()]
 
     def allocated(self) -> list[Any]:
@@ -96,15 +116,18 @@ class CopyStreams:
 
         All of them wait, since the memory that is given up after this was allocated on one of them.
         """
-        self.note_current()
-        for stream in self._compute.values():
-            stream.wait_event(event)
+        with self.on_device():
+            self.note_current()
+            if self._threads > 1:
+                event.synchronize()
+            for stream in self._compute.values():
+                stream.wait_event(event)
 
     def order_computing(self) -> None:
         """Make what the computing streams are given from now on happen after what any of them was given."""
         with self.on_device():
             self.note_current()
-            if len(self._compute) > 1:
+            if len(self._compute) + self._threads > 1:
                 for event in self.computed():
                     self.let_compute_wait(event)
 
@@ -125,6 +148,11 @@ class CopyStreams:
                 errno.EIO, f"the copy of {nbytes} bytes cannot be begun: {error}"
             ) from error
         return self._record(stream)
+
+    def _wait_for_copies(self, stream: Any) -> None:
+        for copies in (self._out, self._back):
+            if not copies.done:
+                stream.wait_event(self._record(copies))
 
     def _record(self, stream: Any) -> Any:
         return stream.record(self._cuda.Event(disable_timing=True))

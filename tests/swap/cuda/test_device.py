@@ -94,7 +94,7 @@ def test_streams_that_are_gone_are_forgotten(rig):
     with busy:
         rig.array(0.0)
         rig.device.note_allocation()
-    rig.cupy._eagerness = 0
+    rig.cupy.eagerness = 0
     with busy:
         rig.array(0.0)
     del busy
@@ -116,7 +116,7 @@ def test_a_copy_in_waits_for_the_copy_out_of_the_same_bytes(rig):
 @pytest.mark.parametrize("way", ["out", "in"])
 def test_the_memory_is_held_until_the_copy_has_ended(make_rig, host_limit, way):
     rig = make_rig(host_limit=host_limit)
-    rig.cupy._eagerness = 0
+    rig.cupy.eagerness = 0
     owner = rig.owner(4.0)
     transfer = rig.device.copy_out(owner, 0, MIB)
     if way == "in":
@@ -125,12 +125,12 @@ def test_the_memory_is_held_until_the_copy_has_ended(make_rig, host_limit, way):
     del owner
     gc.collect()
     if host_limit:
-        assert rig.pool.used == MIB  # nobody waited: it cannot have ended
+        assert rig.pool.used_bytes() == MIB  # nobody waited: it cannot have ended
         assert not transfer.done()
         rig.cupy.synchronize()
     while not transfer.done():
         pass
-    assert rig.pool.used == 0
+    assert rig.pool.used_bytes() == 0
 
 
 @pytest.mark.parametrize("host_limit", [0, 16 * MIB])
@@ -141,7 +141,7 @@ def test_the_memory_is_let_go_when_the_copy_is_waited_for(make_rig, host_limit, 
     transfer = rig.device.copy_out(owner, 0, MIB)
     del owner
     getattr(transfer, ended_by)()
-    assert rig.pool.used == 0
+    assert rig.pool.used_bytes() == 0
     rig.array(1.0)
 
 
@@ -159,7 +159,7 @@ def _bytes(copy):
 
 def test_a_block_is_not_used_again_while_a_copy_reads_it(make_rig):
     rig = make_rig(host_limit=3 * MIB)  # of which 2 MiB can be handed out
-    rig.cupy._eagerness = 0
+    rig.cupy.eagerness = 0
     first = rig.device.copy_out(rig.owner(1.0), 0, MIB)
     first.join()
     owner, _, back = rig.device.copy_in(first.copy, MIB, 0)
@@ -175,7 +175,7 @@ def test_a_block_is_not_used_again_while_a_copy_reads_it(make_rig):
 
 def test_a_block_is_not_used_again_while_a_copy_writes_it(make_rig):
     rig = make_rig(host_limit=3 * MIB)
-    rig.cupy._eagerness = 0
+    rig.cupy.eagerness = 0
     first = rig.device.copy_out(rig.owner(1.0), 0, MIB)
     first.copy.free()
     assert rig.device.host.slab.allocated == MIB
@@ -314,7 +314,7 @@ def test_what_it_says_of_its_memory(make_rig, monkeypatch):
 
 def test_closing_waits_for_the_copies(make_rig):
     rig = make_rig()
-    rig.cupy._eagerness = 0
+    rig.cupy.eagerness = 0
     transfer = rig.device.copy_out(rig.owner(1.0), 0, MIB)
     rig.device.close()
     assert not rig.cupy.pinned
