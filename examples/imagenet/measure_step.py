@@ -18,12 +18,13 @@ import chainer  # noqa: E402
 import devices  # noqa: E402
 import models  # noqa: E402
 import numpy  # noqa: E402
+import optimizers  # noqa: E402
 import run  # noqa: E402, F401  what the trainer loads counts in its peak, too
+from config import Config  # noqa: E402
+from training import to_arrays  # noqa: E402
 
 
-def measure(
-    arch: str, insize: int, n_classes: int, batchsize: int, gpu: int, with_mpi: bool
-) -> int:
+def measure(config: Config, gpu: int, with_mpi: bool) -> int:
     """Returns the peak of this process in bytes after two steps of training.
 
     The first step allocates the optimizer's state; the second one is like all that follow. MPI
@@ -33,17 +34,20 @@ def measure(
         import mpi4py.MPI  # noqa: F401
     device = chainer.get_device("@numpy" if gpu < 0 else f"@cupy:{gpu}")
     device.use()
-    model = models.create(arch, insize, n_classes)
+    if config.dtype == "mixed16":
+        chainer.global_config.dtype = chainer.mixed16
+    model = models.create(config.arch, config.insize, config.n_classes)
     model.to_device(device)
-    optimizer = chainer.optimizers.MomentumSGD()
-    optimizer.setup(model)
+    optimizer, _ = optimizers.create(config, 1, model)
     rng = numpy.random.default_rng(0)
     for _ in range(2):
-        x = rng.random((batchsize, 3, insize, insize), dtype=numpy.float32) - 0.5
-        t = rng.integers(n_classes, size=batchsize, dtype=numpy.int32)
-        optimizer.update(model, device.send(x), device.send(t))
+        x = rng.random((config.batchsize, 3, config.insize, config.insize), numpy.float32) - 0.5
+        t = rng.integers(config.n_classes, size=config.batchsize, dtype=numpy.int32)
+        optimizer.update(model, *to_arrays(list(zip(x, t, strict=True)), device))
     return devices.peak_bytes(gpu >= 0)
 
 
 if __name__ == "__main__":
-    print(json.dumps({"peak_bytes": measure(**json.loads(sys.argv[1]))}))
+    request = json.loads(sys.argv[1])
+    config = Config(**request.pop("config"))
+    print(json.dumps({"peak_bytes": measure(config, **request)}))

@@ -16,6 +16,7 @@ from errors import InputError
 from world import World
 
 import chainer_ooc
+from chainer_ooc.settings import parse_bytes
 
 DIGITS_FRACTION = 0.6
 """Limit for the bundled digits as a fraction of a measured in-core step's peak."""
@@ -32,10 +33,7 @@ class Figures:
 def measure_in_core_peak(config: Config, gpu: int, with_mpi: bool) -> int:
     """Returns the peak memory in bytes of an in-core step of this run, in a process of its own."""
     request = {
-        "arch": config.arch,
-        "insize": config.insize,
-        "n_classes": config.n_classes,
-        "batchsize": config.batchsize,
+        "config": config.model_dump(mode="json", exclude_none=True),
         "gpu": gpu,
         "with_mpi": with_mpi,
     }
@@ -72,6 +70,13 @@ def enable(config: Config, world: World, gpu: int) -> int | None:
         return None
     options: dict[str, Any] = {}
     peak: int | None = None
+    if config.ooc_host_limit is not None:
+        with world.together():
+            try:
+                total = parse_bytes("--ooc-host-limit", config.ooc_host_limit)
+            except ValueError as e:
+                raise InputError(str(e)) from e
+        options["host_limit"] = total // world.intra_size
     if config.ooc_limit is not None:
         options["limit"] = config.ooc_limit
     elif config.digits and "CHAINER_OOC_LIMIT" not in os.environ:

@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import chainer
+import data
 import devices
 import models
 import numpy
+import optimizers
 import out_of_core
+import provenance
 import reports
-from chainer import iterators, training
-from chainer.training import extensions
+from chainer import training
 from config import Config
-from datasets import digits
-from datasets.labeled import LabeledImages, Pair, read_list
-from datasets.preprocessed import EpochOrder, PreprocessedImages
+from data import Data
 from errors import InputError
+from evaluation import AverageStatistics, Evaluator
 from reports import megabytes
-from snapshots import RankState, Snapshots, load_npz
-from tqdm import tqdm
-from training import At, Evaluator, Stop, Updater
-from transforms import CropAndNormalize, load_mean
+from snapshots import RankState, Snapshots, find_snapshots, load_npz
+from training import At, Stop, Updater
 from world import World
 
 
@@ -63,16 +62,17 @@ class Run:
             self._make_out()
         self.device.use()
         chainer.set_debug(config.debug)
+        if config.dtype == "mixed16":
+            chainer.global_config.dtype = chainer.mixed16
+        chainer.global_config.label_smoothing = config.label_smoothing
         random.seed(config.seed * 65536 + world.rank)
         numpy.random.seed([config.seed, world.rank])
-        train, val, n_train = self._datasets()
+        images = data.load(config, world, self.say)
         model = self._model()
         in_core_peak = self._enable_out_of_core()
-        trainer = self._trainer(train, val, n_train, model)
-        if config.resume:
-            with world.together():
-                self.snapshots.load(trainer, config.resume)
-            self.say(f"resumed from {config.resume} at iteration {trainer.updater.iteration}")
+        trainer = self._trainer(images, model)
+        self._resume(trainer)
+        self._save_provenance()
         self.stop.listen()
         trainer.run(show_loop_exception_msg=False)
         return self._finish(trainer, model, in_core_peak)
@@ -85,72 +85,10 @@ class Run:
                 f"--out {self.config.out}: cannot make this folder ({e.strerror}); choose another"
             ) from e
 
-    # -- data ------------------------------------------------------------------------------------
-
-    def _paths(self) -> tuple[Path, Path, Path, Path]:
-        """Returns train list, val list, mean and root; writes the digits when needed (rank 0)."""
-        config = self.config
-        if not config.digits:
-            return *config.lists, config.mean, config.root
-        size = digits.image_size(config.insize)
-        folder = config.out / "data" / f"digits-{size}"
-        with self.world.together():
-            if self.world.rank == 0:
-                folder.parent.mkdir(exist_ok=True)
-                digits.write_digits(folder, size, tqdm)
-        return folder / "train.txt", folder / "val.txt", folder / "mean.npy", folder
-
-    def _datasets(self) -> tuple[PreprocessedImages, PreprocessedImages, int]:
-        """Returns this rank's training and validation images, and how many all ranks train on."""
-        config, world = self.config, self.world
-        train_path, val_path, mean_path, root = self._paths()
-        lists: list[Any] = [None, None]
-        with world.together():
-            mean = load_mean(mean_path, config.insize)
-            transform = CropAndNormalize(mean, config.insize)
-            if world.rank == 0:
-                for i, path in enumerate((train_path, val_path)):
-                    pairs = read_list(path, config.n_classes)
-                    # The most common mistakes (root, sizes, mean) show at the first image.
-                    PreprocessedImages(LabeledImages(pairs[:1], root), transform, None).get(0)
-                    lists[i] = pairs
-        n_train, n_val = world.broadcast([len(x) if x else 0 for x in lists])
-        self.say(f"data: {n_train} training and {n_val} validation images of {train_path} and "
-                 f"{val_path}" + (" (handwritten digits)" if config.digits else ""))  # fmt: skip
-        train_pairs = self._scatter(lists[0], shuffle=True)
-        val_pairs = self._scatter(lists[1], shuffle=False)
-        train = PreprocessedImages(
-            LabeledImages(train_pairs, root), transform, (config.seed, world.rank, 1)
-        )
-        return train, PreprocessedImages(LabeledImages(val_pairs, root), transform, None), n_train
-
-    def _scatter(self, pairs: list[Pair] | None, shuffle: bool) -> Any:
-        if self.world.comm is None:
-            return pairs
-        import chainermn
-
-        # Training shards have one length, so that epochs end together; validation counts each
-        # image once.
-        return chainermn.scatter_dataset(
-            pairs,
-            self.world.comm,
-            shuffle=shuffle,
-            seed=self.config.seed,
-            force_equal_length=shuffle,
-        )
-
-    def _iterator(self, dataset: PreprocessedImages, batchsize: int, repeat: bool) -> Any:
-        options: dict[str, Any] = {"repeat": repeat}
-        if repeat:
-            seed = (self.config.seed, self.world.rank, 0)
-            options["order_sampler"] = EpochOrder(len(dataset), seed)
-        else:
-            options["shuffle"] = False
-        if self.config.loaderjob and len(dataset):
-            return iterators.MultiprocessIterator(
-                dataset, batchsize, n_processes=self.config.loaderjob, **options
-            )
-        return iterators.SerialIterator(dataset, batchsize, **options)
+    def _save_provenance(self) -> None:
+        if self.world.rank == 0:
+            self.environment = provenance.environment(self.world, self.gpu)
+            provenance.save(self.config, self.environment, self.config.out)
 
     # -- model and trainer -----------------------------------------------------------------------
 
@@ -186,63 +124,110 @@ class Run:
                 )
         return peak
 
-    def _trainer(
-        self,
-        train: PreprocessedImages,
-        val: PreprocessedImages,
-        n_train: int,
-        model: chainer.Chain,
-    ) -> training.Trainer:
-        config, world = self.config, self.world
-        train_iter = self._iterator(train, config.batchsize, repeat=True)
-        val_iter = self._iterator(val, config.val_batchsize, repeat=False)
-        optimizer = chainer.optimizers.MomentumSGD(lr=0.01, momentum=0.9)
-        if world.comm is not None:
-            import chainermn
+    def _multi_node(self, optimizer: Any, model: chainer.Chain) -> Any:
+        """Returns the optimizer that averages gradients over the ranks."""
+        double_buffering = self.config.double_buffering
+        if self.world.comm is None:
+            if double_buffering:
+                raise InputError("--double-buffering: only with several ranks; use mpiexec")
+            return optimizer
+        import chainermn
 
-            optimizer = chainermn.create_multi_node_optimizer(optimizer, world.comm)
-        optimizer.setup(model)
-        if world.comm is not None:
+        try:
+            multi = chainermn.create_multi_node_optimizer(
+                optimizer, self.world.comm, double_buffering=double_buffering
+            )
+        except ValueError as e:
+            raise InputError(
+                "--double-buffering: only pure_nccl can do it; it needs GPUs and NCCL"
+            ) from e
+        if not double_buffering:
             # The parameters are equal already. Otherwise the first update, also after --resume,
             # would be a broadcast instead of an update.
-            optimizer.is_changed(model)
+            multi.is_changed(model)
+        return multi
 
-        meta = {
-            "arch": config.arch,
-            "ranks": world.size,
-            "training images": n_train,
-            "classes": config.n_classes,
-        }
+    def _trainer(self, images: Data, model: chainer.Chain) -> training.Trainer:
+        config, world = self.config, self.world
+        train_iter = data.iterator(config, world, images.train, repeat=True)
+        val_iter = data.iterator(config, world, images.val, repeat=False)
+        optimizer, control = optimizers.create(config, world.size, model)
         self.snapshots = Snapshots(
-            world, config.out, RankState(train_iter, model), meta, config.seed, self.gpu
+            world,
+            config.out,
+            RankState(train_iter, model),
+            self._meta(images),
+            config.seed,
+            self.gpu,
+            keep=1 if config.snapshot < 0 else config.keep_snapshots,
         )
         self.stop = Stop(config.epoch, config.iteration)
-        updater = Updater(train_iter, optimizer, self.device, world, self.snapshots)
+        updater = Updater(
+            train_iter,
+            self._multi_node(optimizer, model),
+            self.device,
+            world,
+            self.snapshots,
+            control,
+        )
         trainer = training.Trainer(updater, self.stop, config.out)
         every = (10, "iteration") if config.test else (1, "epoch")
-
+        if config.average_bn and world.size > 1:
+            trainer.extend(AverageStatistics(model, world), trigger=At(every, self.stop))
+        evaluator = Evaluator(val_iter, model, self.device, world, self.snapshots)
+        trainer.extend(evaluator, trigger=At(every, self.stop))
         trainer.extend(
-            Evaluator(val_iter, model, self.device, world, self.snapshots),
-            trigger=At(every, self.stop),
+            self.snapshots, trigger=At(self._snapshot_period(), self.stop, on_signal=True)
         )
-        self.synchronize = reports.Synchronize(world, self.stop, self.gpu)
-        trainer.extend(self.synchronize, trigger=(1, "iteration"))
-        trainer.extend(self.snapshots, trigger=At((1, "epoch"), self.stop, on_signal=True))
-        self.history = reports.History()
-        if world.rank == 0:
-            trainer.extend(self.history, trigger=(1, "iteration"))
-            trainer.extend(
-                extensions.LogReport(
-                    trigger=At(every, self.stop), postprocess=self.synchronize.add_to_log
-                )
-            )
-            trainer.extend(extensions.observe_lr(), trigger=(1, "iteration"))
-            trainer.extend(reports.print_report(), trigger=At(every, self.stop))
-            trainer.extend(
-                reports.Progress(self.stop, len(train) / config.batchsize),
-                trigger=(1, "iteration"),
-            )
+        self.reports = reports.extensions(
+            out=config.out,
+            world=world,
+            stop=self.stop,
+            gpu=self.gpu,
+            batchsize=config.batchsize,
+            iterations_per_epoch=len(images.train) / config.batchsize,
+            every=lambda: At(every, self.stop),
+        )
+        self.reports.attach(trainer)
         return trainer
+
+    def _meta(self, images: Data) -> dict[str, Any]:
+        """Returns what a run that continues another one must have in common with it."""
+        config = self.config
+        return {
+            "arch": config.arch,
+            "dtype": config.dtype,
+            "optimizer": config.optimizer,
+            "ranks": self.world.size,
+            "training images": images.n_train,
+            "classes": config.n_classes,
+        }
+
+    def _snapshot_period(self) -> tuple[int, str] | None:
+        if self.config.snapshot_iterations is not None:
+            return self.config.snapshot_iterations, "iteration"
+        return (abs(self.config.snapshot), "epoch") if self.config.snapshot else None
+
+    def _resume(self, trainer: training.Trainer) -> None:
+        config = self.config
+        if config.resume is None:
+            if find_snapshots(config.out):
+                self.say(
+                    f"note: {config.out} has snapshots of an earlier run; this run starts anew "
+                    f"(--resume auto would continue)"
+                )
+            return
+        if config.resume == Path("auto"):
+            path, damaged = self.snapshots.load_latest(trainer)
+            for reason in damaged:
+                self.say(f"warning: {reason}; going back to an earlier snapshot")
+            if path is None:
+                self.say(f"nothing to resume in {config.out}: starting from the beginning")
+                return
+        else:
+            path = config.resume
+            self.snapshots.load(trainer, path)
+        self.say(f"resumed from {path} at iteration {trainer.updater.iteration}")
 
     # -- results ---------------------------------------------------------------------------------
 
@@ -251,21 +236,18 @@ class Run:
     ) -> int:
         """Writes the results; returns the exit status."""
         config, updater = self.config, trainer.updater
+        status = 128 + self.stop.agreed if self.stop.agreed else 0
         if self.world.rank != 0:
-            return 128 + self.stop.agreed if self.stop.agreed else 0
-        rate = updater.n_updates / updater.seconds if updater.seconds else None
-        summary = reports.summarize(self.history, self.synchronize, self.world, rate, in_core_peak)
-        reports.write_summary(summary, config.out)
-        if self.history.train:
-            reports.write_plots(self.history, config.out)
-        reports.print_summary(summary, config.out)
+            return status
+        self.reports.finish(
+            updater, in_core_peak, provenance.settings(config), self.environment["versions"]
+        )
         if self.stop.agreed:
-            number = self.stop.agreed
             self.say(
-                f"stopped by signal {number} at iteration {updater.iteration}; "
+                f"stopped by signal {self.stop.agreed} at iteration {updater.iteration}; "
                 f"continue with --resume {self.snapshots.latest}"
             )
-            return 128 + number
+            return status
         model_path = config.out / f"model_iter_{updater.iteration}"
         chainer.serializers.save_npz(str(model_path), model, compression=False)
         return 0

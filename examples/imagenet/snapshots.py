@@ -2,8 +2,9 @@
 
 A snapshot is a folder ``snapshot_iter_N``: ``trainer.npz`` from rank 0 (model, optimizer, updater,
 extensions), ``rank_K.npz`` from each rank (order and position of its examples, its random states,
-its batch-normalization statistics), and ``meta.json``. It is written under another name and
-renamed when every rank has written its part.
+its batch-normalization statistics), and ``manifest.json`` with the sizes and checksums of these
+files. It is written under another name and renamed when every rank has written its part, and
+renamed again before it is removed: whenever ranks die, a folder of this name is complete.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import random
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,7 @@ from chainer import training
 from errors import InputError
 from world import World
 
-KEEP = 2
-"""Number of snapshots of a run to keep."""
+MANIFEST = "manifest.json"
 
 
 def _persistents(model: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]:
@@ -62,12 +63,54 @@ class RankState:
             random.setstate((python[0], tuple(python[1]), python[2]))
 
 
-def _write_npz(path: Path, target: Any) -> None:
+def _write_npz(path: Path, target: Any) -> list[int]:
+    """Writes a file to the disk itself; returns its size in bytes and its checksum."""
     with open(path, "wb") as f:
         # Uncompressed: parameters hardly compress, and the time is the training's.
         chainer.serializers.save_npz(f, target, compression=False)
         f.flush()
         os.fsync(f.fileno())
+    return _fingerprint(path)
+
+
+def _fingerprint(path: Path) -> list[int]:
+    """Returns size in bytes and CRC-32 of a file."""
+    checksum = size = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+            size += len(block)
+    return [size, checksum]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Lets renames in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a snapshot; it has no name of a snapshot while it is incomplete."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        folder.rename(hidden)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def find_snapshots(out: Path) -> list[Path]:
+    """Returns the snapshots in a folder of results, the latest first."""
+    found = []
+    for folder in out.glob("snapshot_iter_*"):
+        number = folder.name.removeprefix("snapshot_iter_")
+        if number.isdigit() and (folder / MANIFEST).is_file():
+            found.append((int(number), folder))
+    return [folder for _, folder in sorted(found, reverse=True)]
 
 
 def load_npz(path: Path, target: Any, option: str) -> None:
@@ -97,11 +140,12 @@ class Snapshots(training.Extension):
 
     Args:
         world: The ranks.
-        out: Folder in which to write.
+        out: Folder in which to write, which all ranks see.
         state: This rank's state.
         meta: What a run that continues must have in common with this one: JSON values.
         seed: The run's seed.
         gpu: Whether the model is on a GPU.
+        keep: Number of snapshots to keep; 0: all.
     """
 
     priority = -100  # after everything that changes the trainer's state
@@ -115,6 +159,7 @@ class Snapshots(training.Extension):
         meta: dict[str, Any],
         seed: int,
         gpu: bool,
+        keep: int,
     ) -> None:
         self._world = world
         self._out = out
@@ -122,57 +167,142 @@ class Snapshots(training.Extension):
         self._meta = meta
         self._seed = seed
         self._gpu = gpu
+        self._keep = keep
         self._written: list[Path] = []
         self.latest: Path | None = None
+        if world.rank == 0:  # what ranks that were killed have left
+            for pattern in (".snapshot_iter_*.partial", ".snapshot_iter_*.removed"):
+                for folder in out.glob(pattern):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def __call__(self, trainer: training.Trainer) -> None:
-        """Writes a snapshot of ``trainer``. Collective."""
+        """Writes a snapshot of ``trainer``. Collective.
+
+        Raises:
+            InputError: It cannot be written, for instance because the disk is full.
+        """
         world = self._world
         iteration = trainer.updater.iteration
         final = self._out / f"snapshot_iter_{iteration}"
         if final == self.latest:
             return
         partial = self._out / f".{final.name}.partial"
-        partial.mkdir(parents=True, exist_ok=True)
         self._reseed_gpu(iteration)
-        _write_npz(partial / f"rank_{world.rank}.npz", self._state)
-        if world.rank == 0:
-            _write_npz(partial / "trainer.npz", trainer)
-            (partial / "meta.json").write_text(json.dumps(self._meta, indent=1))
-        world.barrier()
-        if world.rank == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            self._written.append(final)
-            while len(self._written) > KEEP:
-                shutil.rmtree(self._written.pop(0), ignore_errors=True)
+        mine: dict[str, list[int]] = {}
+        with world.together():
+            try:
+                partial.mkdir(exist_ok=True)
+                name = f"rank_{world.rank}.npz"
+                mine[name] = _write_npz(partial / name, self._state)
+                if world.rank == 0:
+                    mine["trainer.npz"] = _write_npz(partial / "trainer.npz", trainer)
+            except OSError as e:
+                raise InputError(f"--out {self._out}: cannot write a snapshot ({e})") from e
+        files = {name: f for part in world.gather(mine) for name, f in part.items()}
+        with world.together():
+            if world.rank == 0:
+                self._publish(
+                    partial, final, {"iteration": iteration, **self._meta, "files": files}
+                )
         self.latest = final
-        world.barrier()
+
+    def _publish(self, partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+        """Gives a complete snapshot its name, and removes old ones."""
+        for name, (size, _) in manifest["files"].items():
+            path = partial / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise InputError(
+                    f"--out {self._out}: rank 0 does not see {name} of another rank; use a folder "
+                    f"that all machines share"
+                )
+        try:
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            _sync_folder(partial)
+            _remove(final)
+            partial.rename(final)
+            _sync_folder(self._out)
+        except OSError as e:
+            raise InputError(f"--out {self._out}: cannot write a snapshot ({e})") from e
+        self._written.append(final)
+        while self._keep and len(self._written) > self._keep:
+            _remove(self._written.pop(0))
 
     def load(self, trainer: training.Trainer, path: Path) -> None:
-        """Continues from the snapshot ``path``.
+        """Continues from the snapshot ``path``. Collective.
 
         Raises:
-            InputError: It is not a snapshot, is damaged, or is of a different run.
+            InputError: It is not a snapshot, is damaged, or is of a different run; the same error
+                on every rank.
         """
-        if not (path / "meta.json").is_file():
-            raise InputError(
-                f"--resume {path}: not a snapshot; give a folder snapshot_iter_N of a result"
-            )
-        try:
-            meta = json.loads((path / "meta.json").read_text())
-        except ValueError as e:
-            raise InputError(f"--resume {path}: meta.json in it is damaged") from e
-        for key, mine in self._meta.items():
-            if meta.get(key) != mine:
-                raise InputError(
-                    f"--resume {path}: was made with {key} {meta.get(key)}, this run has {mine}; "
-                    f"use the same {key}"
-                )
-        load_npz(path / "trainer.npz", trainer, "--resume")
-        load_npz(path / f"rank_{self._world.rank}.npz", self._state, "--resume")
+        with self._world.together():
+            self._check(path)
+            load_npz(path / "trainer.npz", trainer, "--resume")
+            load_npz(path / f"rank_{self._world.rank}.npz", self._state, "--resume")
         self._reseed_gpu(trainer.updater.iteration)
-        self.latest = path if path.parent.resolve() == self._out.resolve() else None
+        if path.parent.resolve() == self._out.resolve():
+            self.latest = path
+            number = trainer.updater.iteration
+            older = [p for p in find_snapshots(self._out) if int(p.name.split("_")[-1]) <= number]
+            self._written = older[::-1]
+
+    def load_latest(self, trainer: training.Trainer) -> tuple[Path | None, list[str]]:
+        """Continues from the latest snapshot in the folder that is complete on all ranks. Collective.
+
+        Returns:
+            The snapshot, None if there is none, and why later ones cannot be used.
+
+        Raises:
+            InputError: It is of a different run.
+        """
+        damaged = []
+        for path in self._world.broadcast(find_snapshots(self._out)):
+            error = None
+            try:
+                self._verify(path)
+            except InputError as e:
+                error = str(e)
+            try:
+                self._world.agree(error)
+            except InputError as e:
+                damaged.append(str(e))
+                continue
+            self.load(trainer, path)
+            return path, damaged
+        return None, damaged
+
+    def _manifest(self, path: Path) -> dict[str, Any]:
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except OSError as e:
+            raise InputError(
+                f"--resume {path}: not a snapshot; give a folder snapshot_iter_N of a result, or auto"
+            ) from e
+        except ValueError as e:
+            raise InputError(f"--resume {path}: {MANIFEST} in it is damaged") from e
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+            raise InputError(f"--resume {path}: {MANIFEST} in it is damaged")
+        return manifest
+
+    def _verify(self, path: Path) -> None:
+        """Raises InputError when what this rank needs is not as it was written."""
+        files = self._manifest(path)["files"]
+        for name in ("trainer.npz", f"rank_{self._world.rank}.npz"):
+            try:
+                if name in files and _fingerprint(path / name) != files[name]:
+                    raise InputError(f"--resume {path / name}: damaged")
+            except OSError as e:
+                raise InputError(f"--resume {path / name}: damaged ({e.strerror})") from e
+
+    def _check(self, path: Path) -> None:
+        """Raises InputError when the snapshot is of another run or damaged."""
+        manifest = self._manifest(path)
+        for key, mine in self._meta.items():
+            if manifest.get(key) != mine:
+                raise InputError(
+                    f"--resume {path}: was made with {key} {manifest.get(key)}, this run has "
+                    f"{mine}; use the same {key}"
+                )
+        self._verify(path)
 
     def _reseed_gpu(self, iteration: int) -> None:
         # cuRAND's state cannot be read. Seeding at each snapshot, whether it is written or read,

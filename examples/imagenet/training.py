@@ -1,4 +1,4 @@
-"""Updater, evaluator and stop trigger of a run whose ranks act as one."""
+"""Updater and triggers of a run whose ranks act as one."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ from types import FrameType
 from typing import Any
 
 import chainer
+import numpy
 from chainer import training
 from chainer.dataset import concat_examples
-from chainer.training import extensions
 from datasets.preprocessed import BadExample
 from errors import InputError
 from world import World
 
 Save = Callable[[training.Trainer], None]
+Control = Callable[[float, float], None]
+"""Prepares an update: from the epochs done (with a fraction), and the part of the training done."""
 
 
 def first_error(batch: list[Any]) -> str | None:
     """Returns the message of the first example of a batch that could not be made."""
     return next((e.message for e in batch if isinstance(e, BadExample)), None)
+
+
+def to_arrays(
+    batch: list[Any], device: chainer.backend.Device
+) -> tuple[chainer.types.NdArray, chainer.types.NdArray]:
+    """Returns images (batch, 3, height, width) in the networks' precision, and labels (batch,)."""
+    x, t = concat_examples(batch, device)
+    return x.astype(chainer.get_dtype(map_mixed16=numpy.float16), copy=False), t
 
 
 class Updater(training.updaters.StandardUpdater):
@@ -36,6 +46,7 @@ class Updater(training.updaters.StandardUpdater):
         device: This rank's device.
         world: The ranks.
         save: Saves a snapshot.
+        control: Sets the learning rate and the like before each update.
 
     Attributes:
         seconds: Time spent in updates by this process, in seconds.
@@ -50,10 +61,12 @@ class Updater(training.updaters.StandardUpdater):
         device: chainer.backend.Device,
         world: World,
         save: Save,
+        control: Control,
     ) -> None:
         super().__init__(iterator, optimizer, device=device)
         self._world = world
         self._save = save
+        self._control = control
         self._trainer: training.Trainer | None = None
         self.seconds = 0.0
         self.data_seconds = 0.0
@@ -68,6 +81,7 @@ class Updater(training.updaters.StandardUpdater):
         start = time.perf_counter()
         iterator = self.get_iterator("main")
         optimizer = self.get_optimizer("main")
+        epoch, done = iterator.epoch_detail, self._done()
         before = iterator._state, iterator._previous_epoch_detail
         batch = iterator.next()
         self.data_seconds += time.perf_counter() - start
@@ -78,62 +92,29 @@ class Updater(training.updaters.StandardUpdater):
             if self._trainer is not None and self.iteration:
                 self._save(self._trainer)
             raise
-        optimizer.update(optimizer.target, *concat_examples(batch, self.device))
+        self._control(epoch, done)
+        optimizer.update(optimizer.target, *to_arrays(batch, self.device))
         if self.auto_new_epoch and iterator.is_new_epoch:
             optimizer.new_epoch(auto=True)
         self.seconds += time.perf_counter() - start
         self.n_updates += 1
 
+    def _done(self) -> float:
+        """Returns the part of the training that is done, 0 to 1."""
+        if self._trainer is None:
+            return 0.0
+        length, unit = self._trainer.stop_trigger.get_training_length()
+        return (self.iteration if unit == "iteration" else self.epoch_detail) / length
 
-class Evaluator(extensions.Evaluator):
-    """Validation whose result is the mean over all images, however they are divided.
-
-    Chainer's evaluator averages batches, and its multi-node form averages ranks; both give
-    an image of a smaller batch or shard more weight.
-    """
-
-    def __init__(
-        self,
-        iterator: chainer.dataset.Iterator,
-        model: chainer.Chain,
-        device: chainer.backend.Device,
-        world: World,
-        save: Save,
-    ) -> None:
-        super().__init__(iterator, model, device=device)
-        self._world = world
-        self._save = save
-
-    def __call__(self, trainer: training.Trainer | None = None) -> dict[str, float]:
-        """Validates; saves a snapshot first when an image cannot be used."""
-        try:
-            return super().__call__(trainer)
-        except InputError:
-            if trainer is not None:
-                self._save(trainer)
-            raise
-
-    def evaluate(self) -> dict[str, float]:
-        """Returns loss and accuracy on the validation images of all ranks. Collective."""
-        iterator = self.get_iterator("main")
-        model = self.get_target("main")
-        keys = [f"{self.name}/main/{key}" for key in ("loss", "accuracy")]
-        totals = [0.0, 0.0, 0.0]
-        error = None
-        iterator.reset()
-        for batch in iterator if len(iterator.dataset) else ():
-            error = first_error(batch)
-            if error is not None:
-                break
-            observation: dict[str, Any] = {}
-            with chainer.reporter.report_scope(observation), chainer.no_backprop_mode():
-                model(*concat_examples(batch, self.device))
-            for i, key in enumerate(keys):
-                totals[i] += float(chainer.as_array(observation[key])) * len(batch)
-            totals[2] += len(batch)
-        self._world.agree(error)
-        loss, accuracy, count = self._world.sum(totals)
-        return {keys[0]: loss / count, keys[1]: accuracy / count}
+    def serialize(self, serializer: Any) -> None:
+        """Saves or loads the state, with the loss scale, which Chainer leaves out."""
+        super().serialize(serializer)
+        optimizer = getattr(self.get_optimizer("main"), "actual_optimizer", None)
+        optimizer = optimizer or self.get_optimizer("main")
+        if optimizer._loss_scaling_is_dynamic:
+            for name in ("_loss_scale", "_loss_scaling_isnan_ever"):
+                value = serializer(name.strip("_"), getattr(optimizer, name))
+                setattr(optimizer, name, type(getattr(optimizer, name))(value))
 
 
 class Stop:
@@ -184,21 +165,23 @@ class At:
     """Trigger: every epoch or some iterations, and when the training is done.
 
     Args:
-        period: Such as (1, "epoch").
+        period: Such as (1, "epoch"); None: only when the training is done.
         stop: The run's stop trigger.
         on_signal: Whether to fire as well when a signal stops the run.
     """
 
-    def __init__(self, period: tuple[int, str], stop: Stop, on_signal: bool = False) -> None:
-        self._interval = training.triggers.IntervalTrigger(*period)
+    def __init__(self, period: tuple[int, str] | None, stop: Stop, on_signal: bool = False) -> None:
+        self._interval = training.triggers.IntervalTrigger(*period) if period else None
         self._stop = stop
         self._on_signal = on_signal
 
     def __call__(self, trainer: training.Trainer) -> bool:
         """Whether to act now."""
-        now = self._interval(trainer)  # it keeps count, so it must be asked every time
+        # it keeps count, so it must be asked every time
+        now = self._interval is not None and self._interval(trainer)
         return now or self._stop.reached(trainer) or (self._on_signal and self._stop.agreed > 0)
 
     def serialize(self, serializer: Any) -> None:
         """Saves or loads how far the period has got."""
-        self._interval.serialize(serializer)
+        if self._interval is not None:
+            self._interval.serialize(serializer)

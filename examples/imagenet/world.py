@@ -61,6 +61,10 @@ class World:
         """Returns rank 0's ``value`` on every rank. Collective."""
         return value if self.comm is None else self.comm.mpi_comm.bcast(value)
 
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the values of all ranks, on every rank. Collective."""
+        return [value] if self.comm is None else self.comm.mpi_comm.allgather(value)
+
     def barrier(self) -> None:
         """Waits for all ranks. Collective."""
         if self.comm is not None:
@@ -69,8 +73,7 @@ class World:
     def agree(self, error: str | None) -> None:
         """Raises the same InputError on every rank when any rank has an error. Collective."""
         if self.max([error is not None])[0]:
-            errors = [error] if self.comm is None else self.comm.mpi_comm.allgather(error)
-            raise InputError(next(e for e in errors if e is not None))
+            raise InputError(next(e for e in self.gather(error) if e is not None))
 
     @contextmanager
     def together(self) -> Iterator[None]:

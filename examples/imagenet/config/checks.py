@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 REMOVED_COMMUNICATORS = ("hierarchical", "two_dimensional", "single_node")
 """Names that ChainerMN 7 removed: they mean what there is for the machine."""
 
+_WARMUP = ("rmsprop_slope", "warmup_center", "warmup_period")
 _WITH_MOMENTUM = ("momentum_sgd", "rmsprop_warmup")
 
 
 def _problem(config: Config) -> str | None:
-    given = config.model_fields_set
+    # A file of resolved settings names all of them: what is at its default is not wrong.
+    fields = type(config).model_fields
+    given = {name for name in fields if getattr(config, name) != fields[name].default}
     if (config.train is None) != (config.val is None):
         return "give both list files, TRAIN and VAL, or none for the bundled digits"
     if config.ooc_limit is not None and not config.ooc:
@@ -41,8 +44,13 @@ def _optimizer_problem(config: Config, given: set[str]) -> str | None:
         return f"--momentum {config.momentum}: {name} has none; only {' and '.join(_WITH_MOMENTUM)}"
     if config.lars and name != "momentum_sgd":
         return f"--lars: only with --optimizer momentum_sgd, not {name}"
-    if "rmsprop_slope" in given and name != "rmsprop_warmup":
-        return f"--rmsprop-slope {config.rmsprop_slope}: only with --optimizer rmsprop_warmup"
+    for option, owner, used in (
+        *((f, "--optimizer rmsprop_warmup", name == "rmsprop_warmup") for f in _WARMUP),
+        ("lars_coefficient", "--lars", config.lars),
+    ):
+        if option in given and not used:
+            flag = option.replace("_", "-")
+            return f"--{flag} {getattr(config, option)}: only with {owner}"
     if config.lr_schedule == "regime" and not config.regime:
         return "--lr-schedule regime: needs the table `regime` in a configuration file"
     if config.regime:

@@ -123,7 +123,7 @@ class Config(BaseModel):
         metavar="X", gt=0)
     lr_warmup: float = _option(0.0, "optimizer",
         "epochs in which the learning rate grows linearly to what the schedule says, from that of "
-        "256 images per iteration (linear scaling) or from 0", metavar="EPOCHS", ge=0)
+        "256 images per iteration (linear scaling) or a tenth", metavar="EPOCHS", ge=0)
     regime: tuple[Stage, ...] = _option((), "optimizer",
         "rows of first epoch (from 1), learning rate, weight decay", flag=False)
     momentum: float = _option(0.9, "optimizer", "of momentum_sgd and rmsprop_warmup",
@@ -136,9 +136,15 @@ class Config(BaseModel):
         "part of the target that is spread over all classes in training", metavar="X", ge=0, lt=1)
     lars: bool = _option(False, "optimizer",
         "layer-wise adaptive rate scaling, with momentum_sgd")
+    lars_coefficient: float = _option(0.001, "optimizer", "trust coefficient of --lars",
+        metavar="X", gt=0)
     rmsprop_slope: Literal["continuous", "printed"] = _option("continuous", "optimizer",
         "second half of rmsprop_warmup's change to SGD: the continuous line, or the one printed in "
         "the paper, which overshoots")
+    warmup_center: float = _option(10.0, "optimizer",
+        "epoch at which rmsprop_warmup is half RMSprop, half SGD", metavar="EPOCH", ge=0)
+    warmup_period: float = _option(5.0, "optimizer", "length of that change",
+        metavar="EPOCHS", gt=0)
 
     # -- results ---------------------------------------------------------------------------------
     out: Path = _option(Path("result"), "results", "folder of the results", short="-o",

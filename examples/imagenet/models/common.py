@@ -5,6 +5,7 @@ from __future__ import annotations
 import chainer
 import chainer.functions as F
 from chainer import Variable
+from losses import full_precision, softmax_cross_entropy
 
 
 class ImageClassifier(chainer.Chain):
@@ -25,16 +26,16 @@ class ImageClassifier(chainer.Chain):
 
     def classify(self, h: Variable, t: Variable) -> Variable:
         """Reports loss and accuracy of the scores ``h`` (batch, n_classes); returns the loss."""
-        loss = F.softmax_cross_entropy(h, t)
-        chainer.report({"loss": loss, "accuracy": F.accuracy(h, t)}, self)
+        loss = softmax_cross_entropy(h, t)
+        chainer.report({"loss": loss, "accuracy": F.accuracy(full_precision(h), t)}, self)
         return loss
 
     def classify_with_auxiliaries(
         self, h: Variable, auxiliaries: tuple[Variable, Variable], t: Variable
     ) -> Variable:
         """Like ``classify`` with GoogLeNet's two auxiliary scores, weighted 0.3 each."""
-        loss1, loss2 = (F.softmax_cross_entropy(scores, t) for scores in auxiliaries)
-        loss3 = F.softmax_cross_entropy(h, t)
+        loss1, loss2 = (softmax_cross_entropy(scores, t) for scores in auxiliaries)
+        loss3 = softmax_cross_entropy(h, t)
         loss = 0.3 * (loss1 + loss2) + loss3
         chainer.report(
             {
@@ -42,7 +43,7 @@ class ImageClassifier(chainer.Chain):
                 "loss1": loss1,
                 "loss2": loss2,
                 "loss3": loss3,
-                "accuracy": F.accuracy(h, t),
+                "accuracy": F.accuracy(full_precision(h), t),
             },
             self,
         )

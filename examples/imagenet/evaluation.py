@@ -1,0 +1,153 @@
+"""Validation on all ranks, in pieces that fit into memory, with the ranks' statistics averaged."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import chainer
+import numpy
+from chainer import training
+from chainer.training import extensions
+from errors import InputError
+from training import Save, first_error, to_arrays
+from world import World
+
+import chainer_ooc
+
+KEYS = ("loss", "accuracy")
+
+
+class Evaluator(extensions.Evaluator):
+    """Validation whose result is the mean over all images, however they are divided.
+
+    Chainer's evaluator averages batches, and its multi-node form averages ranks; both give
+    an image of a smaller batch or shard more weight.
+
+    A batch that does not fit into memory (out of core: under the limit) is divided into halves
+    until it does, and all that follow are divided likewise. The result is that of the whole batch
+    but for rounding in the last digits of float32: BLAS may sum in another order for another
+    number of rows.
+
+    Args:
+        iterator: Iterator of this rank's images.
+        model: The model.
+        device: This rank's device.
+        world: The ranks.
+        save: Saves a snapshot.
+
+    Attributes:
+        piece: Most images that are computed at once, None before a batch did not fit.
+    """
+
+    def __init__(
+        self,
+        iterator: chainer.dataset.Iterator,
+        model: chainer.Chain,
+        device: chainer.backend.Device,
+        world: World,
+        save: Save,
+    ) -> None:
+        super().__init__(iterator, model, device=device)
+        self._world = world
+        self._save = save
+        self.piece: int | None = None
+
+    def __call__(self, trainer: training.Trainer | None = None) -> dict[str, float]:
+        """Validates; saves a snapshot first when an image cannot be used."""
+        try:
+            return super().__call__(trainer)
+        except InputError:
+            if trainer is not None:
+                self._save(trainer)
+            raise
+
+    def evaluate(self) -> dict[str, float]:
+        """Returns loss and accuracy on the validation images of all ranks. Collective."""
+        iterator = self.get_iterator("main")
+        totals = numpy.zeros(len(KEYS) + 1)
+        error = None
+        iterator.reset()
+        for batch in iterator if len(iterator.dataset) else ():
+            error = first_error(batch)
+            if error is not None:
+                break
+            totals += self._sums(batch)
+        self._world.agree(error)
+        *sums, count = self._world.sum(totals)
+        return {
+            f"{self.name}/main/{key}": value / count for key, value in zip(KEYS, sums, strict=True)
+        }
+
+    def _sums(self, batch: list[Any]) -> numpy.ndarray:
+        """Returns the sums of the loss and the accuracy over a batch, and its size; float64."""
+        totals = numpy.zeros(len(KEYS) + 1)
+        start = 0
+        while start < len(batch):
+            piece = batch[start : start + (self.piece or len(batch))]
+            try:
+                with self._limited(len(piece)):
+                    totals += self._forward(piece)
+            except MemoryError:  # that of CuPy and of the engine, too
+                if len(piece) == 1:
+                    raise
+                self.piece = (len(piece) + 1) // 2
+                continue
+            start += len(piece)
+        return totals
+
+    def _limited(self, size: int) -> contextlib.AbstractContextManager[None]:
+        """Makes more memory than the limit an error, if there is something left to divide."""
+        if not chainer_ooc.is_enabled() or size == 1:
+            return contextlib.nullcontext()
+        return chainer_ooc.out_of_core_mode(strict=True)
+
+    def _forward(self, piece: list[Any]) -> numpy.ndarray:
+        observation: dict[str, Any] = {}
+        with chainer.reporter.report_scope(observation), chainer.no_backprop_mode():
+            self.get_target("main")(*to_arrays(piece, self.device))
+        found = (observation[f"{self.name}/main/{key}"] for key in KEYS)
+        values = [float(chainer.as_array(value)) for value in found]
+        return numpy.array([*(value * len(piece) for value in values), len(piece)])
+
+    def serialize(self, serializer: Any) -> None:
+        """Saves or loads the size of the pieces, so that a run that continues has the same."""
+        self.piece = int(serializer("piece", self.piece or 0)) or None
+
+
+class AverageStatistics(training.Extension):
+    """Averages the model's persistent arrays over the ranks, before validation.
+
+    Each rank has running means and variances of batch normalization of its own images. Averaged,
+    they are those of all images, and rank 0's, which is validated and saved, is as good as any
+    (Akiba et al. 2017, arXiv:1711.04325).
+
+    Args:
+        model: The model.
+        world: The ranks.
+    """
+
+    priority = training.extension.PRIORITY_WRITER + 1  # before the evaluator
+    name = "AverageStatistics"
+
+    def __init__(self, model: chainer.Chain, world: World) -> None:
+        self._model = model
+        self._world = world
+
+    def __call__(self, trainer: training.Trainer | None = None) -> None:
+        """Averages in place. Collective."""
+        arrays = [
+            value
+            for _, link in sorted(self._model.namedlinks())
+            for name in sorted(link._persistent)
+            if isinstance(value := link.__dict__[name], chainer.get_array_types())
+            and value.dtype.kind == "f"
+        ]
+        if not arrays:
+            return
+        flat = [chainer.get_device("@numpy").send(array).ravel() for array in arrays]
+        mean = self._world.sum(numpy.concatenate(flat)) / self._world.size
+        ends = numpy.cumsum([array.size for array in arrays])[:-1]
+        for array, values in zip(arrays, numpy.split(mean, ends), strict=True):
+            device = chainer.backend.get_device_from_array(array)
+            array[...] = device.send(values.reshape(array.shape).astype(array.dtype))
