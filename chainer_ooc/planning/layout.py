@@ -13,69 +13,101 @@ from chainer_ooc.planning.system import System
 
 __all__ = ["Memory", "Needs", "needs_of"]
 
+#: (storage, step): after this step needed it, it leaves again until it is needed next.
+Eviction = tuple[int, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """When dropped storages are made again, and what that needs.
+    """When each storage is needed in backward, given what is dropped.
 
     Attributes:
-        first_use: For each storage the first backward step before which it must be in memory.
+        steps: For each storage the steps that need it in memory, ascending: those that use it, and those
+            before which functions run again that read it or make it.
         own_bytes: For each step what it takes at most beside the saved storages that exist then.
         rerun_seconds: The time of all re-runs.
         reruns: (step, forward steps) in order.
     """
 
-    first_use: list[int]
+    steps: list[list[int]]
     own_bytes: list[int]
     rerun_seconds: float
     reruns: list[tuple[int, tuple[int, ...]]]
 
 
-def needs_of(profile: Profile, system: System, dropped: Collection[int]) -> Needs:
+def needs_of(
+    profile: Profile,
+    system: System,
+    dropped: Collection[int],
+    evicted: Collection[Eviction] = (),
+) -> Needs:
     """Return what a choice of dropped storages entails.
+
+    Args:
+        profile: The iteration.
+        system: Whether backward runs once.
+        dropped: The storages that are given up and made again.
+        evicted: After which of their needs they leave again.
 
     Raises:
         ValueError: If one of them cannot be made again.
     """
     storages = profile.storages
-    first_use = [s.uses[0] if s.uses else -1 for s in storages]
-    own = [s.workspace_bytes for s in profile.steps]
+    own = [step.workspace_bytes for step in profile.steps]
+    if not dropped:
+        return Needs([list(s.uses) for s in storages], own, 0.0, [])
+    steps: list[list[int]] = [[] for _ in storages]
     gone = set(dropped)
+    leaves: dict[int, list[int]] = {}
+    for i, number in evicted:
+        if i in gone:
+            leaves.setdefault(number, []).append(i)
     seconds = 0.0
     reruns = []
-    for number in range(len(profile.steps)) if gone else ():
-        wanted = [i for i in profile.used[number] if i in gone]
-        if not wanted:
-            continue
+    for number in range(len(profile.steps)):
+        used = profile.used[number]
+        wanted = [i for i in used if i in gone]
+        leaving = leaves.get(number, [])
+        if wanted:
 
-        def is_there(i: int, now: int = number) -> bool:
-            uses = storages[i].uses
-            if not uses or i in gone:
-                return False
-            return uses[-1] >= now or not system.single_backward
+            def is_there(i: int, now: int = number) -> bool:
+                uses = storages[i].uses
+                if not uses or i in gone:
+                    return False
+                return uses[-1] >= now or not system.single_backward
 
-        order, reads = chain(profile, wanted, is_there)
-        for i in reads:
-            first_use[i] = min(first_use[i], number)
-        last = {i: n for n, rerun in order for i in rerun.reads}
-        temporary: dict[int, int] = {}
-        made = most = 0
-        for n, rerun in order:
-            seconds += rerun.seconds
-            for i in rerun.writes:
-                if i in gone:
-                    gone.remove(i)
-                    made += storages[i].nbytes
-                    first_use[i] = min(first_use[i], number)
-                else:
-                    temporary[i] = storages[i].nbytes
-            most = max(most, made + rerun.workspace_bytes + sum(temporary.values()))
-            for i in [i for i in temporary if last.get(i, -1) <= n]:
-                del temporary[i]
-        # What it makes is counted among the storages from this step on.
-        own[number] = max(own[number], most - made)
-        reruns.append((number, tuple(n for n, _ in order)))
-    return Needs(first_use, own, seconds, reruns)
+            order, reads = chain(profile, wanted, is_there)
+            for i in reads:
+                _add(steps[i], number)
+            last = {i: n for n, rerun in order for i in rerun.reads}
+            temporary: dict[int, int] = {}
+            made = most = 0
+            for n, rerun in order:
+                seconds += rerun.seconds
+                for i in rerun.writes:
+                    if i in gone and (i in used or i not in leaving):
+                        gone.remove(i)
+                        made += storages[i].nbytes
+                        _add(steps[i], number)
+                    else:
+                        temporary[i] = storages[i].nbytes
+                        if i in gone:
+                            _add(steps[i], number)
+                most = max(most, made + rerun.workspace_bytes + sum(temporary.values()))
+                for i in [i for i in temporary if last.get(i, -1) <= n]:
+                    del temporary[i]
+            # What it makes and keeps counts among the storages from this step on.
+            own[number] = max(own[number], most - made)
+            reruns.append((number, tuple(n for n, _ in order)))
+        for i in used:
+            _add(steps[i], number)
+        gone.update(leaving)
+    return Needs(steps, own, seconds, reruns)
+
+
+def _add(steps: list[int], number: int) -> None:
+    if not steps or steps[-1] != number:
+        steps.append(number)
 
 
 class Memory:
@@ -84,36 +116,49 @@ class Memory:
     Args:
         profile: The iteration.
         system: Its limit, and whether backward runs once.
-        needs: What re-runs need.
+        needs: When storages are needed.
+
+    Attributes:
+        room: The free bytes at each step; negative where it does not fit. At first everything is in memory.
     """
 
     def __init__(self, profile: Profile, system: System, needs: Needs) -> None:
         self.profile = profile
+        self.needs = needs.steps
         self.nbytes = [s.nbytes for s in profile.storages]
         self.leave = [s.free_from for s in profile.storages]
-        self.back = needs.first_use
         count = len(profile.steps)
-        ends = [s.uses[-1] + 1 if s.uses else 0 for s in profile.storages]
-        if not system.single_backward:
-            ends = [count] * len(ends)
         change = np.zeros(count + 1, np.int64)
         for i in profile.saved:
             change[profile.storages[i].producer] += self.nbytes[i]
-            change[ends[i]] -= self.nbytes[i]
-        held = [s.held_bytes for s in profile.steps]
-        taken = np.cumsum(change[:-1]) + np.array(held, np.int64) + needs.own_bytes
-        #: Free bytes at each step with everything in memory; negative where it does not fit.
+            end = profile.storages[i].uses[-1] + 1 if system.single_backward else count
+            change[end] -= self.nbytes[i]
+        taken = np.cumsum(change[:-1]) + needs.own_bytes
+        taken += np.array([s.held_bytes for s in profile.steps], np.int64)
         self.room = system.high_bytes - profile.fixed_bytes - taken
 
-    def gap(self, i: int) -> tuple[int, int]:
-        """Return the steps (first, one after the last) at which a storage need not be in memory."""
-        return self.leave[i], self.back[i]
+    def gap(self, i: int, after: int = -1) -> tuple[int, int]:
+        """Return the steps (first, one after the last) at which a storage need not be in memory.
 
-    def remove(self, i: int, sign: int = 1) -> None:
-        """Take a storage out for its gap; with ``sign=-1`` put it back."""
-        first, end = self.gap(i)
+        Args:
+            i: The storage.
+            after: The need after which the gap comes; -1 for the one between forward and backward.
+        """
+        needs = self.needs[i]
+        if after < 0:
+            return self.leave[i], needs[0]
+        position = needs.index(after) + 1
+        # What the step itself does not use leaves before it runs.
+        first = after + 1 if after in self.profile.storages[i].uses else after
+        if position == len(needs):
+            return first, first
+        return max(first, self.leave[i]), needs[position]
+
+    def remove(self, i: int, after: int = -1) -> None:
+        """Take a storage out for a gap."""
+        first, end = self.gap(i, after)
         if end > first:
-            self.room[first:end] += sign * self.nbytes[i]
+            self.room[first:end] += self.nbytes[i]
 
     def cover(self, candidates: Sequence[int], headroom: int) -> list[int]:
         """Choose storages to take out so that ``headroom`` bytes are free at each step.
@@ -126,11 +171,8 @@ class Memory:
             The chosen ones, in that order. They are taken out of the room.
         """
         chosen = []
-        short = self.room < headroom
-        if not short.any():
-            return []
-        missing = np.flatnonzero(short)
-        for i in candidates:
+        missing = np.flatnonzero(self.room < headroom)
+        for i in candidates if len(missing) else ():
             first, end = self.gap(i)
             low, high = np.searchsorted(missing, (first, end))
             if low >= high:
@@ -141,29 +183,28 @@ class Memory:
             if not len(missing):
                 break
         # What was taken first may have become needless: another one covers its steps.
-        needed = []
-        for i in sorted(chosen, key=lambda i: (self.nbytes[i], i)):
+        needless = set()
+        for i in sorted(chosen, key=lambda i: (-self.nbytes[i], i)):
             first, end = self.gap(i)
             rest = self.room[first:end] - self.nbytes[i]
-            before = min(headroom, int(self.room[first:end].min(initial=headroom)))
-            if end > first and rest.min() >= before:
+            if rest.min() >= headroom:
                 self.room[first:end] = rest
-            else:
-                needed.append(i)
-        wanted = set(needed)
-        return [i for i in chosen if i in wanted]
+                needless.add(i)
+        return [i for i in chosen if i not in needless]
 
-    def arrivals(self, swapped: Sequence[int]) -> list[tuple[int, int]]:
+    def arrivals(self, gaps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return (step, storage): the earliest step at which each copy in may begin.
 
         The first needed is placed first; a copy takes its memory from its begin on. The copies begin in the
         order in which they are needed.
+
+        Args:
+            gaps: (storage, need after which the gap comes, or -1) to be ended by a copy in.
         """
         result = []
         before = 0
-        for i in sorted(swapped, key=lambda i: (self.back[i], i)):
-            first, end = self.gap(i)
-            begin = end
+        spans = sorted((*reversed(self.gap(i, after)), i) for i, after in gaps)
+        for end, first, i in spans:
             tight = np.flatnonzero(self.room[first:end] < self.nbytes[i])
             begin = first + int(tight[-1]) + 1 if len(tight) else first + 1
             begin = min(max(begin, before), end)

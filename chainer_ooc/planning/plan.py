@@ -30,8 +30,11 @@ class Plan:
         choices: For each storage of the profile; ``KEEP`` for those that nobody saved.
         copy_out: (step, storage): begin to copy it out; it is released as soon as that has ended.
         copy_in: (step, storage): begin to copy it in, as soon after that as there is room.
+        release: (step, storage): give it up again, its copy is valid.
         drop: (step, storage): give it up; it is made again by what ``rerun`` says.
         rerun: (step, forward steps): run these again, in this order, before the step.
+        pass_by: (step, storage): the step does not need it, only its re-runs do: give it up as soon as they
+            have read it, before the step runs.
         seconds: The step time that the simulation foresees.
         bound_seconds: The lower bound of the step time; no schedule is faster.
         peak_bytes: The peak that the simulation foresees.
@@ -41,8 +44,10 @@ class Plan:
     choices: tuple[Choice, ...]
     copy_out: tuple[tuple[int, int], ...] = ()
     copy_in: tuple[tuple[int, int], ...] = ()
+    release: tuple[tuple[int, int], ...] = ()
     drop: tuple[tuple[int, int], ...] = ()
     rerun: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    pass_by: tuple[tuple[int, int], ...] = ()
     seconds: float = 0.0
     bound_seconds: float = 0.0
     peak_bytes: int = 0
@@ -67,7 +72,7 @@ class Plan:
         try:
             data = json.loads(text)
             data["choices"] = tuple(Choice(value) for value in data["choices"])
-            for name in ("copy_out", "copy_in", "drop"):
+            for name in ("copy_out", "copy_in", "release", "drop", "pass_by"):
                 data[name] = tuple((step, storage) for step, storage in data[name])
             data["rerun"] = tuple((step, tuple(again)) for step, again in data["rerun"])
             return cls(**data)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+
+import numpy as np
 
 from chainer_ooc.planning.bound import lower_bound
-from chainer_ooc.planning.layout import Memory, needs_of
+from chainer_ooc.planning.layout import Eviction, Memory, Needs, needs_of
 from chainer_ooc.planning.plan import Choice, Plan
 from chainer_ooc.planning.policies import Planned
 from chainer_ooc.planning.profile import Profile
@@ -19,10 +20,16 @@ __all__ = ["make_plan"]
 
 #: Simulated steps that one plan may take: it bounds the planner's time, and is the same on every machine.
 EFFORT = 60_000
+#: How often a layout that does not fit is repaired.
+_REPAIRS = 24
 
 
 @dataclasses.dataclass(frozen=True)
-class _Trial:
+class Trial:
+    """One layout and what the simulation says of it."""
+
+    dropped: frozenset[int]
+    headroom: int
     plan: Plan
     timeline: Timeline
 
@@ -32,19 +39,19 @@ class _Trial:
         return self.timeline.over_bytes, self.timeline.seconds
 
 
-class _Search:
+class Search:
     """Trials of one profile on one system."""
 
     def __init__(self, profile: Profile, system: System) -> None:
         self.profile = profile
         self.system = system
-        self.trials: dict[tuple[frozenset[int], int], _Trial] = {}
-        self.most = max(12, EFFORT // max(1, len(profile.steps)))
+        self.trials: dict[tuple[frozenset[int], int], Trial] = {}
+        self.left = max(12, EFFORT // max(1, len(profile.steps)))
         # Backward needs the oldest last: they have most time to go and to come.
         self.by_age = sorted(
             profile.saved, key=lambda i: (-profile.storages[i].uses[0], profile.storages[i].producer)
         )
-        self.best: _Trial | None = None
+        self.best: Trial | None = None
 
     def recomputable(self) -> list[int]:
         """Return what can be made again, the cheapest per byte first."""
@@ -55,38 +62,127 @@ class _Search:
             costs.append((sum(rerun.seconds for _, rerun in order) / nbytes, i))
         return [i for _, i in sorted(costs)]
 
-    def try_it(self, dropped: frozenset[int], headroom: int) -> _Trial:
+    def segments(self, allowed: set[int], most: int) -> frozenset[int]:
+        """Drop what is allowed, but not more than ``most`` bytes without something between that is not."""
+        dropped = []
+        nbytes = 0
+        for i in self.profile.saved:
+            nbytes += self.profile.storages[i].nbytes
+            if i in allowed and nbytes <= most:
+                dropped.append(i)
+            else:
+                nbytes = 0
+        return frozenset(dropped)
+
+    def try_it(self, dropped: frozenset[int], headroom: int) -> Trial:
         """Lay out and simulate one choice."""
         key = dropped, headroom
         if key not in self.trials:
-            trial = self._lay_out(dropped, headroom)
+            self.left -= 1
+            plan = self._lay_out(dropped, headroom)
+            trial = Trial(
+                dropped, headroom, plan, simulate(self.profile, self.system, Planned(plan))
+            )
             self.trials[key] = trial
             if self.best is None or trial.cost < self.best.cost:
                 self.best = trial
         return self.trials[key]
 
-    def _lay_out(self, dropped: frozenset[int], headroom: int) -> _Trial:
-        profile = self.profile
-        needs = needs_of(profile, self.system, dropped)
-        memory = Memory(profile, self.system, needs)
-        for i in dropped:
-            memory.remove(i)
-        swapped = memory.cover([i for i in self.by_age if i not in dropped], headroom)
-        choices = [Choice.KEEP] * len(profile.storages)
+    def _lay_out(self, dropped: frozenset[int], headroom: int) -> Plan:
+        profile, system = self.profile, self.system
+        gone = set(dropped)
+        evicted: set[Eviction] = set()
+        for _ in range(_REPAIRS):
+            needs = needs_of(profile, system, gone, evicted)
+            memory = Memory(profile, system, needs)
+            for i in gone:
+                memory.remove(i)
+            for i, after in evicted:
+                if after in needs.steps[i]:
+                    memory.remove(i, after)
+            swapped = memory.cover([i for i in self.by_age if i not in gone], headroom)
+            if not self._repair(memory, needs, gone, set(swapped), evicted):
+                break
+        return self._plan_of(memory, needs, gone, swapped, evicted)
+
+    def _repair(
+        self,
+        memory: Memory,
+        needs: Needs,
+        gone: set[int],
+        swapped: set[int],
+        evicted: set[Eviction],
+    ) -> bool:
+        """Change what does not fit. Returns whether something was changed."""
+        short = np.flatnonzero(memory.room < 0)
+        if not len(short):
+            return False
+        number = int(short[np.argmin(memory.room[short])])
+        missing = -int(memory.room[number])
+        # What came back for an earlier step and is needed by a later one leaves meanwhile.
+        found = []
+        for i in (*gone, *swapped):
+            before = [step for step in needs.steps[i] if step <= number]
+            after = [step for step in needs.steps[i] if step > number]
+            if before and after and (i, before[-1]) not in evicted:
+                first, end = memory.gap(i, before[-1])
+                if first <= number < end:
+                    found.append((i in gone, -after[0], i, before[-1]))
+        found.sort()
+        for _, _, i, after in found:
+            evicted.add((i, after))
+            missing -= self.profile.storages[i].nbytes
+            if missing <= 0:
+                break
+        if found:
+            return True
+        # The re-runs themselves do not fit: what is wanted there is not dropped.
+        for step, again in needs.reruns:
+            if step == number:
+                made = {i for n in again for i in self.profile.steps[n].rerun.writes}
+                back = gone.intersection(made)
+                gone.difference_update(back)
+                return bool(back)
+        return False
+
+    def _plan_of(
+        self,
+        memory: Memory,
+        needs: Needs,
+        gone: set[int],
+        swapped: list[int],
+        evicted: set[Eviction],
+    ) -> Plan:
+        storages = self.profile.storages
+        choices = [Choice.KEEP] * len(storages)
         for i in swapped:
             choices[i] = Choice.SWAP
-        for i in dropped:
+        for i in gone:
             choices[i] = Choice.RECOMPUTE
         leave = memory.leave
-        plan = Plan(
-            profile.signature,
+        gaps = [(i, -1) for i in swapped]
+        release, drop, pass_by = [], [(leave[i], i) for i in gone], []
+        for i, after in sorted(evicted):
+            if after not in needs.steps[i] or choices[i] is Choice.KEEP:
+                continue
+            if after not in storages[i].uses:
+                pass_by.append((after, i))
+            elif choices[i] is Choice.SWAP:
+                release.append((after + 1, i))
+            else:
+                drop.append((after + 1, i))
+            if choices[i] is Choice.SWAP and after != needs.steps[i][-1]:
+                gaps.append((i, after))
+        return Plan(
+            self.profile.signature,
             tuple(choices),
-            tuple(sorted((leave[i], i) for i in swapped)),
-            tuple(memory.arrivals(swapped)),
-            tuple(sorted((leave[i], i) for i in dropped)),
-            tuple(needs.reruns),
+            copy_out=tuple(sorted((leave[i], i) for i in swapped)),
+            copy_in=tuple(memory.arrivals(gaps)),
+            release=tuple(sorted(release)),
+            drop=tuple(sorted(drop)),
+            rerun=tuple(needs.reruns),
+            pass_by=tuple(sorted(pass_by)),
         )
-        return _Trial(plan, simulate(profile, self.system, Planned(plan)))
 
 
 def make_plan(profile: Profile, system: System) -> Plan:
@@ -96,22 +192,36 @@ def make_plan(profile: Profile, system: System) -> Plan:
         profile: The iteration, as it was recorded.
         system: The memory and the links.
     """
-    search = _Search(profile, system)
+    search = Search(profile, system)
+    bound = lower_bound(profile, system)
     sizes = sorted(profile.storages[i].nbytes for i in profile.saved)
     largest = sizes[-1] if sizes else 0
     none: frozenset[int] = frozenset()
-    search.try_it(none, 0)
-    headrooms = [0, largest // 2, largest, 2 * largest]
     cheap = search.recomputable()
-    counts = sorted({round(len(cheap) * f) for f in (0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1)})
-    for count in counts:
-        for headroom in headrooms:
-            search.try_it(frozenset(cheap[:count]), headroom)
+    total = sum(profile.storages[i].nbytes for i in cheap)
+    search.try_it(none, 0)
+    search.try_it(none, largest)
+    for most in (total, total // 2, total // 4, total // 8, total // 16):
+        for share in (0.15, 0.3, 0.5, 0.7, 0.85, 1):
+            dropped = search.segments(set(cheap[: round(len(cheap) * share)]), most)
+            search.try_it(dropped, 0)
     assert search.best is not None
+    for headroom in (largest // 2, largest, 2 * largest):
+        search.try_it(search.best.dropped, headroom)
+    # One at a time.
+    improved = True
+    while improved and search.left > 0:
+        improved = False
+        for i in [*reversed(cheap)]:
+            before = search.best.cost
+            search.try_it(search.best.dropped ^ {i}, search.best.headroom)
+            improved |= search.best.cost < before
+            if search.left <= 0:
+                break
     best = search.best
     return dataclasses.replace(
         best.plan,
         seconds=best.timeline.seconds,
         peak_bytes=best.timeline.peak_bytes,
-        bound_seconds=lower_bound(profile, system),
+        bound_seconds=bound,
     )

@@ -26,6 +26,9 @@ class Policy(Protocol):
     def make_room(self, simulation: Simulation, nbytes: int, for_storage: int = -1) -> None:
         """Make room under the limit for ``nbytes`` that are about to be allocated."""
 
+    def passes_by(self, simulation: Simulation, i: int) -> bool:
+        """Tell whether a storage is to be given up once the re-runs before the step have read it."""
+
 
 class OnDemand:
     """What the executor does with no plan.
@@ -69,6 +72,10 @@ class OnDemand:
         if simulation.used + nbytes > high:
             simulation.wait_for_graves()
 
+    def passes_by(self, simulation: Simulation, i: int) -> bool:
+        """Tell whether only the re-runs before the step need a storage: nothing is dropped on demand."""
+        return False
+
     def _write_behind(self, simulation: Simulation, nbytes: int) -> None:
         simulation.settle()
         size = simulation.nbytes
@@ -108,8 +115,9 @@ class Planned:
         self._outs = deque(plan.copy_out)
         self._ins = deque(plan.copy_in)
         self._drops = deque(plan.drop)
-        self._leaves = set(plan.copy_out and (i for _, i in plan.copy_out))
-        self._again = {i for _, i in plan.drop}
+        self._releases = deque(plan.release)
+        self._leaves = {i for _, i in plan.copy_out}
+        self._pass_by = set(plan.pass_by)
         self._demand = OnDemand()
 
     def between(self, simulation: Simulation) -> None:
@@ -118,6 +126,8 @@ class Planned:
         for i in simulation.settle():
             if i in self._leaves:
                 simulation.release(i)
+        while self._releases and self._releases[0][0] <= step:
+            simulation.release(self._releases.popleft()[1])
         while self._drops and self._drops[0][0] <= step:
             i = self._drops.popleft()[1]
             if simulation.state[i] in (State.RESIDENT, State.BOTH) and not simulation.is_held(i):
@@ -134,6 +144,10 @@ class Planned:
         if missing > 0:
             simulation.wait_for_leaving(missing)
         self._demand.make_room(simulation, nbytes)
+
+    def passes_by(self, simulation: Simulation, i: int) -> bool:
+        """Tell whether only the re-runs before the step need a storage."""
+        return (simulation.step, i) in self._pass_by
 
     def _copy_in(self, simulation: Simulation, most: int) -> None:
         while self._ins and self._ins[0][0] <= simulation.step:

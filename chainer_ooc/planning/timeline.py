@@ -252,12 +252,17 @@ class Simulation:
         self.pinned.update(reads)
         self._bring(reads)
         last = {i: number for number, rerun in order for i in rerun.reads}
+        using = self.profile.used[self.step]
+        passing = {i for i in reads if i not in using and self.policy.passes_by(self, i)}
         temporary: dict[int, int] = {}
         for number, rerun in order:
+            back = []
             for i in rerun.writes:
-                if self.state[i] is not State.DROPPED:
+                keep = self.state[i] is State.DROPPED
+                if keep and (i in using or not self.policy.passes_by(self, i)):
+                    back.append(i)
+                else:
                     temporary[i] = self.nbytes[i]
-            back = [i for i in rerun.writes if self.state[i] is State.DROPPED]
             nbytes = sum(self.nbytes[i] for i in back)
             beside = rerun.workspace_bytes + sum(temporary.values())
             self.policy.make_room(self, nbytes + beside)
@@ -268,9 +273,12 @@ class Simulation:
             self._note_peak(self.used + beside)
             self._spend("rerun", number, rerun.seconds)
             self._rerun += rerun.seconds
-            for i in list(temporary):
-                if last.get(i, -1) <= number:
-                    del temporary[i]
+            for i in [i for i in temporary if last.get(i, -1) <= number]:
+                del temporary[i]
+            for i in [i for i in passing if last[i] <= number]:
+                passing.remove(i)
+                self.pinned.discard(i)
+                self.release(i)
         self.reruns.append((self.step, tuple(number for number, _ in order)))
 
     def _is_there(self, i: int) -> bool:
