@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from chainer_ooc.planning.profile import BACKWARD, Profile
@@ -75,9 +77,18 @@ def lower_bound(profile: Profile, system: System) -> float:
     extra = np.zeros((size, size))
     out = np.zeros((size, size))
     speeds = in_rate * rerun_seconds + rerun_bytes
+    using = np.array([s.uses[0] for s in storages], np.int64)
+    passed = sorted(
+        (before, i, after)
+        for i, s in enumerate(storages)
+        for before, after in pairwise((*s.uses, s.uses[-1] + 1))
+    )
+    position = 0
     for a, step in enumerate(knots[:-1]):
         alive = (producer <= step) & (last >= step)
-        using = _next_use(storages, step)
+        while position < len(passed) and passed[position][0] < step:
+            _, i, using[i] = passed[position]
+            position += 1
         absent_able = alive & (using > step) & (free_from <= step)
         later = np.bincount(using[absent_able], nbytes[absent_able], count + 2)
         later = np.cumsum(later[::-1])[::-1]
@@ -106,13 +117,6 @@ def lower_bound(profile: Profile, system: System) -> float:
     if rerun_bytes[-1] == 0:
         result = max(earliest[-1, 0], twice[0])
     return float(result)
-
-
-def _next_use(storages: list, step: int) -> np.ndarray:
-    """Return each storage's first use after ``step`` (or at it), a number past all steps where there is none."""
-    return np.array(
-        [next((use for use in s.uses if use >= step), s.uses[-1] + 1) for s in storages], np.int64
-    )
 
 
 def _choose(missing: np.ndarray) -> np.ndarray:

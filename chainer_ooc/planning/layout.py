@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Collection, Sequence
 
@@ -56,7 +57,7 @@ def needs_of(
     own = [step.workspace_bytes for step in profile.steps]
     if not dropped:
         return Needs([list(s.uses) for s in storages], own, 0.0, [])
-    steps: list[list[int]] = [[] for _ in storages]
+    steps = [list(s.uses) for s in storages]
     gone = set(dropped)
     leaves: dict[int, list[int]] = {}
     for i, number in evicted:
@@ -64,10 +65,10 @@ def needs_of(
             leaves.setdefault(number, []).append(i)
     seconds = 0.0
     reruns = []
-    for number in range(len(profile.steps)):
+    for number in sorted({use for i in dropped for use in storages[i].uses}.union(leaves)):
         used = profile.used[number]
         wanted = [i for i in used if i in gone]
-        leaving = leaves.get(number, [])
+        leaving = leaves.get(number, ())
         if wanted:
 
             def is_there(i: int, now: int = number) -> bool:
@@ -85,29 +86,28 @@ def needs_of(
             for n, rerun in order:
                 seconds += rerun.seconds
                 for i in rerun.writes:
+                    if i in gone:
+                        _add(steps[i], number)
                     if i in gone and (i in used or i not in leaving):
                         gone.remove(i)
                         made += storages[i].nbytes
-                        _add(steps[i], number)
                     else:
                         temporary[i] = storages[i].nbytes
-                        if i in gone:
-                            _add(steps[i], number)
                 most = max(most, made + rerun.workspace_bytes + sum(temporary.values()))
-                for i in [i for i in temporary if last.get(i, -1) <= n]:
-                    del temporary[i]
+                for i in rerun.reads + rerun.writes:
+                    if last.get(i, -1) <= n:
+                        temporary.pop(i, None)
             # What it makes and keeps counts among the storages from this step on.
             own[number] = max(own[number], most - made)
             reruns.append((number, tuple(n for n, _ in order)))
-        for i in used:
-            _add(steps[i], number)
         gone.update(leaving)
     return Needs(steps, own, seconds, reruns)
 
 
 def _add(steps: list[int], number: int) -> None:
-    if not steps or steps[-1] != number:
-        steps.append(number)
+    position = bisect.bisect_left(steps, number)
+    if position == len(steps) or steps[position] != number:
+        steps.insert(position, number)
 
 
 class Memory:
@@ -133,8 +133,7 @@ class Memory:
             change[profile.storages[i].producer] += self.nbytes[i]
             end = profile.storages[i].uses[-1] + 1 if system.single_backward else count
             change[end] -= self.nbytes[i]
-        taken = np.cumsum(change[:-1]) + needs.own_bytes
-        taken += np.array([s.held_bytes for s in profile.steps], np.int64)
+        taken = np.cumsum(change[:-1]) + needs.own_bytes + profile.held
         self.room = system.high_bytes - profile.fixed_bytes - taken
 
     def gap(self, i: int, after: int = -1) -> tuple[int, int]:

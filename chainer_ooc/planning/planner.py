@@ -20,6 +20,8 @@ __all__ = ["make_plan"]
 
 #: Simulated steps that one plan may take: it bounds the planner's time, and is the same on every machine.
 EFFORT = 60_000
+#: A step time this near to the bound is not improved on.
+ENOUGH = 1.002
 #: How often a layout that does not fit is repaired.
 _REPAIRS = 24
 
@@ -52,6 +54,7 @@ class Search:
             profile.saved, key=lambda i: (-profile.storages[i].uses[0], profile.storages[i].producer)
         )
         self.best: Trial | None = None
+        self.bound = lower_bound(profile, system)
 
     def recomputable(self) -> list[int]:
         """Return what can be made again, the cheapest per byte first."""
@@ -77,7 +80,7 @@ class Search:
     def try_it(self, dropped: frozenset[int], headroom: int) -> Trial:
         """Lay out and simulate one choice."""
         key = dropped, headroom
-        if key not in self.trials:
+        if key not in self.trials and not self.done:
             self.left -= 1
             plan = self._lay_out(dropped, headroom)
             trial = Trial(
@@ -86,7 +89,15 @@ class Search:
             self.trials[key] = trial
             if self.best is None or trial.cost < self.best.cost:
                 self.best = trial
-        return self.trials[key]
+        return self.trials.get(key, self.best)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing better is to be expected, or the effort is spent."""
+        best = self.best
+        return best is not None and (
+            self.left <= 0 or (not best.cost[0] and best.cost[1] <= ENOUGH * self.bound)
+        )
 
     def _lay_out(self, dropped: frozenset[int], headroom: int) -> Plan:
         profile, system = self.profile, self.system
@@ -193,7 +204,6 @@ def make_plan(profile: Profile, system: System) -> Plan:
         system: The memory and the links.
     """
     search = Search(profile, system)
-    bound = lower_bound(profile, system)
     sizes = sorted(profile.storages[i].nbytes for i in profile.saved)
     largest = sizes[-1] if sizes else 0
     none: frozenset[int] = frozenset()
@@ -210,18 +220,18 @@ def make_plan(profile: Profile, system: System) -> Plan:
         search.try_it(search.best.dropped, headroom)
     # One at a time.
     improved = True
-    while improved and search.left > 0:
+    while improved and not search.done:
         improved = False
         for i in [*reversed(cheap)]:
             before = search.best.cost
             search.try_it(search.best.dropped ^ {i}, search.best.headroom)
             improved |= search.best.cost < before
-            if search.left <= 0:
+            if search.done:
                 break
     best = search.best
     return dataclasses.replace(
         best.plan,
         seconds=best.timeline.seconds,
         peak_bytes=best.timeline.peak_bytes,
-        bound_seconds=bound,
+        bound_seconds=search.bound,
     )

@@ -123,9 +123,10 @@ class Planned:
     def between(self, simulation: Simulation) -> None:
         """Release what has gone out; begin the copies that are due."""
         step = simulation.step
-        for i in simulation.settle():
-            if i in self._leaves:
-                simulation.release(i)
+        if simulation.leaving:
+            for i in simulation.settle():
+                if i in self._leaves:
+                    simulation.release(i)
         while self._releases and self._releases[0][0] <= step:
             simulation.release(self._releases.popleft()[1])
         while self._drops and self._drops[0][0] <= step:
@@ -136,7 +137,8 @@ class Planned:
             i = self._outs.popleft()[1]
             if simulation.state[i] is State.RESIDENT and not simulation.is_held(i):
                 simulation.begin_out(i)
-        self._copy_in(simulation, simulation.system.high_bytes - simulation.need())
+        if self._ins and self._ins[0][0] <= step:
+            self._copy_in(simulation, simulation.system.high_bytes - simulation.need())
 
     def make_room(self, simulation: Simulation, nbytes: int, for_storage: int = -1) -> None:
         """Wait for what is going out; then as on demand."""

@@ -154,6 +154,16 @@ class Profile:
                 found.setdefault(storage, number)
         return found
 
+    @functools.cached_property
+    def held(self) -> list[int]:
+        """``held_bytes`` of each step."""
+        return [step.held_bytes for step in self.steps]
+
+    @functools.cached_property
+    def made_bytes(self) -> list[int]:
+        """The size of the saved storages that each step makes."""
+        return [sum(self.storages[i].nbytes for i in made) for made in self.made]
+
     @property
     def compute_seconds(self) -> float:
         """The time of all steps with everything in memory."""

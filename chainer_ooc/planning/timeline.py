@@ -81,8 +81,9 @@ class Simulation:
         self._tier: dict[int, int] = {}
         self._graves: list[tuple[Copy, int]] = []
         self._seconds = seconds
-        self._held = [profile.fixed_bytes + step.held_bytes for step in profile.steps]
-        self._peak = self._over = 0
+        self._held = [profile.fixed_bytes + held for held in profile.held]
+        self._high = system.high_bytes
+        self._peak = 0
         self._bytes = [0, 0]
         self._wait_in = self._wait_out = self._rerun = 0.0
         self._waits: dict[int, float] = {}
@@ -102,8 +103,7 @@ class Simulation:
 
     def need(self) -> int:
         """Return the bytes that the step takes at most beyond :attr:`used`."""
-        step = self.profile.steps[self.step]
-        return step.workspace_bytes + sum(self.nbytes[i] for i in self.profile.made[self.step])
+        return self.profile.steps[self.step].workspace_bytes + self.profile.made_bytes[self.step]
 
     def is_held(self, i: int) -> bool:
         """Tell whether something besides the graph needs or refers to a storage."""
@@ -148,18 +148,17 @@ class Simulation:
     def settle(self) -> list[int]:
         """Take note of the copies out that have ended; return their storages."""
         ended = []
+        for link in self._links:
+            link.advance(self.now)
         while self.leaving:
             i = self.leaving[0]
-            copy = self.outs.get(i)
-            if copy is not None and self.state[i] is State.GOING_OUT:
-                copy.link.advance(self.now)
-                if copy.end < 0:
+            if self.state[i] is State.GOING_OUT:
+                if self.outs[i].end < 0:
                     break
                 del self.outs[i]
                 self.state[i] = State.BOTH
                 ended.append(i)
             self.leaving.popleft()
-        self._clear_graves()
         return ended
 
     def release(self, i: int) -> int:
@@ -209,24 +208,33 @@ class Simulation:
 
     def run(self) -> Timeline:
         """Run it."""
-        steps = self.profile.steps
-        used = self.profile.used
-        made = self.profile.made
-        storages = self.profile.storages
-        for self.step in range(len(steps)):
-            self.pinned.clear()
-            self._clear_graves()
-            self.policy.between(self)
-            self.pinned.update(used[self.step])
-            self._bring(used[self.step])
-            self.policy.make_room(self, self.need())
-            self._compute()
-            for i in made[self.step]:
+        profile, policy = self.profile, self.policy
+        used, made, made_bytes = profile.used, profile.made, profile.made_bytes
+        seconds = self._seconds or [step.seconds for step in profile.steps]
+        for number, step in enumerate(profile.steps):
+            self.step = number
+            if self._graves:
+                self._clear_graves()
+            policy.between(self)
+            if used[number]:
+                self.pinned.update(used[number])
+                self._bring(used[number])
+            need = step.workspace_bytes + made_bytes[number]
+            if self._held[number] + self.resident + need > self._high:
+                policy.make_room(self, need)
+            if made_bytes[number]:
+                self._take(made_bytes[number])
+            self._note_peak(self._held[number] + self.resident + step.workspace_bytes)
+            self._starts.append(self.now)
+            self._spend(step.phase, number, seconds[number])
+            for i in made[number]:
                 self.state[i] = State.RESIDENT
-            for i in used[self.step]:
-                self.uses_left[i] -= 1
-                if storages[i].uses[-1] == self.step:
-                    self._finish(i)
+            if used[number]:
+                self.pinned.clear()
+                for i in used[number]:
+                    self.uses_left[i] -= 1
+                    if not self.uses_left[i]:
+                        self._finish(i)
         for link in self._links:
             link.advance(self.now)
         return self._result()
@@ -283,14 +291,6 @@ class Simulation:
 
     def _is_there(self, i: int) -> bool:
         return self.state[i] not in (State.DROPPED, State.DEAD, State.UNMADE)
-
-    def _compute(self) -> None:
-        step = self.profile.steps[self.step]
-        self._take(sum(self.nbytes[i] for i in self.profile.made[self.step]))
-        self._note_peak(self.used + step.workspace_bytes)
-        self._starts.append(self.now)
-        seconds = step.seconds if self._seconds is None else self._seconds[self.step]
-        self._spend(step.phase, self.step, seconds)
 
     def _finish(self, i: int) -> None:
         """Backward has used a storage for the last time."""
@@ -360,7 +360,6 @@ class Simulation:
 
     def _note_peak(self, nbytes: int) -> None:
         self._peak = max(self._peak, nbytes)
-        self._over = max(self._over, nbytes - self.system.high_bytes)
         if self._detailed:
             self._memory += [(self.now, nbytes)]
 
@@ -391,7 +390,7 @@ class Simulation:
         return Timeline(
             self.now,
             self._peak,
-            self._over,
+            max(0, self._peak - self._high),
             self._bytes[0],
             self._bytes[1],
             self._wait_in,
