@@ -74,10 +74,9 @@ def main() -> None:
             out = min(s["bytes_out"] for s in stats) / options.iterations
             back = min(s["bytes_in"] for s in stats) / options.iterations
             seconds = min(min(one["seconds"][1:]) for one in done)
-            stall = (
-                min(s["stall_out_seconds"] + s["stall_in_seconds"] for s in stats)
-                / options.iterations
-            )
+            causes = [name for name in stats[0] if name.startswith("stall_")]
+            stalls = {name: min(s[name] for s in stats) / options.iterations for name in causes}
+            stall = sum(stalls.values())
             row = {
                 "net": net,
                 "fraction": fraction,
@@ -89,7 +88,7 @@ def main() -> None:
                 "cpu_ratio": min(min(one["cpu_seconds"][1:]) for one in done) / cpu,
                 "bytes_out": out,
                 "bytes_in": back,
-                "stall_seconds": stall,
+                **stalls,
                 "bound_seconds": max(best, out / write_rate + back / read_rate),
             }
             results.append(row)

@@ -67,7 +67,7 @@ def install() -> None:
     with _install_lock:
         if _stock:
             return
-        nodes.install(_stand_in)
+        nodes.install(_stand_in, _before_hooks)
         attributes.saved_attributes(batch_normalization.BatchNormalization, ["_impl"])
         attributes.saved_attributes(batch_normalization.BatchNormalizationGrad, ["_impl"])
         _stock["config"] = chainer.config
@@ -128,6 +128,14 @@ def _backprop_step(
         _after(manager, settings)
 
 
+def _before_hooks(func: Any) -> None:
+    """Fetch what a function needs in backward before hooks measure it."""
+    record = func.__dict__.get(_RECORD)
+    if record is not None:
+        for owner, group in _by_manager(record.group):
+            owner.fetch(group, trusted=True)
+
+
 def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     """Return the manager of the inputs' device, and whether memory is plenty and nobody watches.
 
@@ -165,7 +173,7 @@ def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) ->
     local = mode.local
     outer, local.running = local.running, (func, inputs)
     start = local.peak = manager.marks.last_used
-    begun = time.perf_counter() if mode.observers else 0.0
+    begun = time.perf_counter() if mode.observers and outer is None else 0.0
     try:
         return call(*args)
     except MemoryError as error:

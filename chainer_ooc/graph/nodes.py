@@ -33,11 +33,12 @@ def _set_retained(func: Any, retained: Any) -> None:
     func.__dict__["_retained_output_data"] = retained
 
 
-def install(stand_in: Callable[[Saved], Any]) -> None:
+def install(stand_in: Callable[[Saved], Any], before_hooks: Callable[[Any], None]) -> None:
     """Make the properties of Chainer's classes, once.
 
     Args:
         stand_in: Returns an array of the type and on the device of what is saved, with no data.
+        before_hooks: Called with a function before its hooks for backward are.
 
     Raises:
         RuntimeError: If Chainer was imported without the import hook.
@@ -55,6 +56,7 @@ def install(stand_in: Callable[[Saved], Any]) -> None:
         return stand_in(data) if type(data) is Saved else data
 
     variable._peek = peek
+    variable._before_hooks = before_hooks
     variable.VariableNode._data = property(_get_data, _set_data)
     chainer.FunctionNode._retained_output_data = property(_get_retained, _set_retained)
 

@@ -1,0 +1,204 @@
+"""What watches a run: timers, checksums, traces."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import warnings
+
+import chainer
+import chainer.functions as F
+import numpy as np
+import pytest
+
+import chainer_ooc
+from chainer_ooc import mode
+from chainer_ooc.errors import CorruptCopyError, SettingError
+from chainer_ooc.swap.mover import Mover
+
+
+def chain(x, depth=4):
+    h = x
+    for _ in range(depth):
+        h = F.sigmoid(F.tanh(h))
+    return F.sum(h)
+
+
+@pytest.fixture
+def x():
+    return chainer.Variable(np.random.rand(100, 1000).astype("f"))
+
+
+def test_timers_do_not_count_what_backward_waits_for(x, monkeypatch):
+    join = Mover._join_arrival
+
+    def slow(mover, storage):
+        time.sleep(0.05)
+        join(mover, storage)
+
+    hook = chainer.function_hooks.TimerHook()
+    before = chainer_ooc.stats()
+    with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
+        loss = chain(x)
+        monkeypatch.setattr(Mover, "_join_arrival", slow)
+        with hook:
+            loss.backward()
+    waited = chainer_ooc.stats().stall_in_seconds - before.stall_in_seconds
+    assert waited > 0.3
+    assert len(hook.call_history) >= 9
+    assert hook.total_time() < waited / 4
+
+
+class TestVerify:
+    @pytest.fixture(autouse=True)
+    def verifying(self):
+        with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, verify=True):
+            yield
+
+    def test_what_stays_as_it_is_is_not_reported(self, x):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(2):
+                x.cleargrad()
+                chain(x).backward()
+
+    def test_what_is_modified_is_reported_with_who_saved_it(self, x):
+        h = F.tanh(x)
+        y = F.sigmoid(h)
+        z = F.sum(F.exp(y))
+        h.array[:] += 2  # held by ``h``: it could not move
+        with pytest.warns(
+            RuntimeWarning, match="400000 bytes that Tanh saved .* modified in place"
+        ):
+            z.backward()
+
+    def test_a_modified_array_that_moves_is_reported_before_it_goes(self, x):
+        h = F.tanh(x)
+        graph = F.sum(F.exp(F.sigmoid(h)))
+        h.array[:] += 2
+        del h
+        with pytest.warns(RuntimeWarning, match="that Tanh saved"):
+            F.exp(x)
+        del graph
+
+    def test_with_enough_memory_too(self, x):
+        with chainer_ooc.out_of_core_mode(swap_all=False, limit=1 << 40):
+            h = F.tanh(x)
+            z = F.sum(F.exp(h))
+            h.array[:] += 2
+            with pytest.warns(RuntimeWarning, match="that Tanh saved"):
+                z.backward()
+
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_a_copy_that_is_broken_twice_is_an_error(self, x, times, monkeypatch):
+        loss = chain(x)
+        device = mode.managers()[0].device
+        read, broken = device.file.read, []
+
+        def damaged(offset, buffer):
+            read(offset, buffer)
+            if len(broken) < times:
+                broken.append(offset)
+                buffer[7] ^= 1
+
+        monkeypatch.setattr(device.file, "read", damaged)
+        if times == 1:
+            loss.backward()
+            expected = x.grad.copy()
+            x.cleargrad()
+            with chainer_ooc.out_of_core_mode(False):
+                chain(x).backward()
+            assert x.grad.tobytes() == expected.tobytes()
+        else:
+            with pytest.raises(CorruptCopyError, match="came back with the checksum 0x"):
+                loss.backward()
+        assert len(broken) == times
+
+
+class TestTrace:
+    def test_it_has_functions_copies_stalls_and_memory(self, x, tmp_path):
+        path = tmp_path / "ooc.json"
+        start = time.perf_counter()
+        with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, trace=path):
+            chain(x).backward()
+            assert not path.exists()
+        microseconds = (time.perf_counter() - start) * 1e6
+        assert mode.observers == []
+        trace = json.loads(path.read_text())
+        complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+        kinds = {}
+        for event in complete:
+            kinds.setdefault(event["cat"], []).append(event)
+            assert 0 <= event["ts"] <= event["ts"] + event["dur"] <= microseconds + 1
+        assert [event["name"] for event in kinds["forward"]] == ["Tanh", "Sigmoid"] * 4 + ["Sum"]
+        assert [event["name"] for event in kinds["backward"]][:3] == ["Sum", "Sigmoid", "Tanh"]
+        moved = sum(event["args"]["bytes"] for event in kinds["copy in"])
+        assert moved == trace["otherData"]["stats"]["bytes_in"] - self.before.bytes_in > 0
+        assert {event["name"] for event in kinds["stall"]} <= {"fetch", "late", "room", "trim"}
+        assert trace["otherData"]["settings"]["swap_all"] is True
+        memory = [e["args"]["bytes"] for e in trace["traceEvents"] if e["ph"] == "C"]
+        assert min(memory) > 10 << 20
+        self.check_tracks(trace["traceEvents"])
+
+    @pytest.fixture(autouse=True)
+    def note(self):
+        self.before = chainer_ooc.stats()
+
+    @staticmethod
+    def check_tracks(events):
+        """Events of one track do not overlap, but for those inside others; each track has a name."""
+        named = {e["tid"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+        tracks = {}
+        for event in events:
+            if event["ph"] == "X":
+                tracks.setdefault(event["tid"], []).append(event)
+        assert tracks.keys() == named
+        for track in tracks.values():
+            ends = []
+            for event in track:
+                while ends and ends[-1] <= event["ts"] + 0.2:
+                    ends.pop()
+                assert not ends or event["ts"] + event["dur"] <= ends[-1] + 0.2
+                ends.append(event["ts"] + event["dur"])
+
+    def test_it_is_written_when_another_mode_begins_or_ends(self, x, tmp_path):
+        chainer_ooc.enable(trace=tmp_path / "a.json")
+        try:
+            chain(x)
+            chainer_ooc.enable(trace=tmp_path / "b.json")
+            assert (tmp_path / "a.json").exists()
+            chain(x)
+        finally:
+            chainer_ooc.disable()
+        events = json.loads((tmp_path / "b.json").read_text())["traceEvents"]
+        assert sum(event["ph"] == "X" for event in events) == 9
+
+    def test_it_is_written_at_the_end_of_the_process_one_for_each_rank(self, run_python, tmp_path):
+        code = (
+            "import chainer_ooc, chainer, numpy as np; chainer_ooc.enable(trace='ooc.json');"
+            "chainer.functions.exp(np.ones(9, 'f'))"
+        )
+        for rank in ("0", "1"):
+            done = run_python("-c", code, env={"PMI_RANK": rank, "PMI_SIZE": "2"})
+            assert done.returncode == 0, done.stderr
+        for rank in (0, 1):
+            trace = json.loads((tmp_path / f"ooc.rank{rank}.json").read_text())
+            assert {event["pid"] for event in trace["traceEvents"]} == {rank}
+
+    @pytest.mark.parametrize("path", ["nowhere/ooc.json", "."])
+    def test_what_cannot_be_written_is_an_error_at_once(self, path, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SettingError, match=f"trace='{path}' is not a file that can be written"):
+            chainer_ooc.enable(trace=path)
+
+
+def test_the_manager_tells_where_it_stands(x):
+    gc.collect()
+    with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, limit=1 << 40):
+        loss = chain(x)
+        text = repr(mode.managers()[0])
+        del loss
+    assert "<SwapManager of RAM: " in text
+    assert " of 1,048,576 MiB used; saved: " in text
+    assert " 3 MiB out, 0 MiB going out, 0 MiB coming in; so far " in text
