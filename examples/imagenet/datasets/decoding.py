@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy
 from errors import InputError
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 try:
     import simplejpeg
@@ -99,8 +99,14 @@ def image_size(path: str | Path) -> Size:
     """
     try:
         with Image.open(path) as image:
-            turned = _orientation(image) >= 5
-            return image.size[::-1] if turned else image.size
+            size = image.size
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                # Newer versions of Pillow turn this size already, older ones do not.
+                size = (
+                    image.tag_v2[ExifTags.Base.ImageWidth],
+                    image.tag_v2[ExifTags.Base.ImageLength],
+                )
+            return size[::-1] if _orientation(image) >= 5 else size
     except FileNotFoundError as e:
         raise InputError(f"image {path}: no such file; correct the list file or --root/-R") from e
     except DAMAGE as e:

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="side of the crops (default %(default)s)")
     parser.add_argument("--full-decode", action="store_true",
                         help="decode every pixel of large JPEG files; the default is a few times "
-                        "faster and differs by less than one level on average")
+                        "faster, and differs by one to three levels of 255 on average")
     # fmt: on
     args = parser.parse_args(argv)
     # Twice the size leaves the bicubic filter enough to choose from.
