@@ -133,6 +133,8 @@ class Plan:
                 self.output.value,
                 number,
             )
+        except device.OutOfMemoryError:
+            raise
         except CuDNNError:
             return None
         return Algorithm(number, memory, math_type)
@@ -197,7 +199,7 @@ class Plan:
 
         ``output`` is overwritten.
         Without memory for a workspace of the limit's size, the heuristics answer, and the next call
-        tries again.
+        tries again. They also answer where cuDNN cannot search.
         """
         if self.tuned is None:
             try:
@@ -205,21 +207,28 @@ class Plan:
             except device.OutOfMemoryError:
                 return self.heuristic(handle)
             results, count = (AlgorithmPerformance * _REQUESTED)(), ctypes.c_int()
-            getattr(loaded(), self.direction.search)(
-                handle,
-                self.first.value,
-                first,
-                self.second.value,
-                second,
-                self.convolution(self.math_type).value,
-                self.output.value,
-                output,
-                _REQUESTED,
-                ctypes.byref(count),
-                results,
-                workspace.ptr,
-                self.limit,
-            )
+            try:
+                getattr(loaded(), self.direction.search)(
+                    handle,
+                    self.first.value,
+                    first,
+                    self.second.value,
+                    second,
+                    self.convolution(self.math_type).value,
+                    self.output.value,
+                    output,
+                    _REQUESTED,
+                    ctypes.byref(count),
+                    results,
+                    workspace.ptr,
+                    self.limit,
+                )
+            except device.OutOfMemoryError:
+                return self.heuristic(handle)
+            except CuDNNError as error:
+                if not error.not_supported:
+                    raise
+                count.value = 0
             # What the search could not run in this workspace may still be needed.
             self.tuned = self._usable(handle, results[: count.value]) or self.heuristic(handle)
         return self.tuned
@@ -248,7 +257,7 @@ def run(
         auto_tune: Whether to time all algorithms at the first call with these shapes.
 
     Raises:
-        OutOfMemoryError: If no algorithm's workspace can be had.
+        OutOfMemoryError: If no algorithm's workspace can be had, or cuDNN has no memory for itself.
         CuDNNError: If cuDNN has no algorithm for this, or it fails.
     """
     compute = getattr(loaded(), plan.direction.compute)
@@ -256,7 +265,9 @@ def run(
     shortage: BaseException | None = None
     failure: CuDNNError | None = None
     refused_size = None
+    reason = ""
     tried: set[Algorithm] = set()
+    made_room = False
     for algorithm in itertools.chain(algorithms, plan.rest(handle)):
         if algorithm in plan.refused or algorithm in tried:
             continue
@@ -269,45 +280,64 @@ def run(
                 workspace = device.allocate(algorithm.memory)
             except device.OutOfMemoryError as error:
                 shortage, refused_size = error.with_traceback(None), algorithm.memory
+                reason = reason or f"no memory for a workspace of {refused_size} bytes"
                 continue
+        arguments = (
+            handle,
+            one,
+            plan.first.value,
+            first,
+            plan.second.value,
+            second,
+            plan.convolution(algorithm.math_type).value,
+            algorithm.number,
+            workspace.ptr if workspace is not None else None,
+            algorithm.memory,
+            zero,
+            plan.output.value,
+            output,
+        )
         try:
-            compute(
-                handle,
-                one,
-                plan.first.value,
-                first,
-                plan.second.value,
-                second,
-                plan.convolution(algorithm.math_type).value,
-                algorithm.number,
-                workspace.ptr if workspace is not None else None,
-                algorithm.memory,
-                zero,
-                plan.output.value,
-                output,
-            )
+            try:
+                compute(*arguments)
+            except device.OutOfMemoryError:
+                if made_room:
+                    raise
+                made_room = True
+                device.make_room()
+                compute(*arguments)
+        except device.OutOfMemoryError as error:
+            shortage = error.with_traceback(None)
+            reason = reason or "no memory for what cuDNN allocates itself"
+            continue
         except CuDNNError as error:
             if not error.not_supported:
                 raise
             plan.refused.add(algorithm)
             failure = error
             continue
-        if refused_size is not None and not plan.announced:
+        if reason and not plan.announced:
             plan.announced = True
-            _announce(plan, refused_size, algorithm)
+            _announce(plan, reason, algorithm)
         return
-    if shortage is not None:
-        raise shortage
-    if failure is not None:
-        raise failure
-    raise CuDNNError(3000, plan.direction.compute, "no algorithm of cuDNN serves", plan.describe)
+    try:
+        raise (
+            shortage
+            or failure
+            or CuDNNError(
+                3000, plan.direction.compute, "no algorithm of cuDNN serves", plan.describe
+            )
+        )
+    finally:
+        # They would hold this frame, and so those of its callers with their arrays.
+        del shortage, failure
 
 
-def _announce(plan: Plan, wanted: int, algorithm: Algorithm) -> None:
+def _announce(plan: Plan, reason: str, algorithm: Algorithm) -> None:
     warnings.warn(
-        f"convolution {plan.direction.name} ({plan.describe}): no memory for a "
-        f"workspace of {wanted} bytes, algorithm {algorithm.number} with {algorithm.memory} bytes "
-        "runs instead: slower, and its last bits may differ",
+        f"convolution {plan.direction.name} ({plan.describe}): {reason}, algorithm "
+        f"{algorithm.number} with a workspace of {algorithm.memory} bytes runs instead: slower, and "
+        "its last bits may differ",
         RuntimeWarning,
         stacklevel=4,
     )

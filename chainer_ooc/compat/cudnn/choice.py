@@ -5,14 +5,56 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from typing import NoReturn
 
-__all__ = ["CHOICES", "VARIABLE", "library_path", "native_usable", "setting", "stands_in"]
+__all__ = [
+    "CHOICES",
+    "VARIABLE",
+    "WithoutCuDNNError",
+    "library_path",
+    "native_usable",
+    "refuse",
+    "setting",
+    "stands_in",
+]
 
 #: The environment variable that decides.
 VARIABLE = "CHAINER_OOC_CUDNN"
 
 #: Its words; every other value is the path of a library or of a directory that holds one.
 CHOICES = ("auto", "native", "own", "off")
+
+#: What has been said.
+_said: set[str] = set()
+
+
+class WithoutCuDNNError(ImportError):
+    """Chainer runs without cuDNN, and the user knows why: it was wanted, or it has been said.
+
+    Chainer catches the error, and would go on to advise reinstalling CuPy: see the edit of
+    ``chainer.backends.cuda``.
+    """
+
+    has_been_said = True
+
+
+def refuse(problem: str, error: type[WithoutCuDNNError] = WithoutCuDNNError) -> NoReturn:
+    """Say in one line why Chainer runs without cuDNN, once, and raise ``error``, which Chainer hides.
+
+    Args:
+        problem: What is wrong and what to do, one line.
+        error: What to raise.
+    """
+    if problem not in _said:
+        _said.add(problem)
+        # A place that is no file: Python would print the line of the source, too.
+        warnings.warn_explicit(
+            f"Chainer runs without cuDNN, many times slower: {problem}",
+            RuntimeWarning,
+            "<chainer_ooc>",
+            1,
+        )
+    raise error(problem)
 
 
 def setting() -> str:
@@ -27,18 +69,15 @@ def setting() -> str:
       directory that holds ``libcudnn.so.9`` itself, in ``lib`` or in ``lib64``.
 
     Raises:
-        ImportError: If the value is neither a known word nor a path.
+        WithoutCuDNNError: If the value is neither a known word nor a path.
     """
     value = os.environ.get(VARIABLE, "").strip() or "auto"
     if value in CHOICES or os.sep in value:
         return value
-    problem = (
+    refuse(
         f"{VARIABLE}={value!r} is not understood: use one of {', '.join(CHOICES)}, or the path of "
         "libcudnn.so.9 or of its directory (a path needs a '/', as in ./libcudnn.so.9)"
     )
-    # Chainer hides the error: it goes on without cuDNN.
-    warnings.warn(problem, RuntimeWarning, stacklevel=2)
-    raise ImportError(problem)
 
 
 def library_path() -> str | None:
@@ -65,11 +104,11 @@ def stands_in(native: bool) -> bool:
         native: Whether the installed CuPy has modules of these names.
 
     Raises:
-        ImportError: If the setting is ``off`` or not understood; Chainer then runs without cuDNN.
+        WithoutCuDNNError: If the setting is ``off`` or not understood.
     """
     value = setting()
     if value == "off":
-        raise ImportError(f"cuDNN is switched off by {VARIABLE}=off")
+        raise WithoutCuDNNError(f"cuDNN is switched off by {VARIABLE}=off")
     if value == "native":
         return False
     if value == "auto":

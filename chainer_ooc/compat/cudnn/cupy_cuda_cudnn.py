@@ -1,13 +1,11 @@
 """What the import hook registers as ``cupy.cuda.cudnn``: enumerations and C functions.
 
 Importing it loads cuDNN. It fails with ``ImportError`` when there is nothing to load or no GPU to
-use it on (see :mod:`.choice`), after one warning that says what to install; Chainer then runs
-without cuDNN.
+use it on (see :mod:`.choice`), after one line that says what to install; Chainer then runs without
+cuDNN.
 """
 
 from __future__ import annotations
-
-import warnings as _warnings
 
 from chainer_ooc.compat.cudnn import choice as _choice
 from chainer_ooc.compat.cudnn import device as _device
@@ -43,14 +41,11 @@ def getVersion() -> int:
 
 
 if _choice.setting() == "auto" and not _device.available():
-    raise ImportError(
+    raise _choice.WithoutCuDNNError(
         f"cuDNN is not loaded because there is no CUDA device "
         f"({_choice.VARIABLE}=own loads it all the same)"
     )
 try:
     loaded()
 except LibraryNotFoundError as _error:
-    _warnings.warn(
-        f"Chainer runs without cuDNN, many times slower: {_error}", RuntimeWarning, stacklevel=2
-    )
-    raise
+    _choice.refuse(str(_error), LibraryNotFoundError)

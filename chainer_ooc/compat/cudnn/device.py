@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import cupy
@@ -10,7 +11,10 @@ from cupy.cuda import alloc as _alloc
 from cupy.cuda import runtime
 from cupy.cuda.memory import OutOfMemoryError
 
+from chainer_ooc.compat.cudnn.library import CuDNNError
+
 __all__ = [
+    "CuDNNOutOfMemoryError",
     "OutOfMemoryError",
     "allocate",
     "available",
@@ -20,7 +24,7 @@ __all__ = [
     "current_device",
     "current_stream",
     "empty",
-    "free_cached_memory",
+    "make_room",
     "ndarray",
 ]
 
@@ -37,6 +41,13 @@ contiguous = cupy.ascontiguousarray
 current_device = runtime.getDevice
 
 _capabilities: dict[int, int] = {}
+
+#: What cuDNN may want for itself, beside CuPy's pool: handles, kernels that it loads (bytes).
+_BESIDE_THE_POOL = 64 << 20
+
+
+class CuDNNOutOfMemoryError(CuDNNError, OutOfMemoryError):
+    """cuDNN found no memory on the device for what it allocates itself."""
 
 
 def allocate(size: int) -> Any:
@@ -77,8 +88,14 @@ def compute_capability(device: int) -> int:
     return capability
 
 
-def free_cached_memory() -> None:
-    """Give the free blocks that CuPy's pool holds back to CUDA."""
+def make_room() -> None:
+    """Give memory back to CUDA, for what cuDNN allocates itself.
+
+    CuPy's pool may hold all there is. Its allocator is asked for a block first, so that one that can
+    free memory does; then the pool's free blocks go back.
+    """
+    with contextlib.suppress(OutOfMemoryError):
+        allocate(_BESIDE_THE_POOL)  # dropped at once
     cupy.get_default_memory_pool().free_all_blocks()
 
 

@@ -46,8 +46,8 @@ def _obtain(index: int) -> int:
     try:
         return library.create("cudnnCreate")
     except CuDNNError:
-        # A handle's memory does not come from CuPy's pool, which may hold all there is.
-        device.free_cached_memory()
+        # A handle's memory does not come from CuPy's pool.
+        device.make_room()
         return library.create("cudnnCreate")
 
 

@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from chainer_ooc.compat.cudnn import choice
-from chainer_ooc.compat.cudnn.constants import (
-    CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED,
-    CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED,
-)
+from chainer_ooc.compat.cudnn.constants import CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
 from chainer_ooc.compat.cudnn.prototypes import PROTOTYPES, argument_types
 
 __all__ = ["SONAME", "CuDNNError", "Library", "LibraryNotFoundError", "load", "loaded"]
@@ -23,12 +20,15 @@ SONAME = "libcudnn.so.9"
 _MAJOR = 9
 
 
-class LibraryNotFoundError(ImportError):
+class LibraryNotFoundError(choice.WithoutCuDNNError):
     """No usable cuDNN 9: the message is one line that says what to install."""
 
 
 class CuDNNError(RuntimeError):
     """A cuDNN function failed.
+
+    One that found no memory on the device is a :class:`~.device.CuDNNOutOfMemoryError`, which is
+    CuPy's ``OutOfMemoryError`` as well.
 
     Attributes:
         status: The ``cudnnStatus_t`` that it returned.
@@ -51,14 +51,6 @@ class CuDNNError(RuntimeError):
     def bad_parameter(self) -> bool:
         """Whether cuDNN refused an argument (statuses 2000 to 2999)."""
         return 2000 <= self.status < 3000
-
-    @property
-    def out_of_memory(self) -> bool:
-        """Whether cuDNN could not allocate, on the device or on the host."""
-        return self.status in (
-            CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED,
-            CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED,
-        )
 
 
 class Library:
@@ -123,7 +115,12 @@ class Library:
         last = self._plain("cudnnGetLastErrorString", None, ctypes.c_char_p, ctypes.c_size_t)
         last(message, len(message))
         detail = " ".join(message.value.decode(errors="replace").split())
-        return CuDNNError(status, function, (name or b"?").decode(), detail)
+        kind = CuDNNError
+        if status == CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED:
+            from chainer_ooc.compat.cudnn.device import CuDNNOutOfMemoryError
+
+            kind = CuDNNOutOfMemoryError
+        return kind(status, function, (name or b"?").decode(), detail)
 
     def __repr__(self) -> str:
         version = f"{self.version // 10000}.{self.version // 100 % 100}.{self.version % 100}"

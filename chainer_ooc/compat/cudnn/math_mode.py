@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import numpy
 
-from chainer_ooc.compat.cudnn import device
+from chainer_ooc.compat.cudnn import choice, device
 from chainer_ooc.compat.cudnn.constants import (
     CUDNN_DEFAULT_MATH,
     CUDNN_FMA_MATH,
@@ -17,6 +18,7 @@ from chainer_ooc.compat.cudnn.constants import (
 __all__ = [
     "VARIABLE",
     "allowed",
+    "configured_tensor_core",
     "get_math_mode",
     "is_tensor_core_available",
     "math_type_for",
@@ -31,13 +33,20 @@ _MODES = ("fp32", "tf32")
 def _checked(mode: str, where: str) -> str:
     if mode not in _MODES:
         raise ValueError(
-            f"{where} {mode!r} is not understood: use 'fp32' (every product and sum "
+            f"{where}{mode!r} is not understood: use 'fp32' (every product and sum "
             "in float32) or 'tf32' (products of 10-bit mantissas on tensor cores, sums in float32)"
         )
     return mode
 
 
-_mode = _checked(os.environ.get(VARIABLE, "").strip() or "fp32", VARIABLE)
+def _from_environment() -> str:
+    try:
+        return _checked(os.environ.get(VARIABLE, "").strip() or "fp32", f"{VARIABLE}=")
+    except ValueError as error:
+        choice.refuse(str(error))
+
+
+_mode = _from_environment()
 
 
 def get_math_mode() -> str:
@@ -58,7 +67,13 @@ def set_math_mode(mode: str) -> None:
         ValueError: For any other value.
     """
     global _mode
-    _mode = _checked(mode, "math mode")
+    _mode = _checked(mode, "math mode ")
+
+
+def configured_tensor_core() -> str:
+    """Return ``chainer.config.use_cudnn_tensor_core``, for calls that Chainer does not pass it to."""
+    chainer = sys.modules.get("chainer")
+    return "auto" if chainer is None else chainer.config.use_cudnn_tensor_core
 
 
 def is_tensor_core_available(dtype: numpy.dtype) -> bool:

@@ -103,7 +103,7 @@ class RNNDescriptor(Descriptor):
             input_mode,
             descriptors.get_data_type(dtype),
             CUDNN_DATA_DOUBLE if dtype.char == "d" else CUDNN_DATA_FLOAT,
-            math_mode.math_type_for(dtype, "auto"),
+            math_mode.math_type_for(dtype, math_mode.configured_tensor_core()),
             input_size,
             hidden_size,
             hidden_size,  # no projection

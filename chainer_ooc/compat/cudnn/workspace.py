@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from chainer_ooc.compat.cudnn import choice
+
 __all__ = ["VARIABLE", "get_max_workspace_size", "set_max_workspace_size"]
 
 VARIABLE = "CHAINER_OOC_CUDNN_WORKSPACE"
@@ -18,9 +20,7 @@ def _from_environment() -> int:
     except ValueError:
         size = -1
     if size < 0:
-        raise ValueError(
-            f"{VARIABLE}={text!r} is not understood: give a number of bytes, 0 or more"
-        )
+        choice.refuse(f"{VARIABLE}={text!r} is not understood: give a number of bytes, 0 or more")
     return size
 
 

@@ -9,6 +9,17 @@ _ATOMIC = "atomicAdd of float16 takes float16, but the product of two is a float
 _USE_CUDNN = "chainer.should_use_cudnn('>=auto', 5000)"
 
 EDITS = (
+    Edit(
+        "chainer.backends.cuda",
+        "it advises to reinstall CuPy where it runs without cuDNN for a reason that is known and has been said",
+        (
+            Replace(
+                "            not _cudnn_disabled_by_user and\n",
+                "            not _cudnn_disabled_by_user and"
+                " not getattr(_resolution_error, 'has_been_said', False) and\n",
+            ),
+        ),
+    ),
     *(
         Edit(
             f"chainer.functions.rnn.{module}",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
+
 import numpy
 import pytest
 from fake_cudnn import Offer, Refused
@@ -232,7 +236,8 @@ def test_less_workspace_when_memory_is_short(cudnn):
     memory.refuse_above = 600
     case = Case(cudnn)
     with pytest.warns(
-        RuntimeWarning, match=r"no memory for a workspace of 4096 bytes, algorithm 1"
+        RuntimeWarning,
+        match=r"no memory for a workspace of 4096 bytes, algorithm 1 with a workspace of 512 bytes",
     ):
         case.check()
     case.check()  # announced once
@@ -250,6 +255,81 @@ def test_out_of_memory_when_nothing_fits(cudnn):
     with pytest.raises(OutOfMemoryError):
         Case(cudnn).run()
     assert cudnn.fake.named("cudnnConvolutionForward") == []
+
+
+@pytest.fixture
+def hungry(cudnn, monkeypatch):
+    """Convolutions fail for want of memory of cuDNN's own so often as this list says, by algorithm."""
+    failures = {}
+    compute = type(cudnn.fake).do_ConvolutionForward
+
+    def want(self, algo, **given):
+        if failures.get(algo, 0):
+            failures[algo] -= 1
+            raise Refused(4004, "no memory for a kernel")
+        compute(self, algo=algo, **given)
+
+    monkeypatch.setattr(type(cudnn.fake), "do_ConvolutionForward", want)
+    cudnn.fake.offers["Forward"] = [Offer(2, 512), Offer(1, 0)]
+    return failures
+
+
+def algorithms_run(cudnn):
+    return [c.arguments["algo"] for c in cudnn.fake.named("cudnnConvolutionForward")]
+
+
+def test_room_is_made_for_what_cudnn_allocates_itself(cudnn, hungry):
+    """The allocator is asked for a block, so that it reclaims; what the pool has then goes to CUDA."""
+    hungry[2] = 1
+    cached, before = memory.freed_cache, set(memory.blocks)
+    case = Case(cudnn)
+    case.check()
+    assert algorithms_run(cudnn) == [2, 2]
+    assert memory.allocated == [512, 64 << 20]
+    assert memory.freed_cache == cached + 1
+    del case
+    gc.collect()
+    assert set(memory.blocks) <= before, "the block that made room was given back"
+
+
+def test_another_algorithm_serves_when_no_room_can_be_made(cudnn, hungry):
+    hungry[2] = 2
+    memory.refuse_above = 1 << 20
+    with pytest.warns(RuntimeWarning, match="no memory for what cuDNN allocates itself"):
+        Case(cudnn).check()
+    assert algorithms_run(cudnn) == [2, 2, 1]
+
+
+def test_no_memory_for_cudnn_at_all_is_cupys_error(cudnn, hungry):
+    hungry.update({2: 2, 1: 1})
+    with pytest.raises(
+        OutOfMemoryError, match=r"cudnnConvolutionForward .*\(4004\).*a kernel"
+    ) as info:
+        Case(cudnn).run()
+    assert isinstance(info.value, cudnn.library.CuDNNError)
+    assert isinstance(info.value, MemoryError)
+    assert info.value.status == 4004
+
+
+@pytest.mark.parametrize("short", ["workspace", "cuDNN"])
+def test_an_error_holds_no_arrays(cudnn, hungry, short):
+    """Else the memory that is short would come back with the next garbage collection only."""
+    cudnn.fake.offers["Forward"] = [Offer(2, 512)]
+    if short == "workspace":
+        memory.refuse_above = 100
+    else:
+        hungry[2] = 2
+    case = Case(cudnn)
+    x = weakref.ref(case.x)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(OutOfMemoryError):
+            case.run()
+        del case
+        assert x() is None
+    finally:
+        gc.enable()
 
 
 # Autotune
@@ -275,6 +355,16 @@ def test_autotune_without_memory_uses_the_heuristics_and_tries_again(cudnn):
     memory.refuse_above = None
     case.check(auto_tune=True)
     assert len(cudnn.fake.named("cudnnFindConvolutionForwardAlgorithmEx")) == 1
+
+
+@pytest.mark.parametrize("status", [3000, 4004])
+def test_heuristics_answer_where_the_search_fails(cudnn, monkeypatch, status):
+    def refuse(self, **_given):
+        raise Refused(status, "no search")
+
+    monkeypatch.setattr(type(cudnn.fake), "do_FindConvolutionForwardAlgorithmEx", refuse)
+    Case(cudnn).check(auto_tune=True)
+    assert algorithms_run(cudnn) == [1]
 
 
 def test_deterministic_runs_do_not_search(cudnn):
@@ -317,6 +407,19 @@ def test_math_mode_is_checked(cudnn):
     with pytest.raises(ValueError, match="'bf16' is not understood"):
         cudnn.cupy_cudnn.set_math_mode("bf16")
     assert cudnn.cupy_cudnn.get_math_mode() == "fp32"
+
+
+def test_math_mode_of_the_environment(cudnn, monkeypatch):
+    monkeypatch.delenv("CHAINER_OOC_CUDNN_MATH", raising=False)
+    assert cudnn.math_mode._from_environment() == "fp32"
+    monkeypatch.setenv("CHAINER_OOC_CUDNN_MATH", "tf32")
+    assert cudnn.math_mode._from_environment() == "tf32"
+    monkeypatch.setenv("CHAINER_OOC_CUDNN_MATH", "bf16")
+    with (
+        pytest.warns(RuntimeWarning, match="CHAINER_OOC_CUDNN_MATH='bf16' is not understood"),
+        pytest.raises(ImportError, match="'bf16'"),
+    ):
+        cudnn.math_mode._from_environment()
 
 
 def test_tensor_cores_take_float16_from_7_0_on(cudnn, monkeypatch):
@@ -371,7 +474,10 @@ def test_workspace_setting_is_checked(cudnn, monkeypatch):
     with pytest.raises(ValueError, match="not -1"):
         cudnn.cupy_cudnn.set_max_workspace_size(-1)
     monkeypatch.setenv("CHAINER_OOC_CUDNN_WORKSPACE", "8M")
-    with pytest.raises(ValueError, match="'8M' is not understood"):
+    with (
+        pytest.warns(RuntimeWarning, match="'8M' is not understood"),
+        pytest.raises(ImportError, match="'8M' is not understood"),
+    ):
         cudnn.workspace._from_environment()
     monkeypatch.setenv("CHAINER_OOC_CUDNN_WORKSPACE", str(8 << 20))
     assert cudnn.workspace._from_environment() == 8 << 20

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -67,8 +69,6 @@ def test_public_names_are_those_that_chainer_uses(cudnn):
     folder = pathlib.Path(chainer.__file__).parent
     source = "\n".join(path.read_text() for path in (folder / "functions").rglob("*.py"))
     source += (folder / "backends" / "cuda.py").read_text()
-    import re
-
     low = set(re.findall(r"\b(?:libcudnn|cuda\.cudnn)\.(\w+)", source))
     high = set(re.findall(r"(?<![.\w])(?:cuda\.cupy\.|cuda\.)?cudnn\.(\w+)", source))
     assert len(low) > 20 and len(high) > 25
@@ -185,7 +185,8 @@ def test_errors_name_function_status_and_cause(cudnn):
     assert "CUDNN_STATUS_OF_THE_DOUBLE (4000): AssertionError: Tensor at 5 does not exist" in str(
         info.value
     )
-    assert not info.value.not_supported and not info.value.out_of_memory
+    assert not info.value.not_supported
+    assert not isinstance(info.value, MemoryError)
 
 
 # Handles
@@ -240,6 +241,7 @@ def choice(monkeypatch):
 
     monkeypatch.delenv(choice.VARIABLE, raising=False)
     monkeypatch.setattr(choice, "native_usable", lambda: True)
+    monkeypatch.setattr(choice, "_said", set())
     return choice
 
 
@@ -294,8 +296,6 @@ def test_nothing_is_loaded_before_it_is_asked_for():
 
 
 def test_module_without_a_library_warns_once_and_fails(cudnn, monkeypatch):
-    import importlib
-
     def absent():
         raise cudnn.library.LibraryNotFoundError("cuDNN 9 for CUDA 12: run: pip install it")
 
@@ -312,9 +312,45 @@ def test_module_without_a_library_warns_once_and_fails(cudnn, monkeypatch):
     ]
 
 
-def test_module_without_a_gpu_fails_in_silence(cudnn, monkeypatch):
-    import importlib
+LEFT_OUT = {
+    # What is set: what is printed; nothing where it was wanted or there is nothing to say.
+    "CHAINER_OOC_CUDNN=/absent/libcudnn.so.9": (
+        r"/absent/libcudnn\.so\.9 does not exist; .*pip install 'nvidia-cudnn-cu1[23]>=9,<10'"
+    ),
+    "CHAINER_OOC_CUDNN=offf": "CHAINER_OOC_CUDNN='offf' is not understood: use one of auto, native",
+    "CHAINER_OOC_CUDNN_MATH=bf16": "CHAINER_OOC_CUDNN_MATH='bf16' is not understood: use 'fp32'",
+    "CHAINER_OOC_CUDNN_WORKSPACE=8M": "CHAINER_OOC_CUDNN_WORKSPACE='8M' is not understood: give",
+    "CHAINER_OOC_CUDNN=off": None,
+    "CHAINER_CUDNN=0": None,
+}
 
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy")
+@pytest.mark.parametrize(("given", "expected"), LEFT_OUT.items(), ids=list(LEFT_OUT))
+def test_what_the_user_sees_when_cudnn_is_left_out(run_python, given, expected):
+    """One line in all: Chainer's own advice, to reinstall CuPy, would lead astray."""
+    variable, _, value = given.partition("=")
+    code = (
+        "import chainer_ooc, chainer\n"
+        "print(chainer.backends.cuda.available, chainer.backends.cuda.cudnn_enabled)\n"
+        "chainer.backends.cuda.check_cuda_available()"
+    )
+    environment = {"CHAINER_OOC_CUDNN": "own", variable: value}
+    done = run_python("-W", "default", "-c", code, env=environment)
+    if done.stdout.startswith("False"):
+        pytest.skip("needs CUDA's libraries")
+    assert done.stdout == "True False\n"
+    lines = done.stderr.splitlines()
+    if expected is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1
+        assert re.match(
+            "<chainer_ooc>:1: RuntimeWarning: Chainer runs without cuDNN, .*" + expected, lines[0]
+        )
+
+
+def test_module_without_a_gpu_fails_in_silence(cudnn, monkeypatch):
     monkeypatch.delenv("CHAINER_OOC_CUDNN", raising=False)
     monkeypatch.setattr(cudnn.device, "available", lambda: False)
     monkeypatch.delitem(sys.modules, "chainer_ooc.compat.cudnn.cupy_cuda_cudnn")
