@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 from config import Config, Job
@@ -26,10 +27,8 @@ def check_network(config: Config) -> None:
     Where Chainer cannot be imported, such as on some login nodes, the job will check it.
     """
     try:
-        # isort: split
-        import models
-
-        import chainer_ooc  # noqa: F401  makes stock Chainer importable
+        importlib.import_module("chainer_ooc")  # first: it makes stock Chainer importable
+        models = importlib.import_module("models")
     except ImportError:
         return
     models.check_insize(config.arch, config.insize)

@@ -147,7 +147,7 @@ def _run(args: argparse.Namespace) -> int:
             plan,
             job,
             conf=conf,
-            settings=folder / f"config{conf.suffix}",
+            settings=f"config{conf.suffix}",
             folder=folder,
             cwd=Path.cwd(),
             modules=modules,

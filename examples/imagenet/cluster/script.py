@@ -23,7 +23,7 @@ def render(
     job: Job,
     *,
     conf: Path,
-    settings: Path,
+    settings: str,
     folder: Path,
     cwd: Path,
     modules: Path | None,
@@ -35,7 +35,7 @@ def render(
         plan: The numbers of the job.
         job: The configuration's part for the scheduler.
         conf: The configuration, for a comment.
-        settings: Its copy, which the trainer reads.
+        settings: Name of its copy in ``folder``, which the trainer reads.
         folder: Folder of the job, with the ``code`` in it.
         cwd: Where the job runs: what relative paths in the configuration start from.
         modules: File to source, or None.
