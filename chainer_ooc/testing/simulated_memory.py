@@ -16,7 +16,16 @@ from chainer_ooc.swap.free_blocks import FreeBlocks
 if TYPE_CHECKING:
     from chainer_ooc.testing.simulated_cuda import SimulatedCuda
 
-__all__ = ["POISON", "Array", "Gpu", "Memory", "MemoryPointer", "OutOfMemoryError", "Pool", "PooledMemory"]
+__all__ = [
+    "POISON",
+    "Array",
+    "Gpu",
+    "Memory",
+    "MemoryPointer",
+    "OutOfMemoryError",
+    "Pool",
+    "PooledMemory",
+]
 
 #: What freed memory is filled with.
 POISON = 0xE5

@@ -198,7 +198,9 @@ class Schedule:
 
     # Streams.
 
-    def new_stream(self, non_blocking: bool = False, null: bool = False, ptds: bool = False) -> Stream:
+    def new_stream(
+        self, non_blocking: bool = False, null: bool = False, ptds: bool = False
+    ) -> Stream:
         """Make a stream of the current GPU. As the driver does, give it the number of one that is gone."""
         if null or ptds:
             return Stream(self, LEGACY if null else PER_THREAD, -1)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import zlib
-from concurrent.futures import Future
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap import process_memory
-from chainer_ooc.swap.devices.base import Copy, Location, Transfer
+from chainer_ooc.swap.devices.base import Location, Transfer
 from chainer_ooc.swap.devices.cuda_host import PIECE, THREADS, DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda_streams import CopyStreams
+from chainer_ooc.swap.devices.cuda_transfers import DiskTransfer, FailedTransfer, StreamTransfer
 from chainer_ooc.swap.disk import ALIGNMENT as PAGE
 from chainer_ooc.swap.disk import SwapFile
-from chainer_ooc.swap.observing import Span
 from chainer_ooc.swap.pinned import PinnedSlab
 from chainer_ooc.swap.ranks import ranks_of_this_node
 from chainer_ooc.swap.storage import Layout
 
-__all__ = ["CudaDevice", "CupyArrays"]
+__all__ = ["CudaDevice", "CupyArrays", "new_slab"]
 
 #: This share of the free memory is left to what does not come from CuPy's pool: libraries, kernels.
 RESERVE = 0.05
@@ -75,95 +75,6 @@ class CupyArrays:
         return self._cupy.ndarray(layout.shape, layout.dtype, pointer, layout.strides)
 
 
-class StreamTransfer:
-    """A copy on a stream, between the GPU and page-locked memory."""
-
-    def __init__(self, streams: CopyStreams, copy: Copy, event: Any, owner: Any) -> None:
-        self.copy = copy
-        self._streams = streams
-        self._event = event
-        # The pool would hand the memory out again while it is still read or written.
-        self._owner = owner
-
-    def done(self) -> bool:
-        """Tell whether it has ended."""
-        if not self._event.done:
-            return False
-        self._owner = None
-        return True
-
-    def join(self) -> None:
-        """Make the computing streams wait for it. The host does not."""
-        self._streams.let_compute_wait(self._event)
-        self._owner = None
-
-    def wait(self) -> None:
-        """Wait until it has ended."""
-        self._event.synchronize()
-        self._owner = None
-
-    def span(self) -> Span | None:
-        """Return ``None``: events without timing are the faster ones."""
-        return None
-
-
-class DiskTransfer:
-    """Pieces that threads carry between the GPU and the swap file."""
-
-    def __init__(self, copy: DiskCopy, futures: list[Future[None]], owner: Any) -> None:
-        self.copy: Copy = copy
-        self._futures = futures
-        self._owner = owner
-
-    def done(self) -> bool:
-        """Tell whether all pieces have ended."""
-        if not all(future.done() for future in self._futures):
-            return False
-        self._owner = None
-        return True
-
-    def join(self) -> None:
-        """Wait for all pieces; raise the first error."""
-        self.wait()
-        # An error holds the frames it passes, this one too, and a future its error: no cycle.
-        futures, self._futures = self._futures[::-1], []
-        while futures:
-            futures.pop().result()
-
-    def wait(self) -> None:
-        """Wait for all pieces, well or badly ended."""
-        for future in self._futures:
-            future.exception()
-        self._owner = None
-
-    def span(self) -> Span | None:
-        """Return ``None``: nobody takes the time."""
-        return None
-
-
-class FailedTransfer:
-    """A transfer that could not be begun: it fails when it is joined, as one that fails under way."""
-
-    def __init__(self, copy: Copy, error: OSError) -> None:
-        self.copy = copy
-        self._arguments = error.args  # the error itself holds frames that hold the memory
-
-    def done(self) -> bool:
-        """Return ``True``."""
-        return True
-
-    def join(self) -> None:
-        """Raise the error."""
-        raise OSError(*self._arguments)
-
-    def wait(self) -> None:
-        """Return at once."""
-
-    def span(self) -> Span | None:
-        """Return ``None``: it never began."""
-        return None
-
-
 class CudaDevice:
     """The memory of one GPU, as CuPy's pool has it.
 
@@ -176,9 +87,10 @@ class CudaDevice:
         cupy: CuPy, or what simulates it.
         device_id: The GPU.
         directory: Where the swap file is made.
-        host_limit: Most page-locked memory (bytes); ``None``: 80 % of the free memory of the machine,
-            divided by the ranks that share it.
+        host: Page-locked memory, or the most of it (bytes), or ``None``: 80 % of the free memory of the
+            machine, divided by the ranks that share it.
         arrays: Where arrays lie and how they are made.
+        pool: Returns the pool that arrays are allocated from. Left out: CuPy's default one.
     """
 
     def __init__(
@@ -186,8 +98,9 @@ class CudaDevice:
         cupy: Any,
         device_id: int,
         directory: str,
-        host_limit: int | None = None,
+        host: PinnedSlab | int | None = None,
         arrays: CupyArrays | None = None,
+        pool: Callable[[], Any] | None = None,
     ) -> None:
         self.name = f"GPU {device_id}"
         self.device_id = device_id
@@ -196,18 +109,22 @@ class CudaDevice:
         self.asks_for_room = self.arrays.asks_for_room
         self._cupy = cupy
         self._runtime = cupy.cuda.runtime
+        self.pool = cupy.get_default_memory_pool if pool is None else pool
         self._peak = 0
         with self.streams.on_device():
             self.stand_in = self.arrays.empty()
             #: The limit of the pool that the user has set (CUPY_GPU_MEMORY_LIMIT), 0 for none (bytes).
-            self.own_limit = int(cupy.get_default_memory_pool().get_limit())
-        if host_limit is None:
-            host_limit = int(process_memory.available_bytes() * 0.8) // ranks_of_this_node()
+            self.own_limit = int(self.pool().get_limit())
+        self._own_slab = None if isinstance(host, PinnedSlab) else new_slab(cupy, host)
+        slab = host if isinstance(host, PinnedSlab) else self._own_slab
+        assert slab is not None
         # Staging blocks are inside the limit, unless they would take more than a quarter of it.
-        piece = min(PIECE, max(host_limit // (4 * THREADS) // PAGE, 16) * PAGE)
-        staging = self._new_slab(THREADS * piece)
-        self.disk = DiskTier(self.streams, staging, piece, directory)
-        self.host = HostTier(self._new_slab(max(host_limit - THREADS * piece, 0)))
+        piece = min(PIECE, max(slab.limit // (4 * THREADS) // PAGE, 16) * PAGE)
+        #: Page-locked memory for what is on the way to the swap file or back (bytes).
+        self.staging_bytes = THREADS * piece
+        slab.limit = max(slab.limit - self.staging_bytes, 0)
+        self.disk = DiskTier(self.streams, new_slab(cupy, self.staging_bytes), piece, directory)
+        self.host = HostTier(slab)
 
     def locate(self, array: Any) -> Location | None:
         """Return where an array lies, ``None`` if it must stay where it is."""
@@ -253,6 +170,7 @@ class CudaDevice:
         """
         with self.streams.on_device():
             owner, origin = self.arrays.allocate(nbytes, phase)
+            self.note_allocation()
             address = self.arrays.address(owner) + origin
             after = self.streams.allocated()
             if isinstance(copy, DiskCopy):
@@ -278,12 +196,16 @@ class CudaDevice:
     def used_bytes(self) -> int:
         """Return what arrays and workspaces have of the pool (bytes)."""
         with self.streams.on_device():
-            return int(self._cupy.get_default_memory_pool().used_bytes())
+            return int(self.pool().used_bytes())
+
+    def taken_bytes(self) -> int:
+        """Return what the current GPU's pool has taken of it, free blocks included (bytes). Never waits."""
+        return int(self.pool().total_bytes())
 
     def note_allocation(self) -> None:
         """Tell that memory has been allocated on the current stream, for the peak and for the order of copies."""
         self.streams.note_current()
-        self._peak = max(self._peak, self._cupy.get_default_memory_pool().total_bytes())
+        self._peak = max(self._peak, self.taken_bytes())
 
     def peak_bytes(self) -> int:
         """Return the most that the pool has taken of the GPU, free blocks that it keeps included (bytes)."""
@@ -294,9 +216,8 @@ class CudaDevice:
     def capacity(self) -> int:
         """Return what the pool has and what is free, less a reserve, for each rank that shares the GPU (bytes)."""
         with self.streams.on_device():
-            pool = self._cupy.get_default_memory_pool()
             free = self._runtime.memGetInfo()[0]
-            nbytes = pool.total_bytes() + int(free * (1 - RESERVE)) // self._ranks()
+            nbytes = self.taken_bytes() + int(free * (1 - RESERVE)) // self._ranks()
         return min(nbytes, self.own_limit) if self.own_limit else nbytes
 
     def total_bytes(self) -> int:
@@ -322,14 +243,8 @@ class CudaDevice:
         """Wait for the copies, end the threads and give up all space outside."""
         self.streams.synchronize()
         self.disk.close()
-        self.host.slab.close()
-
-    def _new_slab(self, limit: int) -> PinnedSlab:
-        return PinnedSlab(limit, self._register, self._runtime.hostUnregister)
-
-    def _register(self, address: int, nbytes: int) -> None:
-        with self.streams.on_device():  # also in the thread that makes chunks ahead
-            self._runtime.hostRegister(address, nbytes, _HOST_REGISTER_PORTABLE)
+        if self._own_slab is not None:
+            self._own_slab.close()
 
     def _ranks(self) -> int:
         """Return how many ranks share this GPU, if they take the GPUs of the machine in turn."""
@@ -337,3 +252,23 @@ class CudaDevice:
         if visible and "," not in visible:  # the launcher gave this rank one of its own
             return 1
         return -(-ranks_of_this_node() // max(self._runtime.getDeviceCount(), 1))
+
+
+def new_slab(cupy: Any, limit: int | None) -> PinnedSlab:
+    """Return page-locked memory for all GPUs of the process.
+
+    Args:
+        cupy: CuPy, or what simulates it.
+        limit: The most of it (bytes); ``None``: 80 % of the free memory of the machine, divided by the ranks
+            that share it.
+    """
+    if limit is None:
+        limit = int(process_memory.available_bytes() * 0.8) // ranks_of_this_node()
+    runtime = cupy.cuda.runtime
+    device_id = runtime.getDevice()
+
+    def register(address: int, nbytes: int) -> None:
+        with cupy.cuda.Device(device_id):  # in the thread that makes chunks ahead, too
+            runtime.hostRegister(address, nbytes, _HOST_REGISTER_PORTABLE)
+
+    return PinnedSlab(limit, register, runtime.hostUnregister)

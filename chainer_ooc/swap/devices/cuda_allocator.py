@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,19 +38,52 @@ class CupyAllocator:
         self._manager_of = manager_of
         self._describe = describe
         self._note = note
-        self._stock: Any = None
+        self._stock: Any = None  # the allocator that it took the place of
+        self._installed = False
 
     def install(self) -> None:
-        """Put it in the place of the allocator there is, if it is not there yet."""
-        allocator = self._cupy.cuda.get_allocator()
-        if allocator is not self:
-            self._stock = allocator
-            self._cupy.cuda.set_allocator(self)
+        """Put it in the place of the allocator there is, if it is not there yet.
+
+        Raises:
+            SettingError: Inside ``cupy.cuda.using_allocator``, where CuPy's allocator cannot be changed.
+        """
+        cuda = self._cupy.cuda
+        allocator = cuda.get_allocator()
+        if allocator is self:
+            return
+        before, self._stock = self._stock, allocator
+        try:
+            cuda.set_allocator(self)
+        except ValueError as error:
+            self._stock = before
+            if not self._installed:
+                raise errors.SettingError(
+                    "out-of-core mode cannot be turned on inside cupy.cuda.using_allocator(), where CuPy's "
+                    "allocator cannot be changed: turn it on before, or use cupy.cuda.set_allocator()"
+                ) from error
+            return  # it is there already, for other threads and for afterwards
+        self._installed = True
+        if not self._has_pool():
+            warnings.warn(
+                f"CuPy allocates with {allocator!r}, which is not of a cupy.cuda.MemoryPool: the limit cannot "
+                "be held, and of arrays whose memory is not CuPy's nothing is moved out; call "
+                "cupy.cuda.set_allocator(cupy.cuda.MemoryPool().malloc) first",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def uninstall(self) -> None:
         """Put back the allocator that was there before, unless somebody has set another since."""
         if self._cupy.cuda.get_allocator() is self:
             self._cupy.cuda.set_allocator(self._stock)
+            self._installed = False
+
+    def pool(self) -> Any:
+        """Return the memory pool behind the allocator that it took the place of; else CuPy's default one."""
+        return self._stock.__self__ if self._has_pool() else self._cupy.get_default_memory_pool()
+
+    def _has_pool(self) -> bool:
+        return isinstance(getattr(self._stock, "__self__", None), self._cupy.cuda.MemoryPool)
 
     def __call__(self, nbytes: int) -> Any:
         """Allocate memory on the current GPU.
@@ -62,14 +96,16 @@ class CupyAllocator:
         if manager is None or manager.busy:
             return self._stock(nbytes)
         device: Any = manager.device
-        if nbytes >= SMALL and device.used_bytes() + nbytes > manager.marks.high:
+        # The pool's own sum is asked first: it takes CuPy 13 no time, unlike what is in use.
+        short = nbytes >= SMALL and device.taken_bytes() + nbytes > manager.marks.low
+        if short and device.used_bytes() + nbytes > manager.marks.high:
             manager.make_room(nbytes)
         try:
             memory = self._stock(nbytes)
         except MemoryError as error:
             memory = self._reclaim(manager, nbytes, error)
         device.note_allocation()
-        if nbytes >= SMALL:
+        if short:
             self._note(device.used_bytes())
         return memory
 

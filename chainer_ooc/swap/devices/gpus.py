@@ -8,15 +8,16 @@ from typing import Any
 
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.base import Device
-from chainer_ooc.swap.devices.cuda import CudaDevice
+from chainer_ooc.swap.devices.cuda import CudaDevice, new_slab
 from chainer_ooc.swap.devices.cuda_allocator import CupyAllocator
 from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.pinned import PinnedSlab
 
 __all__ = ["Gpus"]
 
 
 class Gpus:
-    """The GPUs of this process.
+    """The GPUs of this process. They share its page-locked memory.
 
     Args:
         cupy: CuPy, or what simulates it.
@@ -45,6 +46,8 @@ class Gpus:
         self._settings = settings
         self._allocator = CupyAllocator(cupy, self._manager_of, describe, note)
         self._bounds: dict[int, int] = {}  # of the pools, as they were set here
+        self._slab: PinnedSlab | None = None
+        self._host_limit: int | None = None  # that the slab was made for
         self._lock = threading.RLock()
 
     def manager_for(self, array: Any) -> SwapManager | None:
@@ -61,6 +64,8 @@ class Gpus:
         """Have allocations make room, and bound the pools."""
         with self._lock:
             self._allocator.install()
+            if self._slab is not None:
+                self._bound_host(settings)
             for device_id, manager in self.managers.items():
                 device: Any = manager.device
                 device.move_to(settings.directory)
@@ -84,21 +89,41 @@ class Gpus:
     def _add(self, device_id: int, settings: Settings) -> SwapManager:
         with self._lock:
             if device_id not in self.managers:
-                device = CudaDevice(self._cupy, device_id, settings.directory, settings.host_limit)
+                device = CudaDevice(
+                    self._cupy,
+                    device_id,
+                    settings.directory,
+                    self._bound_host(settings),
+                    pool=self._allocator.pool,
+                )
                 manager = self._make(device)
                 self._bound(device_id, manager.limit)
                 self.managers[device_id] = manager
             return self.managers[device_id]
 
+    def _bound_host(self, settings: Settings) -> PinnedSlab:
+        """Return the page-locked memory of all GPUs, held to ``host_limit``. Staging blocks are part of that."""
+        wanted = settings.host_limit
+        if self._slab is None:
+            self._slab = new_slab(self._cupy, wanted)
+        elif wanted != self._host_limit:
+            devices: list[Any] = [manager.device for manager in self.managers.values()]
+            limit = new_slab(self._cupy, wanted).limit
+            if wanted is None:  # what is free now, beside what has been taken of it
+                limit += self._slab.size
+            self._slab.limit = max(limit - sum(device.staging_bytes for device in devices), 0)
+        self._host_limit = wanted
+        return self._slab
+
     def _bound(self, device_id: int, nbytes: int) -> None:
         with self._cupy.cuda.Device(device_id):
-            self._cupy.get_default_memory_pool().set_limit(size=nbytes)
+            self._allocator.pool().set_limit(size=nbytes)
         self._bounds[device_id] = nbytes
 
     def _note_own_limit(self, device_id: int, device: Any) -> None:
         """Take note of a limit that somebody else has set on the pool since it was set here."""
         with self._cupy.cuda.Device(device_id):
-            nbytes = int(self._cupy.get_default_memory_pool().get_limit())
+            nbytes = int(self._allocator.pool().get_limit())
         if nbytes != self._bounds[device_id]:
             device.own_limit = nbytes
 

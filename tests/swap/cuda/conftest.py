@@ -18,8 +18,8 @@ MIB = 1 << 20
 class Rig:
     """A simulated GPU, its device, manager and allocator hook."""
 
-    def __init__(self, directory, seed=0, host_limit=16 * MIB, limit=8 * MIB, devices=1):
-        self.cupy = SimulatedCuda(seed, total=32 * MIB, devices=devices)
+    def __init__(self, directory, seed=0, host_limit=16 * MIB, limit=8 * MIB, **given):
+        self.cupy = SimulatedCuda(seed, total=32 * MIB, **given)
         self.settings = Settings(limit=limit, min_bytes=1)
         self.device = CudaDevice(self.cupy, 0, str(directory), host_limit)
         self.manager = SwapManager(self.device, lambda: self.settings, is_trusted=lambda: True)

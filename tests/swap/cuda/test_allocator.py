@@ -229,3 +229,80 @@ def test_allocations_are_stock_while_the_mode_is_off(mode):
     mode.on = mode.last
     saved.append(mode.save(4.0, 0))
     assert [set(one.get().get()) for one in saved] == [{float(i)} for i in range(5)]
+
+
+def test_memory_of_a_pool_of_the_users_is_held_to_the_limit(mode):
+    own = mode.cupy.cuda.MemoryPool()
+    mode.cupy.cuda.set_allocator(own.malloc)
+    own.set_limit(20 * MIB)
+    mode.enable(4 * MIB)
+    saved = [mode.save(float(i), 0) for i in range(8)]
+    assert own.get_limit() == 4 * MIB
+    assert own.total_bytes() <= 4 * MIB
+    assert mode.cupy.get_default_memory_pool().get_limit() == 0
+    device = saved[0].storage.manager.device
+    assert device.peak_bytes() == own.total_bytes()
+    assert device.used_bytes() == own.used_bytes() > 0
+    assert [set(one.get().get()) for one in saved] == [{float(i)} for i in range(8)]
+    mode.disable()
+    assert own.get_limit() == 20 * MIB
+
+
+def test_an_allocator_with_no_pool_is_warned_of(mode):
+    stock = mode.cupy.cuda.get_allocator()
+    mode.cupy.cuda.set_allocator(lambda nbytes: stock(nbytes))
+    with pytest.warns(RuntimeWarning, match=r"not of a cupy.cuda.MemoryPool.*set_allocator"):
+        mode.enable(4 * MIB)
+    assert set(mode.save(1.0, 0).get().get()) == {1.0}
+
+
+def test_inside_using_allocator(mode):
+    own = mode.cupy.cuda.MemoryPool()
+    with (
+        mode.cupy.cuda.using_allocator(own.malloc),
+        pytest.raises(errors.SettingError, match="before, or use"),
+    ):
+        mode.enable(4 * MIB)
+    mode.enable(4 * MIB)
+    with mode.cupy.cuda.using_allocator(own.malloc):
+        mode.enable(5 * MIB)  # again
+        mode.disable()
+    mode.enable(4 * MIB)
+    saved = [mode.save(float(i), 0) for i in range(8)]
+    assert mode.cupy.get_default_memory_pool().total_bytes() <= 4 * MIB
+    assert [set(one.get().get()) for one in saved] == [{float(i)} for i in range(8)]
+
+
+def test_all_gpus_share_the_host_limit(mode):
+    mode.enable(1 * MIB)
+    saved = [mode.save(float(i), i % 2) for i in range(24)]
+    for one in saved:
+        one.storage.manager.move_all_out()
+    assert 4 * MIB <= sum(mode.cupy.pinned.values()) <= 8 * MIB
+    slab = mode.gpus.managers[0].device.host.slab
+    assert slab is mode.gpus.managers[1].device.host.slab
+    staging = [manager.device.staging_bytes for manager in mode.gpus.managers.values()]
+    assert slab.limit == 8 * MIB - sum(staging)
+    # Lowered, it takes no more; what is out stays.
+    mode.on = mode.last = Settings(
+        limit=MIB, min_bytes=1, host_limit=4 * MIB, swap_dir=mode.directory
+    )
+    mode.gpus.enable(mode.on)
+    assert slab.limit == max(4 * MIB - sum(staging), 0)
+    mode.on = mode.last = Settings(limit=MIB, min_bytes=1, swap_dir=mode.directory)
+    mode.gpus.enable(mode.on)
+    assert slab.limit > 64 * MIB
+    for i, one in enumerate(saved):
+        array = one.get()
+        with mode.cupy.cuda.Device(i % 2):
+            assert set(array.get()) == {float(i)}
+        del array
+        one.storage.manager.finish([one], drop=True)
+    # One is closed: what the other has outside stays.
+    kept = mode.save(5.0, 1)
+    manager = mode.gpus.managers[1]
+    manager.move_all_out()
+    mode.gpus.managers[0].settle()
+    mode.gpus.managers[0].device.close()
+    with mode.cupy.cuda.Device(1):
+        assert set(kept.get().get()) == {5.0}

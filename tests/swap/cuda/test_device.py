@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chainer_ooc.errors import SwapSpaceError
-from chainer_ooc.swap.devices.cuda import FailedTransfer
+from chainer_ooc.swap.devices.cuda_transfers import FailedTransfer
 from chainer_ooc.swap.storage import Layout
 
 MIB = 1 << 20

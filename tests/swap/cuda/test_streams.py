@@ -1,0 +1,208 @@
+"""CopyStreams: which streams wait for what, when threads, streams and GPUs come and go."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from chainer_ooc.swap.devices.cuda import CudaDevice
+from chainer_ooc.swap.storage import Layout
+from chainer_ooc.testing.simulated_cuda import CUDARuntimeError, SimulatedCuda
+
+MIB = 1 << 20
+
+
+def array_of(device, owner):
+    return device.view(owner, 0, Layout(np.dtype("f4"), (MIB // 4,), (4,), 0, True))
+
+
+def copied_out(rig, value=1.0):
+    """Return a copy whose original is gone."""
+    out = rig.device.copy_out(rig.owner(value), 0, MIB)
+    out.wait()
+    return out.copy
+
+
+def test_the_stream_on_which_the_device_is_made_is_waited_for(tmp_path):
+    cupy = SimulatedCuda(2)
+    cupy.eagerness = 0
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        device = CudaDevice(cupy, 0, str(tmp_path), 16 * MIB)
+        array = cupy.ndarray((MIB // 4,), np.float32)
+        array.fill(3)
+    out = device.copy_out(array.data.mem, 0, MIB)
+    out.wait()
+    device.close()
+    cupy.check()
+
+
+def test_the_stream_that_is_current_when_memory_is_copied_out_is_waited_for(rig):
+    rig.cupy.eagerness = 0
+    with rig.cupy.cuda.Stream(non_blocking=True):
+        out = rig.device.copy_out(rig.owner(1.0), 0, MIB)
+    owner, _, back = rig.device.copy_in(out.copy, MIB, 0)
+    back.join()
+    assert set(array_of(rig.device, owner).get()) == {1}
+
+
+def test_the_stream_that_is_current_when_a_copy_is_joined_waits(rig):
+    copy = copied_out(rig)
+    rig.cupy.eagerness = 0
+    owner, _, back = rig.device.copy_in(copy, MIB, 0)
+    stream = rig.cupy.cuda.Stream(non_blocking=True)
+    with stream:  # nothing was allocated on it
+        back.join()
+        assert set(array_of(rig.device, owner).get()) == {1}
+
+
+def test_the_stream_that_is_current_when_memory_is_given_up_is_put_in_order(rig):
+    array = rig.array(1.0)
+    owner = array.data.mem
+    rig.cupy.synchronize()
+    rig.cupy.eagerness = 0
+    with rig.cupy.cuda.Stream(non_blocking=True):
+        array.add(1)  # nothing was allocated on it
+        rig.device.before_release()
+        del array, owner
+    rig.array(2.0)
+
+
+def test_a_stream_that_is_new_waits_for_copies_begun_before(rig):
+    """Its free list may have a block that is still read: of memory from before it was seen."""
+    stream = rig.cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        array = rig.array(1.0)  # as with out-of-core mode off
+        rig.array(0.0)
+    rig.cupy.get_current_stream().wait_event(stream.record())
+    rig.cupy.eagerness = 0
+    out = rig.device.copy_out(array.data.mem, 0, MIB)
+    out.join()
+    address = array.data.ptr
+    del array
+    rig.allocator.install()
+    with stream:
+        again = rig.array(7.0)
+        assert again.data.ptr == address
+    assert set(np.frombuffer(_bytes(rig, out.copy), "f4")) == {1}
+    # The pool itself writes nothing: what is written comes after the allocator has returned.
+    assert not [race for race in rig.cupy.races if race.startswith("a fill")]
+    rig.cupy.races.clear()
+
+
+def _bytes(rig, copy):
+    import ctypes
+
+    rig.cupy.synchronize()
+    return bytes((ctypes.c_char * copy.nbytes).from_address(copy.address))
+
+
+def test_a_stream_that_is_new_does_not_wait_where_nothing_is_copied(rig):
+    before = rig.cupy.calls["wait_event"]
+    with rig.cupy.cuda.Stream(non_blocking=True):
+        rig.device.note_allocation()
+    assert rig.cupy.calls["wait_event"] == before
+
+
+def test_copies_are_joined_on_their_own_gpu(make_rig):
+    """The default stream is named alike on all GPUs, and is another on each."""
+    rig = make_rig(devices=2, seed=2)
+    copy = copied_out(rig)
+    rig.cupy.eagerness = 0
+    owner, _, back = rig.device.copy_in(copy, MIB, 0)
+    with rig.cupy.cuda.Device(1):
+        back.join()
+    assert set(array_of(rig.device, owner).get()) == {1}
+    out = rig.device.copy_out(owner, 0, MIB)
+    with rig.cupy.cuda.Device(1):
+        out.join()
+        del owner
+    rig.array(2.0)
+
+
+def test_memory_is_given_up_on_its_own_gpu(make_rig):
+    rig = make_rig(devices=2, seed=2)
+    stream = rig.cupy.cuda.Stream(non_blocking=True)
+    rig.cupy.eagerness = 0
+    array = rig.array(1.0)
+    with stream:
+        stream.wait_event(rig.cupy.cuda.Stream(null=True).record())
+        array.add(1)
+        rig.device.note_allocation()
+    with rig.cupy.cuda.Device(1):
+        rig.device.before_release()
+        del array
+    rig.array(2.0)
+
+
+def test_an_event_belongs_to_a_gpu():
+    cupy = SimulatedCuda(devices=2)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with cupy.cuda.Device(1), pytest.raises(CUDARuntimeError, match="InvalidResourceHandle"):
+        stream.record()
+
+
+def in_thread(job):
+    """Run a job in another thread; raise what it raises."""
+    errors = []
+
+    def work():
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.fixture(params=["out", "in", "release"])
+def way(request):
+    return request.param
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["both compute", "one computes"])
+def test_default_streams_of_threads_are_put_in_order(make_rig, way, noted):
+    """Each thread's is named alike, and only its own thread can wait on it: the host does."""
+    rig = make_rig(per_thread=True, seed=2)
+    rig.cupy.eagerness = 0
+    copy = copied_out(rig)
+    made = []
+
+    def compute():
+        made.append(rig.array(5.0).data.mem)
+        if noted:
+            rig.device.note_allocation()
+
+    before = rig.cupy.calls["deviceSynchronize"]
+    if not noted:
+        compute()
+        out = rig.device.copy_out(made.pop(), 0, MIB)
+        out.join()
+        assert rig.cupy.calls["deviceSynchronize"] == before
+        return
+    in_thread(compute)
+    if way == "out":
+        out = rig.device.copy_out(made.pop(), 0, MIB)
+        out.join()
+        owner, _, back = rig.device.copy_in(out.copy, MIB, 0)
+        back.join()
+        assert set(array_of(rig.device, owner).get()) == {5}
+    elif way == "in":
+        owner, _, back = rig.device.copy_in(copy, MIB, 0)
+        back.join()
+
+        def use():
+            assert set(array_of(rig.device, owner).get()) == {1}
+            rig.device.note_allocation()
+
+        in_thread(use)
+    else:
+        rig.device.before_release()
+        made.clear()
+        rig.array(6.0)
