@@ -16,6 +16,8 @@ __all__ = ["lower_bound"]
 _KNOTS = 500
 #: How many amounts of recomputed bytes are told apart.
 _AMOUNTS = 24
+#: Up to so many storages, what is missing is a sum of whole ones.
+_FEW = 12
 
 
 def lower_bound(profile: Profile, system: System) -> float:
@@ -70,13 +72,13 @@ def lower_bound(profile: Profile, system: System) -> float:
         return float(begin[-1])
     out_rate = sum(tier.out_bandwidth for tier in system.tiers)
     in_rate = sum(tier.in_bandwidth for tier in system.tiers)
-    rerun_bytes, rerun_seconds = _rerun_curve(profile)
+    reruns = _Reruns(profile)
+    rerun_bytes, rerun_seconds = reruns.curve(np.ones(len(storages), bool))
     knots = _choose(missing)
     size = len(knots)
     # What compute spends between knots beyond the steps (2), and what must leave between them (3).
     extra = np.zeros((size, size))
     out = np.zeros((size, size))
-    speeds = in_rate * rerun_seconds + rerun_bytes
     using = np.array([s.uses[0] for s in storages], np.int64)
     passed = sorted(
         (before, i, after)
@@ -90,11 +92,14 @@ def lower_bound(profile: Profile, system: System) -> float:
             _, i, using[i] = passed[position]
             position += 1
         absent_able = alive & (using > step) & (free_from <= step)
+        missing[step] = _whole(missing[step], nbytes[absent_able])
         later = np.bincount(using[absent_able], nbytes[absent_able], count + 2)
         later = np.cumsum(later[::-1])[::-1]
         b = missing[step] - later[knots[a + 1 :]]
         b -= in_rate * (begin[knots[a + 1 :]] - begin[step + 1])
-        extra[a, a + 1 :] = _inverse(b, speeds, rerun_seconds, in_rate)
+        if b.max() > 0:
+            by_rerun, again = reruns.curve(absent_able)
+            extra[a, a + 1 :] = _inverse(b, in_rate * again + by_rerun, again, in_rate)
         leaving = np.bincount(free_from[absent_able], nbytes[absent_able], count + 2)
         out[: a + 1, a] = missing[step] - np.cumsum(leaving)[knots[: a + 1]]
     amounts = np.linspace(0.0, float(rerun_bytes[-1]), _AMOUNTS)
@@ -129,31 +134,64 @@ def _choose(missing: np.ndarray) -> np.ndarray:
     return np.unique(np.concatenate([spaced, tight, [0, count - 1]]))
 
 
-def _rerun_curve(profile: Profile) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most bytes that re-runs can make in some seconds, as the corners of a concave curve."""
-    readers: dict[int, int] = {}
-    for step in profile.steps:
-        for i in set(step.rerun.reads) if step.rerun else ():
-            readers[i] = readers.get(i, 0) + 1
-    able = set(can_be_made_again(profile))
-    bytes_of: dict[int, int] = {}
-    for i in able:
-        number = profile.makers[i]
-        bytes_of[number] = bytes_of.get(number, 0) + profile.storages[i].nbytes
+def _whole(missing: float, sizes: np.ndarray) -> float:
+    """Return the least sum of whole ``sizes`` that is at least ``missing``; at least that where there are many."""
+    if missing <= 0 or not len(sizes):
+        return missing
+    if len(sizes) > _FEW:
+        return missing
+    sums = np.zeros(1)
+    for size in sizes:
+        sums = np.concatenate([sums, sums + size])
+    enough = sums[sums >= missing]
+    return float(enough.min()) if len(enough) else missing
 
-    def seconds_of(number: int) -> float:
-        rerun = profile.steps[number].rerun
-        assert rerun is not None
-        total = rerun.seconds
-        for i in rerun.reads:
-            if not profile.storages[i].uses and readers[i] == 1 and profile.makers[i] not in bytes_of:
-                total += seconds_of(profile.makers[i])
-        return total
 
-    units = [(seconds_of(number), nbytes) for number, nbytes in bytes_of.items()]
-    units.sort(key=lambda unit: unit[0] / unit[1])
-    corners = np.cumsum([(0.0, 0.0), *units], axis=0)
-    return corners[:, 1], corners[:, 0]
+class _Reruns:
+    """What re-runs can make, and in what time."""
+
+    def __init__(self, profile: Profile) -> None:
+        readers: dict[int, int] = {}
+        for step in profile.steps:
+            for i in set(step.rerun.reads) if step.rerun else ():
+                readers[i] = readers.get(i, 0) + 1
+        makes: dict[int, list[int]] = {}
+        place = {i: n for n, i in enumerate(profile.saved)}
+        for i in can_be_made_again(profile):
+            makes.setdefault(profile.makers[i], []).append(place[i])
+
+        def seconds_of(number: int) -> float:
+            rerun = profile.steps[number].rerun
+            assert rerun is not None
+            total = rerun.seconds
+            for i in rerun.reads:
+                # What nobody saved must be made as well; it is charged where nobody else reads it.
+                maker = profile.makers.get(i, -1)
+                if not profile.storages[i].uses and readers[i] == 1 and maker not in makes:
+                    total += seconds_of(maker)
+            return total
+
+        self._seconds = np.array([seconds_of(number) for number in makes])
+        self._bytes = np.zeros((len(makes), len(place)))
+        for row, made in enumerate(makes.values()):
+            for column in made:
+                self._bytes[row, column] = profile.storages[profile.saved[column]].nbytes
+
+    def curve(self, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the most bytes that re-runs make in some seconds, as the corners of a concave curve.
+
+        Args:
+            of: For each saved storage whether it counts.
+        """
+        if not len(self._seconds):
+            return np.zeros(1), np.zeros(1)
+        nbytes = self._bytes @ of
+        some = nbytes > 0
+        nbytes, seconds = nbytes[some], self._seconds[some]
+        order = np.argsort(seconds / nbytes, kind="stable")
+        corners = np.zeros((2, len(order) + 1))
+        corners[:, 1:] = np.cumsum([nbytes[order], seconds[order]], axis=1)
+        return corners[0], corners[1]
 
 
 def _inverse(

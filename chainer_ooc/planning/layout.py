@@ -54,7 +54,7 @@ def needs_of(
         ValueError: If one of them cannot be made again.
     """
     storages = profile.storages
-    own = [step.workspace_bytes for step in profile.steps]
+    own = profile.workspace.copy()
     if not dropped:
         return Needs([list(s.uses) for s in storages], own, 0.0, [])
     steps = [list(s.uses) for s in storages]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 
@@ -22,6 +23,8 @@ __all__ = ["make_plan"]
 EFFORT = 60_000
 #: A step time this near to the bound is not improved on.
 ENOUGH = 1.002
+#: How many of the first trials are improved.
+_STARTS = 3
 #: How often a layout that does not fit is repaired.
 _REPAIRS = 24
 
@@ -56,16 +59,20 @@ class Search:
         self.best: Trial | None = None
         self.bound = lower_bound(profile, system)
 
-    def recomputable(self) -> list[int]:
-        """Return what can be made again, the cheapest per byte first."""
+    def units(self) -> list[frozenset[int]]:
+        """Return what can be made again, together what one function makes, the cheapest per byte first."""
+        profile = self.profile
+        made: dict[int, list[int]] = {}
+        for i in can_be_made_again(profile):
+            made.setdefault(profile.makers[i], []).append(i)
         costs = []
-        for i in can_be_made_again(self.profile):
-            order, _ = chain(self.profile, [i], lambda j: bool(self.profile.storages[j].uses))
-            nbytes = self.profile.storages[i].nbytes
-            costs.append((sum(rerun.seconds for _, rerun in order) / nbytes, i))
-        return [i for _, i in sorted(costs)]
+        for group in made.values():
+            order, _ = chain(profile, group, lambda i: bool(profile.storages[i].uses))
+            nbytes = sum(profile.storages[i].nbytes for i in group)
+            costs.append((sum(rerun.seconds for _, rerun in order) / nbytes, group))
+        return [frozenset(group) for _, group in sorted(costs)]
 
-    def segments(self, allowed: set[int], most: int) -> frozenset[int]:
+    def segments(self, allowed: Collection[int], most: int) -> frozenset[int]:
         """Drop what is allowed, but not more than ``most`` bytes without something between that is not."""
         dropped = []
         nbytes = 0
@@ -89,7 +96,7 @@ class Search:
             self.trials[key] = trial
             if self.best is None or trial.cost < self.best.cost:
                 self.best = trial
-        return self.trials.get(key, self.best)
+        return self.trials.get(key) or self.best
 
     @property
     def done(self) -> bool:
@@ -196,6 +203,44 @@ class Search:
         )
 
 
+    def start(self, units: list[frozenset[int]]) -> None:
+        """Try what differs widely: how much is made again, in how long stretches, how much room is left."""
+        sizes = [self.profile.storages[i].nbytes for i in self.profile.saved]
+        largest = max(sizes, default=0)
+        total = sum(self.profile.storages[i].nbytes for unit in units for i in unit)
+        none: frozenset[int] = frozenset()
+        for headroom in (0, largest // 2, largest):
+            self.try_it(none, headroom)
+        for share in (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1):
+            allowed = none.union(*units[: max(1, round(len(units) * share))])
+            for parts in (1, 2, 4, 8, 16):
+                self.try_it(self.segments(allowed, total // parts), 0)
+
+    def improve(self, units: list[frozenset[int]], start: Trial) -> None:
+        """Change one decision at a time, then exchange two, as long as that helps."""
+        largest = max((self.profile.storages[i].nbytes for i in self.profile.saved), default=0)
+        current = start
+        for headroom in (0, largest // 2, largest):
+            current = min(current, self.try_it(current.dropped, headroom), key=lambda t: t.cost)
+        rank = {unit: n for n, unit in enumerate(units)}
+        better = True
+        while better and not self.done:
+            better = False
+            back = [unit for unit in reversed(units) if unit & current.dropped]
+            away = [unit for unit in units if not unit & current.dropped]
+            exchanges = sorted(
+                ((a, b) for a in back for b in away), key=lambda pair: rank[pair[1]] - rank[pair[0]]
+            )
+            for move in (*back, *away, *(a | b for a, b in exchanges)):
+                trial = self.try_it(current.dropped ^ move, current.headroom)
+                if trial.cost < current.cost:
+                    current, better = trial, True
+                    if move not in rank:
+                        break
+                if self.done:
+                    return
+
+
 def make_plan(profile: Profile, system: System) -> Plan:
     """Return the plan for an iteration.
 
@@ -204,31 +249,13 @@ def make_plan(profile: Profile, system: System) -> Plan:
         system: The memory and the links.
     """
     search = Search(profile, system)
-    sizes = sorted(profile.storages[i].nbytes for i in profile.saved)
-    largest = sizes[-1] if sizes else 0
-    none: frozenset[int] = frozenset()
-    cheap = search.recomputable()
-    total = sum(profile.storages[i].nbytes for i in cheap)
-    search.try_it(none, 0)
-    search.try_it(none, largest)
-    for most in (total, total // 2, total // 4, total // 8, total // 16):
-        for share in (0.15, 0.3, 0.5, 0.7, 0.85, 1):
-            dropped = search.segments(set(cheap[: round(len(cheap) * share)]), most)
-            search.try_it(dropped, 0)
-    assert search.best is not None
-    for headroom in (largest // 2, largest, 2 * largest):
-        search.try_it(search.best.dropped, headroom)
-    # One at a time.
-    improved = True
-    while improved and not search.done:
-        improved = False
-        for i in [*reversed(cheap)]:
-            before = search.best.cost
-            search.try_it(search.best.dropped ^ {i}, search.best.headroom)
-            improved |= search.best.cost < before
-            if search.done:
-                break
+    units = search.units()
+    search.start(units)
+    starts = sorted(search.trials.values(), key=lambda trial: trial.cost)
+    for start in starts[:_STARTS]:
+        search.improve(units, start)
     best = search.best
+    assert best is not None
     return dataclasses.replace(
         best.plan,
         seconds=best.timeline.seconds,

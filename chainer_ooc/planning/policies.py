@@ -56,7 +56,7 @@ class OnDemand:
                 if simulation.state[i] is State.OUT:
                     self.make_room(simulation, simulation.nbytes[i])
                     simulation.begin_in(i)
-            self._prefetch(simulation, min(group))
+            self._prefetch(simulation)
         self._growth.append(simulation.need())
 
     def make_room(self, simulation: Simulation, nbytes: int, for_storage: int = -1) -> None:
@@ -88,10 +88,10 @@ class OnDemand:
                 simulation.begin_out(i)
                 going += size[i]
 
-    def _prefetch(self, simulation: Simulation, before: int) -> None:
+    def _prefetch(self, simulation: Simulation) -> None:
         room: int | None = None
-        for i in reversed(simulation.members(State.OUT)):
-            if i >= before or not simulation.uses_left[i]:
+        for i in simulation.profile.use_order[simulation.profile.use_place[simulation.step] :]:
+            if simulation.state[i] is not State.OUT or not simulation.uses_left[i]:
                 continue
             nbytes = simulation.nbytes[i]
             if room is None:

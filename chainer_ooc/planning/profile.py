@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -155,9 +156,30 @@ class Profile:
         return found
 
     @functools.cached_property
+    def use_order(self) -> list[int]:
+        """The saved storages in the order of their first use in backward."""
+        return sorted(self.saved, key=lambda i: (self.storages[i].uses[0], i))
+
+    @functools.cached_property
+    def use_place(self) -> list[int]:
+        """For each step how many storages are used first by it or earlier."""
+        firsts = [self.storages[i].uses[0] for i in self.use_order]
+        return [bisect.bisect_right(firsts, number) for number in range(len(self.steps))]
+
+    @functools.cached_property
     def held(self) -> list[int]:
         """``held_bytes`` of each step."""
         return [step.held_bytes for step in self.steps]
+
+    @functools.cached_property
+    def workspace(self) -> list[int]:
+        """``workspace_bytes`` of each step."""
+        return [step.workspace_bytes for step in self.steps]
+
+    @functools.cached_property
+    def seconds(self) -> list[float]:
+        """``seconds`` of each step."""
+        return [step.seconds for step in self.steps]
 
     @functools.cached_property
     def made_bytes(self) -> list[int]:

@@ -103,7 +103,7 @@ class Simulation:
 
     def need(self) -> int:
         """Return the bytes that the step takes at most beyond :attr:`used`."""
-        return self.profile.steps[self.step].workspace_bytes + self.profile.made_bytes[self.step]
+        return self.profile.workspace[self.step] + self.profile.made_bytes[self.step]
 
     def is_held(self, i: int) -> bool:
         """Tell whether something besides the graph needs or refers to a storage."""
@@ -208,32 +208,36 @@ class Simulation:
 
     def run(self) -> Timeline:
         """Run it."""
-        profile, policy = self.profile, self.policy
+        profile, policy, held, high = self.profile, self.policy, self._held, self._high
         used, made, made_bytes = profile.used, profile.made, profile.made_bytes
-        seconds = self._seconds or [step.seconds for step in profile.steps]
-        for number, step in enumerate(profile.steps):
+        workspace = profile.workspace
+        between, state, uses_left = policy.between, self.state, self.uses_left
+        for number, seconds in enumerate(self._seconds or profile.seconds):
             self.step = number
             if self._graves:
                 self._clear_graves()
-            policy.between(self)
+            between(self)
             if used[number]:
                 self.pinned.update(used[number])
                 self._bring(used[number])
-            need = step.workspace_bytes + made_bytes[number]
-            if self._held[number] + self.resident + need > self._high:
+            need = workspace[number] + made_bytes[number]
+            if held[number] + self.resident + need > high:
                 policy.make_room(self, need)
-            if made_bytes[number]:
-                self._take(made_bytes[number])
-            self._note_peak(self._held[number] + self.resident + step.workspace_bytes)
+            peak = held[number] + self.resident + need
+            if peak > self._peak:
+                self._peak = peak
             self._starts.append(self.now)
-            self._spend(step.phase, number, seconds[number])
+            if self._detailed:
+                self._note_step(number, seconds, peak)
+            self.now += seconds
+            self.resident += made_bytes[number]
             for i in made[number]:
-                self.state[i] = State.RESIDENT
+                state[i] = State.RESIDENT
             if used[number]:
                 self.pinned.clear()
                 for i in used[number]:
-                    self.uses_left[i] -= 1
-                    if not self.uses_left[i]:
+                    uses_left[i] -= 1
+                    if not uses_left[i]:
                         self._finish(i)
         for link in self._links:
             link.advance(self.now)
@@ -357,6 +361,11 @@ class Simulation:
     def _note_memory(self) -> None:
         if self._detailed:
             self._memory.append((self.now, self.used))
+
+    def _note_step(self, number: int, seconds: float, peak: int) -> None:
+        phase = self.profile.steps[number].phase
+        self._intervals.append(Interval(phase, number, self.now, self.now + seconds))
+        self._memory += [(self.now, peak), (self.now + seconds, peak)]
 
     def _note_peak(self, nbytes: int) -> None:
         self._peak = max(self._peak, nbytes)
