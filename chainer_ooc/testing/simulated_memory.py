@@ -75,7 +75,7 @@ class PooledMemory:
     def __init__(self, address: int, size: int, device_id: int, free: Callable[[], None]) -> None:
         self.ptr, self.size, self.device_id = address, size, device_id
         self._token = np.empty(0)
-        weakref.finalize(self._token, free).atexit = False  # type: ignore[misc]
+        weakref.finalize(self._token, free).atexit = False
 
 
 class MemoryPointer:

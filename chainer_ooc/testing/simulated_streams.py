@@ -191,9 +191,9 @@ class Schedule:
             Queue("the computing stream" + (f" of GPU {i}" if i else ""), i) for i in range(devices)
         ]
         self._queues: dict[int, Queue] = {}
+        self._of_threads: list[Queue] = []
         self._destroyed: list[int] = []
         self._busy: dict[Queue, None] = {}
-        self._names = 0
         self._default = Stream(self, PER_THREAD if per_thread else LEGACY, -1)
 
     # Streams.
@@ -239,8 +239,9 @@ class Schedule:
         own: dict[int, Queue] = self._local.__dict__.setdefault("own", {})
         if here not in own:
             with self.lock:
-                self._names += 1
-                own[here] = Queue(f"the default stream of thread {self._names}", here)
+                number = len(self._of_threads) + 1
+                own[here] = Queue(f"the default stream of thread {number}", here)
+                self._of_threads.append(own[here])
         return own[here]
 
     def arena_of(self, stream: Stream) -> int:
@@ -309,7 +310,7 @@ class Schedule:
     def synchronize(self, device_id: int | None = None) -> None:
         """Wait for one GPU, or for all."""
         with self.lock:
-            for queue in (*self._legacy, *self._queues.values(), *self._busy):
+            for queue in (*self._legacy, *self._queues.values(), *self._of_threads):
                 if device_id in (None, queue.device_id):
                     self.finish(queue)
 

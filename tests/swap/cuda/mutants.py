@@ -1,156 +1,352 @@
-"""Mutants of the CUDA device's code: each call, test or hold that keeps an order, taken away, one at a time.
+"""Mutants of the swap engine: each wait, record, hold and check taken away, one at a time, makes some test fail.
 
-``python tests/swap/cuda/mutants.py list`` names them, ``... kill N`` runs the tests against the N-th, and
-exits with 0 if they notice. ``test_mutants.py`` does so for all.
+    python tests/swap/cuda/mutants.py list [WORDS]     # number and name of each, those that contain WORDS
+    python tests/swap/cuda/mutants.py all [WORDS]      # run the tests against each: the survivors are printed
+    python tests/swap/cuda/mutants.py kill N...        # against these numbers, with what the tests print
+
+They are found in the syntax trees of all modules of the engine, by what the code does and not by where it
+is: calls whose result nobody uses, assignments to attributes, conditions and the parts of those, handlers
+of errors, errors raised, events recorded and waited for, the table of legal transitions.
+
+Each mutant runs in a child process of its own, in which the code of one function is replaced.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib.abc
-import importlib.util
+import contextlib
+import importlib
+import os
+import signal
 import sys
-from collections.abc import Iterator
+import time
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
-MODULES = (
-    "chainer_ooc.swap.devices.cuda",
-    "chainer_ooc.swap.devices.cuda_streams",
-    "chainer_ooc.swap.devices.cuda_host",
-    "chainer_ooc.swap.devices.cuda_allocator",
+SWAP = ROOT / "chainer_ooc" / "swap"
+#: What has mutation tests of its own, or makes no decision.
+NOT_HERE = {"__init__.py", "disk.py", "process_memory.py"}
+#: The tests, the fastest first.
+TESTS = (
+    "tests/swap/test_mover.py",
+    "tests/swap/cuda/test_device.py",
+    "tests/swap/test_manager.py",
+    "tests/swap/cuda/test_allocator.py",
+    "tests/swap/cuda/test_pinned.py",
+    "tests/swap/cuda/test_engine.py",
+    "tests/swap/cuda/test_schedules.py",
+    "tests/swap/cuda/test_equality.py",
+    "tests/swap/test_settings.py",
 )
-#: Calls that keep an order, hold something or give something back. Taken away they become ``None``.
-CALLS = {
-    "wait_event",
-    "synchronize",
-    "note_current",
-    "note_allocation",
-    "let_compute_wait",
-    "free",
-    "join",
-    "wait",
-    "extend",
-    "append",
-    "retire",
-    "exception",
-    "make_room",
-    "order_computing",
-    "insert",
-    "shutdown",
-    "after_fork",
-}
-#: Attributes whose assignment holds something or lets it go.
-HELD = {"_owner", "written", "read", "address", "offset", "_compute", "_peak", "_pool", "stand_in"}
-#: Mutants that differ in nothing that can be observed here, and why.
+#: A mutant under which the tests take longer than this (seconds) hangs: it is noticed.
+TIMEOUT = 240
+#: Mutants in which nothing that can be observed is different, by how their names begin, and why.
 EQUIVALENT: dict[str, str] = {}
+
+_EXIT_KILLED, _EXIT_SURVIVED, _EXIT_BROKEN = 0, 1, 3
+
+
+class Mutant(NamedTuple):
+    """One change.
+
+    Attributes:
+        module: The name of the module.
+        function: The qualified name of the outermost function it is in; empty at the module's top.
+        number: Its number within the module.
+        name: Where it is and what it does, in words.
+    """
+
+    module: str
+    function: str
+    number: int
+    name: str
+
+
+def modules() -> list[str]:
+    """Return the names of the engine's modules."""
+    files = [path for path in sorted(SWAP.glob("*.py")) if path.name not in NOT_HERE]
+    files += [*sorted(SWAP.glob("devices/cuda*.py")), SWAP / "devices" / "gpus.py"]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
 
 
 def source(module: str) -> Path:
+    """Return the file of a module."""
     return ROOT.joinpath(*module.split(".")).with_suffix(".py")
 
 
-def sites(tree: ast.AST) -> Iterator[tuple[ast.AST, str, ast.AST, str]]:
-    """Yield what is mutated: the node, what becomes of it, its parent statement's function, a description."""
-    function: list[str] = []
+Change = Callable[[ast.AST], ast.AST]
 
-    def visit(node: ast.AST) -> Iterator[tuple[ast.AST, str, str]]:
+
+def _becomes(text: str) -> Change:
+    """Return what puts code in the place of a statement or an expression."""
+    mode = "exec" if text in ("pass", "raise") else "eval"
+
+    def change(node: ast.AST) -> ast.AST:
+        new: Any = ast.parse(text, mode=mode)
+        return ast.copy_location(new.body[0] if mode == "exec" else new.body, node)
+
+    return change
+
+
+def _without(field: str, index: int) -> Change:
+    """Return what leaves out one of the node's children."""
+
+    def change(node: Any) -> ast.AST:
+        rest = getattr(node, field)[:index] + getattr(node, field)[index + 1 :]
+        if isinstance(node, ast.BoolOp) and len(rest) == 1:
+            return rest[0]
+        setattr(node, field, rest)
+        return node
+
+    return change
+
+
+def _test_becomes(value: bool) -> Change:
+    def change(node: Any) -> ast.AST:
+        node.test = ast.copy_location(ast.Constant(value), node.test)
+        return node
+
+    return change
+
+
+def _body_becomes_raise(node: Any) -> ast.AST:
+    node.body = [ast.copy_location(ast.Raise(), node.body[0])]
+    return node
+
+
+def _value_becomes_none(node: Any) -> ast.AST:
+    node.value = ast.copy_location(ast.Constant(None), node.value)
+    return node
+
+
+def _called(node: ast.AST) -> str:
+    """Return the name of what a call calls."""
+    function = node.func if isinstance(node, ast.Call) else None
+    return getattr(function, "attr", "") or getattr(function, "id", "")
+
+
+def _sites_at(node: Any, in_init: bool) -> Iterator[tuple[str, Change]]:
+    """Yield the mutants of one node: the name of the change, and what makes it."""
+    text = ast.unparse(node).splitlines()[0] if isinstance(node, ast.stmt | ast.expr) else ""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield f"no {text}", _becomes("pass")
+    elif isinstance(node, ast.Assign | ast.AugAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        target = targets[0].elts[0] if isinstance(targets[0], ast.Tuple) else targets[0]
+        plain = ast.unparse(target)
+        if isinstance(target, ast.Attribute) and in_init:
+            if plain == "self._owner":
+                yield f"{plain} = None", _value_becomes_none
+        elif isinstance(target, ast.Attribute | ast.Subscript) and "counters" not in plain:
+            yield f"no {text}", _becomes("pass")
+    elif isinstance(node, ast.If | ast.IfExp):
+        yield f"True for {ast.unparse(node.test)}", _test_becomes(True)
+        yield f"False for {ast.unparse(node.test)}", _test_becomes(False)
+    elif isinstance(node, ast.While):
+        if not isinstance(node.test, ast.Constant):
+            yield f"False for while {ast.unparse(node.test)}", _test_becomes(False)
+    elif isinstance(node, ast.BoolOp):
+        for index, value in enumerate(node.values):
+            yield f"no {ast.unparse(value)} in {text}", _without("values", index)
+    elif isinstance(node, ast.comprehension):
+        for index, value in enumerate(node.ifs):
+            yield f"no if {ast.unparse(value)}", _without("ifs", index)
+    elif isinstance(node, ast.ExceptHandler) and not isinstance(node.body[-1], ast.Raise):
+        kind = ast.unparse(node.type) if node.type else ""
+        yield f"raise in except {kind}", _body_becomes_raise
+    elif isinstance(node, ast.Raise) and node.exc is not None:
+        yield f"no {text}", _becomes("pass")
+    elif isinstance(node, ast.Set):
+        for index, value in enumerate(node.elts):
+            if len(node.elts) > 1:
+                yield f"no {ast.unparse(value)} in {text}", _without("elts", index)
+    elif isinstance(node, ast.Call) and _called(node) in ("computed", "allocated"):
+        yield f"[] for {text}", _becomes("[]")
+    elif isinstance(node, ast.Call) and _called(node) == "record" and node.args:
+        yield f"never recorded: {text}", lambda call: call.args[0]
+
+
+def _sites(tree: ast.Module) -> Iterator[tuple[str, str, ast.AST, Change]]:
+    """Yield all mutants of a module: the outermost function, the name, the node and the change."""
+    names: list[str] = []
+    functions: list[str] = []
+
+    def visit(node: ast.AST) -> Iterator[tuple[str, str, ast.AST, Change]]:
         named = isinstance(node, ast.FunctionDef | ast.ClassDef)
         if named:
-            function.append(node.name)
-        where = ".".join(function)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            called = node.value.func
-            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-            if name in CALLS:
-                yield node, "pass", f"{where}: no {ast.unparse(node)}"
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-            target = node.targets[0]
-            if target.attr in HELD and function[-1:] != ["__init__"]:
-                yield node, "pass", f"{where}: no {ast.unparse(node)}"
-            elif target.attr == "_owner":
-                yield node, "none", f"{where}: {ast.unparse(target)} = None"
-        if isinstance(node, ast.If | ast.While | ast.IfExp):
-            for value in (True, False):
-                if not (isinstance(node, ast.While) and value):
-                    yield node, str(value), f"{where}: {value} for {ast.unparse(node.test)}"
-        if isinstance(node, ast.For) and "event" in ast.unparse(node.target):
-            yield node, "pass", f"{where}: no loop over {ast.unparse(node.iter)}"
+            names.append(node.name)  # type: ignore[attr-defined]
+        if isinstance(node, ast.FunctionDef):
+            functions.append(".".join(names))
+        where = ".".join(names)
+        for what, change in _sites_at(node, names[-1:] == ["__init__"]):
+            yield functions[0] if functions else "", f"{where}: {what}", node, change
         for child in ast.iter_child_nodes(node):
-            yield from visit(child)
+            if not isinstance(child, ast.expr_context | ast.Assert):
+                yield from visit(child)
+        if isinstance(node, ast.FunctionDef):
+            functions.pop()
         if named:
-            function.pop()
+            names.pop()
 
-    yield from visit(tree)  # type: ignore[misc]
-
-
-def mutants() -> list[tuple[str, int, str]]:
-    """Return all of them: module, number within it, description."""
-    return [
-        (module, number, f"{module.rsplit('.', 1)[1]}.{site[2]}")
-        for module in MODULES
-        for number, site in enumerate(sites(ast.parse(source(module).read_text())))
-    ]
+    return visit(tree)
 
 
-def mutate(module: str, number: int) -> ast.Module:
-    """Return the module with the change."""
-    tree = ast.parse(source(module).read_text())
-    node, how, _ = list(sites(tree))[number]  # type: ignore[misc]
+def mutants(words: str = "") -> list[Mutant]:
+    """Return all mutants, or those whose names contain ``words``."""
+    found = []
+    for module in modules():
+        seen: dict[str, int] = {}
+        for number, (function, name, _, _) in enumerate(
+            _sites(ast.parse(source(module).read_text()))
+        ):
+            name = f"{module.rsplit('.', 1)[1]}.{name}"
+            seen[name] = seen.get(name, 0) + 1
+            if seen[name] > 1:
+                name += f" ({seen[name]})"
+            found.append(Mutant(module, function, number, name))
+    return [mutant for mutant in found if words in mutant.name]
 
-    class Change(ast.NodeTransformer):
+
+def mutated(mutant: Mutant) -> ast.Module:
+    """Return the syntax tree of the module with the change."""
+    tree = ast.parse(source(mutant.module).read_text())
+    *_, node, change = list(_sites(tree))[mutant.number]
+
+    class Replace(ast.NodeTransformer):
         def visit(self, other: ast.AST) -> ast.AST:
-            if other is not node:
-                return self.generic_visit(other)
-            if how == "pass":
-                return ast.copy_location(ast.Pass(), other)
-            if how == "none":
-                other.value = ast.copy_location(ast.Constant(None), other)  # type: ignore[attr-defined]
-            else:
-                other.test = ast.copy_location(  # type: ignore[attr-defined]
-                    ast.Constant(how == "True"),
-                    other.test,  # type: ignore[attr-defined]
-                )
-            return other
+            return change(other) if other is node else self.generic_visit(other)
 
-    return ast.fix_missing_locations(Change().visit(tree))
+    return ast.fix_missing_locations(Replace().visit(tree))
 
 
-class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the mutant in the place of the module."""
+def apply(mutant: Mutant) -> None:
+    """Change the module that is imported."""
+    module = importlib.import_module(mutant.module)
+    code = compile(mutated(mutant), str(source(mutant.module)), "exec")
+    if not mutant.function:  # a table at the top, in which functions look things up
+        namespace: dict[str, Any] = dict(module.__dict__)
+        exec(code, namespace)
+        table = {
+            name: namespace[name] for name, value in module.__dict__.items() if type(value) is dict
+        }
+        for name, value in table.items():
+            if name != "__builtins__":
+                by_name = {getattr(key, "name", key): item for key, item in value.items()}
+                for key in module.__dict__[name]:
+                    _replace_set(module.__dict__[name], key, by_name[getattr(key, "name", key)])
+        return
+    target: Any = module
+    for name in mutant.function.split("."):
+        target = target.__dict__[name]
+    if isinstance(target, property):
+        target = target.fget
+    while hasattr(target, "__wrapped__"):
+        target = target.__wrapped__
+    target.__code__ = _code_of(code, mutant.function)
 
-    def __init__(self, module: str, number: int) -> None:
-        self.module, self.number = module, number
 
-    def find_spec(self, name, path, target=None):
-        if name == self.module:
-            return importlib.util.spec_from_file_location(name, source(name), loader=self)
-        return None
-
-    def exec_module(self, module) -> None:
-        tree = mutate(self.module, self.number)
-        exec(compile(tree, str(source(self.module)), "exec"), module.__dict__)
+def _replace_set(table: dict[Any, Any], key: Any, value: Any) -> None:
+    if isinstance(value, set):  # of members of an enum, which the new module has of its own
+        kept = {item.name for item in value}
+        table[key] = {item for item in table[key] if item.name in kept}
 
 
-def kill(number: int) -> int:
-    """Run the tests against a mutant. Returns 0 if they fail, as they should."""
+def _code_of(code: types.CodeType, name: str) -> types.CodeType:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            if constant.co_qualname == name:
+                return constant
+            if name.startswith(constant.co_qualname + "."):
+                return _code_of(constant, name)
+    raise LookupError(name)
+
+
+def run_tests(mutant: Mutant, verbose: bool = False) -> int:
+    """Run the tests against a mutant in a child process. Returns 0 if they notice it."""
+    import hypothesis
     import pytest
 
-    module, within, what = mutants()[number]
-    sys.meta_path.insert(0, Finder(module, within))
-    here = str(Path(__file__).parent)
-    status = pytest.main(
-        ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "--no-header", "--tb=line"]
-        + [f"{here}/test_{name}.py" for name in ("device", "allocator", "schedules")]
-    )
-    print(f"{'SURVIVED' if status == 0 else 'killed'}: {what}")
-    return int(status == 0)
+    import chainer_ooc.testing.adopted_arrays
+    import chainer_ooc.testing.force_copies  # noqa: F401
+
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        status = _EXIT_BROKEN
+        try:
+            os.setpgid(0, 0)
+            os.chdir(ROOT)
+            if not verbose:
+                silence = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(silence, 1)
+                os.dup2(silence, 2)
+            hypothesis.settings.register_profile(
+                "mutants",
+                phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+                database=None,
+            )
+            hypothesis.settings.load_profile("mutants")
+            apply(mutant)
+            tests = [test for test in TESTS if (ROOT / test).exists()]
+            options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--no-header"]
+            result = pytest.main([*options, "--tb=short", *tests])
+            status = {0: _EXIT_SURVIVED, 1: _EXIT_KILLED}.get(int(result), _EXIT_BROKEN)
+        finally:
+            os._exit(status)
+    return _wait(child)
+
+
+def _wait(child: int) -> int:
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            # A crash is noticed by whoever runs the tests.
+            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else _EXIT_KILLED
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return _EXIT_KILLED
+
+
+def reason(mutant: Mutant) -> str | None:
+    """Return why a mutant cannot be noticed, ``None`` if it must be."""
+    for begin, why in EQUIVALENT.items():
+        if mutant.name.startswith(begin):
+            return why
+    return None
+
+
+def main(command: str, *arguments: str) -> int:
+    """Run a command. Returns 0 if no mutant survived that should not have."""
+    chosen = mutants(arguments[0] if arguments and command != "kill" else "")
+    if command == "list":
+        for index, mutant in enumerate(chosen):
+            print(index, mutant.name, f"[{reason(mutant)}]" if reason(mutant) else "")
+        return 0
+    if command == "kill":
+        chosen = [chosen[int(argument)] for argument in arguments]
+    survivors = []
+    for index, mutant in enumerate(chosen):
+        if command == "all" and reason(mutant):
+            continue
+        start = time.monotonic()
+        status = run_tests(mutant, command == "kill")
+        word = {_EXIT_KILLED: "killed", _EXIT_SURVIVED: "SURVIVED"}.get(status, "BROKEN")
+        print(
+            f"{index + 1}/{len(chosen)} {word} {mutant.name} ({time.monotonic() - start:.0f} s)",
+            flush=True,
+        )
+        if status != _EXIT_KILLED:
+            survivors.append(mutant.name)
+    print(f"{len(chosen)} mutants, {len(survivors)} survived", *survivors, sep="\n")
+    return int(bool(survivors))
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    if sys.argv[1] == "list":
-        for index, (_, _, description) in enumerate(mutants()):
-            print(index, description)
-    else:
-        sys.exit(kill(int(sys.argv[2])))
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main(*(sys.argv[1:] or ["all"])))

@@ -3,36 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import random
 import tempfile
+import threading
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chainer_ooc.errors import GraphReleasedError
+from chainer_ooc.settings import Settings
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import Rig
 
-KIB = 1 << 10
+KIB, MIB = 1 << 10, 1 << 20
+LIMITS = [1 * MIB, 2 * MIB, 8 * MIB]
 
 indexes = st.integers(0, 30)
 sizes = st.sampled_from([512, 4 * KIB, 64 * KIB, 100 * KIB, 256 * KIB])
+failures = ["memcpyAsync", "malloc", "hostRegister", "write", "read"]
 steps = st.lists(
-    st.one_of(
-        st.tuples(st.just("save"), sizes),
-        st.tuples(st.just("save on another stream"), sizes),
-        st.tuples(st.just("use"), indexes),
-        st.tuples(st.just("write"), indexes),
-        st.tuples(st.just("hold"), indexes),
-        st.tuples(st.just("let go"), st.none()),
-        st.tuples(st.just("die"), indexes),
-        st.tuples(st.just("drop"), indexes),
-        st.tuples(st.just("prefetch"), indexes),
-        st.tuples(st.just("temporary"), sizes),
-        st.tuples(st.just("make room"), st.sampled_from([0, 64 * KIB, 1024 * KIB])),
-        st.tuples(st.just("move all out"), st.none()),
-        st.tuples(st.just("fail"), st.sampled_from(["memcpyAsync", "malloc"])),
+    st.tuples(
+        # Where: on the default stream, on another, or in another thread on a third.
+        st.sampled_from([0, 0, 0, 1, 2]),
+        st.one_of(
+            st.tuples(st.just("save"), sizes),
+            st.tuples(st.just("save"), sizes),
+            st.tuples(st.just("use"), indexes),
+            st.tuples(st.just("use some"), indexes),
+            st.tuples(st.just("write"), indexes),
+            st.tuples(st.just("hold"), indexes),
+            st.tuples(st.just("let go"), st.none()),
+            st.tuples(st.just("die"), indexes),
+            st.tuples(st.just("graph dies"), indexes),
+            st.tuples(st.just("finish"), indexes),
+            st.tuples(st.just("drop"), indexes),
+            st.tuples(st.just("prefetch"), indexes),
+            st.tuples(st.just("temporary"), sizes),
+            st.tuples(st.just("make room"), st.sampled_from([0, 64 * KIB, MIB])),
+            st.tuples(st.just("move all out"), st.none()),
+            st.tuples(st.just("limit"), st.sampled_from(LIMITS)),
+            st.tuples(st.just("fail"), st.sampled_from(failures)),
+            st.tuples(st.just("disk full"), st.booleans()),
+        ),
     ),
     min_size=10,
     max_size=80,
@@ -47,38 +62,80 @@ class Program:
         self.saved = []
         self.values = []
         self.held = []
-        self.other = rig.cupy.cuda.Stream(non_blocking=True)
+        self.streams = [rig.cupy.get_current_stream()]
+        self.streams += [rig.cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
         rig.allocator.install()
+        self.disk_is_full = False
+        self.failing = set()
+        file = rig.device.disk.file
+        for name in ("_reserve", "write", "read"):
+            setattr(file, name, self.may_fail(name, getattr(file, name)))
 
-    def pick(self, index):
-        """Return an index of what was saved, or ``None``."""
+    def may_fail(self, name, real):
+        def call(*args):
+            if name == "_reserve" and self.disk_is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if name in self.failing:
+                self.failing.discard(name)
+                raise OSError(errno.EIO, "Input/output error")
+            return real(*args)
+
+        return call
+
+    def pick(self, index, number=1):
+        """Return indexes of what was saved and lives, neighbours."""
         alive = [i for i, saved in enumerate(self.saved) if saved is not None]
-        return alive[index % len(alive)] if alive else None
+        start = index % len(alive) if alive else 0
+        return alive[start : start + number]
 
     def order_streams(self):
-        one, two = self.other, self.rig.cupy.get_current_stream()
-        one.wait_event(two.record())
-        two.wait_event(one.record())
+        """The program's own duty: what one stream has computed, another uses."""
+        events = [stream.record() for stream in self.streams]
+        for stream in self.streams:
+            for event in events:
+                stream.wait_event(event)
 
-    def step(self, what, argument):
+    def step(self, where, what, argument):
+        if where == 0:
+            self.run(what, argument)
+        elif where == 1:
+            self.order_streams()
+            try:
+                with self.streams[1]:
+                    self.run(what, argument)
+            finally:
+                self.order_streams()
+        else:
+            self.order_streams()
+            self.run_in_thread(what, argument)
+            self.order_streams()
+
+    def run_in_thread(self, what, argument):
+        errors = []
+
+        def work():
+            try:
+                with self.streams[2]:
+                    self.run(what, argument)
+            except MemoryError:
+                errors.append(MemoryError)
+            except OSError:
+                errors.append(OSError)
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+
+    def run(self, what, argument):
         rig, manager = self.rig, self.rig.manager
-        index = (
-            self.pick(argument)
-            if what in ("use", "write", "hold", "die", "drop", "prefetch")
-            else None
-        )
-        if what.startswith("save"):
+        if what == "save":
             value = float(len(self.saved))
-            if what == "save":
-                saved = rig.save(value, argument)
-            else:
-                with self.other:
-                    saved = rig.save(value, argument)
-                    event = self.other.record()
-            self.saved.append(saved)
+            self.saved.append(rig.save(value, argument))
             self.values.append(value)
-            if what != "save":
-                rig.cupy.get_current_stream().wait_event(event)
         elif what == "temporary":
             rig.array(-1.0, argument).add(1)
         elif what == "make room":
@@ -88,37 +145,55 @@ class Program:
         elif what == "let go":
             self.order_streams()
             self.held.clear()
+        elif what == "limit":
+            rig.settings = Settings(limit=argument, min_bytes=1)
+            rig.pool.set_limit(argument)
         elif what == "fail":
+            self.failing.add(argument)
             rig.cupy.fail[argument] = [0]
-        elif index is None:
-            return
-        elif what == "prefetch":
-            manager.prefetch([self.saved[index]])
-        elif what == "die":
+        elif what == "disk full":
+            self.disk_is_full = argument
+        else:
+            self.run_with(what, self.pick(argument, 4 if what in ("use some", "graph dies") else 1))
+
+    def run_with(self, what, chosen):
+        manager = self.rig.manager
+        group = [self.saved[index] for index in chosen]
+        if what == "prefetch":
+            manager.prefetch(group)
+        elif what in ("die", "graph dies"):
             self.order_streams()  # the program's own duty
-            self.saved[index] = None
+            for index in chosen:
+                self.saved[index] = None
+        elif what == "finish":
+            manager.finish(group, drop=False)
         elif what == "drop":
-            manager.finish([self.saved[index]], drop=True)
-            assert self.saved[index].storage.state is State.DROPPED
-            with pytest.raises(GraphReleasedError):
-                if self.saved[index].alive() is not None:
-                    raise GraphReleasedError  # somebody holds it
-                self.saved[index].get()
-            self.saved[index] = None
-        elif what == "use":
-            (array,) = manager.fetch([self.saved[index]], trusted=True)
-            assert set(array.get()) == {self.values[index]}
+            manager.finish(group, drop=True)
+            for index, one in zip(chosen, group, strict=True):
+                assert one.storage.state is State.DROPPED
+                if one.alive() is None:
+                    with pytest.raises(GraphReleasedError):
+                        one.get()
+                self.saved[index] = None
+        elif what in ("use", "use some"):
+            arrays = manager.fetch(group, trusted=True)
+            for index, array in zip(chosen, arrays, strict=True):
+                assert set(array.get()) == {self.values[index]}
         elif what == "write":
-            array = manager.read(self.saved[index], trusted=False)
-            array.add(1000)
-            self.values[index] += 1000
+            for index, one in zip(chosen, group, strict=True):
+                manager.read(one, trusted=False).add(1000)
+                self.values[index] += 1000
         elif what == "hold":
-            self.held.append(self.saved[index].get())
+            self.held += [one.get() for one in group]
 
     def finish(self):
         rig, saved = self.rig, None
         self.order_streams()
         rig.cupy.fail.clear()
+        self.failing.clear()
+        self.disk_is_full = False
+        rig.settings = Settings(limit=8 * MIB, min_bytes=1)
+        rig.pool.set_limit(8 * MIB)
         for index in range(len(self.saved)):
             saved = self.saved[index]
             if saved is not None:
@@ -127,52 +202,123 @@ class Program:
         self.saved.clear()
         del saved
         gc.collect()  # what errors hold
-        rig.manager.settle()
-        rig.cupy.synchronize()
+        check_nothing_is_left(rig)
         # What is written to while it goes out is not worth its copy, which nobody reads: values tell.
         torn = ("an addition writes", "the copy out read")
         races = [race for race in rig.cupy.races if not all(part in race for part in torn)]
         assert not races, "\n".join(races)
-        assert rig.device.disk.file.allocated == 0
-        if (block := rig.device.host.allocate(1)) is not None:  # and take back what was retired
-            block.free()
-        assert rig.device.host.slab.allocated == 0
-        assert rig.pool.used == 0
         rig.device.close()
+
+
+def check_nothing_is_left(rig):
+    """All has died: nothing is in use anywhere."""
+    rig.manager.settle()
+    rig.cupy.synchronize()
+    mover = rig.manager._mover
+    assert rig.manager.storages() == []
+    assert not mover._by_owner
+    assert not mover._graves
+    assert set(mover.nbytes.values()) == {0}
+    assert rig.device.disk.file.allocated == 0
+    if (block := rig.device.host.allocate(1)) is not None:  # and take back what was retired
+        block.free()
+    assert rig.device.host.slab.allocated == 0
+    assert rig.pool.used_bytes() == 0
 
 
 def run(seed, host_limit, limit, program):
     with tempfile.TemporaryDirectory() as directory:
         rig = Rig(directory, seed, host_limit, limit)
         running = Program(rig)
-        for what, argument in program:
+        for where, (what, argument) in program:
             failed = True
-            with contextlib.suppress(MemoryError):  # the program holds too much: it may go on
-                running.step(what, argument)
+            with contextlib.suppress(
+                MemoryError, OSError
+            ):  # it holds too much, or no space is left
+                running.step(where, what, argument)
                 failed = False
             if failed:
                 running.order_streams()
                 gc.collect()  # what the error holds
+            assert rig.pool.total_bytes() <= 8 * MIB
         running.finish()
 
 
 arguments = given(
     seed=st.integers(0, 1 << 20),
     host_limit=st.sampled_from([0, 512 * KIB, 8 << 20]),
-    limit=st.sampled_from([1 << 20, 2 << 20, 8 << 20]),
+    limit=st.sampled_from(LIMITS),
     program=steps,
 )
 quiet = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
-@settings(max_examples=60, **quiet)
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Let the collector look at what the tests make, not at all modules, each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@settings(max_examples=80, **quiet)
 @arguments
 def test_random_programs(seed, host_limit, limit, program):
     run(seed, host_limit, limit, program)
 
 
-@pytest.mark.slow
-@settings(max_examples=1500, **quiet)
+@pytest.mark.exhaustive
+@settings(max_examples=4000, **quiet)
 @arguments
 def test_many_random_programs(seed, host_limit, limit, program):
     run(seed, host_limit, limit, program)
+
+
+def work(rig, seed, steps, per_thread):
+    """What one of several threads does: arrays of its own, on a stream of its own."""
+    rng = random.Random(seed)
+    saved = []
+    stream = contextlib.nullcontext() if per_thread else rig.cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        for number in range(steps):
+            value = float(1000 * seed + number)
+            saved.append((rig.save(value, rng.choice([4 * KIB, 64 * KIB, 256 * KIB])), value))
+            for one, expected in rng.sample(saved, min(len(saved), 2)):
+                (array,) = rig.manager.fetch([one], trusted=True)
+                assert set(array.get()) == {expected}
+                del array
+            rig.manager.prefetch([rng.choice(saved)[0]])
+            if len(saved) > 12:
+                one, _ = saved.pop(rng.randrange(len(saved)))
+                rig.manager.finish([one], drop=rng.random() < 0.5)
+                del one
+        rig.cupy.get_current_stream().synchronize()
+
+
+@pytest.mark.parametrize("per_thread", [False, True], ids=["streams", "default streams"])
+@pytest.mark.parametrize(
+    "seed", [*range(2), *[pytest.param(n, marks=pytest.mark.exhaustive) for n in range(2, 40)]]
+)
+def test_threads_share_a_manager(seed, per_thread, make_rig):
+    rig = make_rig(
+        seed=seed, limit=2 * MIB, host_limit=[8 * MIB, 512 * KIB][seed % 2], per_thread=per_thread
+    )
+    rig.allocator.install()
+    errors = []
+
+    def run(number):
+        try:
+            work(rig, number, 40, per_thread)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(10 * seed + n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    gc.collect()
+    assert rig.manager.counters.bytes_in > MIB
+    check_nothing_is_left(rig)
