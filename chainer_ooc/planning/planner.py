@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -23,6 +23,8 @@ __all__ = ["make_plan"]
 EFFORT = 60_000
 #: A step time this near to the bound is not improved on.
 ENOUGH = 1.002
+#: How many kinds of functions are tried by themselves.
+_KINDS = 4
 #: How many of the first trials are improved.
 _STARTS = 3
 #: How often a layout that does not fit is repaired.
@@ -42,6 +44,48 @@ class Trial:
     def cost(self) -> tuple[int, float]:
         """What is compared: first that it fits, then time."""
         return self.timeline.over_bytes, self.timeline.seconds
+
+
+Order = list[frozenset[int]]
+Costs = dict[int, tuple[int, float]]
+
+
+def orders(profile: Profile, units: Order) -> Iterator[Order]:
+    """Yield orders in which units may be dropped: the first so many of one of them are.
+
+    Args:
+        profile: The iteration.
+        units: What can be made again, the cheapest per byte first.
+    """
+    yield units
+    # No re-run that needs another one.
+    reads: dict[frozenset[int], set[int]] = {}
+    for unit in units:
+        order, needed = chain(profile, unit, lambda i: bool(profile.storages[i].uses))
+        reads[unit] = set(needed)
+    alone: Order = []
+    dropped: set[int] = set()
+    needed_by: set[int] = set()
+    for unit in units:
+        if not (unit & needed_by or reads[unit] & dropped):
+            alone.append(unit)
+            dropped |= unit
+            needed_by |= reads[unit]
+    yield alone
+    # One kind of function after the other, the one with most bytes first.
+    kinds: dict[str, Order] = {}
+    for unit in units:
+        kinds.setdefault(profile.storages[min(unit)].label, []).append(unit)
+    nbytes = {
+        kind: sum(profile.storages[i].nbytes for unit in order for i in unit)
+        for kind, order in kinds.items()
+    }
+    for kind in sorted(kinds, key=lambda kind: -nbytes[kind])[:_KINDS]:
+        yield kinds[kind]
+    # Stretches between which something stays, so that re-runs do not need all that came before.
+    forward = sorted(units, key=min)
+    for length in (3, 6, 12, 2):
+        yield [unit for n, unit in enumerate(forward) if n % (length + 1)]
 
 
 class Search:
@@ -71,18 +115,6 @@ class Search:
             nbytes = sum(profile.storages[i].nbytes for i in group)
             costs.append((sum(rerun.seconds for _, rerun in order) / nbytes, group))
         return [frozenset(group) for _, group in sorted(costs)]
-
-    def segments(self, allowed: Collection[int], most: int) -> frozenset[int]:
-        """Drop what is allowed, but not more than ``most`` bytes without something between that is not."""
-        dropped = []
-        nbytes = 0
-        for i in self.profile.saved:
-            nbytes += self.profile.storages[i].nbytes
-            if i in allowed and nbytes <= most:
-                dropped.append(i)
-            else:
-                nbytes = 0
-        return frozenset(dropped)
 
     def try_it(self, dropped: frozenset[int], headroom: int) -> Trial:
         """Lay out and simulate one choice."""
@@ -204,17 +236,30 @@ class Search:
 
 
     def start(self, units: list[frozenset[int]]) -> None:
-        """Try what differs widely: how much is made again, in how long stretches, how much room is left."""
-        sizes = [self.profile.storages[i].nbytes for i in self.profile.saved]
-        largest = max(sizes, default=0)
-        total = sum(self.profile.storages[i].nbytes for unit in units for i in unit)
+        """Try what differs widely, of each way of choosing as much as is best."""
+        largest = max((self.profile.storages[i].nbytes for i in self.profile.saved), default=0)
         none: frozenset[int] = frozenset()
         for headroom in (0, largest // 2, largest):
             self.try_it(none, headroom)
-        for share in (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1):
-            allowed = none.union(*units[: max(1, round(len(units) * share))])
-            for parts in (1, 2, 4, 8, 16):
-                self.try_it(self.segments(allowed, total // parts), 0)
+        spent, whole = 0, self.left
+        for order in orders(self.profile, units):
+            costs = {0: self.try_it(none, 0).cost}
+
+            def cost(count: int, order: Order = order, costs: Costs = costs) -> tuple[int, float]:
+                if count not in costs:
+                    costs[count] = self.try_it(none.union(*order[:count]), 0).cost
+                return costs[count]
+
+            size = len(order)
+            best = min((round(size * part / 4) for part in range(5)), key=cost)
+            step = size // 8
+            for _ in range(2):
+                near = (max(0, best - step), best, min(size, best + step))
+                best = min(near, key=cost)
+                step //= 2
+            spent = whole - self.left
+            if self.done or spent > 0.6 * whole:
+                return
 
     def improve(self, units: list[frozenset[int]], start: Trial) -> None:
         """Change one decision at a time, then exchange two, as long as that helps."""
