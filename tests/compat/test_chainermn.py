@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -61,6 +62,24 @@ def test_an_unknown_communicator_is_an_error(run_python):
     assert 'ValueError: Unrecognized communicator: "hierachical"' in done.stderr
 
 
+@pytest.mark.mpi
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy")
+def test_what_needs_nccl_finds_it(run_python):
+    """With no GPU the communicator can be made and configured, and the updater says that it can run."""
+    code = (
+        "import chainer_ooc, chainermn; from cupy.cuda import nccl\n"
+        "from chainer.training.updaters import MultiprocessParallelUpdater as Updater\n"
+        "communicator = chainermn.create_communicator('pure_nccl')\n"
+        "communicator.set_config('allreduce_grad_dtype', 'float16')\n"
+        "print(nccl.get_version() >= 20000, type(communicator).__name__, Updater.available())"
+    )
+    done = run_python("-c", code)
+    if "libnccl" in done.stderr or "NCCL is not available" in done.stderr:
+        pytest.skip("needs NCCL: pip install nvidia-nccl-cu12, or -cu13")
+    assert done.stdout == "True PureNcclCommunicator True\n", done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="needs mpi4py")
 def test_the_warning_points_at_the_callers_line(monkeypatch):
     monkeypatch.setattr(communicators, "_has_gpu", lambda: False)
     with pytest.warns(UserWarning) as caught:
