@@ -1,11 +1,4 @@
-#!/usr/bin/env python
-"""Plots of a run: loss, accuracy, learning rate, memory and time.
-
-The trainer draws them at the end. While it runs, or after it was killed, they are drawn from the
-latest snapshot of a result:
-
-    python -m reports.plots result
-"""
+"""Plots of a run: loss, accuracy, learning rate, memory and time."""
 
 from __future__ import annotations
 

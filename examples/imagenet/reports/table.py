@@ -77,7 +77,9 @@ class Table(training.Extension):
 def _text(value: Any, digits: int = 4) -> str:
     if value is None:
         return ""
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def print_report() -> Table:
