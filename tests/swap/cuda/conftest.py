@@ -12,14 +12,18 @@ from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.testing.adopted_arrays import storage_at
 from chainer_ooc.testing.simulated_cuda import SimulatedCuda
 
-MIB = 1 << 20
+#: The size of arrays (bytes): the allocator asks for room for those of this size and more.
+UNIT = 64 << 10
 
 
 class Rig:
     """A simulated GPU, its device, manager and allocator hook."""
 
-    def __init__(self, directory, seed=0, host_limit=16 * MIB, limit=8 * MIB, **given):
-        self.cupy = SimulatedCuda(seed, total=32 * MIB, **given)
+    def __init__(self, directory, seed=0, host_limit=None, limit=None, unit=UNIT, **given):
+        self.unit = unit
+        limit = 8 * unit if limit is None else limit
+        host_limit = 16 * unit if host_limit is None else host_limit
+        self.cupy = SimulatedCuda(seed, **{"total": 32 * unit, **given})
         self.settings = Settings(limit=limit, min_bytes=1)
         self.device = CudaDevice(self.cupy, 0, str(directory), host_limit)
         self.manager = SwapManager(self.device, lambda: self.settings, is_trusted=lambda: True)
@@ -30,17 +34,17 @@ class Rig:
             self.cupy, lambda device_id: self.manager, lambda: "the test", lambda nbytes: None
         )
 
-    def array(self, value, nbytes=MIB):
-        array = self.cupy.ndarray((nbytes // 4,), np.float32)
+    def array(self, value, nbytes=None):
+        array = self.cupy.ndarray(((nbytes or self.unit) // 4,), np.float32)
         array.fill(value)
         return array
 
-    def save(self, value, nbytes=MIB):
+    def save(self, value, nbytes=None):
         saved = self.manager.save(self.array(value, nbytes), f"f{value}")
         self.manager.expect([saved])
         return saved
 
-    def owner(self, value, nbytes=MIB):
+    def owner(self, value, nbytes=None):
         """Return memory that holds a value and that nobody else holds."""
         return self.array(value, nbytes).data.mem
 

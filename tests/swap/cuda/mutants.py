@@ -1,8 +1,8 @@
 """Mutants of the swap engine: each wait, record, hold and check taken away, one at a time, makes some test fail.
 
-    python tests/swap/cuda/mutants.py list [WORDS]     # number and name of each, those that contain WORDS
-    python tests/swap/cuda/mutants.py all [WORDS]      # run the tests against each: the survivors are printed
-    python tests/swap/cuda/mutants.py kill N...        # against these numbers, with what the tests print
+    python tests/swap/cuda/mutants.py list [WORD...]   # number and name of each that contains one of the words
+    python tests/swap/cuda/mutants.py all [WORD...]    # run the tests against each: the survivors are printed
+    python tests/swap/cuda/mutants.py kill NUMBER...   # against these, with what the tests print
 
 They are found in the syntax trees of all modules of the engine, by what the code does and not by where it
 is: calls whose result nobody uses, assignments to attributes, conditions and the parts of those, handlers
@@ -14,12 +14,12 @@ Each mutant runs in a child process of its own, in which the code of one functio
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
 import os
 import signal
 import sys
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,26 +27,43 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
 SWAP = ROOT / "chainer_ooc" / "swap"
-#: What has mutation tests of its own, or makes no decision.
-NOT_HERE = {"__init__.py", "disk.py", "process_memory.py"}
-#: The tests, the fastest first.
+#: What has no state, or only looks on.
+NOT_HERE = {"__init__.py", "disk.py", "process_memory.py", "observing.py", "ranks.py"}
+#: The tests, the fastest first; those named after the module come before all.
 TESTS = (
     "tests/swap/test_mover.py",
+    "tests/swap/cuda/test_streams.py",
     "tests/swap/cuda/test_device.py",
+    "tests/swap/cuda/test_engine.py",
     "tests/swap/test_manager.py",
     "tests/swap/cuda/test_allocator.py",
     "tests/swap/cuda/test_pinned.py",
-    "tests/swap/cuda/test_engine.py",
     "tests/swap/cuda/test_schedules.py",
-    "tests/swap/cuda/test_equality.py",
+    "tests/swap/test_use_order.py",
+    "tests/swap/test_verify.py",
     "tests/swap/test_settings.py",
+    "tests/swap/cuda/test_equality.py::test_a_network_under_a_limit",
 )
+FIRST = {
+    "cuda_allocator": "allocator",
+    "cuda_streams": "streams",
+    "free_blocks": "pinned",
+    "gpus": "allocator",
+    "manager": "manager",
+    "pinned": "pinned",
+    "reclaimer": "manager",
+    "use_order": "use_order",
+    "verify": "verify",
+    "watermarks": "settings",
+}
+#: Calls that only count and tell.
+TOLD = {"stalled", "copied", "_copied", "ran", "used"}
 #: A mutant under which the tests take longer than this (seconds) hangs: it is noticed.
 TIMEOUT = 240
 #: Mutants in which nothing that can be observed is different, by how their names begin, and why.
 EQUIVALENT: dict[str, str] = {}
 
-_EXIT_KILLED, _EXIT_SURVIVED, _EXIT_BROKEN = 0, 1, 3
+_KILLED, _SURVIVED, _BROKEN = 0, 1, 3
 
 
 class Mutant(NamedTuple):
@@ -132,7 +149,8 @@ def _sites_at(node: Any, in_init: bool) -> Iterator[tuple[str, Change]]:
     """Yield the mutants of one node: the name of the change, and what makes it."""
     text = ast.unparse(node).splitlines()[0] if isinstance(node, ast.stmt | ast.expr) else ""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        yield f"no {text}", _becomes("pass")
+        if _called(node.value) not in TOLD:
+            yield f"no {text}", _becomes("pass")
     elif isinstance(node, ast.Assign | ast.AugAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         target = targets[0].elts[0] if isinstance(targets[0], ast.Tuple) else targets[0]
@@ -194,8 +212,8 @@ def _sites(tree: ast.Module) -> Iterator[tuple[str, str, ast.AST, Change]]:
     return visit(tree)
 
 
-def mutants(words: str = "") -> list[Mutant]:
-    """Return all mutants, or those whose names contain ``words``."""
+def mutants() -> list[Mutant]:
+    """Return all mutants."""
     found = []
     for module in modules():
         seen: dict[str, int] = {}
@@ -207,7 +225,7 @@ def mutants(words: str = "") -> list[Mutant]:
             if seen[name] > 1:
                 name += f" ({seen[name]})"
             found.append(Mutant(module, function, number, name))
-    return [mutant for mutant in found if words in mutant.name]
+    return found
 
 
 def mutated(mutant: Mutant) -> ast.Module:
@@ -264,39 +282,70 @@ def _code_of(code: types.CodeType, name: str) -> types.CodeType:
     raise LookupError(name)
 
 
-def run_tests(mutant: Mutant, verbose: bool = False) -> int:
-    """Run the tests against a mutant in a child process. Returns 0 if they notice it."""
-    import hypothesis
-    import pytest
+class Runner:
+    """A plugin of pytest that runs the tests, once they are collected, against one mutant after the other.
 
-    import chainer_ooc.testing.adopted_arrays
-    import chainer_ooc.testing.force_copies  # noqa: F401
+    Args:
+        chosen: The mutants.
+        verbose: Print what the tests print.
 
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        status = _EXIT_BROKEN
-        try:
-            os.setpgid(0, 0)
-            os.chdir(ROOT)
-            if not verbose:
-                silence = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(silence, 1)
-                os.dup2(silence, 2)
-            hypothesis.settings.register_profile(
-                "mutants",
-                phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
-                database=None,
+    Attributes:
+        survivors: The names of those that no test noticed.
+    """
+
+    def __init__(self, chosen: list[Mutant], verbose: bool = False) -> None:
+        self.chosen, self.verbose = chosen, verbose
+        self.survivors: list[str] = []
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        """Run them."""
+        for index, mutant in enumerate(self.chosen):
+            start = time.monotonic()
+            killed = self._is_noticed(session.items, mutant)
+            word, seconds = "killed" if killed else "SURVIVED", time.monotonic() - start
+            print(
+                f"{index + 1}/{len(self.chosen)} {word} {mutant.name} ({seconds:.1f} s)", flush=True
             )
-            hypothesis.settings.load_profile("mutants")
-            apply(mutant)
-            tests = [test for test in TESTS if (ROOT / test).exists()]
-            options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--no-header"]
-            result = pytest.main([*options, "--tb=short", *tests])
-            status = {0: _EXIT_SURVIVED, 1: _EXIT_KILLED}.get(int(result), _EXIT_BROKEN)
-        finally:
-            os._exit(status)
-    return _wait(child)
+            if not killed:
+                self.survivors.append(mutant.name)
+        return True
+
+    def _is_noticed(self, items: list[Any], mutant: Mutant) -> bool:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            status = _BROKEN
+            try:
+                os.setpgid(0, 0)
+                if not self.verbose:
+                    silence = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(silence, 1)
+                    os.dup2(silence, 2)
+                apply(mutant)
+                status = _SURVIVED if all(map(self._passes, _in_order(items, mutant))) else _KILLED
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        status = _wait(child)
+        if status not in (_KILLED, _SURVIVED):
+            raise RuntimeError(f"the tests could not be run against {mutant.name}")
+        return status == _KILLED
+
+    def _passes(self, item: Any) -> bool:
+        from _pytest.runner import runtestprotocol
+
+        reports = runtestprotocol(item, log=False)
+        failed = [report for report in reports if report.failed]
+        if self.verbose:
+            print(item.nodeid, *[report.longreprtext for report in failed], sep="\n")
+        return not failed
+
+
+def _in_order(items: list[Any], mutant: Mutant) -> list[Any]:
+    """Return the tests, those that are named after the mutant's module first."""
+    word = FIRST.get(mutant.module.rsplit(".", 1)[1], "")
+    return sorted(items, key=lambda item: f"/test_{word}.py" not in item.nodeid)
 
 
 def _wait(child: int) -> int:
@@ -305,11 +354,11 @@ def _wait(child: int) -> int:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             # A crash is noticed by whoever runs the tests.
-            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else _EXIT_KILLED
+            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else _KILLED
         time.sleep(0.02)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return _EXIT_KILLED
+    return _KILLED
 
 
 def reason(mutant: Mutant) -> str | None:
@@ -320,33 +369,43 @@ def reason(mutant: Mutant) -> str | None:
     return None
 
 
-def main(command: str, *arguments: str) -> int:
+def run(chosen: list[Mutant], verbose: bool = False) -> list[str]:
+    """Run the tests against mutants. Returns the names of those that no test noticed."""
+    import hypothesis
+    import pytest
+
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    hypothesis.settings.register_profile(
+        "mutants", phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate), database=None
+    )
+    hypothesis.settings.load_profile("mutants")
+    runner = Runner(chosen, verbose)
+    tests = [test for test in TESTS if (ROOT / test.split("::")[0]).exists()]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-s", "--no-header"]
+    pytest.main([*options, *tests], plugins=[runner])
+    return runner.survivors
+
+
+def main(command: str = "all", *arguments: str) -> int:
     """Run a command. Returns 0 if no mutant survived that should not have."""
-    chosen = mutants(arguments[0] if arguments and command != "kill" else "")
-    if command == "list":
-        for index, mutant in enumerate(chosen):
-            print(index, mutant.name, f"[{reason(mutant)}]" if reason(mutant) else "")
-        return 0
+    everything = mutants()
     if command == "kill":
-        chosen = [chosen[int(argument)] for argument in arguments]
-    survivors = []
-    for index, mutant in enumerate(chosen):
-        if command == "all" and reason(mutant):
-            continue
-        start = time.monotonic()
-        status = run_tests(mutant, command == "kill")
-        word = {_EXIT_KILLED: "killed", _EXIT_SURVIVED: "SURVIVED"}.get(status, "BROKEN")
-        print(
-            f"{index + 1}/{len(chosen)} {word} {mutant.name} ({time.monotonic() - start:.0f} s)",
-            flush=True,
-        )
-        if status != _EXIT_KILLED:
-            survivors.append(mutant.name)
+        chosen = [everything[int(argument)] for argument in arguments]
+    else:
+        words = arguments or ("",)
+        chosen = [mutant for mutant in everything if any(word in mutant.name for word in words)]
+    if command == "list":
+        for mutant in chosen:
+            why = reason(mutant)
+            print(everything.index(mutant), mutant.name, f"[{why}]" if why else "")
+        return 0
+    if command == "all":
+        chosen = [mutant for mutant in chosen if not reason(mutant)]
+    survivors = run(chosen, command == "kill")
     print(f"{len(chosen)} mutants, {len(survivors)} survived", *survivors, sep="\n")
     return int(bool(survivors))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main(*(sys.argv[1:] or ["all"])))
+    sys.exit(main(*sys.argv[1:]))

@@ -13,6 +13,7 @@ from chainer_ooc.swap.devices.gpus import Gpus
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import State
 from chainer_ooc.testing.simulated_cuda import OutOfMemoryError, SimulatedCuda
+from tests.swap.cuda.conftest import UNIT
 
 MIB = 1 << 20
 
@@ -31,10 +32,10 @@ def test_room_is_made_before_the_pool_would_fail(hooked):
     before = hooked.cupy.calls["malloc"]
     saved = [hooked.save(float(i)) for i in range(12)]
     assert hooked.cupy.calls["malloc"] - before == 12  # none failed
-    assert hooked.pool.total_bytes() <= 8 * MIB
+    assert hooked.pool.total_bytes() <= 8 * UNIT
     assert states(saved).count(State.OUT) >= 4
     assert [set(s.get().get()) for s in saved] == [{float(i)} for i in range(12)]
-    assert hooked.device.peak_bytes() <= 8 * MIB
+    assert hooked.device.peak_bytes() <= 8 * UNIT
 
 
 def test_nothing_moves_while_all_fits(hooked):
@@ -45,13 +46,13 @@ def test_nothing_moves_while_all_fits(hooked):
 
 
 def test_memory_in_pieces_is_given_up_until_it_fits(hooked):
-    small = [hooked.save(float(i), MIB // 2) for i in range(14)]
+    small = [hooked.save(float(i), UNIT // 2) for i in range(14)]
     held = [one.get() for one in small[::2]]  # every other block stays
-    assert hooked.pool.used_bytes() == 7 * MIB
+    assert hooked.pool.used_bytes() == 7 * UNIT
     for one in small[1::2]:
         hooked.manager.finish([one], drop=True)
     del held[::2]
-    array = hooked.array(5.0, 2 * MIB)  # 3.5 MiB are free, in halves
+    array = hooked.array(5.0, 2 * UNIT)  # 3.5 MiB are free, in halves
     assert set(array.get()) == {5.0}
 
 
@@ -65,7 +66,9 @@ def test_a_failed_allocation_is_tried_again(hooked):
     assert set(saved.get().get()) == {1.0}
 
 
-def test_what_cannot_fit_says_why(hooked):
+def test_what_cannot_fit_says_why(make_rig):
+    hooked = make_rig(unit=MIB)
+    hooked.allocator.install()
     held = [hooked.array(float(i)) for i in range(3)]
     saved = [hooked.save(float(i)) for i in range(5)]
     keep = saved[0].get()
@@ -93,7 +96,7 @@ def test_small_allocations_ask_for_room_when_they_fail(hooked):
     saved = [hooked.save(float(i)) for i in range(7)]
     rest = hooked.manager.marks.high - hooked.pool.used_bytes()
     small = [hooked.array(0.0, SMALL // 2) for _ in range(rest // (SMALL // 2) + 6)]
-    assert hooked.pool.total_bytes() <= 8 * MIB
+    assert hooked.pool.total_bytes() <= 8 * UNIT
     assert State.OUT in states(saved)
     assert len(small) > 6
 
@@ -131,7 +134,7 @@ class Mode:
     """Out-of-core mode on two simulated GPUs."""
 
     def __init__(self, directory):
-        self.cupy = SimulatedCuda(total=32 * MIB, devices=2)
+        self.cupy = SimulatedCuda(total=32 * UNIT, devices=2)
         self.on = None
         self.directory = str(directory)
         self.noted = []
@@ -144,7 +147,7 @@ class Mode:
 
     def enable(self, limit):
         self.on = self.last = Settings(
-            limit=limit, min_bytes=1, host_limit=8 * MIB, swap_dir=self.directory
+            limit=limit, min_bytes=1, host_limit=8 * UNIT, swap_dir=self.directory
         )
         self.gpus.enable(self.on)
 
@@ -154,7 +157,7 @@ class Mode:
 
     def save(self, value, device_id):
         with self.cupy.cuda.Device(device_id):
-            array = self.cupy.ndarray((MIB // 4,), "f4")
+            array = self.cupy.ndarray((UNIT // 4,), "f4")
             array.fill(value)
             return self.gpus.manager_for(array).save(array, "f")
 
@@ -169,44 +172,44 @@ def mode(tmp_path):
 
 
 def test_each_gpu_has_a_manager_and_a_limit(mode):
-    mode.enable(4 * MIB)
+    mode.enable(4 * UNIT)
     saved = [mode.save(float(i), i % 2) for i in range(12)]
     assert sorted(mode.gpus.managers) == [0, 1]
     for device_id in (0, 1):
         with mode.cupy.cuda.Device(device_id):
             pool = mode.cupy.get_default_memory_pool()
-            assert pool.get_limit() == 4 * MIB
-            assert pool.total_bytes() <= 4 * MIB
+            assert pool.get_limit() == 4 * UNIT
+            assert pool.total_bytes() <= 4 * UNIT
     for i, one in enumerate(saved):
         array = one.get()
         assert array.data.device_id == i % 2
         with mode.cupy.cuda.Device(i % 2):
             assert set(array.get()) == {float(i)}
-    assert max(mode.noted) <= 4 * MIB
+    assert max(mode.noted) <= 4 * UNIT
 
 
 def test_the_limit_follows_the_mode(mode):
     pool = mode.cupy.get_default_memory_pool()
-    pool.set_limit(20 * MIB)  # the user's own
+    pool.set_limit(20 * UNIT)  # the user's own
     mode.enable(0.25)
     first = mode.save(1.0, 0)
-    assert pool.get_limit() == 8 * MIB
-    mode.enable(6 * MIB)
-    assert pool.get_limit() == 6 * MIB
+    assert pool.get_limit() == 8 * UNIT
+    mode.enable(6 * UNIT)
+    assert pool.get_limit() == 6 * UNIT
     mode.enable(None)
-    assert pool.get_limit() == 20 * MIB
-    mode.enable(6 * MIB)
+    assert pool.get_limit() == 20 * UNIT
+    mode.enable(6 * UNIT)
     mode.disable()
-    assert pool.get_limit() == 20 * MIB
-    pool.set_limit(10 * MIB)  # another
-    mode.enable(6 * MIB)
-    assert pool.get_limit() == 6 * MIB
+    assert pool.get_limit() == 20 * UNIT
+    pool.set_limit(10 * UNIT)  # another
+    mode.enable(6 * UNIT)
+    assert pool.get_limit() == 6 * UNIT
     mode.disable()
-    assert pool.get_limit() == 10 * MIB
-    mode.enable(6 * MIB)
-    pool.set_limit(5 * MIB)  # and meanwhile
+    assert pool.get_limit() == 10 * UNIT
+    mode.enable(6 * UNIT)
+    pool.set_limit(5 * UNIT)  # and meanwhile
     mode.disable()
-    assert pool.get_limit() == 5 * MIB
+    assert pool.get_limit() == 5 * UNIT
     assert set(first.get().get()) == {1.0}
     array = mode.cupy.ndarray((4,), "f4")
     assert mode.gpus.manager_for(array) is first.storage.manager
@@ -219,7 +222,7 @@ def test_nothing_is_made_while_the_mode_is_off(mode):
 
 
 def test_allocations_are_stock_while_the_mode_is_off(mode):
-    mode.enable(4 * MIB)
+    mode.enable(4 * UNIT)
     saved = [mode.save(float(i), 0) for i in range(3)]
     mode.on = None  # in this thread
     saved.append(mode.save(3.0, 0))
@@ -234,25 +237,25 @@ def test_allocations_are_stock_while_the_mode_is_off(mode):
 def test_memory_of_a_pool_of_the_users_is_held_to_the_limit(mode):
     own = mode.cupy.cuda.MemoryPool()
     mode.cupy.cuda.set_allocator(own.malloc)
-    own.set_limit(20 * MIB)
-    mode.enable(4 * MIB)
+    own.set_limit(20 * UNIT)
+    mode.enable(4 * UNIT)
     saved = [mode.save(float(i), 0) for i in range(8)]
-    assert own.get_limit() == 4 * MIB
-    assert own.total_bytes() <= 4 * MIB
+    assert own.get_limit() == 4 * UNIT
+    assert own.total_bytes() <= 4 * UNIT
     assert mode.cupy.get_default_memory_pool().get_limit() == 0
     device = saved[0].storage.manager.device
     assert device.peak_bytes() == own.total_bytes()
     assert device.used_bytes() == own.used_bytes() > 0
     assert [set(one.get().get()) for one in saved] == [{float(i)} for i in range(8)]
     mode.disable()
-    assert own.get_limit() == 20 * MIB
+    assert own.get_limit() == 20 * UNIT
 
 
 def test_an_allocator_with_no_pool_is_warned_of(mode):
     stock = mode.cupy.cuda.get_allocator()
     mode.cupy.cuda.set_allocator(lambda nbytes: stock(nbytes))
     with pytest.warns(RuntimeWarning, match=r"not of a cupy.cuda.MemoryPool.*set_allocator"):
-        mode.enable(4 * MIB)
+        mode.enable(4 * UNIT)
     assert set(mode.save(1.0, 0).get().get()) == {1.0}
 
 
@@ -262,36 +265,36 @@ def test_inside_using_allocator(mode):
         mode.cupy.cuda.using_allocator(own.malloc),
         pytest.raises(errors.SettingError, match="before, or use"),
     ):
-        mode.enable(4 * MIB)
-    mode.enable(4 * MIB)
+        mode.enable(4 * UNIT)
+    mode.enable(4 * UNIT)
     with mode.cupy.cuda.using_allocator(own.malloc):
-        mode.enable(5 * MIB)  # again
+        mode.enable(5 * UNIT)  # again
         mode.disable()
-    mode.enable(4 * MIB)
+    mode.enable(4 * UNIT)
     saved = [mode.save(float(i), 0) for i in range(8)]
-    assert mode.cupy.get_default_memory_pool().total_bytes() <= 4 * MIB
+    assert mode.cupy.get_default_memory_pool().total_bytes() <= 4 * UNIT
     assert [set(one.get().get()) for one in saved] == [{float(i)} for i in range(8)]
 
 
 def test_all_gpus_share_the_host_limit(mode):
-    mode.enable(1 * MIB)
+    mode.enable(1 * UNIT)
     saved = [mode.save(float(i), i % 2) for i in range(24)]
     for one in saved:
         one.storage.manager.move_all_out()
-    assert 4 * MIB <= sum(mode.cupy.pinned.values()) <= 8 * MIB
+    assert 4 * UNIT <= sum(mode.cupy.pinned.values()) <= 8 * UNIT
     slab = mode.gpus.managers[0].device.host.slab
     assert slab is mode.gpus.managers[1].device.host.slab
     staging = [manager.device.staging_bytes for manager in mode.gpus.managers.values()]
-    assert slab.limit == 8 * MIB - sum(staging)
+    assert slab.limit == 8 * UNIT - sum(staging)
     # Lowered, it takes no more; what is out stays.
     mode.on = mode.last = Settings(
-        limit=MIB, min_bytes=1, host_limit=4 * MIB, swap_dir=mode.directory
+        limit=UNIT, min_bytes=1, host_limit=4 * UNIT, swap_dir=mode.directory
     )
     mode.gpus.enable(mode.on)
-    assert slab.limit == max(4 * MIB - sum(staging), 0)
-    mode.on = mode.last = Settings(limit=MIB, min_bytes=1, swap_dir=mode.directory)
+    assert slab.limit == max(4 * UNIT - sum(staging), 0)
+    mode.on = mode.last = Settings(limit=UNIT, min_bytes=1, swap_dir=mode.directory)
     mode.gpus.enable(mode.on)
-    assert slab.limit > 64 * MIB
+    assert slab.limit > 64 * UNIT
     for i, one in enumerate(saved):
         array = one.get()
         with mode.cupy.cuda.Device(i % 2):

@@ -12,15 +12,14 @@ import pytest
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap.devices.cuda_transfers import FailedTransfer
 from chainer_ooc.swap.storage import Layout
+from tests.swap.cuda.conftest import UNIT
 
-MIB = 1 << 20
 
-
-def array_of(rig, owner, nbytes=MIB):
+def array_of(rig, owner, nbytes=UNIT):
     return rig.device.view(owner, 0, Layout(np.dtype("f4"), (nbytes // 4,), (4,), 0, True))
 
 
-def round_trip(rig, value, nbytes=MIB):
+def round_trip(rig, value, nbytes=UNIT):
     """Copy a value out, give its memory up, use the memory for something else, copy it in."""
     owner = rig.owner(value, nbytes)
     out = rig.device.copy_out(owner, 0, nbytes)
@@ -40,7 +39,7 @@ def test_a_round_trip_keeps_the_bytes_and_never_stops_the_host(rig):
     copy.free()
 
 
-@pytest.mark.parametrize("nbytes", [512, MIB + 512, 3 * MIB])
+@pytest.mark.parametrize("nbytes", [512, UNIT + 512, 3 * UNIT])
 def test_a_round_trip_through_the_file(make_rig, nbytes):
     rig = make_rig(host_limit=0)
     array, copy = round_trip(rig, 5.0, nbytes)
@@ -53,10 +52,10 @@ def test_a_round_trip_through_the_file(make_rig, nbytes):
 def test_the_copy_out_comes_after_what_was_computed(rig):
     owner = rig.owner(1.0)
     array_of(rig, owner).add(1)
-    out = rig.device.copy_out(owner, 0, MIB)
+    out = rig.device.copy_out(owner, 0, UNIT)
     out.join()
     array_of(rig, owner).add(1)  # not part of the copy
-    new, _, back = rig.device.copy_in(out.copy, MIB, 0)
+    new, _, back = rig.device.copy_in(out.copy, UNIT, 0)
     back.join()
     assert (array_of(rig, new).get() == 2).all()
 
@@ -67,12 +66,12 @@ def test_work_on_a_stream_of_the_users_is_waited_for(rig):
         owner = rig.owner(1.0)
         rig.device.note_allocation()
         array_of(rig, owner).add(1)
-    out = rig.device.copy_out(owner, 0, MIB)  # with another stream current
+    out = rig.device.copy_out(owner, 0, UNIT)  # with another stream current
     out.join()
     del owner
     with stream:  # the memory is on this stream's free list
         other = rig.array(9.0)
-        owner, _, back = rig.device.copy_in(out.copy, MIB, 0)
+        owner, _, back = rig.device.copy_in(out.copy, UNIT, 0)
         back.join()
         assert (array_of(rig, owner).get() == 2).all()
     assert (other.get() == 9).all()
@@ -105,27 +104,27 @@ def test_streams_that_are_gone_are_forgotten(rig):
 
 def test_a_copy_in_waits_for_the_copy_out_of_the_same_bytes(rig):
     owner = rig.owner(4.0)
-    out = rig.device.copy_out(owner, 0, MIB)
-    new, _, back = rig.device.copy_in(out.copy, MIB, 0)
+    out = rig.device.copy_out(owner, 0, UNIT)
+    new, _, back = rig.device.copy_in(out.copy, UNIT, 0)
     back.join()
     assert (array_of(rig, new).get() == 4).all()
     out.wait()
 
 
-@pytest.mark.parametrize("host_limit", [0, 16 * MIB])
+@pytest.mark.parametrize("host_limit", [0, 16 * UNIT])
 @pytest.mark.parametrize("way", ["out", "in"])
 def test_the_memory_is_held_until_the_copy_has_ended(make_rig, host_limit, way):
     rig = make_rig(host_limit=host_limit)
     rig.cupy.eagerness = 0
     owner = rig.owner(4.0)
-    transfer = rig.device.copy_out(owner, 0, MIB)
+    transfer = rig.device.copy_out(owner, 0, UNIT)
     if way == "in":
         transfer.join()
-        owner, _, transfer = rig.device.copy_in(transfer.copy, MIB, 0)
+        owner, _, transfer = rig.device.copy_in(transfer.copy, UNIT, 0)
     del owner
     gc.collect()
     if host_limit:
-        assert rig.pool.used_bytes() == MIB  # nobody waited: it cannot have ended
+        assert rig.pool.used_bytes() == UNIT  # nobody waited: it cannot have ended
         assert not transfer.done()
         rig.cupy.synchronize()
     while not transfer.done():
@@ -133,12 +132,12 @@ def test_the_memory_is_held_until_the_copy_has_ended(make_rig, host_limit, way):
     assert rig.pool.used_bytes() == 0
 
 
-@pytest.mark.parametrize("host_limit", [0, 16 * MIB])
+@pytest.mark.parametrize("host_limit", [0, 16 * UNIT])
 @pytest.mark.parametrize("ended_by", ["join", "wait"])
 def test_the_memory_is_let_go_when_the_copy_is_waited_for(make_rig, host_limit, ended_by):
     rig = make_rig(host_limit=host_limit)
     owner = rig.owner(4.0)
-    transfer = rig.device.copy_out(owner, 0, MIB)
+    transfer = rig.device.copy_out(owner, 0, UNIT)
     del owner
     getattr(transfer, ended_by)()
     assert rig.pool.used_bytes() == 0
@@ -147,7 +146,7 @@ def test_the_memory_is_let_go_when_the_copy_is_waited_for(make_rig, host_limit, 
 
 def test_waiting_is_the_hosts(rig):
     owner = rig.owner(4.0)
-    transfer = rig.device.copy_out(owner, 0, MIB)
+    transfer = rig.device.copy_out(owner, 0, UNIT)
     transfer.wait()
     assert transfer.done()
     assert (np.frombuffer(_bytes(transfer.copy), "f4") == 4).all()
@@ -158,15 +157,15 @@ def _bytes(copy):
 
 
 def test_a_block_is_not_used_again_while_a_copy_reads_it(make_rig):
-    rig = make_rig(host_limit=3 * MIB)  # of which 2 MiB can be handed out
+    rig = make_rig(host_limit=6 * UNIT)  # 4 are for staging blocks
     rig.cupy.eagerness = 0
-    first = rig.device.copy_out(rig.owner(1.0), 0, MIB)
+    first = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
     first.join()
-    owner, _, back = rig.device.copy_in(first.copy, MIB, 0)
+    owner, _, back = rig.device.copy_in(first.copy, UNIT, 0)
     back.join()
     first.copy.free()  # the GPU may not have begun to read it
     size = rig.device.host.slab.limit
-    others = [rig.device.copy_out(rig.owner(7.0), 0, MIB) for _ in range(size // MIB)]
+    others = [rig.device.copy_out(rig.owner(7.0), 0, UNIT) for _ in range(size // UNIT)]
     assert all(transfer.copy.address for transfer in others)
     assert (array_of(rig, owner).get() == 1).all()
     for transfer in others:
@@ -174,12 +173,12 @@ def test_a_block_is_not_used_again_while_a_copy_reads_it(make_rig):
 
 
 def test_a_block_is_not_used_again_while_a_copy_writes_it(make_rig):
-    rig = make_rig(host_limit=3 * MIB)
+    rig = make_rig(host_limit=6 * UNIT)
     rig.cupy.eagerness = 0
-    first = rig.device.copy_out(rig.owner(1.0), 0, MIB)
+    first = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
     first.copy.free()
-    assert rig.device.host.slab.allocated == MIB
-    again = [rig.device.copy_out(rig.owner(2.0), 0, MIB) for _ in range(2)]
+    assert rig.device.host.slab.allocated == UNIT
+    again = [rig.device.copy_out(rig.owner(2.0), 0, UNIT) for _ in range(2)]
     for transfer in again:
         transfer.wait()
         assert (np.frombuffer(_bytes(transfer.copy), "f4") == 2).all()
@@ -189,7 +188,7 @@ def test_a_block_is_not_used_again_while_a_copy_writes_it(make_rig):
 
 
 def test_copies_are_freed_once(rig):
-    transfer = rig.device.copy_out(rig.owner(1.0), 0, MIB)
+    transfer = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
     transfer.wait()
     transfer.copy.free()
     transfer.copy.free()
@@ -197,14 +196,14 @@ def test_copies_are_freed_once(rig):
 
 
 def test_the_slab_overflows_to_the_file(make_rig):
-    rig = make_rig(host_limit=4 * MIB)
-    transfers = [rig.device.copy_out(rig.owner(float(i)), 0, MIB) for i in range(6)]
+    rig = make_rig(host_limit=7 * UNIT)
+    transfers = [rig.device.copy_out(rig.owner(float(i)), 0, UNIT) for i in range(6)]
     for transfer in transfers:
         transfer.join()
-    assert 2 * MIB <= rig.device.disk.file.allocated <= 4 * MIB
-    assert sum(rig.cupy.pinned.values()) <= 4 * MIB
+    assert 2 * UNIT <= rig.device.disk.file.allocated <= 4 * UNIT
+    assert sum(rig.cupy.pinned.values()) <= 7 * UNIT
     for i, transfer in enumerate(transfers):
-        owner, _, back = rig.device.copy_in(transfer.copy, MIB, 0)
+        owner, _, back = rig.device.copy_in(transfer.copy, UNIT, 0)
         back.join()
         assert (array_of(rig, owner).get() == i).all()
 
@@ -218,7 +217,7 @@ def test_host_and_disk_full(make_rig, monkeypatch):
     monkeypatch.setattr(rig.device.disk.file, "_reserve", full)
     owner = rig.owner(6.0)
     with pytest.raises(SwapSpaceError, match=r"no data was lost.*host_limit") as error:
-        rig.device.copy_out(owner, 0, MIB)
+        rig.device.copy_out(owner, 0, UNIT)
     assert error.value.errno == errno.ENOSPC
     assert (array_of(rig, owner).get() == 6).all()
 
@@ -227,40 +226,40 @@ def test_no_memory_can_be_locked_at_all(make_rig):
     rig = make_rig()
     rig.cupy.fail["hostRegister"] = list(range(20))
     with pytest.raises(SwapSpaceError, match="ulimit -l"):
-        rig.device.copy_out(rig.owner(6.0), 0, MIB)
+        rig.device.copy_out(rig.owner(6.0), 0, UNIT)
 
 
-@pytest.mark.parametrize("host_limit", [0, 16 * MIB])
+@pytest.mark.parametrize("host_limit", [0, 16 * UNIT])
 def test_a_copy_that_cannot_be_begun_fails_when_it_is_joined(make_rig, host_limit):
     rig = make_rig(host_limit=host_limit)
     rig.cupy.fail["memcpyAsync"] = [0]
-    out = rig.device.copy_out(rig.owner(6.0), 0, MIB)
+    out = rig.device.copy_out(rig.owner(6.0), 0, UNIT)
     out.wait()
     assert out.done()
     with pytest.raises(OSError, match="cannot be begun"):
         out.join()
     assert isinstance(out, FailedTransfer) == bool(host_limit)
     out.copy.free()
-    out = rig.device.copy_out(rig.owner(6.0), 0, MIB)
+    out = rig.device.copy_out(rig.owner(6.0), 0, UNIT)
     out.join()
     rig.cupy.fail["memcpyAsync"] = [0]
-    _, _, back = rig.device.copy_in(out.copy, MIB, 0)
+    _, _, back = rig.device.copy_in(out.copy, UNIT, 0)
     with pytest.raises(OSError, match="cannot be begun"):
         back.join()
-    owner, _, back = rig.device.copy_in(out.copy, MIB, 0)
+    owner, _, back = rig.device.copy_in(out.copy, UNIT, 0)
     back.join()
     assert (array_of(rig, owner).get() == 6).all()
 
 
 def test_which_arrays_stay(rig, monkeypatch):
     array = rig.array(1.0)
-    assert rig.device.locate(array).nbytes == MIB
+    assert rig.device.locate(array).nbytes == UNIT
     assert rig.device.locate(np.zeros(3)) is None
     monkeypatch.setattr(array.data.mem, "identity", "ManagedMemory")
     assert rig.device.locate(array) is None
 
     class Foreign:
-        ptr, size, device_id = array.data.ptr, MIB, 0
+        ptr, size, device_id = array.data.ptr, UNIT, 0
 
     foreign = rig.cupy.ndarray((4,), "f4", rig.cupy.cuda.MemoryPointer(Foreign(), 0))
     assert rig.device.locate(foreign) is None
@@ -281,11 +280,11 @@ def test_the_other_gpu_may_be_current(make_rig):
     owner = array.data.mem
     del array
     with rig.cupy.cuda.Device(1):
-        other = rig.cupy.ndarray((MIB,), "f4")
-        assert rig.device.used_bytes() == MIB
-        out = rig.device.copy_out(owner, 0, MIB)
+        other = rig.cupy.ndarray((UNIT,), "f4")
+        assert rig.device.used_bytes() == UNIT
+        out = rig.device.copy_out(owner, 0, UNIT)
         out.join()
-        owner, _, back = rig.device.copy_in(out.copy, MIB, 0)
+        owner, _, back = rig.device.copy_in(out.copy, UNIT, 0)
         back.join()
         assert owner.device_id == 0
         assert rig.device.streams._out.device_id == 0
@@ -297,25 +296,25 @@ def test_what_it_says_of_its_memory(make_rig, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     rig = make_rig()
     held = [rig.array(1.0) for _ in range(3)]
-    assert rig.device.used_bytes() == 3 * MIB
+    assert rig.device.used_bytes() == 3 * UNIT
     held.clear()
     rig.device.note_allocation()
     assert rig.device.used_bytes() == 0
-    assert rig.device.peak_bytes() == 3 * MIB
+    assert rig.device.peak_bytes() == 3 * UNIT
     rig.pool.free_all_blocks()
-    assert rig.device.peak_bytes() == 3 * MIB
-    assert rig.device.total_bytes() == 32 * MIB
-    assert rig.device.capacity() == int(32 * MIB * 0.95)
+    assert rig.device.peak_bytes() == 3 * UNIT
+    assert rig.device.total_bytes() == 32 * UNIT
+    assert rig.device.capacity() == int(32 * UNIT * 0.95)
     monkeypatch.setenv("MPI_LOCALNRANKS", "4")
-    assert rig.device.total_bytes() == 8 * MIB
+    assert rig.device.total_bytes() == 8 * UNIT
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert rig.device.total_bytes() == 32 * MIB
+    assert rig.device.total_bytes() == 32 * UNIT
 
 
 def test_closing_waits_for_the_copies(make_rig):
     rig = make_rig()
     rig.cupy.eagerness = 0
-    transfer = rig.device.copy_out(rig.owner(1.0), 0, MIB)
+    transfer = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
     rig.device.close()
     assert not rig.cupy.pinned
     assert transfer.done()
@@ -323,7 +322,7 @@ def test_closing_waits_for_the_copies(make_rig):
 
 def test_a_forked_child_has_nothing(make_rig):
     rig = make_rig()
-    out = rig.device.copy_out(rig.owner(1.0), 0, MIB)
+    out = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
     out.wait()
     before = dict(rig.cupy.pinned)
     rig.device.after_fork()

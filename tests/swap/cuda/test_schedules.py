@@ -228,7 +228,7 @@ def check_nothing_is_left(rig):
 
 def run(seed, host_limit, limit, program):
     with tempfile.TemporaryDirectory() as directory:
-        rig = Rig(directory, seed, host_limit, limit)
+        rig = Rig(directory, seed, host_limit, limit, total=16 * MIB)
         running = Program(rig)
         for where, (what, argument) in program:
             failed = True
@@ -246,7 +246,7 @@ def run(seed, host_limit, limit, program):
 
 arguments = given(
     seed=st.integers(0, 1 << 20),
-    host_limit=st.sampled_from([0, 512 * KIB, 8 << 20]),
+    host_limit=st.sampled_from([0, 512 * KIB, 4 * MIB]),
     limit=st.sampled_from(LIMITS),
     program=steps,
 )
@@ -302,7 +302,11 @@ def work(rig, seed, steps, per_thread):
 )
 def test_threads_share_a_manager(seed, per_thread, make_rig):
     rig = make_rig(
-        seed=seed, limit=2 * MIB, host_limit=[8 * MIB, 512 * KIB][seed % 2], per_thread=per_thread
+        seed=seed,
+        limit=2 * MIB,
+        host_limit=[8 * MIB, 512 * KIB][seed % 2],
+        per_thread=per_thread,
+        total=16 * MIB,
     )
     rig.allocator.install()
     errors = []

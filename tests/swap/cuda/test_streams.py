@@ -10,17 +10,16 @@ import pytest
 from chainer_ooc.swap.devices.cuda import CudaDevice
 from chainer_ooc.swap.storage import Layout
 from chainer_ooc.testing.simulated_cuda import CUDARuntimeError, SimulatedCuda
-
-MIB = 1 << 20
+from tests.swap.cuda.conftest import UNIT
 
 
 def array_of(device, owner):
-    return device.view(owner, 0, Layout(np.dtype("f4"), (MIB // 4,), (4,), 0, True))
+    return device.view(owner, 0, Layout(np.dtype("f4"), (UNIT // 4,), (4,), 0, True))
 
 
 def copied_out(rig, value=1.0):
     """Return a copy whose original is gone."""
-    out = rig.device.copy_out(rig.owner(value), 0, MIB)
+    out = rig.device.copy_out(rig.owner(value), 0, UNIT)
     out.wait()
     return out.copy
 
@@ -30,10 +29,10 @@ def test_the_stream_on_which_the_device_is_made_is_waited_for(tmp_path):
     cupy.eagerness = 0
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
-        device = CudaDevice(cupy, 0, str(tmp_path), 16 * MIB)
-        array = cupy.ndarray((MIB // 4,), np.float32)
+        device = CudaDevice(cupy, 0, str(tmp_path), 16 * UNIT)
+        array = cupy.ndarray((UNIT // 4,), np.float32)
         array.fill(3)
-    out = device.copy_out(array.data.mem, 0, MIB)
+    out = device.copy_out(array.data.mem, 0, UNIT)
     out.wait()
     device.close()
     cupy.check()
@@ -42,8 +41,8 @@ def test_the_stream_on_which_the_device_is_made_is_waited_for(tmp_path):
 def test_the_stream_that_is_current_when_memory_is_copied_out_is_waited_for(rig):
     rig.cupy.eagerness = 0
     with rig.cupy.cuda.Stream(non_blocking=True):
-        out = rig.device.copy_out(rig.owner(1.0), 0, MIB)
-    owner, _, back = rig.device.copy_in(out.copy, MIB, 0)
+        out = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
+    owner, _, back = rig.device.copy_in(out.copy, UNIT, 0)
     back.join()
     assert set(array_of(rig.device, owner).get()) == {1}
 
@@ -51,7 +50,7 @@ def test_the_stream_that_is_current_when_memory_is_copied_out_is_waited_for(rig)
 def test_the_stream_that_is_current_when_a_copy_is_joined_waits(rig):
     copy = copied_out(rig)
     rig.cupy.eagerness = 0
-    owner, _, back = rig.device.copy_in(copy, MIB, 0)
+    owner, _, back = rig.device.copy_in(copy, UNIT, 0)
     stream = rig.cupy.cuda.Stream(non_blocking=True)
     with stream:  # nothing was allocated on it
         back.join()
@@ -78,7 +77,7 @@ def test_a_stream_that_is_new_waits_for_copies_begun_before(rig):
         rig.array(0.0)
     rig.cupy.get_current_stream().wait_event(stream.record())
     rig.cupy.eagerness = 0
-    out = rig.device.copy_out(array.data.mem, 0, MIB)
+    out = rig.device.copy_out(array.data.mem, 0, UNIT)
     out.join()
     address = array.data.ptr
     del array
@@ -111,11 +110,11 @@ def test_copies_are_joined_on_their_own_gpu(make_rig):
     rig = make_rig(devices=2, seed=2)
     copy = copied_out(rig)
     rig.cupy.eagerness = 0
-    owner, _, back = rig.device.copy_in(copy, MIB, 0)
+    owner, _, back = rig.device.copy_in(copy, UNIT, 0)
     with rig.cupy.cuda.Device(1):
         back.join()
     assert set(array_of(rig.device, owner).get()) == {1}
-    out = rig.device.copy_out(owner, 0, MIB)
+    out = rig.device.copy_out(owner, 0, UNIT)
     with rig.cupy.cuda.Device(1):
         out.join()
         del owner
@@ -182,19 +181,19 @@ def test_default_streams_of_threads_are_put_in_order(make_rig, way, noted):
     before = rig.cupy.calls["deviceSynchronize"]
     if not noted:
         compute()
-        out = rig.device.copy_out(made.pop(), 0, MIB)
+        out = rig.device.copy_out(made.pop(), 0, UNIT)
         out.join()
         assert rig.cupy.calls["deviceSynchronize"] == before
         return
     in_thread(compute)
     if way == "out":
-        out = rig.device.copy_out(made.pop(), 0, MIB)
+        out = rig.device.copy_out(made.pop(), 0, UNIT)
         out.join()
-        owner, _, back = rig.device.copy_in(out.copy, MIB, 0)
+        owner, _, back = rig.device.copy_in(out.copy, UNIT, 0)
         back.join()
         assert set(array_of(rig.device, owner).get()) == {5}
     elif way == "in":
-        owner, _, back = rig.device.copy_in(copy, MIB, 0)
+        owner, _, back = rig.device.copy_in(copy, UNIT, 0)
         back.join()
 
         def use():
