@@ -194,9 +194,7 @@ class _Reruns:
         return corners[0], corners[1]
 
 
-def _inverse(
-    value: np.ndarray, speeds: np.ndarray, seconds: np.ndarray, rate: float
-) -> np.ndarray:
+def _inverse(value: np.ndarray, speeds: np.ndarray, seconds: np.ndarray, rate: float) -> np.ndarray:
     """Return the seconds after which link and re-runs have brought ``value`` bytes."""
     inside = np.interp(value, speeds, seconds)
     beyond = np.maximum(value - speeds[-1], 0.0) / rate

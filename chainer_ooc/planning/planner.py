@@ -98,7 +98,8 @@ class Search:
         self.left = max(12, EFFORT // max(1, len(profile.steps)))
         # Backward needs the oldest last: they have most time to go and to come.
         self.by_age = sorted(
-            profile.saved, key=lambda i: (-profile.storages[i].uses[0], profile.storages[i].producer)
+            profile.saved,
+            key=lambda i: (-profile.storages[i].uses[0], profile.storages[i].producer),
         )
         self.best: Trial | None = None
         self.bound = lower_bound(profile, system)
@@ -233,7 +234,6 @@ class Search:
             rerun=tuple(needs.reruns),
             pass_by=tuple(sorted(pass_by)),
         )
-
 
     def start(self, units: list[frozenset[int]]) -> None:
         """Try what differs widely, of each way of choosing as much as is best."""

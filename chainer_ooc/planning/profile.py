@@ -196,14 +196,26 @@ class Profile:
         """The size of all saved storages."""
         return sum(self.storages[i].nbytes for i in self.saved)
 
+    def resident_peak(self, single_backward: bool) -> int:
+        """Return the peak with everything in memory (bytes).
+
+        Args:
+            single_backward: What backward has used for the last time is dropped; otherwise, as in stock
+                Chainer, it stays until the iteration ends.
+        """
+        alive = peak = 0
+        for number in range(len(self.steps)):
+            alive += self.made_bytes[number]
+            peak = max(peak, alive + self.held[number] + self.workspace[number])
+            for i in self.used[number] if single_backward else ():
+                if self.storages[i].uses[-1] == number:
+                    alive -= self.storages[i].nbytes
+        return self.fixed_bytes + peak
+
     @functools.cached_property
     def in_core_bytes(self) -> int:
         """The peak with everything in memory, where storages stay until the iteration ends."""
-        made = peak = 0
-        for number, step in enumerate(self.steps):
-            made += sum(self.storages[i].nbytes for i in self.made[number])
-            peak = max(peak, made + step.held_bytes + step.workspace_bytes)
-        return self.fixed_bytes + peak
+        return self.resident_peak(single_backward=False)
 
     @functools.cached_property
     def floor_bytes(self) -> int:

@@ -34,7 +34,9 @@ def chain(
         rerun = profile.steps[number].rerun if number >= 0 else None
         if rerun is None:
             storage = profile.storages[i]
-            raise ValueError(f"storage {i} ({storage.label}) cannot be made again: it has no re-run")
+            raise ValueError(
+                f"storage {i} ({storage.label}) cannot be made again: it has no re-run"
+            )
         if number in found:
             continue
         found[number] = rerun

@@ -70,7 +70,9 @@ class System:
         if not self.tiers:
             raise ValueError("tiers=() is not allowed; give at least one Tier")
         if not 0 <= self.margin < 1:
-            raise ValueError(f"margin={self.margin!r} is not allowed; give a share of the limit, 0 to 1")
+            raise ValueError(
+                f"margin={self.margin!r} is not allowed; give a share of the limit, 0 to 1"
+            )
 
     @property
     def high_bytes(self) -> int:
