@@ -1,5 +1,6 @@
 # make demo   train on four ranks, out of core, with no GPU and no data needed
 # make test   ruff, mypy and the tests
+# make docs   the documentation, in docs/_build
 # Each makes .venv and installs what it needs there first. PYTHON=… chooses the interpreter.
 
 VENV := .venv
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: $(VENV)/.demo
 	mpiexec -n 4 python examples/imagenet/train.py --ooc
@@ -27,8 +28,11 @@ test: $(VENV)/.test
 	mypy
 	python -m pytest
 
+docs: $(VENV)/.docs
+	sphinx-build -q -W --keep-going -b html docs docs/_build
+
 clean:
-	rm -rf $(VENV) result build *.egg-info
+	rm -rf $(VENV) result build docs/_build *.egg-info
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; install one or call make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -41,3 +45,7 @@ $(VENV)/.demo: pyproject.toml setup.py build-constraints.txt | $(VENV)/bin/pytho
 $(VENV)/.test: pyproject.toml setup.py build-constraints.txt | $(VENV)/bin/python
 	python -m pip install -q -e '.[mpi,examples,dev]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml setup.py build-constraints.txt | $(VENV)/bin/python
+	python -m pip install -q -e '.[docs]'
+	touch $@

@@ -27,8 +27,8 @@ def run(**task: Any) -> dict[str, Any]:
             its settings; without ``limit`` it is stock Chainer.
 
     Returns:
-        ``seconds`` and ``cpu_seconds`` of each iteration, ``peak_bytes`` (``VmHWM``), ``digest`` of the
-        parameters, and for out-of-core runs ``stats``.
+        ``seconds`` and ``cpu_seconds`` of each iteration, ``peak_bytes`` (``VmHWM``),
+        ``system_seconds`` and ``page_faults`` of the whole process, ``digest`` of the parameters, and for out-of-core runs ``stats``.
     """
     threads = str(task.pop("threads", 1))
     environment = dict(os.environ, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
@@ -78,6 +78,7 @@ def write(path: str | None, results: Any) -> None:
 
 def _train(net: str, iterations: int = 3, **settings: Any) -> dict[str, Any]:
     import hashlib
+    import resource
 
     import numpy as np
     from nets import NETS
@@ -106,6 +107,8 @@ def _train(net: str, iterations: int = 3, **settings: Any) -> dict[str, Any]:
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "peak_bytes": peak,
+        "system_seconds": resource.getrusage(resource.RUSAGE_SELF).ru_stime,
+        "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt,
         "digest": digest.hexdigest(),
         "stats": vars(chainer_ooc.stats()) if "limit" in settings else None,
     }
