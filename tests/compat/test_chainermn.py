@@ -7,7 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
+import chainer
 import chainermn
+import numpy as np
 import pytest
 
 from chainer_ooc.compat import communicators
@@ -77,6 +79,27 @@ def test_what_needs_nccl_finds_it(run_python):
     if "libnccl" in done.stderr or "NCCL is not available" in done.stderr:
         pytest.skip("needs NCCL: pip install nvidia-nccl-cu12, or -cu13")
     assert done.stdout == "True PureNcclCommunicator True\n", done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="needs mpi4py")
+@pytest.mark.parametrize("transferred", ["float16", "float32"])
+def test_gradients_are_unpacked_from_the_dtype_in_which_they_were_transferred(transferred):
+    from chainermn.communicators import _memory_utility
+
+    class Buffer:
+        """Received memory on the host."""
+
+        memory = np.arange(6, dtype=transferred)
+
+        def to_device(self, array, size, offset, stream):
+            array[...] = self.memory.view("u1")[offset : offset + size].view(array.dtype)
+
+    params = [chainer.Parameter(np.zeros(3, "f")) for _ in range(2)]
+    for param in params:
+        param.grad = np.zeros(3, "f")
+    _memory_utility.unpack_params(params, "grad", Buffer(), np.dtype(transferred), False)
+    assert [param.grad.tolist() for param in params] == [[0, 1, 2], [3, 4, 5]]
+    assert params[0].grad.dtype == np.float32
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="needs mpi4py")
