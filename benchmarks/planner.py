@@ -1,6 +1,6 @@
 """The planner's step time over the lower bound, beside what prior art does with the same iterations.
 
-    python benchmarks/planner.py [--nets resnet50 vgg16] [--systems pcie3 disk] [--fractions 0.9 0.5 0.1] [--json planner.json]
+    python benchmarks/planner.py [--nets resnet50] [--systems pcie3 disk] [--fractions 0.9 0.5] [--json planner.json]
 
 Everything is simulated. The iterations in benchmarks/profiles were recorded by ``planner_record.py``: functions,
 storages and sizes are Chainer's own. On ``disk`` their times are those measured on the CPU; for the other systems they

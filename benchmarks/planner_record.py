@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import time
 import tracemalloc
 import weakref
@@ -123,7 +124,12 @@ class Recorder:
         producer = len(self.steps) - 1
         label = self.steps[-1]["label"]
         self.storages.append(
-            {"nbytes": owner.nbytes, "producer": producer, "free_from": producer + 1, "label": label}
+            {
+                "nbytes": owner.nbytes,
+                "producer": producer,
+                "free_from": producer + 1,
+                "label": label,
+            }
         )
         self._by_owner[id(owner)] = (weakref.ref(owner), index)
         return index
@@ -293,7 +299,7 @@ def record(net: str, make: Callable[[], Batch], repeat: int) -> Profile:
     for _ in range(repeat):
         steps = iterate().steps
         starts = [step["start"] for step in steps] + [time.perf_counter()]
-        times.append([b - a for a, b in zip(starts, starts[1:], strict=False)])
+        times.append([b - a for a, b in itertools.pairwise(starts)])
     seconds = [min(column) for column in zip(*times, strict=True)]
     tracemalloc.start(1)
     iterate()

@@ -30,6 +30,7 @@ class Plan:
         choices: For each storage of the profile; ``KEEP`` for those that nobody saved.
         copy_out: (step, storage): begin to copy it out; it is released as soon as that has ended.
         copy_in: (step, storage): begin to copy it in, as soon after that as there is room.
+        earliest: For each of ``copy_in`` the first step at which there is room for it until its use.
         release: (step, storage): give it up again, its copy is valid.
         drop: (step, storage): give it up; it is made again by what ``rerun`` says.
         rerun: (step, forward steps): run these again, in this order, before the step.
@@ -44,6 +45,7 @@ class Plan:
     choices: tuple[Choice, ...]
     copy_out: tuple[tuple[int, int], ...] = ()
     copy_in: tuple[tuple[int, int], ...] = ()
+    earliest: tuple[int, ...] = ()
     release: tuple[tuple[int, int], ...] = ()
     drop: tuple[tuple[int, int], ...] = ()
     rerun: tuple[tuple[int, tuple[int, ...]], ...] = ()
@@ -75,6 +77,7 @@ class Plan:
             for name in ("copy_out", "copy_in", "release", "drop", "pass_by"):
                 data[name] = tuple((step, storage) for step, storage in data[name])
             data["rerun"] = tuple((step, tuple(again)) for step, again in data["rerun"])
+            data["earliest"] = tuple(data["earliest"])
             return cls(**data)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no plan as Plan.to_json() gives it: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from chainer_ooc.planning.bound import lower_bound
 from chainer_ooc.planning.layout import Eviction, Memory, Needs, needs_of
+from chainer_ooc.planning.pacing import Pacer
 from chainer_ooc.planning.plan import Choice, Plan
 from chainer_ooc.planning.policies import Planned
 from chainer_ooc.planning.profile import Profile
@@ -27,6 +29,8 @@ ENOUGH = 1.002
 _KINDS = 4
 #: How many of the first trials are improved.
 _STARTS = 3
+#: How often copies in are moved towards their use.
+_PACES = 4
 #: How often a layout that does not fit is repaired.
 _REPAIRS = 24
 
@@ -61,7 +65,7 @@ def orders(profile: Profile, units: Order) -> Iterator[Order]:
     # No re-run that needs another one.
     reads: dict[frozenset[int], set[int]] = {}
     for unit in units:
-        order, needed = chain(profile, unit, lambda i: bool(profile.storages[i].uses))
+        _, needed = chain(profile, unit, lambda i: bool(profile.storages[i].uses))
         reads[unit] = set(needed)
     alone: Order = []
     dropped: set[int] = set()
@@ -94,15 +98,15 @@ class Search:
     def __init__(self, profile: Profile, system: System) -> None:
         self.profile = profile
         self.system = system
-        self.trials: dict[tuple[frozenset[int], int], Trial] = {}
         self.left = max(12, EFFORT // max(1, len(profile.steps)))
         # Backward needs the oldest last: they have most time to go and to come.
         self.by_age = sorted(
             profile.saved,
             key=lambda i: (-profile.storages[i].uses[0], profile.storages[i].producer),
         )
-        self.best: Trial | None = None
         self.bound = lower_bound(profile, system)
+        self.best = self._trial(frozenset(), 0)
+        self.trials = {(self.best.dropped, self.best.headroom): self.best}
 
     def units(self) -> list[frozenset[int]]:
         """Return what can be made again, together what one function makes, the cheapest per byte first."""
@@ -122,22 +126,20 @@ class Search:
         key = dropped, headroom
         if key not in self.trials and not self.done:
             self.left -= 1
-            plan = self._lay_out(dropped, headroom)
-            trial = Trial(
-                dropped, headroom, plan, simulate(self.profile, self.system, Planned(plan))
-            )
-            self.trials[key] = trial
-            if self.best is None or trial.cost < self.best.cost:
+            self.trials[key] = trial = self._trial(dropped, headroom)
+            if trial.cost < self.best.cost:
                 self.best = trial
-        return self.trials.get(key) or self.best
+        return self.trials.get(key, self.best)
 
     @property
     def done(self) -> bool:
         """Whether nothing better is to be expected, or the effort is spent."""
-        best = self.best
-        return best is not None and (
-            self.left <= 0 or (not best.cost[0] and best.cost[1] <= ENOUGH * self.bound)
-        )
+        over_bytes, seconds = self.best.cost
+        return self.left <= 0 or (not over_bytes and seconds <= ENOUGH * self.bound)
+
+    def _trial(self, dropped: frozenset[int], headroom: int) -> Trial:
+        plan = self._lay_out(dropped, headroom)
+        return Trial(dropped, headroom, plan, simulate(self.profile, self.system, Planned(plan)))
 
     def _lay_out(self, dropped: frozenset[int], headroom: int) -> Plan:
         profile, system = self.profile, self.system
@@ -173,15 +175,14 @@ class Search:
         # What came back for an earlier step and is needed by a later one leaves meanwhile.
         found = []
         for i in (*gone, *swapped):
-            before = [step for step in needs.steps[i] if step <= number]
-            after = [step for step in needs.steps[i] if step > number]
+            position = bisect.bisect_right(needs.steps[i], number)
+            before, after = needs.steps[i][:position], needs.steps[i][position:]
             if before and after and (i, before[-1]) not in evicted:
                 first, end = memory.gap(i, before[-1])
                 if first <= number < end:
                     found.append((i in gone, -after[0], i, before[-1]))
-        found.sort()
-        for _, _, i, after in found:
-            evicted.add((i, after))
+        for _, _, i, last in sorted(found):
+            evicted.add((i, last))
             missing -= self.profile.storages[i].nbytes
             if missing <= 0:
                 break
@@ -190,8 +191,8 @@ class Search:
         # The re-runs themselves do not fit: what is wanted there is not dropped.
         for step, again in needs.reruns:
             if step == number:
-                made = {i for n in again for i in self.profile.steps[n].rerun.writes}
-                back = gone.intersection(made)
+                reruns = [self.profile.steps[n].rerun for n in again]
+                back = gone.intersection(*[{i for r in reruns if r for i in r.writes}])
                 gone.difference_update(back)
                 return bool(back)
         return False
@@ -224,11 +225,13 @@ class Search:
                 drop.append((after + 1, i))
             if choices[i] is Choice.SWAP and after != needs.steps[i][-1]:
                 gaps.append((i, after))
+        arrivals = tuple(memory.arrivals(gaps))
         return Plan(
             self.profile.signature,
             tuple(choices),
             copy_out=tuple(sorted((leave[i], i) for i in swapped)),
-            copy_in=tuple(memory.arrivals(gaps)),
+            copy_in=arrivals,
+            earliest=tuple(step for step, _ in arrivals),
             release=tuple(sorted(release)),
             drop=tuple(sorted(drop)),
             rerun=tuple(needs.reruns),
@@ -300,7 +303,14 @@ def make_plan(profile: Profile, system: System) -> Plan:
     for start in starts[:_STARTS]:
         search.improve(units, start)
     best = search.best
-    assert best is not None
+    # What comes in as early as it can comes in just in time, as far as that costs nothing.
+    pacer = Pacer(best.plan)
+    timeline = best.timeline
+    for _ in range(_PACES if best.plan.copy_in else 0):
+        plan = pacer.update(timeline)
+        timeline = simulate(profile, system, Planned(plan))
+        if (timeline.over_bytes, timeline.seconds) <= best.cost:
+            best = dataclasses.replace(best, plan=plan, timeline=timeline)
     return dataclasses.replace(
         best.plan,
         seconds=best.timeline.seconds,
