@@ -1,0 +1,1 @@
+"""Estimates of training steps from shapes: no data, no memory, no GPU."""

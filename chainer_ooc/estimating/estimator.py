@@ -1,0 +1,411 @@
+""":func:`estimate`: will it fit, how fast, and why. The answer before a run, and without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from chainer_ooc.estimating import calibration, devices, heap, nets, profiles
+from chainer_ooc.estimating import inputs as inputs_module
+from chainer_ooc.estimating.errors import EstimateError
+from chainer_ooc.estimating.inputs import Inputs
+from chainer_ooc.estimating.result import Estimate, format_bytes
+from chainer_ooc.estimating.search import Fits, largest
+from chainer_ooc.estimating.step import Recording, record
+from chainer_ooc.planning.policies import OnDemand
+from chainer_ooc.planning.profile import Profile
+from chainer_ooc.planning.records import Timeline
+from chainer_ooc.planning.system import System, Tier
+from chainer_ooc.planning.timeline import simulate
+from chainer_ooc.settings import parse_limit
+
+__all__ = ["estimate"]
+
+
+def estimate(
+    model: Any,
+    inputs: Any,
+    *,
+    limit: int | float | str | None = None,
+    device: str = "cpu",
+    optimizer: Any = "momentum_sgd",
+    single_backward: bool = False,
+    search: bool = True,
+) -> Estimate:
+    """Estimate a training step of a model: memory, traffic, time, and what would fit.
+
+    The model's own code runs, forward, backward and update, with arrays that have shapes but no elements: no
+    data, no memory and no GPU are needed. What each function keeps, and what NumPy takes for itself, is
+    so what it would be. Times come from a quick calibration of this machine (``device="cpu"``) or from the
+    data sheet of a GPU.
+
+    Args:
+        model: A :class:`chainer.Link` that returns its loss when it is called with the inputs, or the name of
+            a network (``"resnet50"``, ``"file.py:callable"``). It is left as it is, uninitialized parameters
+            included.
+        inputs: ``(insize, batchsize)`` for images (batchsize, 3, insize, insize), float32, and labels
+            (batchsize,), int32; or what the model is called with: arrays, ``(shape, dtype)`` pairs, lists of
+            them. Of float arrays only the shape counts; integers keep their values.
+        limit: As in :func:`chainer_ooc.enable`. ``None``: what the device has.
+        device: ``"cpu"``, or a GPU's name such as ``"h200"`` or ``"v100"``.
+        optimizer: The name of one of ``chainer.optimizers`` (``"momentum_sgd"``, ``"adam"``), its class, or
+            ``None``: no update.
+        single_backward: As in :func:`chainer_ooc.enable`.
+        search: Look for the largest batchsize and insize that fit; takes a few times longer.
+
+    Returns:
+        The estimate; print it.
+
+    Raises:
+        EstimateError: If the device, the network or the optimizer is unknown, the network does not take the
+            insize, the limit is less than the step takes at the least, or something has no rule.
+        SettingError: If the limit is not allowed.
+    """
+    gpu = devices.find(device)
+    if isinstance(model, str):
+        net = nets.find(model)
+        given = inputs_module.parse(inputs)
+        if given.insize is None or given.batchsize is None:
+            raise EstimateError(
+                f"inputs={inputs!r} is not allowed for {model}; give (insize, batchsize)"
+            )
+        return _Estimator(net, gpu, limit, optimizer, single_backward).run(given, search)
+    import chainer
+
+    if not isinstance(model, chainer.Link):
+        raise EstimateError(
+            f"model is of type {type(model).__name__}; give a chainer.Link, or the name of a network: "
+            f"{', '.join(nets.names())}"
+        )
+    name = type(model).__name__
+    net = nets.Net(name, "given", lambda insize, batchsize: (model, given), lambda insize: None)
+    given = inputs_module.parse(inputs)
+    return _Estimator(net, gpu, limit, optimizer, single_backward, model).run(given, search)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """A step for one batch size and insize."""
+
+    recording: Recording
+    profile: Profile
+    in_core_bytes: int
+
+
+class _Estimator:
+    def __init__(
+        self,
+        net: nets.Net,
+        gpu: devices.Gpu | None,
+        limit: Any,
+        optimizer: Any,
+        single_backward: bool,
+        model: Any = None,
+    ) -> None:
+        self.net = net
+        self.gpu = gpu
+        self.model = model
+        self.optimizer = _optimizer(optimizer)
+        self.optimizer_name = (
+            optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", optimizer)
+        )
+        self.single_backward = single_backward
+        self.process_bytes = 0 if gpu else _process_bytes(model)
+        self.limit = self._limit(limit)
+        if gpu is None:
+            rates = calibration.calibrate()
+            self.cost = profiles.on_cpu(rates)
+            out, back = calibration.disk_rates()
+            self.tier = Tier("disk", out, back, min(out, back), one_queue=True)
+        else:
+            self.cost = profiles.on_gpu_seconds(gpu)
+            link = gpu.link * devices.LINK_SHARE
+            self.tier = Tier("host", link, link, None, 20e-6)
+
+    def _limit(self, limit: Any) -> int:
+        parsed = parse_limit(limit)
+        if self.gpu is not None:
+            total = self.gpu.memory_bytes
+            if parsed is None:
+                return total
+            return int(parsed * total) if isinstance(parsed, float) else parsed
+        from chainer_ooc.swap import process_memory
+
+        if parsed is None:
+            return psutil.Process().memory_info().rss + int(process_memory.available_bytes() * 0.95)
+        return (
+            int(parsed * process_memory.physical_bytes()) if isinstance(parsed, float) else parsed
+        )
+
+    def point(self, given: Inputs, batchsize: int | None, insize: int | None) -> _Point:
+        """Run a step without data."""
+        if (insize is not None and insize != given.insize) or self.model is None:
+            model, inputs = self.net.build(
+                insize or given.insize or 0, batchsize or given.batchsize or 0
+            )
+        else:
+            model, inputs = self.model, given
+        recording = self._record(model, inputs, batchsize, insize)
+        profile = profiles.make_profile(
+            recording,
+            self.cost,
+            name=self.net.name,
+            device=self.gpu.name if self.gpu else "cpu",
+            gpu=self.gpu is not None,
+            process_bytes=self.process_bytes,
+        )
+        if self.gpu is None:
+            in_core = self.process_bytes + heap.resident_peak(recording.ledger.events)
+        else:
+            in_core = profile.in_core_bytes
+        return _Point(recording, profile, in_core)
+
+    def _record(
+        self, model: Any, inputs: Inputs, batchsize: int | None, insize: int | None
+    ) -> Recording:
+        from chainer.utils.type_check import InvalidType
+
+        try:
+            return record(
+                model, inputs.make(batchsize, insize), self.optimizer, self.gpu is not None
+            )
+        except EstimateError:
+            raise
+        except (
+            InvalidType,
+            AssertionError,
+            ArithmeticError,
+            IndexError,
+            TypeError,
+            ValueError,
+        ) as error:
+            size = f" with insize={insize}, batchsize={batchsize}" if insize else ""
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise EstimateError(
+                f"{self.net.name} does not run on these inputs{size}: {said}; give an insize that it takes, or the "
+                "arguments that it is called with"
+            ) from error
+
+    def run(self, given: Inputs, search: bool) -> Estimate:
+        """Estimate."""
+        if given.insize is not None:
+            self.net.check(given.insize)
+        point = self.point(given, given.batchsize, given.insize)
+        profile = point.profile
+        in_core = point.in_core_bytes <= self.limit
+        floor = profile.floor_bytes
+        if not in_core and floor > self.limit:
+            raise EstimateError(self._below_floor(profile))
+        system = System(self.limit, (self.tier,), self.single_backward)
+        timeline = None if in_core else simulate(profile, system, OnDemand(), detailed=True)
+        seconds = timeline.seconds if timeline else profile.compute_seconds
+        found = self._search(given, point) if search else {}
+        return Estimate(
+            name=self.net.name,
+            device=self.gpu.name if self.gpu else "cpu",
+            batchsize=given.batchsize,
+            insize=given.insize,
+            limit_bytes=self.limit,
+            peak_in_core_bytes=point.in_core_bytes,
+            peak_bytes=timeline.peak_bytes if timeline else point.in_core_bytes,
+            floor_bytes=min(floor, point.in_core_bytes),
+            floor_function=_floor_step(profile),
+            process_bytes=self.process_bytes,
+            parameter_bytes=point.recording.parameter_bytes,
+            state_bytes=point.recording.state_bytes,
+            saved_bytes=profile.saved_bytes,
+            bytes_out=timeline.bytes_out if timeline else 0,
+            bytes_in=timeline.bytes_in if timeline else 0,
+            swap_bytes=_room_outside(timeline, profile) if timeline else 0,
+            in_core_step_seconds=profile.compute_seconds,
+            step_seconds=seconds,
+            stall_out_seconds=timeline.wait_out_seconds if timeline else 0.0,
+            stall_in_seconds=timeline.wait_in_seconds if timeline else 0.0,
+            flops=_flops(point.recording),
+            bottleneck=self._bottleneck(profile, timeline),
+            largest=found,
+            functions=_functions(profile),
+            assumed=tuple(self._assumed(point)),
+        )
+
+    def _below_floor(self, profile: Profile) -> str:
+        number = _floor_number(profile)
+        step = profile.steps[number]
+        pinned = profile.pinned(number)
+        return (
+            f"limit={format_bytes(self.limit)} is below the {format_bytes(profile.floor_bytes)} that a step of "
+            f"{self.net.name} takes at the least: {_floor_step(profile)} needs {format_bytes(pinned)} of what it "
+            f"saved, {format_bytes(step.workspace_bytes)} for itself and what it makes, beside "
+            f"{format_bytes(step.held_bytes)} that live then (gradients, outputs) and "
+            f"{format_bytes(profile.fixed_bytes)} that always live (parameters, optimizer state, inputs"
+            f"{', the process' if self.process_bytes else ''}); give a higher limit, or a smaller batch or insize"
+        )
+
+    def _bottleneck(self, profile: Profile, timeline: Timeline | None) -> str:
+        if timeline is None or timeline.seconds <= 1.02 * profile.compute_seconds:
+            by_label: dict[str, float] = {}
+            for step in profile.steps:
+                by_label[step.label] = by_label.get(step.label, 0.0) + step.seconds
+            label = max(by_label, key=by_label.__getitem__)
+            share = by_label[label] / max(profile.compute_seconds, 1e-12)
+            return f"computation: {label} takes {share:.0%} of it; copies hide behind it"
+        waits = {"out": timeline.wait_out_seconds, "in": timeline.wait_in_seconds}
+        worst = max(waits, key=waits.__getitem__)
+        rate = self.tier.out_bandwidth if worst == "out" else self.tier.in_bandwidth
+        where = (
+            "the swap file's disk" if self.gpu is None else f"{self.gpu.link_name} to host memory"
+        )
+        return (
+            f"copies {worst}: {where} at {rate / 1e9:.3g} GB/s; computing waits {sum(waits.values()):.3g} s of "
+            f"{timeline.seconds:.3g} s"
+        )
+
+    def _search(self, given: Inputs, point: _Point) -> dict[str, dict[str, int | None]]:
+        found: dict[str, dict[str, int | None]] = {}
+        here = Fits(point.in_core_bytes, point.profile.floor_bytes)
+
+        def fits(batchsize: int | None, insize: int | None) -> Fits | None:
+            try:
+                if insize is not None:
+                    self.net.check(insize)
+                other = self.point(given, batchsize, insize)
+            except EstimateError:
+                return None
+            return Fits(other.in_core_bytes, other.profile.floor_bytes)
+
+        if given.batchsize:
+            found["batchsize"] = largest(
+                lambda n: fits(n, given.insize), given.batchsize, here, self.limit, 1, power=1
+            )
+        if given.insize:
+            multiple = self.net.multiple if self.net.multiple > 1 else 32
+            found["insize"] = largest(
+                lambda n: fits(given.batchsize, n),
+                given.insize,
+                here,
+                self.limit,
+                multiple,
+                power=2,
+            )
+        return found
+
+    def _assumed(self, point: _Point) -> list[str]:
+        recording = point.recording
+        name = self.optimizer_name or "none"
+        lines = [
+            f"optimizer {name}; training mode; the second iteration (later ones are alike)",
+            "copies move on demand, as in the first iteration; a plan moves no more",
+        ]
+        if not self.single_backward:
+            lines.append("copies are kept for a second backward; single_backward=True moves less")
+        if self.gpu is None:
+            out, back = self.tier.out_bandwidth / 1e9, self.tier.in_bandwidth / 1e9
+            lines.append(
+                f"this machine, measured now on as many threads as NumPy uses: swap file {out:.2g} GB/s out, "
+                f"{back:.2g} GB/s in; under other load times are longer"
+            )
+            lines.append(
+                f"the process itself takes {format_bytes(self.process_bytes)}, measured here; malloc is glibc's"
+            )
+        else:
+            gpu = self.gpu
+            lines.append(
+                f"{gpu.name}: {gpu.flops / 1e12:.3g} TFLOP/s float32, {gpu.bandwidth / 1e9:.4g} GB/s, {gpu.link_name} "
+                f"{gpu.link / 1e9:.3g} GB/s each way ({gpu.source}); of them {devices.COMPUTE_SHARE:.0%}, "
+                f"{devices.MEMORY_SHARE:.0%} and {devices.LINK_SHARE:.0%} are reached; not measured"
+            )
+            lines.append(
+                "cuDNN: 8 MiB of workspace for a convolution, poolings keep input and output; fragments of the "
+                "memory pool and CUDA's own memory are not counted"
+            )
+        return [*lines, *recording.notes]
+
+
+def _optimizer(given: Any) -> Callable[[], Any] | None:
+    from chainer import optimizers
+
+    if given is None or given == "none":
+        return None
+    known = {
+        _plain(name): cls
+        for name, cls in vars(optimizers).items()
+        if inspect.isclass(cls) and name[0].isupper()
+    }
+    if isinstance(given, str):
+        cls = known.get(_plain(given))
+        if cls is None:
+            near = difflib.get_close_matches(_plain(given), known, 1)
+            hint = f" (did you mean {known[near[0]].__name__!r}?)" if near else ""
+            raise EstimateError(
+                f"optimizer={given!r} is not known{hint}; choose one of none, "
+                f"{', '.join(sorted(c.__name__ for c in known.values()))}"
+            )
+        return cls
+    if callable(given):
+        return given
+    return type(given)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _process_bytes(model: Any) -> int:
+    """Return what this process takes besides the model's arrays: what the training process will, too."""
+    arrays = 0
+    if model is not None:
+        arrays = sum(
+            a.nbytes for p in model.params() for a in (p.array, p.grad) if a is not None
+        )  # fmt: skip
+    return max(psutil.Process().memory_info().rss - arrays, 64 << 20)
+
+
+def _flops(recording: Recording) -> float:
+    return sum(
+        segment.flops
+        + sum(2.0 * m * n * k * count for (m, n, k, _), count in segment.gemms.items())
+        for segment in recording.segments
+    )
+
+
+def _floor_number(profile: Profile) -> int:
+    steps = profile.steps
+    return max(
+        range(len(steps)),
+        key=lambda n: profile.pinned(n) + steps[n].held_bytes + steps[n].workspace_bytes,
+    )
+
+
+def _floor_step(profile: Profile) -> str:
+    number = _floor_number(profile)
+    step = profile.steps[number]
+    shapes = step.inputs
+    if not shapes and step.function >= 0:
+        shapes = profile.steps[step.function].inputs
+    sizes = ", ".join(text.split("@")[0] for text in shapes[:3])
+    return f"{step.label} {step.phase} ({sizes})" if sizes else f"{step.label} ({step.phase})"
+
+
+def _functions(profile: Profile, most: int = 8) -> tuple[tuple[str, int, float, int, int], ...]:
+    rows: dict[str, list[float]] = {}
+    for step in profile.steps:
+        row = rows.setdefault(step.label, [0, 0.0, 0, 0])
+        row[0] += step.phase == "forward"
+        row[1] += step.seconds
+        row[3] = max(row[3], step.workspace_bytes)
+    for storage in profile.storages:
+        rows[storage.label][2] += storage.nbytes
+    ordered = sorted(rows.items(), key=lambda item: -item[1][1])[:most]
+    return tuple(
+        (name, int(n), seconds, int(saved), int(own)) for name, (n, seconds, saved, own) in ordered
+    )
+
+
+def _room_outside(timeline: Timeline, profile: Profile) -> int:
+    """Return the most bytes that copies outside take at one time."""
+    return min(timeline.bytes_out, profile.saved_bytes)

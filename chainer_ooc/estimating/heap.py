@@ -1,0 +1,109 @@
+"""How much memory glibc's malloc holds for a program's allocations: more than what is allocated.
+
+Blocks that are freed inside its heap stay resident until the top of the heap is free. The rules are those
+of glibc's malloc.c for blocks above 1 KiB: the smallest free chunk that fits, else the top of the heap, else, from
+``M_MMAP_THRESHOLD`` on, a mapping of its own; that threshold grows with the mappings that are freed, up to
+32 MiB (mallopt(3)).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+
+__all__ = ["resident_peak"]
+
+_THRESHOLD = 128 << 10
+_THRESHOLD_MAX = 32 << 20
+_TOP_PAD = 128 << 10
+_PAGE = 4096
+
+
+class _Heap:
+    def __init__(self, fixed_threshold: int | None) -> None:
+        self.threshold = fixed_threshold or _THRESHOLD
+        self.trim = 2 * self.threshold if fixed_threshold else _THRESHOLD
+        self.dynamic = fixed_threshold is None
+        self.mapped = 0
+        self.top = 0  # where the top chunk begins
+        self.end = 0  # where the heap ends
+        self.touched = 0  # the heap is resident up to here
+        self.free: list[tuple[int, int]] = []  # (size, address), sorted
+        self.starts: dict[int, int] = {}  # address -> size of free chunks
+        self.ends: dict[int, int] = {}  # end -> address of free chunks
+
+    @property
+    def resident(self) -> int:
+        return self.mapped + self.touched
+
+    def malloc(self, nbytes: int) -> tuple[int, int]:
+        """Return (address, size); the address is -1 for a mapping."""
+        size = -(-(nbytes + 16) // 16) * 16
+        index = bisect.bisect_left(self.free, (size, -1))
+        if index < len(self.free):
+            found, address = self.free[index]
+            self._remove(address, found)
+            if found > size:
+                self._insert(address + size, found - size)
+            return address, size
+        if self.end - self.top < size:
+            if size >= self.threshold:
+                size = -(-size // _PAGE) * _PAGE
+                self.mapped += size
+                return -1, size
+            self.end = -(-(self.top + size + _TOP_PAD) // _PAGE) * _PAGE
+        address = self.top
+        self.top += size
+        self.touched = max(self.touched, self.top)
+        return address, size
+
+    def release(self, address: int, size: int) -> None:
+        if address < 0:
+            self.mapped -= size
+            if self.dynamic and self.threshold < size <= _THRESHOLD_MAX:
+                self.threshold, self.trim = size, 2 * size
+            return
+        before = self.ends.get(address)
+        if before is not None:
+            size += address - before
+            self._remove(before, address - before)
+            address = before
+        after = self.starts.get(address + size)
+        if after is not None:
+            self._remove(address + size, after)
+            size += after
+        if address + size == self.top:
+            self.top = address
+            if self.end - self.top > self.trim:
+                self.end = self.top + _TOP_PAD
+                self.touched = min(self.touched, self.end)
+        else:
+            self._insert(address, size)
+
+    def _insert(self, address: int, size: int) -> None:
+        bisect.insort(self.free, (size, address))
+        self.starts[address] = size
+        self.ends[address + size] = address
+
+    def _remove(self, address: int, size: int) -> None:
+        self.free.pop(bisect.bisect_left(self.free, (size, address)))
+        del self.starts[address], self.ends[address + size]
+
+
+def resident_peak(events: Iterable[tuple[int, int]], threshold: int | None = None) -> int:
+    """Return the most memory (bytes) that is resident for a sequence of allocations and releases.
+
+    Args:
+        events: (number, bytes) of each allocation, (number, -bytes) of its release, in order.
+        threshold: ``M_MMAP_THRESHOLD`` (bytes) where it was set, ``None``: glibc's own, which grows.
+    """
+    heap = _Heap(threshold)
+    blocks: dict[int, tuple[int, int]] = {}
+    peak = 0
+    for number, nbytes in events:
+        if nbytes > 0:
+            blocks[number] = heap.malloc(nbytes)
+            peak = max(peak, heap.resident)
+        else:
+            heap.release(*blocks.pop(number))
+    return peak

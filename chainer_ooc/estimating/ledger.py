@@ -1,0 +1,150 @@
+"""The ledger of a step that runs without data: every allocation it would make, and the work it would do."""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import threading
+from collections import Counter
+from typing import Any
+
+__all__ = ["Ledger", "Memory", "Segment", "active_ledger", "running"]
+
+#: Address space is taken, memory is not: its pages are never touched, or read as zeros.
+_NORESERVE = getattr(
+    mmap, "MAP_NORESERVE", 0x4000
+)  # Linux's, on all processors but MIPS; in Python since 3.12
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+#: Arrays above this size (bytes) get new pages from the system each time: the most that glibc's malloc keeps.
+_MAPPED = 32 << 20
+
+
+class _Running(threading.local):
+    ledger: Ledger | None = None
+
+
+running = _Running()
+
+
+def active_ledger() -> Ledger | None:
+    """Return the ledger of the step that runs without data in the calling thread."""
+    return running.ledger
+
+
+class Memory(mmap.mmap):
+    """One allocation: addresses without memory behind them.
+
+    Attributes:
+        ledger: The ledger that counts it.
+        number: Its number in the order of allocation.
+        nbytes: Its size (bytes).
+        segment: The number of the segment that allocated it.
+    """
+
+    ledger: Ledger
+    number: int
+    nbytes: int
+    segment: int
+
+    def __del__(self) -> None:
+        self.ledger.release(self)
+
+
+@dataclasses.dataclass
+class Segment:
+    """A stretch of the step: one function forward or backward, or what runs between two of them.
+
+    Attributes:
+        name: The function's label; ``""`` between functions.
+        phase: ``"forward"``, ``"backward"`` or ``"between"``.
+        begin: The first event of the segment. Events count allocations and releases.
+        start_bytes: What was allocated when it began (bytes).
+        peak_bytes: The most that was allocated during it (bytes).
+        work: What NumPy would do, by kind: elements or bytes touched, see :mod:`.calibration`.
+        gemms: Matrix products: (m, n, k, item size) and how often.
+        used: Numbers of the allocations that the function reads or writes as inputs, outputs,
+            retained arrays or gradients.
+        flops: Floating-point operations of its matrix products and convolutions.
+        io_bytes: Bytes of its inputs and outputs.
+    """
+
+    name: str
+    phase: str
+    begin: int
+    start_bytes: int
+    peak_bytes: int
+    node: Any = None
+    work: Counter[str] = dataclasses.field(default_factory=Counter)
+    gemms: Counter[tuple[int, int, int, int]] = dataclasses.field(default_factory=Counter)
+    used: set[int] = dataclasses.field(default_factory=set)
+    flops: float = 0.0
+    io_bytes: int = 0
+
+
+class Ledger:
+    """Counts what is allocated while a step runs without data.
+
+    Attributes:
+        live_bytes: What is allocated now (bytes).
+        peak_bytes: The most that ever was (bytes).
+        events: (number, bytes) of each allocation, (number, -bytes) of each release.
+        segments: The segments so far; the last one is under way.
+        notes: What was assumed about values that nobody computes.
+    """
+
+    def __init__(self) -> None:
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.events: list[tuple[int, int]] = []
+        self.segments: list[Segment] = []
+        self.notes: dict[str, None] = {}
+        self._count = 0
+        self.begin("", "between")
+
+    @property
+    def segment(self) -> Segment:
+        """The segment under way."""
+        return self.segments[-1]
+
+    def begin(self, name: str, phase: str, node: Any = None) -> Segment:
+        """Begin a segment."""
+        self.segments.append(
+            Segment(name, phase, len(self.events), self.live_bytes, self.live_bytes, node)
+        )
+        return self.segments[-1]
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Return memory of ``nbytes`` > 0 bytes that takes none."""
+        memory = Memory(-1, nbytes, flags=_FLAGS)
+        memory.ledger, memory.number, memory.nbytes = self, self._count, nbytes
+        memory.segment = len(self.segments) - 1
+        self._count += 1
+        self.events.append((memory.number, nbytes))
+        self.live_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        segment = self.segment
+        segment.peak_bytes = max(segment.peak_bytes, self.live_bytes)
+        if nbytes > _MAPPED:
+            segment.work["fresh"] += nbytes
+        return memory
+
+    def release(self, memory: Memory) -> None:
+        """Count memory that is no longer referred to. Called when it dies."""
+        self.events.append((memory.number, -memory.nbytes))
+        self.live_bytes -= memory.nbytes
+
+    def work(self, kind: str, amount: int) -> None:
+        """Count work of a kind, and the call."""
+        work = self.segment.work
+        work[kind] += amount
+        work["calls"] += 1
+
+    def gemm(self, m: int, n: int, k: int, itemsize: int, count: int = 1) -> None:
+        """Count ``count`` products of (m, k) and (k, n) matrices."""
+        self.segment.gemms[m, n, k, itemsize] += count
+        self.segment.work["calls"] += 1
+
+    def note(self, text: str) -> None:
+        """Remember an assumption, once."""
+        where = self.segment.name
+        self.notes[f"{where}: {text}" if where else text] = None

@@ -1,0 +1,37 @@
+"""What functions keep for backward with cuDNN, where that is not what they keep with NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from chainer_ooc.estimating import shape_array
+
+__all__ = ["WORKSPACE", "keep_as_cudnn", "takes_workspace"]
+
+#: cuDNN's workspace for a convolution (bytes): the most that Chainer lets it take by default.
+WORKSPACE = 8 << 20
+
+
+def keep_as_cudnn(function: Any) -> None:
+    """Have a function that has run on NumPy's code keep what it would keep with cuDNN.
+
+    Poolings keep their input and output; NumPy's max pooling keeps the indexes of the maxima instead.
+    """
+    from chainer.functions.pooling import pooling_2d, pooling_nd
+
+    if isinstance(function, pooling_2d.Pooling2D | pooling_nd._PoolingND):
+        function._input_indexes_to_retain = (0,)
+        function._output_indexes_to_retain = (0,)
+        indexes = function.__dict__.get("indexes")
+        if isinstance(indexes, np.ndarray):
+            axes = shape_array.layout_axes(indexes)
+            function.indexes = shape_array.new(
+                indexes.shape, indexes.dtype, shape_array._detached, axes
+            )
+
+
+def takes_workspace(label: str) -> bool:
+    """Tell whether cuDNN takes a workspace for a function."""
+    return "onvolution" in label or "RNN" in label or "LSTM" in label or "GRU" in label

@@ -1,0 +1,136 @@
+"""What an estimate says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+__all__ = ["Estimate", "format_bytes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What training a model takes, without having trained it. Its text is a summary.
+
+    Bytes are of one process and one device. On the CPU they are resident memory, as ``limit`` bounds it, with
+    the process itself (``process_bytes``); on a GPU they are bytes of CuPy's memory pool.
+
+    Attributes:
+        name: What is trained.
+        device: The device that was meant.
+        batchsize: The batch size, ``None`` where the inputs have none in common.
+        insize: The height and width of images, ``None`` without images.
+        limit_bytes: The limit.
+        peak_in_core_bytes: The peak of stock Chainer, everything in memory.
+        peak_bytes: The peak under the limit.
+        floor_bytes: The least limit that suffices.
+        floor_function: The function that needs the most at one time.
+        process_bytes: Of the peaks, what the process takes besides arrays.
+        parameter_bytes: Parameters.
+        state_bytes: Optimizer state.
+        saved_bytes: What functions keep for backward, and can leave memory.
+        bytes_out: Moved out of memory per step.
+        bytes_in: Moved back per step.
+        swap_bytes: Room that the moved arrays take outside at one time, at most.
+        in_core_step_seconds: One step with everything in memory.
+        step_seconds: One step under the limit.
+        stall_out_seconds: Of it, waiting for copies out.
+        stall_in_seconds: Of it, waiting for copies back.
+        flops: Floating-point operations of one step's matrix products and convolutions.
+        bottleneck: What would have to be faster.
+        largest: The largest batchsize and insize that fit ``in_core`` and ``out_of_core``; ``None``
+            where it was not asked for, or nothing fits.
+        functions: The functions that take most: (name, calls, seconds, saved bytes, most bytes for itself).
+        assumed: What was assumed.
+    """
+
+    name: str
+    device: str
+    batchsize: int | None
+    insize: int | None
+    limit_bytes: int
+    peak_in_core_bytes: int
+    peak_bytes: int
+    floor_bytes: int
+    floor_function: str
+    process_bytes: int
+    parameter_bytes: int
+    state_bytes: int
+    saved_bytes: int
+    bytes_out: int
+    bytes_in: int
+    swap_bytes: int
+    in_core_step_seconds: float
+    step_seconds: float
+    stall_out_seconds: float
+    stall_in_seconds: float
+    flops: float
+    bottleneck: str
+    largest: dict[str, dict[str, int | None]]
+    functions: tuple[tuple[str, int, float, int, int], ...]
+    assumed: tuple[str, ...]
+
+    @property
+    def fits_in_core(self) -> bool:
+        """Whether nothing would have to move."""
+        return self.peak_in_core_bytes <= self.limit_bytes
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        data: dict[str, Any] = dataclasses.asdict(self)
+        data["fits_in_core"] = self.fits_in_core
+        return json.dumps(data, indent=1)
+
+    def __str__(self) -> str:
+        moved = (
+            f"{format_bytes(self.bytes_out)} out and {format_bytes(self.bytes_in)} back per step"
+        )
+        if self.fits_in_core:
+            moved = "nothing: it fits in core"
+        images_per_second = (
+            f", {self.batchsize / self.step_seconds:.3g} items/s" if self.batchsize else ""
+        )
+        what = [self.name]
+        if self.insize:
+            what.append(f"insize {self.insize}")
+        if self.batchsize:
+            what.append(f"batchsize {self.batchsize}")
+        rows = [
+            ("estimate of", f"{', '.join(what)} on {self.device}, limit {format_bytes(self.limit_bytes)}"),
+            ("peak in core", format_bytes(self.peak_in_core_bytes)),
+            ("peak out of core", f"{format_bytes(self.peak_bytes)}; it takes {format_bytes(self.floor_bytes)} "
+             f"at the least ({self.floor_function})"),
+            ("of that", f"{format_bytes(self.parameter_bytes)} parameters, {format_bytes(self.state_bytes)} "
+             f"optimizer state, {format_bytes(self.process_bytes)} the process"),
+            ("saved for backward", format_bytes(self.saved_bytes)),
+            ("moves", moved),
+            ("room outside", format_bytes(self.swap_bytes)),
+            ("step", f"{self.step_seconds:.3g} s{images_per_second}; in core {self.in_core_step_seconds:.3g} s "
+             f"({self.flops / 1e12:.3g} TFLOP)"),
+            ("bottleneck", self.bottleneck),
+        ]  # fmt: skip
+        for what_largest, found in self.largest.items():
+            known = [
+                f"{found[key] if found[key] is not None else 'none'} {label}"
+                for key, label in (("in_core", "in core"), ("out_of_core", "out of core"))
+                if key in found
+            ]
+            rows.append((f"largest {what_largest}", ", ".join(known)))
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        lines += ["", f"{'ms':>9} {'saved':>10} {'for itself':>10} {'calls':>6}  function"]
+        for name, calls, seconds, saved, own in self.functions:
+            lines.append(
+                f"{seconds * 1e3:>9.3g} {format_bytes(saved):>10} {format_bytes(own):>10} {calls:>6}  {name}"
+            )
+        lines += ["", "assumed:", *(f"- {text}" for text in self.assumed)]
+        return "\n".join(lines)
+
+
+def format_bytes(nbytes: float) -> str:
+    """Return bytes as text with a binary unit."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if abs(nbytes) >= size:
+            return f"{nbytes / size:.4g} {unit}"
+    return f"{nbytes:.0f} B"

@@ -1,0 +1,97 @@
+"""The largest size that fits, found with few trials: memory grows with a power of the size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+__all__ = ["Fits", "largest"]
+
+#: Trials at most for one answer.
+_TRIALS = 8
+
+
+class Fits(NamedTuple):
+    """What a size takes: the peak in core, and the least limit out of core (bytes)."""
+
+    in_core: int
+    out_of_core: int
+
+
+def largest(
+    trial: Callable[[int], Fits | None],
+    start: int,
+    here: Fits,
+    limit: int,
+    multiple: int,
+    power: int,
+) -> dict[str, int | None]:
+    """Return the largest sizes whose memory is within a limit, ``None`` where none is.
+
+    Args:
+        trial: Returns what a size takes, ``None`` for a size that is not allowed.
+        start: A size that was tried.
+        here: What it takes.
+        limit: The limit (bytes).
+        multiple: Sizes are multiples of this.
+        power: Memory grows with the size to this power.
+    """
+    tried: dict[int, Fits | None] = {start: here}
+
+    def take(size: int) -> Fits | None:
+        if size not in tried:
+            tried[size] = trial(size)
+        return tried[size]
+
+    found: dict[str, int | None] = {}
+    for index, key in enumerate(Fits._fields):
+        found[key] = _largest(take, tried, index, limit, multiple, power)
+    return found
+
+
+def _largest(
+    take: Callable[[int], Fits | None],
+    tried: dict[int, Fits | None],
+    index: int,
+    limit: int,
+    multiple: int,
+    power: int,
+) -> int | None:
+    """Secant steps between the largest size known to fit and the smallest known not to."""
+    start = next(iter(tried))
+    for _ in range(_TRIALS):
+        known = sorted((size, fits[index]) for size, fits in tried.items() if fits is not None)
+        fitting = [size for size, taken in known if taken <= limit]
+        failing = [size for size, taken in known if taken > limit]
+        low = max(fitting, default=0)
+        high = min(failing, default=0)
+        if high and high - low <= multiple:
+            break
+        guess = _secant(known, limit, power, low, start)
+        guess = guess // multiple * multiple
+        guess = max(guess, low + multiple)
+        if high:
+            guess = min(guess, high - multiple)
+        guess = max(guess // multiple * multiple, multiple)
+        if guess in tried:
+            guess += multiple
+            if guess in tried or (high and guess >= high):
+                break
+        if take(guess) is None:
+            break
+    sizes = [s for s, fits in tried.items() if fits is not None and fits[index] <= limit]
+    return max(sizes, default=None)
+
+
+def _secant(known: list[tuple[int, int]], limit: int, power: int, low: int, start: int) -> int:
+    """Return where a + b·size**power, through the two nearest known points, meets the limit."""
+    if len(known) < 2:
+        size, taken = known[0]
+        return 2 * size if taken <= limit else max(size // 2, 1)
+    nearest = sorted(known, key=lambda item: abs(item[1] - limit))[:2]
+    (s0, m0), (s1, m1) = sorted(nearest)
+    slope = (m1 - m0) / (s1**power - s0**power)
+    if slope <= 0:
+        return 2 * max(s1, start)
+    reach = (limit - m0) / slope + s0**power
+    return min(int(max(reach, 0) ** (1 / power)), 1000 * max(low, start))
