@@ -13,6 +13,7 @@ from chainer_ooc.compat import install as _install_import_hook
 
 if TYPE_CHECKING:
     from chainer_ooc.api import Stats, disable, enable, is_enabled, out_of_core_mode, stats
+    from chainer_ooc.estimating.estimator import estimate
     from chainer_ooc.graph.attributes import saved_attributes
     from chainer_ooc.reporting.holders import explain
 
@@ -22,6 +23,7 @@ __all__ = [
     "Stats",
     "disable",
     "enable",
+    "estimate",
     "explain",
     "is_enabled",
     "out_of_core_mode",
@@ -33,6 +35,7 @@ _install_import_hook()
 
 # Loaded when first asked for: every Python process of the environment imports this module to get the hook.
 _LAZY = dict.fromkeys(__all__, "chainer_ooc.api") | {
+    "estimate": "chainer_ooc.estimating.estimator",
     "explain": "chainer_ooc.reporting.holders",
     "saved_attributes": "chainer_ooc.graph.attributes",
 }

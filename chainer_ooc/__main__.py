@@ -62,6 +62,54 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main()
 
 
+def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "net",
+        help="network: a name such as resnet50, module:callable or file.py:callable "
+        "(a wrong name lists the known ones)",
+    )
+    parser.add_argument("--insize", type=int, default=224, help="height and width of images (224)")
+    parser.add_argument("--batchsize", type=int, default=32, help="items per step (32)")
+    parser.add_argument("--limit", help="memory limit, like 16GiB (default: what the device has)")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu (this machine, measured), or a GPU such as h200, v100"
+    )
+    parser.add_argument(
+        "--optimizer",
+        default="momentum_sgd",
+        help="one of chainer.optimizers, or none (momentum_sgd)",
+    )
+    parser.add_argument(
+        "--single-backward", action="store_true", help="backward runs once per graph, as usual"
+    )
+    parser.add_argument(
+        "--no-search", action="store_true", help="do not look for the largest batchsize and insize"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    """Print what training a network takes."""
+    from chainer_ooc.errors import OutOfCoreError
+    from chainer_ooc.estimating.estimator import estimate
+
+    try:
+        result = estimate(
+            options.net,
+            (options.insize, options.batchsize),
+            limit=options.limit,
+            device=options.device,
+            optimizer=options.optimizer,
+            single_backward=options.single_backward,
+            search=not options.no_search,
+        )
+    except OutOfCoreError as error:
+        print(f"chainer_ooc estimate: {error}", file=sys.stderr)
+        return 2
+    print(result.to_json() if options.json else result)
+    return 0
+
+
 _COMMANDS = (
     _Command("run", "run a script, unmodified, out of core", _run_arguments, _run),
     _Command(
@@ -69,6 +117,12 @@ _COMMANDS = (
         "show what was found here, and how to install the rest",
         _doctor_arguments,
         _doctor,
+    ),
+    _Command(
+        "estimate",
+        "tell, without training, whether a network fits, how fast it is, and why",
+        _estimate_arguments,
+        _estimate,
     ),
 )
 
