@@ -156,6 +156,54 @@ def test_a_stream_of_the_users(chainer_gpu, clean):
     assert ours == stock
 
 
+def test_a_pool_of_the_users(chainer_gpu, clean):
+    import chainer_ooc
+
+    stock, in_core = train(chainer_gpu, contextlib.nullcontext())
+    before = cupy.cuda.get_allocator()
+    own = cupy.cuda.MemoryPool()
+    cupy.cuda.set_allocator(own.malloc)
+    try:
+        limit = in_core * 6 // 10
+        ours, _ = train(chainer_gpu, chainer_ooc.out_of_core_mode(limit=limit))
+        assert ours == stock
+        assert 0 < own.total_bytes() <= limit
+        assert own.get_limit() == 0  # given back
+    finally:
+        cupy.cuda.set_allocator(before)
+
+
+THREADS = """
+import contextlib, sys, threading
+sys.path[:0] = [{root!r}]
+import chainer_ooc, chainer, cupy
+from tests.gpu.test_out_of_core import train
+
+assert cupy.cuda.get_current_stream().ptr == 2
+stock, _ = train(chainer, contextlib.nullcontext())
+chainer_ooc.enable(swap_all=True, min_bytes=1)
+results = []
+
+def work():
+    results.append(train(chainer, contextlib.nullcontext())[0])
+
+for _ in range(2):  # one after the other: cupy.random is common to both
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+assert results == [stock, stock]
+assert chainer_ooc.stats().bytes_in > 0
+"""
+
+
+def test_default_streams_of_threads(chainer_gpu, run_python):
+    from tests.conftest import ROOT
+
+    env = {"CUPY_CUDA_PER_THREAD_DEFAULT_STREAM": "1"}
+    done = run_python("-c", THREADS.format(root=str(ROOT)), env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_leak(chainer_gpu, clean):
     import chainer_ooc
 
