@@ -187,3 +187,23 @@ def test_off_by_default(cudnn, monkeypatch):
     monkeypatch.setenv("CHAINER_OOC_CUDNN_RNN", "yes")
     with pytest.raises(ValueError, match="'yes' is not understood: use 1"):
         cudnn.cupy_cudnn.rnn_enabled()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode", "tensor_core", "expected"),
+    [
+        ("f", "fp32", "auto", 3),
+        ("f", "tf32", "auto", 0),
+        ("f", "fp32", "always", 0),
+        ("f", "tf32", "never", 3),
+        ("d", "tf32", "always", 0),
+    ],
+)
+def test_math_type_follows_the_configuration(cudnn, dtype, mode, tensor_core, expected):
+    import chainer
+
+    cudnn.cupy_cudnn.set_math_mode(mode)
+    with chainer.using_config("use_cudnn_tensor_core", tensor_core):
+        Network(cudnn, "lstm", layers=1, dtype=dtype).run(training=False)
+    calls = cudnn.fake.named("cudnnSetRNNDescriptor_v8")
+    assert {call.arguments["mathType"] for call in calls} == {expected}
