@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import provenance
 import reports
 from chainer import training
 from config import Config
-from data import Data
+from datasets.build import Data
 from errors import InputError
 from evaluation import AverageStatistics, Evaluator
 from reports import megabytes
@@ -64,6 +65,8 @@ class Run:
         chainer.set_debug(config.debug)
         if config.dtype == "mixed16":
             chainer.global_config.dtype = chainer.mixed16
+            # The loss scale grows until that happens, and then shrinks; it is no fault.
+            warnings.filterwarnings("ignore", "Non finite number found in param.grad")
         chainer.global_config.label_smoothing = config.label_smoothing
         random.seed(config.seed * 65536 + world.rank)
         numpy.random.seed([config.seed, world.rank])

@@ -7,7 +7,6 @@
 The first form needs no data: it trains on real handwritten digits. See docs/imagenet.md.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ import config as config_module
 import devices
 import world as world_module
 from config import Config
+from datasets.iterators import start_worker_server
 from errors import InputError
 from run import Run
 
@@ -44,25 +44,14 @@ def start_ranks(config: Config) -> None:
     os.execv(command[0], command)
 
 
-def prepare_workers(config: Config) -> None:
-    """Starts the server that loader processes are forked from.
-
-    Forking a process that has an MPI communicator is not safe, so this comes before it.
-    """
-    if config.loaderjob:
-        multiprocessing.set_start_method("forkserver")
-        process = multiprocessing.Process()
-        process.start()
-        process.join()
-
-
 def main() -> int:
     """Runs the command line; returns the exit status (2: an input cannot be used)."""
     config = config_module.parse_args()
     rank = launcher.rank()
     try:
         start_ranks(config)
-        prepare_workers(config)
+        if config.iterator_name == "process":
+            start_worker_server()
         gpu, device_text = devices.use_gpu(config.gpu, launcher.local_size())
         name, replaced = world_module.communicator_name(config.communicator, gpu)
         world = world_module.create_world(name, gpu, config.ooc and not gpu, config.allreduce_dtype)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 import launcher
 from errors import InputError
@@ -83,13 +83,15 @@ def build_parser() -> argparse.ArgumentParser:
         group = groups[extra["group"]]
         names = [flag_name(name), *filter(None, [extra["short"]])]
         text = f"{field.description}{_default_text(name)}".replace("%", "%%")
+        allowed = choices(field)
+        if allowed and extra["metavar"]:  # too many for both
+            text += f": {', '.join(allowed)}"
         if _kind(name) is bool:
             _add_switch(group, name, names, text, bool(field.default))
             continue
         options: dict[str, Any] = {"dest": name, "help": text}
-        allowed = choices(field)
-        options["metavar"] = "{" + ",".join(allowed) + "}" if allowed else extra["metavar"]
-        if get_origin(_kind(name)) is tuple:
+        options["metavar"] = extra["metavar"] or "{" + ",".join(allowed) + "}"
+        if get_origin(_kind(name)) is tuple and ... in get_args(_kind(name)):
             options["nargs"] = "+"
         group.add_argument(*names, **options)
         if other := _other_spelling(name):

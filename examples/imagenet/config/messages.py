@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from errors import InputError
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -57,6 +58,9 @@ def _number(kind: Any, constraints: Iterable[Any]) -> str:
 def _allowed(model: type[BaseModel], name: str, error: Any) -> str:
     """Says what is wrong, with what is allowed."""
     field = model.model_fields[name]
+    message = str(error["msg"])
+    if message.startswith("is not"):  # the schema's own words
+        return message
     allowed = choices(field)
     if allowed:
         hint = suggestion(str(error["input"]), allowed)
@@ -71,10 +75,18 @@ def _allowed(model: type[BaseModel], name: str, error: Any) -> str:
         return "is not a list of rows of a first epoch (from 1), a learning rate and a weight decay"
     if kinds[0] is bool:
         return "is not allowed; allowed are true and false"
-    if error["type"] in ("missing", "value_error"):
-        return str(error["msg"])
-    message = str(error["msg"])
-    return message if message.startswith("is not") else f"is not valid: {message}"
+    return f"is not valid: {message}"
+
+
+def _refuse_switches(model: type[BaseModel], values: Mapping[str, Any]) -> None:
+    """Raises ValidationError for true and false where numbers are meant: pydantic takes them."""
+    problems = [
+        InitErrorDetails(type="int_type", loc=(name,), input=value)
+        for name, value in values.items()
+        if isinstance(value, bool) and bool not in _kinds(model.model_fields[name].annotation)
+    ]
+    if problems:
+        raise ValidationError.from_exception_data(model.__name__, problems)
 
 
 def validate(model: type[Model], values: Mapping[str, Any], origins: Mapping[str, str]) -> Model:
@@ -89,6 +101,7 @@ def validate(model: type[Model], values: Mapping[str, Any], origins: Mapping[str
         InputError: A value is not allowed, or some exclude each other.
     """
     try:
+        _refuse_switches(model, values)
         return model.model_validate(dict(values))
     except ValidationError as e:
         error = e.errors()[0]

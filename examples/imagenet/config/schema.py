@@ -6,12 +6,15 @@ is ``--val_batchsize`` and ``--val-batchsize``. To add a setting, add a field.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from arch_names import ARCH_NAMES
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-ArchName = Literal["alex", "googlenet", "googlenetbn", "nin", "resnet50", "resnext50"]
+ArchName = Literal[ARCH_NAMES]
 CommunicatorName = Literal[
     "pure_nccl",
     "flat",
@@ -32,6 +35,18 @@ def _as_tuple(value: Any) -> Any:
     """Lets one value stand for a list of one: ``gpu: 0``."""
     return (value,) if isinstance(value, int | float | str) else value
 
+
+def _size(value: Any) -> Any:
+    """Reads a size such as 2560x2560 (one number: a square) as (width, height)."""
+    if isinstance(value, str | int) and (match := _SIZE.fullmatch(str(value))):
+        width = int(match[1])
+        return width, int(match[2] or width)
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value
+    raise PydanticCustomError("size", "is not a size; allowed is WIDTHxHEIGHT, such as 2560x2560")
+
+
+_SIZE = re.compile(r"([1-9]\d{0,5})(?:[xX]([1-9]\d{0,5}))?!?")
 
 Stage = tuple[
     Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]
@@ -70,6 +85,9 @@ class Config(BaseModel):
         short="-R", metavar="DIR")
     mean: Path = _option(Path("mean.npy"), "data",
         "mean of the training images, from compute_mean.py", short="-m", metavar="FILE")
+    enlarge: Annotated[tuple[int, int], BeforeValidator(_size)] | None = _option(None, "data",
+        "resize every image to this when it is read, as `convert -resize WIDTHxHEIGHT!` does",
+        metavar="WIDTHxHEIGHT")
     loadtype: Literal["original", "custom"] = _option("original", "data",
         "original: decode images when they are needed; custom: this rank's images are decoded "
         "into memory once")
@@ -80,7 +98,7 @@ class Config(BaseModel):
         metavar="N", ge=0)
 
     # -- network ---------------------------------------------------------------------------------
-    arch: ArchName = _option("nin", "network", "network", short="-a")
+    arch: ArchName = _option("nin", "network", "network", short="-a", metavar="NAME")
     insize: int = _option(224, "network", "height and width of the network's input",
         short="-is", metavar="PIXELS", ge=1)
     dtype: Literal["float32", "mixed16"] = _option("float32", "network",

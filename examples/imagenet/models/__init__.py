@@ -79,7 +79,8 @@ def create(arch: str, insize: int, n_classes: int = 1000) -> chainer.Chain:
         # Links built with in_size=None allocate their weights at the first forward pass: do it
         # here, in test mode and without a graph, so that optimizers and broadcasts see every
         # parameter.
-        x = numpy.zeros((1, 3, insize, insize), dtype=numpy.float32)
+        dtype = chainer.get_dtype(map_mixed16=numpy.float16)
+        x = numpy.zeros((1, 3, insize, insize), dtype=dtype)
         t = numpy.zeros(1, dtype=numpy.int32)
         with chainer.using_config("train", False), chainer.no_backprop_mode():
             model(x, t)

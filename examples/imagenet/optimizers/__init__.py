@@ -121,10 +121,10 @@ def create(config: Config, ranks: int, model: chainer.Chain) -> tuple[Any, Contr
         optimizer.loss_scaling()
     optimizer.setup(model)
     decay = WeightDecay(config.weight_decay, config.weight_decay_on == "weights")
-    if config.lars:
-        optimizer.add_hook(LARS(decay, config.lars_coefficient))
-    elif config.weight_decay or config.regime:
-        optimizer.add_hook(decay)
+    hook = LARS(decay, config.lars_coefficient) if config.lars else decay
+    if config.lars or config.weight_decay or config.regime:
+        for param in model.params():
+            param.update_rule.add_hook(hook)
     unscaled = config.lr or DEFAULT_LR[config.optimizer]
     start = min(1.0, unscaled / lr) if lr != unscaled else 0.1
     control = Control(

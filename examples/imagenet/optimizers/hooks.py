@@ -1,8 +1,7 @@
 """What is done to gradients before the update: weight decay, and layer-wise adaptive rates.
 
-Both act on the unscaled gradient that the update takes, in float32 with mixed precision. (Chainer's
-``WeightDecay`` multiplies its rate by the loss scale, which has been taken out of the gradient by
-then.)
+They are hooks of update rules, not of the optimizer: with mixed precision the gradient of a rule is
+the one that it takes, in float32 and without the loss scale.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ class WeightDecay:
     """
 
     name = "WeightDecay"
-    call_for_each_param = True
     timing = "pre"
 
     def __init__(self, rate: float, only_weights: bool = False) -> None:
@@ -50,7 +48,6 @@ class LARS:
     """
 
     name = "LARS"
-    call_for_each_param = True
     timing = "pre"
 
     def __init__(self, decay: WeightDecay, coefficient: float = 0.001) -> None:
