@@ -1,4 +1,4 @@
-"""Arrays among a function's attributes are used, and dropped, like what it retains."""
+"""All that a function keeps is expected, used and dropped, wherever it keeps it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import chainer.functions as F
 import numpy as np
 
 import chainer_ooc
+from chainer_ooc.graph import backprop
 from chainer_ooc.graph.attributes import SavedTuple
 from chainer_ooc.swap.storage import Saved, State
 
@@ -63,3 +64,47 @@ def test_they_are_expected_once_and_dropped_after_it():
         y.backward()
     np.testing.assert_array_equal(x.grad, ONES * 2 * 3)
     assert {one.storage.state for one in saved} == {State.DROPPED}
+
+
+class Two(chainer.FunctionNode):
+    """Retains two outputs."""
+
+    def forward(self, inputs):
+        self.retain_outputs((0, 1))
+        return np.exp(inputs[0]), np.sqrt(inputs[0])
+
+    def backward(self, indexes, gradients):
+        first, second = self.get_retained_outputs()
+        gradient = 0
+        if gradients[0] is not None:
+            gradient += gradients[0] * first
+        if gradients[1] is not None:
+            gradient += gradients[1] * 0.5 / second
+        return (gradient,)
+
+
+def test_an_output_whose_variable_died_is_expected_and_dropped_too():
+    with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, single_backward=True):
+        func = Two()
+        x = chainer.Variable(ONES * 4)
+        y, dead = func.apply((x,))
+        del dead
+        y = F.sum(y)
+        F.exp(ONES)
+        saved = vars(func)["_retained_output_data"]
+        assert [one.storage.expected for one in saved] == [1, 1]
+        y.backward()
+    np.testing.assert_array_equal(x.grad, np.exp(ONES * 4))
+    assert {one.storage.state for one in saved} == {State.DROPPED}
+
+
+def test_functions_that_died_are_forgotten_once_there_are_many(monkeypatch):
+    """While memory is plenty nobody looks at what functions keep: only who they are is remembered."""
+    calls = []
+    monkeypatch.setattr(backprop, "_forget_dead", lambda: calls.append(len(backprop._pending)))
+    monkeypatch.setattr(backprop, "_pending", type(backprop._pending)())
+    monkeypatch.setattr(backprop, "_most_pending", 16)
+    with chainer_ooc.out_of_core_mode(limit="1TiB"):
+        for _ in range(20):
+            F.exp(ONES)
+    assert calls == [17, 18, 19, 20]

@@ -34,6 +34,18 @@ def test_no_more_is_on_its_way_than_may_be(machine, monkeypatch, move):
     assert 3 * MIB <= max(most) <= 4 * MIB
 
 
+def test_copies_behind_the_computation_go_on_when_the_first_have_ended(machine, monkeypatch):
+    monkeypatch.setattr(reclaimer, "IN_FLIGHT", 2 * MIB)
+    saved = save(machine, 60)
+    for _ in range(10):
+        machine.manager.make_room(0)
+        for one in saved:
+            if one.storage.transfer is not None:
+                one.storage.transfer.wait()
+    copied = states(saved).count(State.BOTH) + states(saved).count(State.OUT)
+    assert copied >= 8, "what is above the low-water mark, of which two may be on their way"
+
+
 def test_dropping_gives_the_space_back_without_waiting_for_anything(machine):
     saved = save(machine, 3)
     machine.manager.move_all_out()
