@@ -41,6 +41,10 @@ class CuDNNError(RuntimeError):
         )
         self.status = status
         self.function = function
+        self._given = status, function, name, detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given
 
     @property
     def not_supported(self) -> bool:

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import json
 import pathlib
+import pickle
 import re
 import subprocess
 import sys
@@ -187,6 +188,15 @@ def test_errors_name_function_status_and_cause(cudnn):
     )
     assert not info.value.not_supported
     assert not isinstance(info.value, MemoryError)
+
+
+@pytest.mark.parametrize("status", [3000, 4004])
+def test_errors_survive_the_way_between_processes(cudnn, status):
+    error = cudnn.library.loaded().error(status, "cudnnConvolutionForward")
+    other = pickle.loads(pickle.dumps(error))
+    assert type(other) is type(error)
+    assert (str(other), other.status, other.function) == (str(error), status, error.function)
+    assert isinstance(error, cudnn.device.OutOfMemoryError) is (status == 4004)
 
 
 # Handles
