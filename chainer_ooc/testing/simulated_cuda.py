@@ -153,7 +153,10 @@ class SimulatedCuda(Schedule):
     def _set_allocator(self, allocator: Any) -> None:
         if getattr(self._local, "allocator", None) is not None:
             raise ValueError("the allocator cannot be changed inside using_allocator")
-        self._allocator = allocator
+        self._allocator = self._malloc if allocator is None else allocator
+
+    def _malloc(self, nbytes: int) -> MemoryPointer:
+        return MemoryPointer(Memory(-(-nbytes // 512) * 512, self), 0)
 
     @contextlib.contextmanager
     def _using_allocator(self, allocator: Any) -> Iterator[None]:

@@ -57,10 +57,28 @@ class Gpu:
 
 
 class Memory:
-    """Memory allocated without a pool (``cupy.cuda.Memory``)."""
+    """Memory allocated without a pool (``cupy.cuda.Memory``). To free it waits for the GPU."""
 
-    def __init__(self, size: int = 0) -> None:
+    def __init__(self, size: int = 0, machine: SimulatedCuda | None = None) -> None:
         self.ptr, self.size, self.device_id = 0, size, 0
+        if machine is None:
+            return
+        self.device_id = device_id = machine.current_device()
+        gpu = machine.gpus[device_id]
+        with machine.lock:
+            if gpu.free.largest() < size:
+                raise OutOfMemoryError(f"{size} bytes")
+            self.ptr = address = gpu.free.take(size)
+            gpu.regions[address] = size
+        self._token = np.empty(0)
+
+        def give_back() -> None:
+            machine.synchronize(device_id)
+            del gpu.regions[address]
+            gpu.free.insert(address, size)
+            machine.accesses.forget(address, address + size)
+
+        weakref.finalize(self._token, machine.lock.defer, give_back)
 
 
 class PooledMemory:

@@ -61,8 +61,10 @@ class HostTier:
 
     def allocate(self, nbytes: int) -> PinnedCopy | None:
         """Return a block for ``nbytes`` bytes, ``None`` if there is none within the limit."""
-        for _ in range(len(self._retired)):
-            self.retire(*self._retired.popleft())
+        # Copies end in the order of their streams: those behind one that has not are not asked.
+        while self._retired and _have_ended(self._retired[0][2]):
+            *block, _ = self._retired.popleft()
+            self.slab.free(*block)
         address = self.slab.allocate(nbytes)
         while address is None and self._retired:
             *block, events = self._retired.popleft()
@@ -74,7 +76,7 @@ class HostTier:
 
     def retire(self, address: int, nbytes: int, events: list[Any]) -> None:
         """Take a block back."""
-        if all(event.done for event in events):
+        if _have_ended(events):
             self.slab.free(address, nbytes)
         else:
             self._retired.append((address, nbytes, events))
@@ -206,6 +208,10 @@ class DiskTier:
                 yield address, memoryview(memory).cast("B")
         finally:
             blocks.put(address)
+
+
+def _have_ended(events: list[Any]) -> bool:
+    return all(event.done for event in events)
 
 
 def _whole_pages(nbytes: int) -> int:

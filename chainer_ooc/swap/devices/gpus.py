@@ -64,8 +64,7 @@ class Gpus:
         """Have allocations make room, and bound the pools."""
         with self._lock:
             self._allocator.install()
-            if self._slab is not None:
-                self._bound_host(settings)
+            self._bound_host(settings)
             for device_id, manager in self.managers.items():
                 device: Any = manager.device
                 device.move_to(settings.directory)

@@ -270,9 +270,16 @@ def test_inside_using_allocator(mode):
     with mode.cupy.cuda.using_allocator(own.malloc):
         mode.enable(5 * UNIT)  # again
         mode.disable()
+    mode.disable()
+    with (
+        mode.cupy.cuda.using_allocator(own.malloc),
+        pytest.raises(errors.SettingError, match="before, or use"),
+    ):
+        mode.enable(4 * UNIT)
     mode.enable(4 * UNIT)
     saved = [mode.save(float(i), 0) for i in range(8)]
-    assert mode.cupy.get_default_memory_pool().total_bytes() <= 4 * UNIT
+    assert 0 < mode.cupy.get_default_memory_pool().total_bytes() <= 4 * UNIT
+    assert own.total_bytes() == 0
     assert [set(one.get().get()) for one in saved] == [{float(i)} for i in range(8)]
 
 
@@ -295,6 +302,9 @@ def test_all_gpus_share_the_host_limit(mode):
     mode.on = mode.last = Settings(limit=UNIT, min_bytes=1, swap_dir=mode.directory)
     mode.gpus.enable(mode.on)
     assert slab.limit > 64 * UNIT
+    limit = slab.limit
+    mode.gpus.enable(mode.on)
+    assert slab.limit == limit
     for i, one in enumerate(saved):
         array = one.get()
         with mode.cupy.cuda.Device(i % 2):
@@ -309,3 +319,73 @@ def test_all_gpus_share_the_host_limit(mode):
     mode.gpus.managers[0].device.close()
     with mode.cupy.cuda.Device(1):
         assert set(kept.get().get()) == {5.0}
+
+
+@pytest.fixture
+def asked(hooked, monkeypatch):
+    """What the manager and the device are asked by the allocator."""
+    asked = []
+    for owner, name in (
+        (hooked.manager, "make_room"),
+        (hooked.device, "used_bytes"),
+        (hooked.allocator, "_note"),
+    ):
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name), name, asked))
+    return asked
+
+
+def noting(real, name, calls):
+    def call(*args):
+        calls.append(name)
+        return real(*args)
+
+    return call
+
+
+def test_nothing_is_asked_while_memory_is_plenty(hooked, asked):
+    held = [hooked.array(0.0) for _ in range(6)]
+    assert asked == []
+    held.append(hooked.array(0.0))  # past the low-water mark, below the high one
+    assert asked == ["used_bytes", "used_bytes", "_note"]
+    held.pop()
+    asked.clear()
+    held.append(hooked.array(0.0, SMALL // 2))
+    held.append(hooked.array(0.0, SMALL // 2))
+    assert asked == []
+    hooked.save(1.0)
+    assert "make_room" in asked
+
+
+def test_small_allocations_ask_for_nothing_that_fails_not(hooked, asked):
+    held = [hooked.array(0.0) for _ in range(7)]
+    asked.clear()
+    held.append(hooked.array(0.0, SMALL - 512))  # past the high-water mark
+    assert asked == []
+
+
+def test_what_the_manager_allocates_is_not_asked_for_again(hooked, asked):
+    saved = [hooked.save(float(i)) for i in range(4)]
+    hooked.manager.move_all_out()
+    held = [hooked.array(0.0) for _ in range(7)]
+    held.pop()
+    asked.clear()
+    assert set(saved[0].get().get()) == {0.0}
+    assert "make_room" not in asked
+    assert "_note" not in asked
+
+
+def test_each_gpu_has_one_manager(mode):
+    mode.enable(4 * UNIT)
+    assert mode.gpus._add(0, mode.on) is mode.gpus._add(0, mode.on)
+
+
+def test_a_forked_child_has_no_gpu(mode):
+    mode.enable(4 * UNIT)
+    saved = [mode.save(1.0, device_id) for device_id in (0, 1)]
+    for one in saved:
+        one.storage.manager.move_all_out()
+    pinned = dict(mode.cupy.pinned)
+    mode.gpus.after_fork()
+    assert mode.gpus.managers[0].device.host.slab.allocate(1) is None
+    saved.clear()
+    assert mode.cupy.pinned == pinned

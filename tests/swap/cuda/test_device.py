@@ -5,11 +5,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import threading
+import weakref
 
 import numpy as np
 import pytest
 
 from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.swap.devices.cuda import CudaDevice
+from chainer_ooc.swap.devices.cuda import _abandoned as abandoned
 from chainer_ooc.swap.devices.cuda_transfers import FailedTransfer
 from chainer_ooc.swap.storage import Layout
 from tests.swap.cuda.conftest import UNIT
@@ -34,7 +38,7 @@ def round_trip(rig, value, nbytes=UNIT):
 
 def test_a_round_trip_keeps_the_bytes_and_never_stops_the_host(rig):
     array, copy = round_trip(rig, 3.0)
-    assert rig.cupy.calls["synchronize"] == 0
+    assert rig.cupy.calls["synchronize"] == rig.cupy.calls["deviceSynchronize"] == 0
     assert (array.get() == 3).all()
     copy.free()
 
@@ -187,12 +191,14 @@ def test_a_block_is_not_used_again_while_a_copy_writes_it(make_rig):
     first.wait()
 
 
-def test_copies_are_freed_once(rig):
+@pytest.mark.parametrize("host_limit", [0, 16 * UNIT])
+def test_copies_are_freed_once(make_rig, host_limit):
+    rig = make_rig(host_limit=host_limit)
     transfer = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
     transfer.wait()
     transfer.copy.free()
     transfer.copy.free()
-    assert rig.device.host.slab.allocated == 0
+    assert rig.device.host.slab.allocated == rig.device.disk.file.allocated == 0
 
 
 def test_the_slab_overflows_to_the_file(make_rig):
@@ -307,25 +313,134 @@ def test_what_it_says_of_its_memory(make_rig, monkeypatch):
     assert rig.device.capacity() == int(32 * UNIT * 0.95)
     monkeypatch.setenv("MPI_LOCALNRANKS", "4")
     assert rig.device.total_bytes() == 8 * UNIT
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert rig.device.total_bytes() == 8 * UNIT
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert rig.device.total_bytes() == 32 * UNIT
 
 
-def test_closing_waits_for_the_copies(make_rig):
-    rig = make_rig()
+@pytest.mark.parametrize("way", ["out", "in"])
+@pytest.mark.parametrize("host_limit", [0, 16 * UNIT])
+def test_closing_waits_for_the_copies(make_rig, host_limit, way):
+    rig = make_rig(host_limit=host_limit)
+    before = threading.active_count()
     rig.cupy.eagerness = 0
     transfer = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
+    if way == "in":
+        transfer.wait()
+        _, _, transfer = rig.device.copy_in(transfer.copy, UNIT, 0)
     rig.device.close()
     assert not rig.cupy.pinned
     assert transfer.done()
+    assert threading.active_count() == before
+    assert rig.device.disk.file.allocated == 0
 
 
-def test_a_forked_child_has_nothing(make_rig):
-    rig = make_rig()
+def test_a_closed_device_reads_no_copies_and_may_be_used_again(make_rig):
+    rig = make_rig(host_limit=0)
+    out = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
+    out.join()
+    rig.device.close()
+    with pytest.raises(OSError, match="closed"):
+        rig.device.copy_in(out.copy, UNIT, 0)
+    array, copy = round_trip(rig, 2.0)
+    assert (array.get() == 2).all()
+    copy.free()
+
+
+@pytest.mark.parametrize("way", ["out", "in"])
+def test_waiting_for_the_file_takes_until_the_last_piece(make_rig, monkeypatch, way):
+    rig = make_rig(host_limit=0)
+    file = rig.device.disk.file
+    gate, real = threading.Event(), {"out": file.write, "in": file.read}[way]
+
+    def slow(offset, memory):
+        gate.wait(20)
+        real(offset, memory)
+
+    out = rig.device.copy_out(rig.owner(1.0), 0, UNIT) if way == "in" else None
+    if out is not None:
+        out.join()
+    monkeypatch.setattr(file, {"out": "write", "in": "read"}[way], slow)
+    if out is None:
+        transfer = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
+    else:
+        _, _, transfer = rig.device.copy_in(out.copy, UNIT, 0)
+    waiter = threading.Thread(target=transfer.wait)
+    waiter.start()
+    waiter.join(0.05)
+    assert waiter.is_alive()
+    assert not transfer.done()
+    assert rig.pool.used_bytes() == UNIT
+    gate.set()
+    waiter.join()
+    assert transfer.done()
+
+
+def test_memory_of_no_pool_moves_too(rig):
+    rig.cupy.cuda.set_allocator(None)
+    array = rig.array(4.0)
+    location = rig.device.locate(array)
+    assert (location.nbytes, location.offset) == (UNIT, 0)
+    out = rig.device.copy_out(location.owner, 0, UNIT)
+    out.join()
+    del array, location
+    owner, _, back = rig.device.copy_in(out.copy, UNIT, 0)
+    back.join()
+    assert (array_of(rig, owner).get() == 4).all()
+
+
+def test_what_is_copied_in_counts_for_the_peak(rig):
     out = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
     out.wait()
+    held = [rig.array(0.0) for _ in range(3)]
+    owner, _, back = rig.device.copy_in(out.copy, UNIT, 0)
+    back.wait()
+    del owner
+    held.clear()
+    rig.pool.free_all_blocks()
+    assert rig.device.peak_bytes() == 4 * UNIT
+    held = [rig.array(0.0) for _ in range(6)]  # nobody told
+    assert rig.device.peak_bytes() == 6 * UNIT
+
+
+def test_the_file_may_move(make_rig, tmp_path):
+    rig = make_rig(host_limit=0)
+    out = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
+    out.join()
+    first = rig.device.disk.file
+    rig.device.move_to(first.directory)
+    assert rig.device.disk.file is first
+    (tmp_path / "other").mkdir()
+    rig.device.move_to(str(tmp_path / "other"))
+    again = rig.device.copy_out(rig.owner(2.0), 0, UNIT)
+    again.join()
+    assert rig.device.disk.file.directory == str(tmp_path / "other")
+    assert (first.allocated, rig.device.disk.file.allocated) == (UNIT, UNIT)
+    for copy, value in ((out.copy, 1), (again.copy, 2)):
+        owner, _, back = rig.device.copy_in(copy, UNIT, 0)
+        back.join()
+        assert (array_of(rig, owner).get() == value).all()
+        copy.free()
+    assert first.allocated == rig.device.disk.file.allocated == 0
+
+
+def test_a_forked_child_has_nothing_and_destroys_nothing(make_rig, tmp_path):
+    rig = make_rig()
+    device = CudaDevice(rig.cupy, 0, str(tmp_path), 6 * UNIT)
+    for value in range(4):
+        out = device.copy_out(rig.owner(value), 0, UNIT)
+        out.wait()
     before = dict(rig.cupy.pinned)
-    rig.device.after_fork()
+    assert len(before) == 2  # of staging blocks, too
+    kept = [weakref.ref(one) for one in (device.streams, device.host, device.disk)]
+    device.after_fork()
     out.copy.free()
     assert rig.cupy.pinned == before
-    assert rig.device.host.slab.allocate(1) is None
+    assert device.host.slab.allocate(1) is None
+    assert device.disk.staging.allocate(1) is None
+    del device, out
+    gc.collect()
+    assert all(reference() is not None for reference in kept)
+    abandoned.pop()
+    rig.cupy.pinned.clear()

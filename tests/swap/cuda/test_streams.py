@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -205,3 +206,36 @@ def test_default_streams_of_threads_are_put_in_order(make_rig, way, noted):
         rig.device.before_release()
         made.clear()
         rig.array(6.0)
+
+
+def test_threads_on_a_common_default_stream_do_not_stop_the_host(rig):
+    in_thread(rig.device.note_allocation)
+    out = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
+    out.join()
+    assert rig.cupy.calls["deviceSynchronize"] == rig.cupy.calls["synchronize"] == 0
+
+
+def test_one_computing_stream_needs_no_order(rig):
+    rig.device.note_allocation()
+    before = rig.cupy.calls["wait_event"]
+    rig.device.before_release()
+    assert rig.cupy.calls["wait_event"] == before
+
+
+def test_the_default_stream_of_a_thread_that_is_new_waits_for_copies_begun_before(make_rig):
+    rig = make_rig(per_thread=True, seed=2)
+    with ThreadPoolExecutor(1) as other:
+        array = other.submit(rig.array, 1.0).result()  # as with out-of-core mode off
+        other.submit(rig.array, 0.0).result()
+        rig.cupy.synchronize()
+        rig.cupy.eagerness = 0
+        out = rig.device.copy_out(array.data.mem, 0, UNIT)
+        out.join()
+        address = array.data.ptr
+        del array
+        rig.allocator.install()
+        again = other.submit(rig.array, 7.0).result()
+        assert again.data.ptr == address
+    assert set(np.frombuffer(_bytes(rig, out.copy), "f4")) == {1}
+    assert not [race for race in rig.cupy.races if race.startswith("a fill")]
+    rig.cupy.races.clear()
