@@ -67,14 +67,18 @@ def estimate(
         SettingError: If the limit is not allowed.
     """
     gpu = devices.find(device)
+    settings = (gpu, limit, optimizer, single_backward)
+    given = inputs_module.parse(inputs)
     if isinstance(model, str):
         net = nets.find(model)
-        given = inputs_module.parse(inputs)
         if given.insize is None or given.batchsize is None:
             raise EstimateError(
                 f"inputs={inputs!r} is not allowed for {model}; give (insize, batchsize)"
             )
-        return _Estimator(net, gpu, limit, optimizer, single_backward).run(given, search)
+        net.check(given.insize)
+        asked = (given.insize, given.batchsize)
+        _, given = net.build(*asked)
+        return _Estimator(net, *settings, asked=asked).run(given, search)
     import chainer
 
     if not isinstance(model, chainer.Link):
@@ -82,10 +86,8 @@ def estimate(
             f"model is of type {type(model).__name__}; give a chainer.Link, or the name of a network: "
             f"{', '.join(nets.names())}"
         )
-    name = type(model).__name__
-    net = nets.Net(name, "given", lambda insize, batchsize: (model, given), lambda insize: None)
-    given = inputs_module.parse(inputs)
-    return _Estimator(net, gpu, limit, optimizer, single_backward, model).run(given, search)
+    net = nets.Net(type(model).__name__, "given", lambda *_: (model, given), lambda insize: None)
+    return _Estimator(net, *settings, model=model).run(given, search)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +108,12 @@ class _Estimator:
         optimizer: Any,
         single_backward: bool,
         model: Any = None,
+        asked: tuple[int, int] = (0, 0),
     ) -> None:
         self.net = net
         self.gpu = gpu
         self.model = model
+        self.asked = asked
         self.optimizer = _optimizer(optimizer)
         self.optimizer_name = (
             optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", optimizer)
@@ -144,12 +148,10 @@ class _Estimator:
 
     def point(self, given: Inputs, batchsize: int | None, insize: int | None) -> _Point:
         """Run a step without data."""
-        if (insize is not None and insize != given.insize) or self.model is None:
-            model, inputs = self.net.build(
-                insize or given.insize or 0, batchsize or given.batchsize or 0
-            )
-        else:
-            model, inputs = self.model, given
+        model, inputs = self.model, given
+        if model is None:
+            # One that brings its own inputs may make nothing of these sizes: they are scaled below.
+            model, inputs = self.net.build(insize or self.asked[0], batchsize or self.asked[1])
         recording = self._record(model, inputs, batchsize, insize)
         profile = profiles.make_profile(
             recording,
@@ -168,24 +170,15 @@ class _Estimator:
     def _record(
         self, model: Any, inputs: Inputs, batchsize: int | None, insize: int | None
     ) -> Recording:
-        from chainer.utils.type_check import InvalidType
-
         try:
             return record(
                 model, inputs.make(batchsize, insize), self.optimizer, self.gpu is not None
             )
         except EstimateError:
             raise
-        except (
-            InvalidType,
-            AssertionError,
-            ArithmeticError,
-            IndexError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:  # whatever the model's own code raises
             size = f" with insize={insize}, batchsize={batchsize}" if insize else ""
-            said = " ".join(str(error).split()) or type(error).__name__
+            said = " ".join(f"{type(error).__name__}: {error}".split())
             raise EstimateError(
                 f"{self.net.name} does not run on these inputs{size}: {said}; give an insize that it takes, or the "
                 "arguments that it is called with"
@@ -193,8 +186,6 @@ class _Estimator:
 
     def run(self, given: Inputs, search: bool) -> Estimate:
         """Estimate."""
-        if given.insize is not None:
-            self.net.check(given.insize)
         point = self.point(given, given.batchsize, given.insize)
         profile = point.profile
         in_core = point.in_core_bytes <= self.limit

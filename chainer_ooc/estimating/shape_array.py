@@ -254,7 +254,11 @@ class ShapeArray(np.ndarray):
             # With an ellipsis an element is an array of no dimensions, not a number.
             whole = parts if Ellipsis in parts else (*parts, Ellipsis)
             return np.ndarray.__getitem__(self, whole)
-        return _indexed(self, _indexed_shape(self, parts))
+        shape, first, count = _indexed_shape(self, parts)
+        # NumPy lays what the index arrays choose outermost.
+        chosen = range(first, first + count)
+        axes = [*chosen, *(axis for axis in range(len(shape)) if axis not in chosen)]
+        return _indexed(self, shape, axes)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         parts = index if type(index) is tuple else (index,)
@@ -267,7 +271,7 @@ class ShapeArray(np.ndarray):
             if given and given != shape and math.prod(given) != 1:
                 broadcast(shape, given[-len(shape) :] if shape else ())
         else:
-            nbytes = math.prod(_indexed_shape(self, parts)) * self.itemsize
+            nbytes = math.prod(_indexed_shape(self, parts)[0]) * self.itemsize
         read = getattr(value, "nbytes", 0)
         ledger_of(self).work("copy" if read else "fill", nbytes + read)
 
@@ -305,22 +309,29 @@ def _here(array: np.ndarray) -> str:
     return f"{name}: " if name else ""
 
 
-def _indexed(array: np.ndarray, shape: Any) -> ShapeArray:
-    result = new(tuple(shape), array.dtype, ledger_of(array))
+def _indexed(array: np.ndarray, shape: Any, axes: Sequence[int] | None = None) -> ShapeArray:
+    result = new(tuple(shape), array.dtype, ledger_of(array), axes)
     ledger_of(array).work("index", result.size)
     return result
 
 
 def _reduced(shape: Sequence[int], axis: Any, keepdims: bool) -> tuple[int, ...]:
     axes = range(len(shape)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    gone = {range(len(shape))[operator.index(a)] for a in axes}
+    axes = [operator.index(a) for a in axes]
+    for a in axes:
+        if not -len(shape) <= a < len(shape):
+            raise np.exceptions.AxisError(a, len(shape))
+    gone = {range(len(shape))[a] for a in axes}
     if keepdims:
         return tuple(1 if i in gone else n for i, n in enumerate(shape))
     return tuple(n for i, n in enumerate(shape) if i not in gone)
 
 
-def _indexed_shape(array: np.ndarray, parts: tuple[Any, ...]) -> tuple[int, ...]:
-    """Return the shape of ``array[parts]`` where a part is an array or a list."""
+def _indexed_shape(array: np.ndarray, parts: tuple[Any, ...]) -> tuple[tuple[int, ...], int, int]:
+    """Return the shape of ``array[parts]`` where a part is an array or a list.
+
+    And the first axis, and the number of axes, that come from index arrays.
+    """
     items: list[Any] = []
     taken = 0
     for part in parts:
@@ -359,7 +370,7 @@ def _indexed_shape(array: np.ndarray, parts: tuple[Any, ...]) -> tuple[int, ...]
     kinds = [isinstance(i, np.ndarray | int | np.integer) for i in items]
     first, last = kinds.index(True), len(kinds) - 1 - kinds[::-1].index(True)
     at = where[0] if all(kinds[first : last + 1]) else 0
-    return (*shape[:at], *middle, *shape[at:])
+    return (*shape[:at], *middle, *shape[at:]), at, len(middle)
 
 
 def _chosen(mask: np.ndarray) -> list[np.ndarray]:
