@@ -23,7 +23,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror}); free space or choose another "
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}); free space or choose another "
                          f"place, and run the same command again") from e  # fmt: skip
     finally:
         partial.unlink(missing_ok=True)

@@ -262,7 +262,7 @@ def test_interrupted_mean_continues(photos, tmp_path, monkeypatch):
     read = []
 
     class Source(LabeledImages):
-        def image(self, i, at_least=None):
+        def image(self, i, need=None):
             read.append(i)
             if i == failing:
                 raise InputError("stopped here")

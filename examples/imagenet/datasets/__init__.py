@@ -14,8 +14,13 @@ What a trainer calls:
 ``build`` returns this rank's share as Chainer datasets of (image, label), and the numbers of all
 ranks. An example that cannot be made is a ``preprocessed.BadExample`` in its batch.
 
+With ``augmentation="resnet"``, say, no mean file is needed; ``dataset="cifar10", data_root="data"``
+instead of ``train`` and ``val`` takes original files.
+
     decoding, resizing           from the bytes of a file to RGB pixels of some size
-    labeled, in_memory, digits   sources: what offers name, label and image of each index
+    labeled, folders, lmdb_images, datum, hdf5, arrays, originals, cifar, mnist, digits, in_memory
+                                 sources: what offers name, label and image of each index
+    opening                      the sources of a data set by its name or path
     statistics                   mean image, mean and standard deviation of each channel
     preprocessed                 sources through a transform; the order of an epoch
     build, iterators             the two entry points

@@ -9,6 +9,7 @@ a camera or an editor may have put into the file is undone: EXIF orientation, CM
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -22,6 +23,13 @@ except ImportError:
 
 Size = tuple[int, int]
 """Width and height in pixels, in Pillow's order."""
+
+Need = Callable[[int, int], Size | None]
+"""Takes the width and height of an image; returns a width and height that suffice, None: all.
+
+A larger JPEG may then come out smaller, by a factor of up to 8, but not smaller than that: its
+frequencies are decoded only as far as needed, which is several times faster.
+"""
 
 # Pillow reports damaged data by OSError and SyntaxError, and broken headers by the others too.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError,
@@ -56,15 +64,13 @@ def damaged(name: str, error: Exception | str) -> InputError:
     )
 
 
-def decode(data: bytes, name: str, at_least: Size | None = None) -> numpy.ndarray:
+def decode(data: bytes, name: str, need: Need | None = None) -> numpy.ndarray:
     """Decodes an image.
 
     Args:
         data: The bytes of the file.
         name: What errors call the image.
-        at_least: A width and height that suffice. A larger JPEG may then come out smaller, by
-            a factor of up to 8, but not smaller than this: its frequencies are decoded only as
-            far as needed, which is several times faster. None: all pixels.
+        need: Says how many pixels suffice; None: all.
 
     Returns:
         uint8 RGB, C-contiguous, (height, width, 3), upright.
@@ -75,20 +81,30 @@ def decode(data: bytes, name: str, at_least: Size | None = None) -> numpy.ndarra
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-                return _decode_jpeg(data, image, at_least)
+                return _decode_jpeg(data, image, need)
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
     except DAMAGE as e:
         raise damaged(name, e) from e
 
 
-def read_image(path: str | Path, at_least: Size | None = None) -> numpy.ndarray:
+def read_image(path: str | Path, need: Need | None = None) -> numpy.ndarray:
     """Reads and decodes an image file; see ``decode``.
 
     Raises:
         InputError: The file is missing, not an image, truncated or otherwise damaged.
     """
-    return decode(read_bytes(path), str(path), at_least)
+    return decode(read_bytes(path), str(path), need)
+
+
+def encoded_size(data: bytes | memoryview) -> Size:
+    """Returns the width and height of an image, upright, from the header of its file's bytes.
+
+    Raises:
+        OSError, SyntaxError, ValueError: Not an image.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        return _upright_size(image)
 
 
 def image_size(path: str | Path) -> Size:
@@ -99,18 +115,21 @@ def image_size(path: str | Path) -> Size:
     """
     try:
         with Image.open(path) as image:
-            size = image.size
-            if isinstance(image, TiffImagePlugin.TiffImageFile):
-                # Newer versions of Pillow turn this size already, older ones do not.
-                size = (
-                    image.tag_v2[ExifTags.Base.ImageWidth],
-                    image.tag_v2[ExifTags.Base.ImageLength],
-                )
-            return size[::-1] if _orientation(image) >= 5 else size
+            return _upright_size(image)
     except FileNotFoundError as e:
         raise InputError(f"image {path}: no such file; correct the list file or --root/-R") from e
     except DAMAGE as e:
         raise damaged(str(path), e) from e
+
+
+def _upright_size(image: Image.Image) -> Size:
+    width, height = image.size
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # Newer versions of Pillow turn this size already, older ones do not.
+        width, height = (
+            image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength)
+        )
+    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -119,11 +138,11 @@ def _orientation(image: Image.Image) -> int:
     return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
-def _decode_jpeg(data: bytes, image: Image.Image, at_least: Size | None) -> numpy.ndarray:
+def _decode_jpeg(data: bytes, image: Image.Image, need: Need | None) -> numpy.ndarray:
     orientation = _orientation(image)
-    width, height = at_least or (0, 0)
-    if orientation >= 5:
-        width, height = height, width
+    turned = -1 if orientation >= 5 else 1
+    at_least = need(*image.size[::turned]) if need is not None else None
+    width, height = at_least[::turned] if at_least is not None else (0, 0)
     if simplejpeg is not None:
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_width=width, min_height=height)
     else:

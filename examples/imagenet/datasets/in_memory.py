@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
@@ -11,7 +12,7 @@ import numpy
 import psutil
 from errors import InputError
 
-from datasets.decoding import Size
+from datasets.decoding import Need, Size
 from datasets.labeled import Source
 
 
@@ -73,11 +74,15 @@ class InMemory:
         """Returns the class of the ``i``-th image."""
         return int(self._labels[i])
 
+    def version(self, i: int) -> tuple[int, ...]:
+        """Returns numbers that change when the ``i``-th image does: a checksum."""
+        return (zlib.crc32(self._view(i)),)
+
     def image_size(self, i: int) -> Size:
         """Returns the width and height of the ``i``-th image."""
         return int(self._shapes[i][1]), int(self._shapes[i][0])
 
-    def image(self, i: int, at_least: Size | None = None) -> numpy.ndarray:
+    def image(self, i: int, need: Need | None = None) -> numpy.ndarray:
         """Returns the ``i``-th image, uint8 (height, width, 3), read-only."""
         view = self._view(i)
         view.flags.writeable = False

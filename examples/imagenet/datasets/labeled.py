@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,7 @@ import numpy
 from errors import InputError
 
 from datasets import decoding
-from datasets.decoding import Size, read_image
+from datasets.decoding import Need, Size, read_image
 from datasets.resizing import resize
 
 Pair = tuple[str, int]
@@ -28,10 +29,13 @@ class Source(Protocol):
     def label(self, i: int) -> int:
         """Returns the class of the ``i``-th image, from 0."""
 
+    def version(self, i: int) -> tuple[int, ...]:
+        """Returns numbers that change when the ``i``-th image does, without reading it all."""
+
     def image_size(self, i: int) -> Size:
         """Returns the width and height of the ``i``-th image, without decoding it if possible."""
 
-    def image(self, i: int, at_least: Size | None = None) -> numpy.ndarray:
+    def image(self, i: int, need: Need | None = None) -> numpy.ndarray:
         """Returns the ``i``-th image: uint8 RGB, (height, width, 3); see ``decoding.decode``."""
 
 
@@ -99,6 +103,15 @@ def read_list(path: str | Path, n_classes: int | None = None) -> list[Pair]:
     return pairs
 
 
+def file_version(path: str | Path) -> tuple[int, int]:
+    """Returns bytes and time of change (nanoseconds) of a file; zeros if there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
 class LabeledImages:
     """Images of a list, decoded on demand.
 
@@ -132,13 +145,17 @@ class LabeledImages:
         """Returns the class of the ``i``-th image."""
         return int(self.labels[i])
 
+    def version(self, i: int) -> tuple[int, ...]:
+        """Returns bytes and time of change of the ``i``-th file; of a missing one zeros."""
+        return file_version(self.path(i))
+
     def image_size(self, i: int) -> Size:
         """Returns the width and height of the ``i``-th image, from its header."""
         return decoding.image_size(self.path(i))
 
-    def image(self, i: int, at_least: Size | None = None) -> numpy.ndarray:
+    def image(self, i: int, need: Need | None = None) -> numpy.ndarray:
         """Returns the ``i``-th image, uint8 (height, width, 3); see ``decoding.decode``."""
-        return read_image(self.path(i), at_least)
+        return read_image(self.path(i), need)
 
     def __getitem__(self, i: int) -> tuple[numpy.ndarray, int]:
         """Returns the ``i``-th image, uint8 (height, width, 3), and its label."""
@@ -170,11 +187,15 @@ class Enlarged:
         """Returns the class of the ``i``-th image."""
         return self.source.label(i)
 
+    def version(self, i: int) -> tuple[int, ...]:
+        """Returns numbers that change when the ``i``-th image does."""
+        return (*self.source.version(i), *self.size)
+
     def image_size(self, i: int) -> Size:
         """Returns the size given."""
         return self.size
 
-    def image(self, i: int, at_least: Size | None = None) -> numpy.ndarray:
+    def image(self, i: int, need: Need | None = None) -> numpy.ndarray:
         """Returns the ``i``-th image, uint8, of this size."""
         return resize(self.source.image(i), self.size)
 
@@ -202,13 +223,17 @@ class Subset:
         """Returns the class of the ``i``-th image."""
         return self.source.label(int(self.indices[i]))
 
+    def version(self, i: int) -> tuple[int, ...]:
+        """Returns numbers that change when the ``i``-th image does."""
+        return self.source.version(int(self.indices[i]))
+
     def image_size(self, i: int) -> Size:
         """Returns the width and height of the ``i``-th image."""
         return self.source.image_size(int(self.indices[i]))
 
-    def image(self, i: int, at_least: Size | None = None) -> numpy.ndarray:
+    def image(self, i: int, need: Need | None = None) -> numpy.ndarray:
         """Returns the ``i``-th image; see ``decoding.decode``."""
-        return self.source.image(int(self.indices[i]), at_least)
+        return self.source.image(int(self.indices[i]), need)
 
 
 def shard_indices(n: int, rank: int, size: int, order_seed: int | None) -> numpy.ndarray:

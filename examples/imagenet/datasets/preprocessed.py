@@ -33,11 +33,10 @@ class BadExample:
 class Transform(Protocol):
     """Makes a network's input of an image.
 
-    Attributes:
-        at_least: Width and height that suffice of an image, or None if all its pixels count.
+    It may have a method ``at_least(width, height, rng)`` that returns which width and height
+    suffice of an image, or None if every pixel counts; it gets ``rng`` in the state in which
+    ``__call__`` will get it.
     """
-
-    at_least: Size | None
 
     def __call__(
         self, image: numpy.ndarray, name: str, rng: numpy.random.Generator | None
@@ -78,11 +77,21 @@ class PreprocessedImages:
             InputError: The image cannot be used.
         """
         visit, position = divmod(int(i), len(self))
-        image = self.images.image(position, self.transform.at_least)
-        rng = None
-        if self.seed is not None:
-            rng = numpy.random.default_rng((*self.seed, visit, position))
-        x = self.transform(image, self.images.name(position), rng)
+
+        def rng() -> numpy.random.Generator | None:
+            if self.seed is None:
+                return None
+            return numpy.random.default_rng((*self.seed, visit, position))
+
+        need = None
+        at_least = getattr(self.transform, "at_least", None)
+        if at_least is not None:
+
+            def need(width: int, height: int) -> Size | None:
+                return at_least(width, height, rng())
+
+        image = self.images.image(position, need)
+        x = self.transform(image, self.images.name(position), rng())
         return x, numpy.array(self.images.label(position), dtype=numpy.int32)
 
     def __getitem__(self, i: int) -> Example | BadExample:

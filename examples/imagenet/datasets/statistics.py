@@ -6,6 +6,7 @@ The sums are float64 sums of integers: exact up to 2^53, that is the squares of 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -15,10 +16,10 @@ from typing import Any
 
 import numpy
 from errors import InputError
-from files import whole_file
+from files import whole_file, write_text
 from parallel import in_parallel
 
-from datasets.labeled import Source
+from datasets.labeled import Source, Subset
 
 SAVE_EVERY = 60.0
 """Seconds between two savings of the sums so far."""
@@ -177,6 +178,54 @@ def _load(path: Path, key: str) -> Statistics | None:
             return Statistics(n_images, n_pixels, f["channel_sum"], f["channel_squares"], image_sum)
     except (OSError, ValueError, KeyError, EOFError):
         return None
+
+
+def channel_statistics(
+    source: Source,
+    *,
+    n: int = 10_000,
+    seed: int = 0,
+    cache: Path | None = None,
+    workers: int = 1,
+    progress: Callable[..., Any] | None = None,
+) -> tuple[list[float], list[float]]:
+    """Returns mean and standard deviation of each channel, 0 to 1, of a sample of the images.
+
+    The deviation is that of the pixels, not the mean of each image's own.
+
+    Args:
+        source: The images.
+        n: Number of images to take at most, chosen by ``seed``.
+        seed: Chooses them.
+        cache: Folder to keep the result in, under a fingerprint of names, labels and of size
+            and time of the files; None: nowhere.
+        workers: Number of threads.
+        progress: Such as ``tqdm``; None shows nothing.
+
+    Raises:
+        InputError: An image cannot be read.
+    """
+    chosen = numpy.arange(len(source))
+    if len(source) > n:
+        chosen = numpy.sort(numpy.random.default_rng(seed).choice(len(source), n, replace=False))
+    sample = Subset(source, chosen)
+    versions = [sample.version(i) for i in range(len(sample))]
+    key = fingerprint(sample, versions, len(source))
+    path = None if cache is None else cache / f"statistics-{key[:16]}.json"
+    if path is not None:
+        try:
+            found = json.loads(path.read_text())
+            if found["fingerprint"] == key:
+                return found["mean"], found["std"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none yet, or damaged: it is made anew
+    sums = collect(sample, mean_image=False, workers=workers, progress=progress)
+    mean, std = (sums.mean / 255).tolist(), (sums.std / 255).tolist()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {"fingerprint": key, "images": len(sample), "mean": mean, "std": std}
+        write_text(path, json.dumps(found) + "\n")
+    return mean, std
 
 
 def save_mean(path: Path, mean: numpy.ndarray) -> None:

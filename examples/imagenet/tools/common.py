@@ -16,26 +16,6 @@ import launcher
 from errors import InputError
 from tqdm import tqdm
 
-SUFFIXES = frozenset(
-    [
-        ".bmp",
-        ".gif",
-        ".jfif",
-        ".jp2",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
-"""Suffixes, in lower case, of the files that count as images."""
-
 
 class Parser(argparse.ArgumentParser):
     """Reports errors in one line, and keeps the layout of the descriptions."""
@@ -119,15 +99,6 @@ def make_folder(path: Path, option: str) -> Path:
             f"{option} {path}: cannot make this folder ({e.strerror}); choose another"
         ) from e
     return path
-
-
-def find_images(folder: Path) -> Iterator[Path]:
-    """Yields the paths of the images below a folder, relative to it, in a fixed order."""
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(root, name).relative_to(folder)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from datasets.folders import find_images
 from datasets.labeled import read_list
 from errors import InputError
 from files import write_text
@@ -21,7 +22,6 @@ from PIL import Image
 
 from tools.common import (
     Parser,
-    find_images,
     integer,
     make_folder,
     partial_folder,

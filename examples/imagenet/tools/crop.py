@@ -32,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     # fmt: on
     args = parser.parse_args(argv)
     # Twice the size leaves the bicubic filter enough to choose from.
-    at_least = None if args.full_decode else (2 * args.size, 2 * args.size)
+    need = None if args.full_decode else lambda width, height: (2 * args.size, 2 * args.size)
 
     def change(path: Path) -> numpy.ndarray:
-        return centre_crop(scale_short_side(read_image(path, at_least), args.size), args.size)
+        return centre_crop(scale_short_side(read_image(path, need), args.size), args.size)
 
     settings = {"tool": "crop", "size": args.size, "full_decode": args.full_decode}
     return run(lambda: convert(args, settings, change))

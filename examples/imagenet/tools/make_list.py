@@ -21,14 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy
+from datasets.folders import class_folders, class_images, find_images
 from errors import InputError
 from files import write_text
 from parallel import in_parallel
 
 from tools.common import (
-    SUFFIXES,
     Parser,
-    find_images,
     fraction,
     integer,
     make_folder,
@@ -41,29 +40,20 @@ ByClass = dict[str, list[str]]
 """Names of images, relative to the root, of each class."""
 
 
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
 def _scan(folder: Path, prefix: Path, workers: int, skip_empty: bool) -> ByClass:
-    classes = _class_folders(folder)
-    if not classes:
-        raise InputError(f"{folder}: has no folders; give a folder with one folder for each class")
-
     def images(name: str) -> list[str]:
-        return [str(prefix / name / path) for path in find_images(folder / name)]
+        return [str(prefix / path) for path in class_images(folder, name)]
 
+    classes = class_folders(folder)
     found: ByClass = {}
     done = in_parallel(images, classes, workers)
     for name, result in progress(done, total=len(classes), desc=str(folder), unit="class"):
-        assert not isinstance(result, InputError)
-        if not result and not skip_empty:
-            raise InputError(
-                f"{folder / name}: no images ({', '.join(sorted(SUFFIXES))}) in this class; remove "
-                f"the folder, or give --skip-empty"
-            )
-        if result:
+        if not isinstance(result, InputError):
             found[name] = result
+        elif not skip_empty:
+            raise result
+    if not found:
+        raise InputError(f"{folder}: none of its {len(classes)} classes has an image")
     return found
 
 
@@ -114,7 +104,7 @@ def _write(path: Path, classes: ByClass, labels: dict[str, int]) -> int:
 def make_list(args: Namespace) -> int:
     """Writes the lists; returns the exit status."""
     folder = require_folder(args.folder, "folder")
-    if {"train", "val"} <= set(_class_folders(folder)):
+    if all((folder / part).is_dir() for part in ("train", "val")):
         train = _scan(folder / "train", Path("train"), args.workers, args.skip_empty)
         if args.val_labels:
             val = _labelled(folder / "val", Path("val"), args.val_labels)

@@ -55,8 +55,6 @@ class CropAndNormalize:
         size: Side of the crop in pixels.
     """
 
-    at_least = None
-
     def __init__(self, mean: numpy.ndarray, size: int) -> None:
         self.mean = mean
         self.size = size

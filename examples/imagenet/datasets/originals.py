@@ -1,0 +1,157 @@
+"""Files as their authors publish them: finding them, and reading them without trusting them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import tarfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+from errors import InputError
+
+
+class Expected(NamedTuple):
+    """A file that a data set needs.
+
+    Attributes:
+        name: Path below the data root.
+        md5: Checksum that its authors or the large frameworks publish; empty if there is none.
+    """
+
+    name: str
+    md5: str
+
+
+def missing(what: str, root: Path, forms: Sequence[tuple[str, Sequence[Expected]]]) -> InputError:
+    """Returns the error for a data set that is not there.
+
+    Args:
+        what: The data set.
+        root: Where it was looked for.
+        forms: For each accepted form what it is called, with a place to get it, and its files.
+    """
+    lines = []
+    for form, files in forms:
+        names = "; ".join(f"{f.name}" + (f" (md5 {f.md5})" if f.md5 else "") for f in files)
+        lines.append(f"{form}: {names}")
+    return InputError(
+        f"--data-root {root}: {what} is not there; nothing is downloaded, so put the files of one "
+        f"of these forms there: " + " | ".join(lines)
+    )
+
+
+def find(root: Path, name: str) -> Path | None:
+    """Returns the file ``name`` or its compressed form ``name.gz`` below ``root``, if there."""
+    for path in (root / name, root / f"{name}.gz"):
+        if path.is_file():
+            return path
+    return None
+
+
+def read(path: Path) -> bytes:
+    """Returns the contents of a file, uncompressed if its name ends in ``.gz``.
+
+    Raises:
+        InputError: It cannot be read or is truncated.
+    """
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as e:
+        raise broken(path, e) from e
+
+
+def broken(path: Path | str, why: object) -> InputError:
+    """Returns the error for a file that is there but cannot be used."""
+    reason = " ".join(str(why).split()) or type(why).__name__
+    return InputError(f"{path}: damaged or not what its name says ({reason}); get it again")
+
+
+def read_archive(path: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Returns members of a .tar.gz, without unpacking it to the disk.
+
+    Raises:
+        InputError: It cannot be read, or a member is missing.
+    """
+    found = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.name in names and member.isfile():
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    found[member.name] = file.read()
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as e:
+        raise broken(path, e) from e
+    absent = [name for name in names if name not in found]
+    if absent:
+        raise broken(path, f"it does not contain {absent[0]}")
+    return found
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Makes NumPy arrays and Python's own plain types; everything else in a pickle is refused."""
+
+    ALLOWED = frozenset(
+        [
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("_codecs", "encode"),
+        ]
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns one of the few classes that arrays consist of."""
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data needs")
+        if module.startswith("numpy.core"):
+            module = numpy.ndarray.__reduce__(numpy.zeros(1))[0].__module__  # its name today
+        return super().find_class(module, name)
+
+
+def unpickle(data: bytes, path: Path | str) -> dict[str, Any]:
+    """Returns the dictionary in a pickle of Python 2, without running anything that it contains.
+
+    Raises:
+        InputError: It is damaged, no dictionary, or asks for more than arrays.
+    """
+    try:
+        value = _ArraysOnly(io.BytesIO(data), encoding="latin1").load()
+    except Exception as e:  # a damaged pickle can raise anything
+        raise broken(path, e) from e
+    if not isinstance(value, dict):
+        raise broken(path, "it is not a dictionary")
+    return value
+
+
+def read_npz(path: Path, channels_first: bool) -> dict[str, numpy.ndarray]:
+    """Returns the arrays x_train, y_train, x_test and y_test of an .npz file.
+
+    Args:
+        path: The file.
+        channels_first: Whether images of shape (n, 3, height, width) become (n, height, width, 3).
+
+    Raises:
+        InputError: It is damaged, or one is missing.
+    """
+    try:
+        with numpy.load(path, allow_pickle=False) as f:
+            arrays = {key: f[key] for key in ("x_train", "y_train", "x_test", "y_test")}
+    except KeyError as e:
+        raise broken(path, f"it has no array {e.args[0]}") from e
+    except Exception as e:  # of zipfile, zlib, NumPy
+        raise broken(path, e) from e
+    for key in ("x_train", "x_test"):
+        x = arrays[key]
+        if channels_first and x.ndim == 4 and x.shape[1] == 3 and x.shape[3] != 3:
+            arrays[key] = numpy.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    for key in ("y_train", "y_test"):
+        arrays[key] = arrays[key].reshape(-1)
+    return arrays
