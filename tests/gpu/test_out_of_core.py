@@ -8,7 +8,7 @@ import gc
 import numpy as np
 import pytest
 
-cupy = pytest.importorskip("cupy")
+cupy = pytest.importorskip("cupy", exc_type=ImportError)
 
 MIB = 1 << 20
 

@@ -7,7 +7,7 @@ import gc
 import numpy as np
 import pytest
 
-cupy = pytest.importorskip("cupy")
+cupy = pytest.importorskip("cupy", exc_type=ImportError)
 
 from tests.swap.cuda.rules import RULES, Bench  # noqa: E402
 
