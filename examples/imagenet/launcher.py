@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """Variables by which a user may already have said how many threads to use."""
+
+_CHOSEN = "IMAGENET_CHOSE_THREADS"  # says that limit_threads, not the user, has set them
 
 # Hydra (MPICH, Intel MPI), Open MPI, MVAPICH2, and Slurm's srun.
 _SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -93,6 +97,29 @@ def limit_threads(environ: MutableMapping[str, str] = os.environ) -> None:
     """
     if not _first_int(THREAD_VARIABLES, environ):
         environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // local_size(environ)))
+        environ[_CHOSEN] = environ["OMP_NUM_THREADS"]
+
+
+def environment_of_ranks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Returns the environment for ranks that this process starts: they share the cores anew."""
+    ranks = dict(environ)
+    if ranks.pop(_CHOSEN, None) is not None:
+        del ranks["OMP_NUM_THREADS"]
+    return ranks
+
+
+def exit_on_interrupt(message: str | None) -> None:
+    """Lets Ctrl-C end this process at once, with one line of rank 0 and no traceback.
+
+    For the seconds in which modules are imported, when nothing needs to be tidied up.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if message and rank() == 0:
+            os.write(2, f"{message}\n".encode())
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, leave)
 
 
 def without_mpi(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -102,7 +129,7 @@ def without_mpi(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def mpiexec_command(n: int, argv: Sequence[str]) -> list[str] | None:
-    """Returns the command that starts this script once per GPU, or None without an mpiexec."""
+    """Returns the command that starts this script ``n`` times, or None without an mpiexec."""
     beside = Path(sys.executable).parent / "mpiexec"
     program = str(beside) if beside.exists() else shutil.which("mpiexec")
     if program is None:

@@ -5,6 +5,7 @@ Its argument is a JSON object with the arguments of ``measure``; it prints one w
 
 import launcher
 
+launcher.exit_on_interrupt(None)  # the trainer says it
 launcher.limit_threads()
 
 import json  # noqa: E402

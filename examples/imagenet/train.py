@@ -13,6 +13,8 @@ import sys
 
 import launcher
 
+if __name__ == "__main__":
+    launcher.exit_on_interrupt("train.py: interrupted")
 if "numpy" not in sys.modules:
     launcher.limit_threads()
 
@@ -30,7 +32,9 @@ from run import Run
 
 
 def start_ranks(config: Config) -> None:
-    """Starts this script once per GPU when several were asked for without mpiexec.
+    """Becomes an mpiexec of this script when ``--gpu`` has several ids and there was none.
+
+    ``--gpu 0 1`` gives two ranks with a GPU each, ``--gpu -1 -1`` two ranks on NumPy.
 
     Raises:
         InputError: There is no mpiexec.
@@ -41,13 +45,14 @@ def start_ranks(config: Config) -> None:
     command = launcher.mpiexec_command(len(config.gpu), sys.argv)
     if command is None:
         raise InputError("--gpu with several ids needs mpiexec; run `pip install mpi4py mpich`")
-    os.execv(command[0], command)
+    os.execve(command[0], command, launcher.environment_of_ranks())
 
 
 def main() -> int:
     """Runs the command line; returns the exit status (2: an input cannot be used)."""
     config = config_module.parse_args()
     rank = launcher.rank()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         start_ranks(config)
         if config.iterator_name == "process":

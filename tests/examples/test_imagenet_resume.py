@@ -1,0 +1,219 @@
+"""Snapshots survive ranks that die at any moment, and a run continues from them bit for bit."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import chainer
+import chainer.links as L
+import numpy
+import psutil
+import pytest
+import snapshots
+from chainer import iterators, training
+from errors import InputError
+from imagenet_cli import TINY, assert_same_parameters, command, environment, parameters
+from snapshots import RankState, Snapshots, find_snapshots
+from world import World
+
+META = {"arch": "test", "ranks": 1}
+
+
+class Trained:
+    """A trainer of one rank whose state changes with every update."""
+
+    def __init__(self, out, keep=2, meta=META):
+        self.model = L.Classifier(L.Linear(3, 2))
+        optimizer = chainer.optimizers.MomentumSGD().setup(self.model)
+        x = numpy.arange(30, dtype=numpy.float32).reshape(10, 3) / 30
+        data = chainer.datasets.TupleDataset(x, numpy.arange(10, dtype=numpy.int32) % 2)
+        iterator = iterators.SerialIterator(data, 2)
+        updater = training.updaters.StandardUpdater(iterator, optimizer)
+        self.trainer = training.Trainer(updater, (100, "iteration"), out)
+        self.trainer._start_at = time.time()  # as run() sets it
+        state = RankState(iterator, self.model)
+        self.snapshots = Snapshots(World(), out, state, meta, 0, False, keep)
+
+    def update(self, n):
+        for _ in range(n):
+            self.trainer.updater.update()
+
+    def parameters(self):
+        return {name: p.array.copy() for name, p in self.model.namedparams()}
+
+
+class Death(BaseException):
+    """Stands for SIGKILL: nothing of the process runs after it."""
+
+
+def test_death_at_any_step_of_writing_leaves_a_complete_snapshot(tmp_path, monkeypatch):
+    survived = 0
+    for moment in range(40):
+        out = tmp_path / str(moment)
+        out.mkdir()
+        run = Trained(out, keep=1)
+        states = {}
+        for iteration in (1, 2):
+            run.update(1)
+            run.snapshots(run.trainer)
+            states[iteration] = run.parameters()
+        run.update(1)
+        states[3] = run.parameters()
+
+        calls = {"left": moment}
+
+        def deadly(function, calls=calls):
+            def call(*args, **kwargs):
+                if calls["left"] == 0:
+                    raise Death
+                calls["left"] -= 1
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            # Every way in which the files' state changes, and the writing of each file.
+            for module, name in ((os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"),
+                                 (os, "fsync"), (snapshots, "_fingerprint"),
+                                 (snapshots.json, "dumps"),
+                                 (chainer.serializers, "save_npz")):  # fmt: skip
+                patch.setattr(module, name, deadly(getattr(module, name)))
+            try:
+                run.snapshots(run.trainer)
+                survived += 1
+            except Death:
+                pass
+        again = Trained(out, keep=1)
+        path, damaged = again.snapshots.load_latest(again.trainer)
+        assert path is not None
+        assert damaged == []
+        iteration = again.trainer.updater.iteration
+        assert iteration in (2, 3)
+        for name, value in states[iteration].items():
+            numpy.testing.assert_array_equal(again.parameters()[name], value)
+        assert not list(out.glob(".snapshot*")), "what the dead one left was not removed"
+        if survived == 2:
+            return
+    pytest.fail("writing has more steps than were tried")
+
+
+def test_damaged_snapshots_are_passed_over(tmp_path):
+    run = Trained(tmp_path, keep=0)
+    for _ in range(4):
+        run.update(1)
+        run.snapshots(run.trainer)
+    assert [p.name[-1] for p in find_snapshots(tmp_path)] == ["4", "3", "2", "1"]
+    (tmp_path / "snapshot_iter_4" / "rank_0.npz").unlink()
+    with open(tmp_path / "snapshot_iter_3" / "trainer.npz", "r+b") as f:
+        f.seek(300)
+        byte = f.read(1)
+        f.seek(300)
+        f.write(bytes([byte[0] ^ 1]))
+    again = Trained(tmp_path)
+    path, damaged = again.snapshots.load_latest(again.trainer)
+    assert path == tmp_path / "snapshot_iter_2"
+    assert len(damaged) == 2
+    assert "rank_0.npz: damaged" in damaged[0]
+    assert "trainer.npz: damaged" in damaged[1]
+    with pytest.raises(InputError, match=r"trainer\.npz: damaged"):
+        again.snapshots.load(again.trainer, tmp_path / "snapshot_iter_3")
+
+
+def test_keeps_the_latest_also_of_the_run_that_it_continues(tmp_path):
+    run = Trained(tmp_path, keep=2)
+    for _ in range(3):
+        run.update(1)
+        run.snapshots(run.trainer)
+    again = Trained(tmp_path, keep=2)
+    again.snapshots.load_latest(again.trainer)
+    again.update(1)
+    again.snapshots(again.trainer)
+    assert [p.name[-1] for p in find_snapshots(tmp_path)] == ["4", "3"]
+
+
+def test_another_run_is_an_error_even_with_auto(tmp_path):
+    run = Trained(tmp_path)
+    run.update(1)
+    run.snapshots(run.trainer)
+    other = Trained(tmp_path, meta={**META, "arch": "other"})
+    with pytest.raises(InputError, match="was made with arch test, this run has other"):
+        other.snapshots.load_latest(other.trainer)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert Trained(empty).snapshots.load_latest(run.trainer) == (None, [])
+
+
+def ranks_of(process):
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "train.py" in " ".join(child.cmdline()) and "PMI_RANK" in child.environ():
+                found[int(child.environ()["PMI_RANK"])] = child
+    return found
+
+
+def kill_one(args, out, rng, log, after):
+    """Starts two ranks and kills one of them some time after a new snapshot is there."""
+    before = set(find_snapshots(out))
+    with open(log, "ab") as f:
+        process = subprocess.Popen(
+            command(args, 2), env=environment(), stdout=f, stderr=f, start_new_session=True
+        )
+    deadline = time.monotonic() + 90
+    while not set(find_snapshots(out)) - before:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    time.sleep(rng.uniform(0, after))
+    ranks = ranks_of(process)
+    if ranks:  # else it was done already
+        rng.choice(list(ranks.values())).send_signal(signal.SIGKILL)
+    try:
+        return process.wait(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def check_killed(train, lists, tmp_path, times, iterations, after, rng):
+    fixed = [*lists.args, *TINY, "-i", str(iterations), "--snapshot-iterations", "2"]
+    out = tmp_path / "killed"
+    args = [*fixed, "-o", str(out), "--resume", "auto"]
+    statuses = [kill_one(args, out, rng, tmp_path / "log.txt", after) for _ in range(times)]
+    assert any(statuses), "no run was killed"
+    done = train(*args, ranks=2)
+    assert "resumed from" in done.stdout
+    train(*fixed, "-o", tmp_path / "whole", ranks=2)
+    assert_same_parameters(parameters(tmp_path / "whole", iterations), parameters(out, iterations))
+    histories = [json.loads((tmp_path / x / "log").read_text()) for x in ("whole", "killed")]
+    for a, b in zip(*histories, strict=True):
+        for key in ("iteration", "main/loss", "validation/main/loss"):
+            assert a.get(key) == b.get(key)
+
+
+@pytest.mark.slow
+def test_killed_rank_and_resume_auto_end_like_a_run_that_was_never_killed(train, lists, tmp_path):
+    check_killed(train, lists, tmp_path, 1, 30, 0.5, random.Random(0))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_killed_many_times(train, lists, tmp_path, seed):
+    check_killed(train, lists, tmp_path, 5, 60, 1.0, random.Random(seed))
+    shutil.rmtree(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("policy", [(["--snapshot", "0"], [10]), (["--snapshot", "-1"], [10]),
+                                    (["--snapshot-iterations", "4", "--keep-snapshots", "0"],
+                                     [4, 8, 10])])  # fmt: skip
+@pytest.mark.exhaustive
+def test_snapshot_policies(train, lists, tmp_path, policy):
+    options, expected = policy
+    train(*lists.args, *TINY, "-i", 10, "-o", tmp_path / "out", *options)
+    names = {f"snapshot_iter_{n}" for n in expected}
+    assert {p.name for p in find_snapshots(tmp_path / "out")} == names
