@@ -318,3 +318,23 @@ def test_reports_loss_and_accuracy():
     with reporter.scope(observation):
         model(numpy.zeros((2, 3, 39, 39), numpy.float32), numpy.zeros(2, numpy.int32))
     assert {"main/loss", "main/accuracy"} <= observation.keys()
+
+
+@pytest.mark.parametrize(("arch", "insize"), [("googlenetbn", 43), ("nin", 39), ("preresnet11", 8)])
+def test_predicts_what_it_classifies(arch, insize):
+    model = models.create(arch, insize, 4)
+    rng = numpy.random.default_rng(0)
+    x = rng.standard_normal((3, 3, insize, insize), dtype=numpy.float32)
+    t = numpy.array([0, 1, 2], numpy.int32)
+    with chainer.using_config("train", False), chainer.no_backprop_mode():
+        scores = model.predict(x)
+        observation = {}
+        reporter = chainer.Reporter()
+        reporter.add_observer("main", model)
+        with reporter.scope(observation):
+            model(x, t)
+    assert scores.shape == (3, 4)
+    key = "loss3" if arch == "googlenetbn" else "loss"
+    loss = next(v for k, v in observation.items() if k.endswith(key))
+    expected = chainer.functions.softmax_cross_entropy(scores, t)
+    numpy.testing.assert_array_equal(chainer.as_array(loss), expected.array)

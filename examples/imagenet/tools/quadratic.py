@@ -119,7 +119,7 @@ def plot(results: dict[str, Result], path: Path) -> None:
         axes.grid(alpha=0.3)
         if i == 0:
             axes.set_ylabel("f(x) - f(x*)")
-            axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper right")
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
