@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from files import whole_file, write_text
+
 from tools.common import Parser, integer, print_table, progress, run
 from tools.image_arrays import Images, load
 from tools.momentum_rules import METHODS, Momentum

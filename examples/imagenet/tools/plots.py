@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from errors import InputError
 from files import whole_file
+
 from tools.common import Parser, print_table, run
 from tools.result_folders import Result, read
 
