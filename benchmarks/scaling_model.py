@@ -15,8 +15,6 @@ import dataclasses
 import math
 import sys
 
-from training import ROOT, print_table
-
 
 @dataclasses.dataclass(frozen=True)
 class Node:
@@ -121,6 +119,8 @@ def iteration(
 
 def main() -> None:
     """Parse arguments, compute, print."""
+    from training import ROOT, print_table
+
     sys.path.insert(0, str(ROOT))
     from chainer_ooc.settings import parse_bytes
 
