@@ -8,7 +8,9 @@ from pathlib import Path
 import chainer
 import chainer.functions as F
 import numpy
+import optimizers
 import pytest
+from config import Config
 from imagenet_cli import environment, find_mpiexec
 from optimizers.adamw import AdamW
 from optimizers.radam import RAdam, rectification
@@ -173,7 +175,7 @@ def test_resumes_bit_for_bit(name, dtype, stop, tmp_path):
     def build():
         model = Points(dtype)
         optimizer = MAKERS[name]()
-        if dtype == numpy.float16 and name != "adamw":
+        if dtype == numpy.float16:
             optimizer.use_fp32_update()
         return model, optimizer.setup(model)
 
@@ -346,3 +348,45 @@ def test_two_ranks_take_the_mean_gradient(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2
+
+
+def test_settings_reach_the_rules():
+    model = Points(numpy.float32)
+    config = Config(
+        optimizer="srsgd", restarts=(30, 60), restart_period="authors", restart_shrink=True, epoch=9
+    )
+    optimizer, _ = optimizers.create(config, 1, model)
+    assert (optimizer.lr, optimizer.restarts) == (0.1, (30, 60))
+    assert (optimizer.period, optimizer.shrink_until) == ("authors", 9)
+    assert optimizers.create(Config(optimizer="srsgd"), 1, model)[0].restarts == (40,)
+    for name in ("radam", "adamw"):
+        optimizer, _ = optimizers.create(Config(optimizer=name, weight_decay=0.1), 1, model)
+        assert (optimizer.alpha, optimizer.weight_decay) == (0.001, 0.1)
+
+
+def test_schedule_moves_the_restarts():
+    model = Points(numpy.float32)
+    config = Config(optimizer="srsgd", restarts=(2, 3), lr_drops=(1, 2), epoch=3)
+    optimizer, control = optimizers.create(config, 1, model)
+    stages = []
+    for i in range(12):
+        control(i / 4, i / 12)
+        optimizer.update(model)
+        stages.append((optimizer.stage, optimizer.restart_period(), round(optimizer.lr, 6)))
+    assert stages == [(0, 2, 0.1)] * 4 + [(1, 3, 0.01)] * 4 + [(2, 3, 0.001)] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"restarts": (3,)}, "--restarts .*: only with --optimizer srsgd"),
+        ({"optimizer": "srsgd", "restarts": (0,)}, "greater than or equal to 1"),
+        ({"optimizer": "srsgd", "momentum": 0.5}, "--momentum 0.5: srsgd has none"),
+        ({"optimizer": "srsgd", "restart_shrink": True, "iteration": 5}, "leave out --iteration 5"),
+        ({"optimizer": "radam", "weight_decay_on": "weights"}, "not with --optimizer radam"),
+        ({"optimizer": "adamw", "regime": ((1, 0.1, 0.0),)}, "not those of --optimizer adamw"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**settings)

@@ -13,6 +13,8 @@ REMOVED_COMMUNICATORS = ("hierarchical", "two_dimensional", "single_node")
 """Names that ChainerMN 7 removed: they mean what there is for the machine."""
 
 _WARMUP = ("rmsprop_slope", "warmup_center", "warmup_period")
+_RESTARTS = ("restarts", "restart_period", "restart_shrink")
+_DECOUPLED = ("adamw", "radam")
 _WITH_MOMENTUM = ("momentum_sgd", "rmsprop_warmup")
 
 
@@ -46,11 +48,18 @@ def _optimizer_problem(config: Config, given: set[str]) -> str | None:
         return f"--lars: only with --optimizer momentum_sgd, not {name}"
     for option, owner, used in (
         *((f, "--optimizer rmsprop_warmup", name == "rmsprop_warmup") for f in _WARMUP),
+        *((f, "--optimizer srsgd", name == "srsgd") for f in _RESTARTS),
         ("lars_coefficient", "--lars", config.lars),
     ):
         if option in given and not used:
             flag = option.replace("_", "-")
             return f"--{flag} {getattr(config, option)}: only with {owner}"
+    if config.restart_shrink and config.iteration:
+        return f"--restart-shrink: counts epochs; leave out --iteration {config.iteration}"
+    if name in _DECOUPLED and config.weight_decay_on == "weights":
+        return f"--weight-decay-on weights: not with --optimizer {name}, which decays everything"
+    if name in _DECOUPLED and config.regime:
+        return f"regime: its weight decays are not those of --optimizer {name}"
     if config.lr_schedule == "regime" and not config.regime:
         return "--lr-schedule regime: needs the table `regime` in a configuration file"
     if config.regime:

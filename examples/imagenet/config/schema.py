@@ -24,7 +24,9 @@ CommunicatorName = Literal[
     "two_dimensional",
     "single_node",
 ]
-OptimizerName = Literal["momentum_sgd", "adam", "rmsprop", "rmsprop_warmup"]
+OptimizerName = Literal[
+    "momentum_sgd", "adam", "rmsprop", "rmsprop_warmup", "srsgd", "radam", "adamw"
+]
 ScheduleName = Literal["constant", "step", "regime", "slow_start", "polynomial", "cosine"]
 
 N_CLASSES = 1000
@@ -126,7 +128,7 @@ class Config(BaseModel):
     # -- optimizer -------------------------------------------------------------------------------
     optimizer: OptimizerName = _option("momentum_sgd", "optimizer", "rule of the updates")
     lr: float | None = _option(None, "optimizer",
-        "learning rate (default 0.01; adam 0.001; rmsprop_warmup 0.1)", metavar="X", gt=0)
+        "learning rate (default 0.01; adam, adamw and radam 0.001; rmsprop_warmup and srsgd 0.1)", metavar="X", gt=0)
     lr_scaling: Literal["none", "linear"] | None = _option(None, "optimizer",
         "linear: --lr is for 256 images per iteration of all ranks, and grows with them "
         "(default none; rmsprop_warmup linear)")
@@ -163,6 +165,15 @@ class Config(BaseModel):
         "epoch at which rmsprop_warmup is half RMSprop, half SGD", metavar="EPOCH", ge=0)
     warmup_period: float = _option(5.0, "optimizer", "length of that change",
         metavar="EPOCHS", gt=0)
+
+    restarts: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_tuple)] = (
+        _option((), "optimizer", "restart periods of srsgd in iterations, one for each stage of "
+        "the learning rate; the last one stays (default 40)", metavar="F"))
+    restart_period: Literal["paper", "authors"] = _option("paper", "optimizer",
+        "how srsgd counts: restart after F iterations as in the paper, or after F - 1 as the "
+        "authors' programs do")
+    restart_shrink: bool = _option(False, "optimizer",
+        "in the last stage srsgd's period shrinks linearly, to 1 iteration in the last epoch")
 
     # -- results ---------------------------------------------------------------------------------
     out: Path = _option(Path("result"), "results", "folder of the results", short="-o",

@@ -11,12 +11,27 @@ import chainer
 from config import Config
 
 from optimizers import schedules
+from optimizers.adamw import AdamW
 from optimizers.hooks import LARS, WeightDecay
+from optimizers.radam import RAdam
 from optimizers.rmsprop_warmup import RMSpropWarmup
 from optimizers.schedules import Regime, Schedule
+from optimizers.srsgd import SRSGD
 from optimizers.stock import Adam, MomentumSGD, RMSprop
 
-DEFAULT_LR = {"momentum_sgd": 0.01, "adam": 0.001, "rmsprop": 0.01, "rmsprop_warmup": 0.1}
+DEFAULT_LR = {
+    "momentum_sgd": 0.01,
+    "adam": 0.001,
+    "rmsprop": 0.01,
+    "rmsprop_warmup": 0.1,
+    "srsgd": 0.1,
+    "radam": 0.001,
+    "adamw": 0.001,
+}
+DECOUPLED = ("adamw", "radam")
+"""Rules with a weight decay of their own, instead of one that is added to the gradient."""
+
+DEFAULT_RESTARTS = (40,)
 
 
 class Control:
@@ -69,6 +84,17 @@ def _rule(config: Config, lr: float) -> Any:
         return Adam(lr)
     if config.optimizer == "rmsprop":
         return RMSprop(lr)
+    if config.optimizer == "radam":
+        return RAdam(lr, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        return AdamW(lr, weight_decay=config.weight_decay)
+    if config.optimizer == "srsgd":
+        return SRSGD(
+            lr,
+            config.restarts or DEFAULT_RESTARTS,
+            config.restart_period,
+            config.epoch if config.restart_shrink else None,
+        )
     return RMSpropWarmup(
         lr,
         config.momentum,
@@ -120,9 +146,10 @@ def create(config: Config, ranks: int, model: chainer.Chain) -> tuple[Any, Contr
         optimizer.use_fp32_update()
         optimizer.loss_scaling()
     optimizer.setup(model)
-    decay = WeightDecay(config.weight_decay, config.weight_decay_on == "weights")
+    l2 = 0.0 if config.optimizer in DECOUPLED else config.weight_decay
+    decay = WeightDecay(l2, config.weight_decay_on == "weights")
     hook = LARS(decay, config.lars_coefficient) if config.lars else decay
-    if config.lars or config.weight_decay or config.regime:
+    if config.lars or l2 or config.regime:
         for param in model.params():
             param.update_rule.add_hook(hook)
     unscaled = config.lr or DEFAULT_LR[config.optimizer]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import chainer
+from optimizers.stock import Adam
 
 
-class AdamW(chainer.optimizers.Adam):
+class AdamW(Adam):
     """Adam with decoupled weight decay and, if wanted, a linear warm-up.
 
     Args:
