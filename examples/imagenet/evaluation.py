@@ -25,9 +25,9 @@ class Evaluator(extensions.Evaluator):
     an image of a smaller batch or shard more weight.
 
     A batch that does not fit into memory (out of core: under the limit) is divided into halves
-    until it does, and all that follow are divided likewise. The result is that of the whole batch
-    but for rounding in the last digits of float32: BLAS may sum in another order for another
-    number of rows.
+    until it does, and all that follow are divided likewise. The accuracy stays exactly that of the
+    whole batch, the loss but for rounding in the last digits of float32: BLAS may sum in another
+    order for another number of rows.
 
     Args:
         iterator: Iterator of this rank's images.
@@ -107,8 +107,9 @@ class Evaluator(extensions.Evaluator):
         with chainer.reporter.report_scope(observation), chainer.no_backprop_mode():
             self.get_target("main")(*to_arrays(piece, self.device))
         found = (observation[f"{self.name}/main/{key}"] for key in KEYS)
-        values = [float(chainer.as_array(value)) for value in found]
-        return numpy.array([*(value * len(piece) for value in values), len(piece)])
+        loss, accuracy = (float(chainer.as_array(value)) for value in found)
+        # The number of right answers is whole; as a float32 mean it was rounded.
+        return numpy.array([loss * len(piece), round(accuracy * len(piece)), len(piece)])
 
     def serialize(self, serializer: Any) -> None:
         """Saves or loads the size of the pieces, so that a run that continues has the same."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import chainer
 import chainer.links as L
@@ -15,6 +16,7 @@ import numpy
 import psutil
 import pytest
 import snapshots
+import training as training_module
 from chainer import iterators, training
 from errors import InputError
 from imagenet_cli import TINY, assert_same_parameters, command, environment, parameters
@@ -217,3 +219,41 @@ def test_snapshot_policies(train, lists, tmp_path, policy):
     train(*lists.args, *TINY, "-i", 10, "-o", tmp_path / "out", *options)
     names = {f"snapshot_iter_{n}" for n in expected}
     assert {p.name for p in find_snapshots(tmp_path / "out")} == names
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optimizer", "adam", "--iterator", "thread", "-j", "2", "--weight-decay", "0.001"],
+        ["--optimizer", "rmsprop_warmup", "--dtype", "mixed16", "--label-smoothing", "0.1"],
+        ["--optimizer", "rmsprop", "--iterator", "process", "-j", "2", "--loadtype", "custom"],
+        ["--lars", "--lr", "5", "--lr-schedule", "polynomial", "--lr-warmup", "1", "--ooc",
+         "--ooc-limit", "1MiB"],
+    ],
+)  # fmt: skip
+def test_every_optimizer_continues_bit_for_bit_on_two_ranks(train, lists, tmp_path, options):
+    a, b = tmp_path / "a", tmp_path / "b"
+    fixed = [*lists.args, *TINY, *options, "--snapshot", "0"]
+    train(*fixed, "-i", 6, "-o", a, ranks=2)
+    # The same length, as schedules depend on it; Ctrl-C would come at an unknown iteration.
+    stop = tmp_path / "stop.py"
+    stop.write_text(STOP.format(folder=str(Path(training_module.__file__).parent)))
+    done = train(*fixed, "-i", 6, "-o", b, ranks=2, script=stop, status=143)
+    assert "at iteration 3" in done.stdout
+    train(*fixed, "-i", 6, "-o", b, "--resume", "auto", ranks=2)
+    assert_same_parameters(parameters(a, 6), parameters(b, 6))
+
+
+STOP = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import train, training
+update = training.Updater.update_core
+def stopping(self):
+    update(self)
+    if self.iteration == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+training.Updater.update_core = stopping
+sys.exit(train.main())
+"""

@@ -8,10 +8,18 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
-from imagenet_cli import TINY, assert_same_parameters, command, environment, parameters
+from imagenet_cli import (
+    TINY,
+    assert_same_parameters,
+    command,
+    environment,
+    find_mpiexec,
+    parameters,
+)
 from PIL import Image
 
 SUMMARY_KEYS = {
@@ -144,9 +152,34 @@ def test_sigterm_to_one_rank_stops_all_with_one_snapshot(train, lists, tmp_path)
     train(*args, "-i", int(match[1]) + 1, "-r", match[2], ranks=2)
 
 
-def test_exception_in_one_rank_ends_all_with_its_traceback(lists, tmp_path):
-    from pathlib import Path
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path):
+    for loaded in ("_multiarray_umath", "PIL"):  # early and late in the imports
+        with open(tmp_path / "err", "w+b") as f:
+            process = subprocess.Popen(command(["-o", str(tmp_path)]), env=environment(),
+                                       stdout=subprocess.DEVNULL, stderr=f)  # fmt: skip
+            while loaded not in (maps := Path(f"/proc/{process.pid}/maps").read_text()):
+                assert process.poll() is None, maps
+                time.sleep(0.005)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 128 + signal.SIGINT
+            f.seek(0)
+            assert f.read() == b"train.py: interrupted\n"
 
+
+@pytest.mark.skipif(find_mpiexec() is None, reason="no mpiexec")
+def test_several_ids_start_the_ranks(train, lists, tmp_path):
+    pytest.importorskip("mpi4py")
+    done = train(*lists.args, *TINY, "-i", 1, "-o", tmp_path / "out", "--gpu", -1, -1)
+    assert (
+        "2 ranks, 1 thread(s) each; NumPy and the naive communicator (--gpu -1 -1)" in done.stdout
+    )
+    environment = json.loads((tmp_path / "out" / "environment.json").read_text())
+    assert environment["ranks"] == 2
+    assert environment["versions"]["numpy"]
+    assert re.fullmatch(r"MPICH.*|Open MPI.*|Intel.*|MVAPICH.*", environment["versions"]["mpi"])
+
+
+def test_exception_in_one_rank_ends_all_with_its_traceback(lists, tmp_path):
     script = Path(__file__).with_name("failing_rank.py")
     done = subprocess.run(
         command([*lists.args, *TINY, "-i", "1000", "-o", str(tmp_path)], 2, script),

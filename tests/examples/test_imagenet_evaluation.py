@@ -1,0 +1,118 @@
+"""Validation in pieces that fit into memory, and statistics averaged over the ranks."""
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import models
+import numpy
+import pytest
+from chainer import iterators
+from evaluation import AverageStatistics, Evaluator
+from world import World
+
+import chainer_ooc
+from chainer_ooc.swap.process_memory import ResidentMemory
+
+CPU = chainer.get_device("@numpy")
+
+
+def examples(n, shape, classes, seed=0):
+    rng = numpy.random.default_rng(seed)
+    x = rng.standard_normal((n, *shape)).astype(numpy.float32)
+    t = rng.integers(classes, size=n).astype(numpy.int32)
+    return [(x[i], t[i]) for i in range(n)]
+
+
+def evaluate(model, data, batchsize):
+    """Returns the result, and the evaluator."""
+    iterator = iterators.SerialIterator(data, batchsize, repeat=False, shuffle=False)
+    evaluator = Evaluator(iterator, model, CPU, World(), lambda trainer: None)
+    evaluator.name = "validation"
+    return evaluator(), evaluator
+
+
+class Small(chainer.Chain):
+    """A classifier that has memory for so many images only."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+        self.sizes = []
+        with self.init_scope():
+            self.fc = L.Linear(3, 4, initialW=numpy.arange(12.0).reshape(4, 3) % 5 - 2)
+
+    def forward(self, x, t):
+        if len(x) > self.most:
+            raise MemoryError
+        self.sizes.append(len(x))
+        h = self.fc(x)
+        loss = F.softmax_cross_entropy(h, t)
+        chainer.report({"loss": loss, "accuracy": F.accuracy(h, t)}, self)
+        return loss
+
+
+def test_a_batch_that_does_not_fit_is_divided_and_the_mean_stays():
+    data = examples(50, (3,), 4)
+    model = Small(1000)
+    whole, evaluator = evaluate(model, data, 20)
+    assert (model.sizes, evaluator.piece) == ([20, 20, 10], None)
+    model.most, model.sizes = 7, []
+    divided, evaluator = evaluate(model, data, 20)
+    assert (model.sizes, evaluator.piece) == ([5] * 10, 5)
+    assert divided == pytest.approx(whole, rel=1e-6)
+    # It is the mean over the images, not that of the batches, whose last is smaller.
+    with chainer.using_config("train", False):
+        h = model.fc(numpy.stack([x for x, _ in data])).array
+    right = h.argmax(axis=1) == numpy.array([t for _, t in data])
+    assert whole["validation/main/accuracy"] == pytest.approx(right.mean())
+    model.most = 0
+    with pytest.raises(MemoryError):
+        evaluate(model, data, 20)
+
+
+def test_pieces_are_part_of_a_snapshot(tmp_path):
+    evaluator = evaluate(Small(7), examples(50, (3,), 4), 20)[1]
+    chainer.serializers.save_npz(tmp_path / "e.npz", evaluator)
+    again = evaluate(Small(1000), examples(50, (3,), 4), 20)[1]
+    chainer.serializers.load_npz(tmp_path / "e.npz", again)
+    assert again.piece == 5
+
+
+def test_under_the_limit_a_large_batch_gives_the_result_of_the_whole():
+    numpy.random.seed(0)
+    model = models.create("nin", 96, 10)
+    data = examples(48, (3, 96, 96), 10)
+    whole, _ = evaluate(model, data, 48)
+    limit = ResidentMemory().bytes() + (48 << 20)
+    with chainer_ooc.out_of_core_mode(limit=limit):
+        divided, evaluator = evaluate(model, data, 48)
+    assert evaluator.piece is not None
+    assert evaluator.piece < 48
+    assert divided["validation/main/accuracy"] == whole["validation/main/accuracy"]
+    assert divided["validation/main/loss"] == pytest.approx(whole["validation/main/loss"], rel=1e-6)
+
+
+class Two(World):
+    """This rank and another one, whose values are this one's plus 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 2
+
+    def sum(self, values):
+        mine = numpy.asarray(values, dtype=numpy.float64)
+        return mine + (mine + 2)
+
+
+def test_statistics_are_averaged_and_counts_are_not():
+    model = chainer.Sequential(L.BatchNormalization(3), L.BatchNormalization(2))
+    model[0].avg_mean[...] = [1, 2, 3]
+    model[1].avg_var[...] = [4, 5]
+    model[1].N = 7
+    AverageStatistics(model, Two())()
+    numpy.testing.assert_array_equal(model[0].avg_mean, [2, 3, 4])
+    numpy.testing.assert_array_equal(model[0].avg_var, [2, 2, 2])
+    numpy.testing.assert_array_equal(model[1].avg_var, [5, 6])
+    assert model[1].N == 7
+    assert model[1].avg_var.dtype == numpy.float32
+    AverageStatistics(chainer.Sequential(L.Linear(2, 2)), Two())()
