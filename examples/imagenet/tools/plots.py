@@ -125,6 +125,7 @@ def loss(figure: Any, results: list[Result], args: Namespace) -> None:
     right.set_ylabel("validation error, %")
     for axes in (left, right):
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3, which="both")
     points = collect(results, lambda r: r.epochs, lambda r: r.training_loss)
     points_table(points, "epochs", "training loss")
