@@ -53,7 +53,7 @@ class Arranger:
                 memory.remove(i)
             for i, after in evicted:
                 if after in needs.steps[i]:
-                    memory.remove(i, after)
+                    memory.remove_after(i, after)
             movable = [i for i in self.by_age if i not in gone and i not in kept]
             swapped = memory.cover(movable, headroom)
             if not self._repair(memory, needs, gone, set(swapped), evicted):
@@ -128,6 +128,10 @@ class Arranger:
             if choices[i] is Choice.SWAP and after != needs.steps[i][-1]:
                 gaps.append((i, after))
         arrivals = tuple(memory.arrivals(gaps))
+        if not self.system.single_backward:
+            # Backward may run again: what it has used leaves as well, its copy or its re-run remains.
+            release += [(storages[i].uses[-1] + 1, i) for i in swapped]
+            drop += [(storages[i].uses[-1] + 1, i) for i in gone]
         return Plan(
             self.profile.signature,
             tuple(choices),

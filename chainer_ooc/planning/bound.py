@@ -33,8 +33,8 @@ def lower_bound(profile: Profile, system: System) -> float:
     while ``k`` runs, and none of them is one that ``k`` needs.
 
     1. ``t_k >= t_j + C(j, k)``.
-    2. (In.) Of what is not in memory while ``j`` runs, at most ``L(j, k)`` bytes are used no earlier than at
-       step ``k``: all that is alive at ``j``, not needed by it, and next used at ``k`` or later. The rest, ``b =
+    2. (In.) Of what is not in memory while ``j`` runs, at most ``L(j, k)`` bytes are used after step
+       ``k``: all that is alive at ``j``, not needed by it, and next used after ``k``. The rest, ``b =
        M_j - L(j, k)``, comes back between the end of ``j`` and the start of ``k``, over the link (bandwidth
        ``B``) or by re-runs. If compute spends ``u`` seconds there beyond the steps, waiting or running
        functions again, the link brings at most ``B (C(j+1, k) + u)`` bytes and re-runs make at most ``r(u)``, the most
@@ -42,8 +42,9 @@ def lower_bound(profile: Profile, system: System) -> float:
        what no other chain can share). So ``u >= g^-1(b - B C(j+1, k))`` with ``g(u) = B u + r(u)``, which is
        increasing.
     3. (Out.) Let ``R`` be the bytes of all storages that the execution drops, to be made again. Of the at
-       least ``M_k`` bytes that are not in memory at ``k``, at most ``N(i, k)`` could leave before ``t_i``: what is
-       free by then. So at least ``M_k - N(i, k) - R`` bytes went out over the link between ``t_i`` and ``t_k``.
+       least ``M_k`` bytes that are not in memory at ``k``, at most ``N(j, k)`` could begin to leave before the end of
+       ``j``: what is free by the start of ``j``. So at least ``M_k - N(j, k) - R`` bytes went out between the end of
+       ``j`` and ``t_k``.
     4. Re-runs are done for backward, after the first of its steps, ``f``, is due. They take at least
        ``r^-1(R)``, so ``T >= t_f + C(f, end) + r^-1(R)``.
     5. Where both directions share bandwidth, ``M_k - R`` bytes pass it twice.
@@ -95,7 +96,7 @@ def lower_bound(profile: Profile, system: System) -> float:
         missing[step] = _whole(missing[step], nbytes[absent_able])
         later = np.bincount(using[absent_able], nbytes[absent_able], count + 2)
         later = np.cumsum(later[::-1])[::-1]
-        b = missing[step] - later[knots[a + 1 :]]
+        b = missing[step] - later[knots[a + 1 :] + 1]
         b -= in_rate * (begin[knots[a + 1 :]] - begin[step + 1])
         if b.max() > 0:
             by_rerun, again = reruns.curve(absent_able)
@@ -104,12 +105,13 @@ def lower_bound(profile: Profile, system: System) -> float:
         out[: a + 1, a] = missing[step] - np.cumsum(leaving)[knots[: a + 1]]
     amounts = np.linspace(0.0, float(rerun_bytes[-1]), _AMOUNTS)
     times = begin[knots]
+    alone = (begin[np.minimum(knots + 1, count)] - times)[:, None]
     earliest = np.zeros((size, _AMOUNTS))
     first = next((n for n, s in enumerate(profile.steps) if s.phase == BACKWARD), count)
     before_backward = int(np.searchsorted(knots, first))
     for k in range(1, size):
         span = (times[k] - times[:k])[:, None]
-        by_link = np.maximum(span, (out[:k, k, None] - amounts) / out_rate)
+        by_link = alone[:k] + (out[:k, k, None] - amounts) / out_rate
         earliest[k] = (earliest[:k] + np.maximum(span + extra[:k, k, None], by_link)).max(axis=0)
     again = np.interp(amounts, rerun_bytes, rerun_seconds)
     most = float(missing.max())

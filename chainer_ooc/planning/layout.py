@@ -127,6 +127,7 @@ class Memory:
         self.needs = needs.steps
         self.nbytes = [s.nbytes for s in profile.storages]
         self.leave = [s.free_from for s in profile.storages]
+        self._single = system.single_backward
         count = len(profile.steps)
         change = np.zeros(count + 1, np.int64)
         for i in profile.saved:
@@ -153,8 +154,21 @@ class Memory:
             return first, first
         return max(first, self.leave[i]), needs[position]
 
-    def remove(self, i: int, after: int = -1) -> None:
-        """Take a storage out for a gap."""
+    def spans(self, i: int) -> list[tuple[int, int]]:
+        """Return when a storage that leaves is not in memory: between forward and backward, and after it."""
+        spans = [self.gap(i)]
+        if not self._single:
+            last = self.needs[i][-1]
+            spans.append((max(last + 1, self.leave[i]), len(self.room)))
+        return [(first, end) for first, end in spans if first < end]
+
+    def remove(self, i: int) -> None:
+        """Take a storage out."""
+        for first, end in self.spans(i):
+            self.room[first:end] += self.nbytes[i]
+
+    def remove_after(self, i: int, after: int) -> None:
+        """Take a storage out for the gap after one of its needs."""
         first, end = self.gap(i, after)
         if end > first:
             self.room[first:end] += self.nbytes[i]
@@ -172,22 +186,23 @@ class Memory:
         chosen = []
         missing = np.flatnonzero(self.room < headroom)
         for i in candidates if len(missing) else ():
-            first, end = self.gap(i)
-            low, high = np.searchsorted(missing, (first, end))
-            if low >= high:
+            spans = self.spans(i)
+            if not any(np.diff(np.searchsorted(missing, span)) for span in spans):
                 continue
             chosen.append(i)
-            self.room[first:end] += self.nbytes[i]
+            for first, end in spans:
+                self.room[first:end] += self.nbytes[i]
             missing = missing[self.room[missing] < headroom]
             if not len(missing):
                 break
         # What was taken first may have become needless: another one covers its steps.
         needless = set()
         for i in sorted(chosen, key=lambda i: (-self.nbytes[i], i)):
-            first, end = self.gap(i)
-            rest = self.room[first:end] - self.nbytes[i]
-            if rest.min() >= headroom:
-                self.room[first:end] = rest
+            spans = self.spans(i)
+            least = min(self.room[first:end].min() for first, end in spans)
+            if least - self.nbytes[i] >= headroom:
+                for first, end in spans:
+                    self.room[first:end] -= self.nbytes[i]
                 needless.add(i)
         return [i for i in chosen if i not in needless]
 

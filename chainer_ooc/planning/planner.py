@@ -19,7 +19,7 @@ from chainer_ooc.planning.timeline import simulate
 __all__ = ["make_plan"]
 
 #: Simulated steps that one plan may take: it bounds the planner's time, and is the same on every machine.
-EFFORT = 60_000
+EFFORT = 50_000
 #: A step time this near to the bound is not improved on.
 ENOUGH = 1.002
 #: How many of the first trials are improved.
