@@ -33,13 +33,16 @@ def result(tmp_path):
 
 
 def test_writes_what_the_scores_say(result, capsys):
-    folder, model = result
+    folder, _ = result
     assert evaluate.main([str(folder), "--gpu", "-1"]) == 0
     found = json.loads((folder / "evaluation.json").read_text())
     assert found["model"].endswith("model_iter_10")
     assert found["images"] == 12
     assert 0 <= found["top-1"] <= found["top-5"] <= 1
-    matrix = [[int(x) for x in row] for row in csv.reader(open(folder / "confusion.csv"))]
+    matrix = [
+        [int(x) for x in row]
+        for row in csv.reader((folder / "confusion.csv").read_text().splitlines())
+    ]
     assert numpy.array(matrix).sum(axis=1).tolist() == [4, 4, 4, 0, 0, 0, 0]
     assert numpy.trace(matrix) == pytest.approx(12 * found["top-1"])
     assert (folder / "confusion.png").read_bytes()[:4] == b"\x89PNG"
