@@ -72,7 +72,11 @@ def save_inputs(func: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
 
 
 def save_outputs(func: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
-    """Save the arrays of the retained outputs: where the output's node has them, and where the function has."""
+    """Save the arrays of the retained outputs: where the output's node has them, and where the function has.
+
+    Returns:
+        What the nodes have. What the function has is found among its attributes.
+    """
     group = []
     for index in func._output_indexes_to_retain or ():
         node = func.outputs[index]()
@@ -80,12 +84,9 @@ def save_outputs(func: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
             group += _save_node(node, save)
     retained = func.__dict__.get("_retained_output_data")
     if type(retained) is tuple:
-        retained = SavedTuple(
+        func.__dict__["_retained_output_data"] = SavedTuple(
             [None if array is None else save(array) or array for array in retained]
         )
-        func.__dict__["_retained_output_data"] = retained
-    if retained is not None:
-        group += [item for item in retained if type(item) is Saved]
     return group
 
 
