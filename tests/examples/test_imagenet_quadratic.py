@@ -195,7 +195,7 @@ def test_damaged_mnist_file(tmp_path, capsys):
     for name in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
         (tmp_path / name).write_bytes(b"\0\0\x08\x01\0\0\0\x09abc")
     assert logistic.main(["--data", str(tmp_path)]) == 2
-    assert "is not a whole IDX file of bytes" in capsys.readouterr().err
+    assert "damaged or not what its name says" in capsys.readouterr().err
 
 
 def test_published_table_has_fifteen_numbers():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from datasets.mnist import read_idx
+from datasets.originals import read
 from errors import InputError
 
 MNIST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -66,25 +67,12 @@ def _mnist(folder: Path) -> Images:
         if not found:
             raise InputError(f"--data {folder}: {name}(.gz) is not there; give the folder that has "
                              f"{MNIST[0]} and {MNIST[1]}")  # fmt: skip
-        arrays.append(_idx(found[0]))
+        arrays.append(read_idx(read(found[0]), found[0]))
     images, labels = arrays
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         raise InputError(f"--data {folder}: images {images.shape} and labels {labels.shape} do not "
                          f"belong together; get both files again")  # fmt: skip
     return _split("a split of MNIST's test set", (images[:, None] / 255).astype(np.float32), labels)
-
-
-def _idx(path: Path) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes, compressed or not."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as e:
-        raise InputError(f"{path}: cannot be read ({e}); get it again") from e
-    dimensions = raw[3] if raw[:3] == b"\0\0\x08" else 0
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", dimensions, 4)) if dimensions else ()
-    if not shape or len(raw) != 4 + 4 * dimensions + int(np.prod(shape)):
-        raise InputError(f"{path}: is not a whole IDX file of bytes; get it again")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def _npz(path: Path) -> Images:
