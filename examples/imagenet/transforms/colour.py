@@ -26,11 +26,35 @@ PUBLISHED = {
 """Means and standard deviations of the channels, 0 to 1, that the recipes of each set use."""
 
 
+def _planes(
+    image: numpy.ndarray, factors: Sequence[float], shifts: Sequence[float]
+) -> numpy.ndarray:
+    """Returns ``image * factor - shift`` of each channel, for values from 0 to 1.
+
+    The channels lie one after the other in memory, as the network will want them; working across
+    them is several times slower.
+    """
+    result = numpy.empty((image.shape[-1], *image.shape[:-1]), numpy.float32)
+    for channel, plane in enumerate(result):
+        factor = numpy.float32(factors[channel] / unit(image))
+        numpy.multiply(image[..., channel], factor, out=plane, dtype=numpy.float32)
+        plane -= numpy.float32(shifts[channel])
+    return numpy.moveaxis(result, 0, -1)
+
+
+def grey(image: numpy.ndarray) -> numpy.ndarray:
+    """Returns the grey values of an image, float32 (height, width)."""
+    result = image[:, :, 0] * LUMA[0]
+    result += image[:, :, 1] * LUMA[1]
+    result += image[:, :, 2] * LUMA[2]
+    return result
+
+
 class ToFloat:
     """Makes uint8 float32 from 0 to 1."""
 
     def __call__(self, image: numpy.ndarray, rng: Rng) -> numpy.ndarray:
-        return image.astype(numpy.float32) * numpy.float32(1 / unit(image))
+        return _planes(image, (1.0,) * 3, (0.0,) * 3)
 
 
 class Normalize:
@@ -42,13 +66,11 @@ class Normalize:
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean = numpy.array(mean, numpy.float32)
-        self.factor = 1 / numpy.array(std, numpy.float32)
+        self.factors = [1 / s for s in std]
+        self.shifts = [m / s for m, s in zip(mean, std, strict=True)]
 
     def __call__(self, image: numpy.ndarray, rng: Rng) -> numpy.ndarray:
-        result = image * (self.factor / numpy.float32(unit(image)))
-        result -= self.mean * self.factor
-        return result
+        return _planes(image, self.factors, self.shifts)
 
 
 def _strength(strength: float, rng: Rng) -> numpy.float32:
@@ -73,8 +95,9 @@ class Contrast:
 
     def __call__(self, image: numpy.ndarray, rng: Rng) -> numpy.ndarray:
         a = _strength(self.strength, rng)
-        mean = image.mean(axis=(0, 1), dtype=numpy.float32) @ LUMA
-        return like(image, image * a + mean * (1 - a))
+        result = image * a
+        result += grey(image).mean() * (1 - a)
+        return like(image, result)
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,9 @@ class Saturation:
 
     def __call__(self, image: numpy.ndarray, rng: Rng) -> numpy.ndarray:
         a = _strength(self.strength, rng)
-        return like(image, image * a + (image @ LUMA)[:, :, None] * (1 - a))
+        result = image * a
+        result += (grey(image) * (1 - a))[:, :, None]
+        return like(image, result)
 
 
 class ColorJitter:

@@ -97,9 +97,16 @@ class CropAndNormalize:
             top = int(rng.integers(height - size + 1))
             left = int(rng.integers(width - size + 1))
             flip = bool(rng.integers(2))
-        rows, columns = slice(top, top + size), slice(left, left + size)
-        crop = image[rows, columns].transpose(2, 0, 1).astype(numpy.float32)
-        # The mean is subtracted before flipping, so that both are of the same place.
-        crop -= self.mean if per_channel else self.mean[:, rows, columns]
-        crop *= numpy.float32(1 / 255)
-        return numpy.ascontiguousarray(crop[:, :, ::-1]) if flip else crop
+        rows = slice(top, top + size)
+        columns = slice(left, left + size)
+        crop = image[rows, columns]
+        # The mean is that of the same place, so it is flipped as well.
+        mean = self.mean if per_channel else self.mean[:, rows, columns]
+        if flip:
+            crop, mean = crop[:, ::-1], mean[:, :, ::-1]
+        result = numpy.empty((3, size, size), numpy.float32)
+        for channel, plane in enumerate(result):
+            # one plane after the other: reading across channels is several times slower
+            numpy.subtract(crop[:, :, channel], mean[channel], out=plane, dtype=numpy.float32)
+            plane *= numpy.float32(1 / 255)
+        return result
