@@ -14,6 +14,7 @@ Each mutant runs in a child process of its own, in which the code of one functio
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import os
 import signal
@@ -44,6 +45,9 @@ TESTS = (
     "tests/swap/test_settings.py",
 )
 FIRST = {
+    "cuda": "device",
+    "cuda_host": "device",
+    "cuda_transfers": "device",
     "cuda_allocator": "allocator",
     "cuda_streams": "streams",
     "free_blocks": "pinned",
@@ -310,9 +314,12 @@ class Runner:
     def __init__(self, chosen: list[Mutant], verbose: bool = False) -> None:
         self.chosen, self.verbose = chosen, verbose
         self.survivors: list[str] = []
+        self._killers: dict[str, int] = {}  # tests, and how many mutants each has noticed
 
     def pytest_runtestloop(self, session: Any) -> bool:
         """Run them."""
+        gc.collect()
+        gc.freeze()  # or each collection in a child looks at all modules
         for index, mutant in enumerate(self.chosen):
             start = time.monotonic()
             killed = self._is_noticed(session.items, mutant)
@@ -326,6 +333,7 @@ class Runner:
 
     def _is_noticed(self, items: list[Any], mutant: Mutant) -> bool:
         sys.stdout.flush()
+        read, write = os.pipe()
         child = os.fork()
         if child == 0:
             status = _BROKEN
@@ -336,15 +344,34 @@ class Runner:
                     os.dup2(silence, 1)
                     os.dup2(silence, 2)
                 apply(mutant)
-                status = _SURVIVED if all(map(self._passes, _in_order(items, mutant))) else _KILLED
+                status = _SURVIVED
+                for item in self._in_order(items, mutant):
+                    if not self._passes(item):
+                        os.write(write, item.nodeid.encode())
+                        status = _KILLED
+                        break
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(status)
+        os.close(write)
         status = _wait(child)
+        with open(read) as pipe:
+            killer = pipe.read()
+        if killer:
+            self._killers[killer] = self._killers.get(killer, 0) + 1
         if status not in (_KILLED, _SURVIVED):
             raise RuntimeError(f"the tests could not be run against {mutant.name}")
         return status == _KILLED
+
+    def _in_order(self, items: list[Any], mutant: Mutant) -> list[Any]:
+        """Return the tests: those named after the mutant's module, and those that notice most, first."""
+        word = FIRST.get(mutant.module.rsplit(".", 1)[1], "")
+
+        def key(item: Any) -> tuple[int, bool]:
+            return -self._killers.get(item.nodeid, 0), f"/test_{word}.py" not in item.nodeid
+
+        return sorted(items, key=key)
 
     def _passes(self, item: Any) -> bool:
         from _pytest.runner import runtestprotocol
@@ -354,12 +381,6 @@ class Runner:
         if self.verbose:
             print(item.nodeid, *[report.longreprtext for report in failed], sep="\n")
         return not failed
-
-
-def _in_order(items: list[Any], mutant: Mutant) -> list[Any]:
-    """Return the tests, those that are named after the mutant's module first."""
-    word = FIRST.get(mutant.module.rsplit(".", 1)[1], "")
-    return sorted(items, key=lambda item: f"/test_{word}.py" not in item.nodeid)
 
 
 def _wait(child: int) -> int:
