@@ -110,6 +110,25 @@ def _estimate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder of a run, with log and ooc.json")
+    parser.add_argument("--out", metavar="DIR", help="where to write (default: the run's folder)")
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Write the report of a run and print where it is."""
+    from chainer_ooc.errors import OutOfCoreError
+    from chainer_ooc.reporting.page import write_report
+
+    try:
+        written = write_report(options.folder, options.out)
+    except (OutOfCoreError, OSError) as error:
+        print(f"chainer_ooc report: {error}", file=sys.stderr)
+        return 2
+    print(*written, sep="\n")
+    return 0
+
+
 _COMMANDS = (
     _Command("run", "run a script, unmodified, out of core", _run_arguments, _run),
     _Command(
@@ -123,6 +142,12 @@ _COMMANDS = (
         "tell, without training, whether a network fits, how fast it is, and why",
         _estimate_arguments,
         _estimate,
+    ),
+    _Command(
+        "report",
+        "write one page about a run: memory, timeline, what moved and why, waits",
+        _report_arguments,
+        _report,
     ),
 )
 

@@ -1,0 +1,202 @@
+"""What a run left in its folder, read for the report."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from chainer_ooc.errors import OutOfCoreError
+
+__all__ = ["Run", "RunError", "Span", "Traced", "read_run"]
+
+#: How the files of a run are called.
+TRACE, LOG, CONFIG, SUMMARY, ESTIMATE = (
+    "ooc*.json",
+    "log",
+    "config*",
+    "summary.json",
+    "estimate.json",
+)
+
+
+class RunError(OutOfCoreError, ValueError):
+    """There is nothing to report in a folder. The message says what would be."""
+
+
+class Span(NamedTuple):
+    """Something that took time: its category and name, when it began and ended (seconds), and more of it."""
+
+    category: str
+    name: str
+    start: float
+    end: float
+    args: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A trace.
+
+    Attributes:
+        name: Of the file.
+        spans: Functions (``forward``, ``backward``), copies (``copy out``, ``copy in``) and waits (``stall``), by
+            their start. Functions that ran inside another are left out.
+        memory: (seconds, bytes) at moments.
+        facts: What the trace tells of the process: ``settings``, ``stats``.
+        iterations: (start, end) of each iteration (seconds).
+    """
+
+    name: str
+    spans: list[Span]
+    memory: list[tuple[float, int]]
+    facts: dict[str, Any]
+    iterations: list[tuple[float, float]]
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The limit that was in force."""
+        limit = self.facts.get("stats", {}).get("limit_bytes")
+        return limit if isinstance(limit, int) else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The highest memory measured."""
+        peak = self.facts.get("stats", {}).get("peak_bytes")
+        return peak if isinstance(peak, int) else max((m for _, m in self.memory), default=None)
+
+    def drawn_iteration(self) -> int:
+        """Return the iteration to draw: the one of the median length among those after the first."""
+        count = len(self.iterations)
+        if count < 3:
+            return count - 1
+        # The last one ends with the trace, not with the next iteration.
+        numbers = sorted(
+            range(1, count - 1), key=lambda n: self.iterations[n][1] - self.iterations[n][0]
+        )
+        return numbers[len(numbers) // 2]
+
+    def between(self, start: float, end: float) -> list[Span]:
+        """Return the spans that lie, in part at least, in an interval."""
+        return [span for span in self.spans if span.start < end and span.end > start]
+
+    def memory_between(self, start: float, end: float) -> list[tuple[float, int]]:
+        """Return the memory curve in an interval."""
+        times = [moment for moment, _ in self.memory]
+        first = max(bisect.bisect_right(times, start) - 1, 0)
+        return self.memory[first : bisect.bisect_left(times, end) + 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is known of a run.
+
+    Attributes:
+        folder: Where it is.
+        traces: Its traces, one per rank.
+        log: The entries of Chainer's LogReport.
+        config: (file name, text) of the run's configuration, or ``None``.
+        summary: What the trainer wrote at its end.
+        estimate: What ``python -m chainer_ooc estimate --json`` had foreseen.
+    """
+
+    folder: Path
+    traces: list[Traced]
+    log: list[dict[str, Any]]
+    config: tuple[str, str] | None
+    summary: dict[str, Any]
+    estimate: dict[str, Any]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read what a run left.
+
+    Raises:
+        RunError: If the folder is missing, has nothing to report, or a file in it is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(
+            f"{str(folder)!r} is no folder; give the folder that a run wrote its results to"
+        )
+    traces = [_read_trace(path) for path in sorted(folder.glob(TRACE))]
+    log = _read_json(folder / LOG, list)
+    if not traces and not log:
+        raise RunError(
+            f"{str(folder)!r} has neither a trace ({TRACE}) nor a log; run with "
+            f'chainer_ooc.enable(trace="{folder / "ooc.json"}") or CHAINER_OOC_TRACE={folder / "ooc.json"}, and with '
+            "LogReport and chainer_ooc's OutOfCoreReport as extensions"
+        )
+    configs = [path for path in sorted(folder.glob(CONFIG)) if path.is_file()]
+    config = (configs[0].name, configs[0].read_text(errors="replace")) if configs else None
+    summary, estimate = (_read_json(folder / name, dict) for name in (SUMMARY, ESTIMATE))
+    return Run(folder, traces, log, config, summary, estimate)
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    if not path.is_file():
+        return kind()
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is no JSON: {error}; remove it, or run again") from error
+    if not isinstance(data, kind):
+        raise RunError(
+            f"{path} holds a JSON {type(data).__name__}, not a {kind.__name__}; remove it"
+        )
+    return data
+
+
+def _read_trace(path: Path) -> Traced:
+    document = _read_json(path, dict)
+    events = document.get("traceEvents")
+    if not isinstance(events, list):
+        raise RunError(f"{path} is no trace: it has no list traceEvents; remove it, or run again")
+    try:
+        spans = [
+            Span(
+                e.get("cat", ""),
+                e["name"],
+                e["ts"] / 1e6,
+                (e["ts"] + e.get("dur", 0)) / 1e6,
+                e.get("args", {}),
+            )
+            for e in events
+            if e["ph"] == "X"
+        ]
+        memory = sorted(
+            (e["ts"] / 1e6, next(iter(e["args"].values()))) for e in events if e["ph"] == "C"
+        )
+    except (AttributeError, KeyError, TypeError, StopIteration) as error:
+        raise RunError(f"{path} has an event that is not complete: {error!r}; run again") from error
+    spans.sort(key=lambda span: (span.start, -span.end))
+    spans = _outermost(spans)
+    return Traced(path.name, spans, memory, document.get("otherData", {}), _iterations(spans))
+
+
+def _outermost(spans: list[Span]) -> list[Span]:
+    """Leave out functions that ran inside another: a gradient's own functions."""
+    kept, end = [], float("-inf")
+    for span in spans:
+        if span.category in ("forward", "backward"):
+            if span.start < end:
+                continue
+            end = span.end
+        kept.append(span)
+    return kept
+
+
+def _iterations(spans: list[Span]) -> list[tuple[float, float]]:
+    """An iteration begins with the first function forward after one backward."""
+    starts: list[float] = []
+    before = "backward"
+    last = 0.0
+    for span in spans:
+        if span.category in ("forward", "backward"):
+            if span.category == "forward" and before == "backward":
+                starts.append(span.start)
+            before = span.category
+        last = max(last, span.end)
+    return list(zip(starts, [*starts[1:], last], strict=True))
