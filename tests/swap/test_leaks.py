@@ -130,7 +130,7 @@ def census(manager):
 
 
 #: What comes and goes with caches of the interpreter and of NumPy.
-NOISE = collections.defaultdict(int, {"objects": 60, "blocks of Python": 1500, "leaving": 60})
+NOISE = collections.defaultdict(int, {"objects": 300, "blocks of Python": 3000, "leaving": 60})
 
 
 @pytest.mark.parametrize("iterations", ITERATIONS)
