@@ -3,11 +3,11 @@
 import itertools
 import random
 
+from chainer_ooc.planning.layout import needs_of
 from chainer_ooc.planning.plan import Choice, Plan
 from chainer_ooc.planning.policies import Planned
 from chainer_ooc.planning.profile import BACKWARD, FORWARD, Profile, Rerun, Step, Storage
 from chainer_ooc.planning.rerun import can_be_made_again
-from chainer_ooc.planning.layout import needs_of
 from chainer_ooc.planning.system import System, Tier
 from chainer_ooc.planning.timeline import simulate
 

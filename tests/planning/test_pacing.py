@@ -76,7 +76,7 @@ def test_converges_under_noise_and_stays(planned, slowdown):
 
 def test_begins_stay_in_order_and_in_their_bounds(planned):
     profile, its, plan = planned
-    pacer, history = follow(profile, its, plan, 20, noise=0.3)
+    _, history = follow(profile, its, plan, 20, noise=0.3)
     for _, copies in history:
         begins = [step for step, _ in copies]
         assert begins == sorted(begins)

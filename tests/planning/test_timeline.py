@@ -17,7 +17,8 @@ KEEP, SWAP, RECOMPUTE = Choice.KEEP, Choice.SWAP, Choice.RECOMPUTE
 
 def three(rerun=None):
     """a, b, c forward, a second each; each saves 100 bytes; back, two seconds each."""
-    forward = [Step(name, FORWARD, 1.0, rerun=again) for name, again in zip("abc", (rerun, None, None), strict=True)]  # fmt: skip
+    forward = [Step(name, FORWARD, 1.0) for name in "abc"]
+    forward[0] = Step("a", FORWARD, 1.0, rerun=rerun)
     backward = [Step(name, BACKWARD, 2.0, function=n) for n, name in ((2, "c"), (1, "b"), (0, "a"))]
     storages = tuple(Storage(100, n, n + 1, (5 - n,)) for n in range(3))
     return Profile("three", "none", True, 0, (*forward, *backward), storages)
