@@ -54,6 +54,7 @@ class Hdf5Images:
         self._file: Any = None
         self._pid = 0
         self._lock = threading.Lock()
+        self._images: Any = None
         group = self._group()
         for key in ("images", "labels"):
             if key not in group or not hasattr(group[key], "shape"):
@@ -117,7 +118,7 @@ class Hdf5Images:
         return self._file[names[0]]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_lock": None}
+        return {**self.__dict__, "_file": None, "_images": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -140,7 +141,11 @@ class Hdf5Images:
 
     def _read(self, i: int) -> Any:
         try:
-            return self._group()["images"][i]
+            if self._images is None or self._pid != os.getpid():
+                self._images = self._group()[
+                    "images"
+                ]  # finding it by name takes longer than reading
+            return self._images[i]
         except (OSError, KeyError, RuntimeError) as e:
             raise InputError(
                 f"image {self.name(i)}: cannot be read ({' '.join(str(e).split())}); copy or make "
