@@ -17,6 +17,8 @@ ratio.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import hashlib
 import itertools
 import json
@@ -69,6 +71,8 @@ def _train(
     # The parameters do not depend on the size: a pass at the full one, to make them, would count in the peak.
     model = models.create(net, 224)
     model.insize = size
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what making the parameters left behind is no floor
     floor = _status("VmRSS:") + 2 * sum(p.array.nbytes for p in model.params())
     if limit is not None:
         chainer_ooc.enable(limit=limit, single_backward=True)
@@ -122,7 +126,7 @@ def measure(net: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             raise SystemExit(f"{net} {size}: in core it needs more memory than there is")
         in_core = first["peak_bytes"] if first else foreseen
         points.append((size, in_core))
-        floor = first["floor_bytes"] if first else floor
+        floor = min(first["floor_bytes"], in_core) if first else floor
         limit = int(floor + options.fraction * (in_core - floor))
         pairs = []
         for _ in range(options.repeat):

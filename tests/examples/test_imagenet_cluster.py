@@ -205,7 +205,7 @@ def executable(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_script_starts_the_copied_code_with_its_paths_whole(site, capsys, scheduler):
+def test_script_starts_the_copied_code_with_its_paths_whole(site, capsys, monkeypatch, scheduler):
     """Runs each script, with programs that show what they get in place of Python and MPI."""
     programs = site / "bin"
     programs.mkdir()
@@ -222,6 +222,9 @@ def test_script_starts_the_copied_code_with_its_paths_whole(site, capsys, schedu
     more = {"python": str(programs / "python"), "environment": {"GREETING": NASTY}}
     if scheduler == "pbs":
         more["stdout"] = f"{NASTY}$JOB_ID.out"
+    if scheduler == "local":  # its mpiexec is the one beside the interpreter
+        more = {"environment": more["environment"], "ranks_per_node": 2}
+        monkeypatch.setattr(sys, "executable", str(programs / "python"))
     configure(site, settings_of(scheduler, **more))
     script = Path(make(capsys).rstrip("\n"))
     done = subprocess.run(
