@@ -26,15 +26,24 @@ def load(config: Config, world: World, say: Callable[[str], None]) -> Data:
     Raises:
         InputError: A list, the mean or one of the first images cannot be used.
     """
-    train, val, mean, root = _paths(config, world)
-    with world.together():
-        data = build(
-            train=train,
-            val=val,
-            root=root,
-            mean=mean,
+    if config.dataset not in (None, "files"):
+        options: dict[str, Any] = {"dataset": config.dataset, "data_root": config.data_root}
+        source = (
+            f"{config.dataset} in {config.data_root}" if config.dataset != "digits" else "digits"
+        )
+    else:
+        train, val, mean, root = _paths(config, world)
+        options = {"train": train, "val": val, "root": root, "mean": mean}
+        source = f"{train} and {val}" + (" (handwritten digits)" if config.digits else "")
+
+    def make() -> Data:
+        return build(
+            **options,
             insize=config.insize,
             n_classes=config.n_classes,
+            augmentation=config.augmentation_name,
+            normalization=config.normalization,
+            cache=config.out / "data",
             enlarge=config.enlarge,
             loadtype=config.loadtype,
             workers=max(config.loaderjob, 1),
@@ -44,10 +53,14 @@ def load(config: Config, world: World, say: Callable[[str], None]) -> Data:
             ranks_here=world.intra_size,
             progress=tqdm if world.rank == 0 else None,
         )
-    say(
-        f"data: {data.n_train} training and {data.n_val} validation images of {train} and {val}"
-        + (" (handwritten digits)" if config.digits else "")
-    )
+
+    if config.normalization == "data" and world.size > 1:
+        with world.together():
+            if world.rank == 0:
+                make()  # leaves the statistics where the other ranks find them
+    with world.together():
+        data = make()
+    say(f"data: {data.n_train} training and {data.n_val} validation images of {source}")
     return data
 
 

@@ -40,7 +40,7 @@ def check_files(config: Config) -> None:
     Raises:
         InputError: A list, the mean file, a model or a snapshot is missing.
     """
-    if config.digits:
+    if config.digits or config.dataset not in (None, "files"):
         return
     train, val = config.lists
     needed: list[tuple[str, Path | None]] = [

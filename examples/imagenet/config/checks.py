@@ -24,6 +24,15 @@ def _problem(config: Config) -> str | None:
     given = {name for name in fields if getattr(config, name) != fields[name].default}
     if (config.train is None) != (config.val is None):
         return "give both list files, TRAIN and VAL, or none for the bundled digits"
+    if config.dataset == "files" and config.train is None and config.nclasses is None:
+        return "--dataset files: give TRAIN and VAL"
+    if config.dataset not in (None, "files"):
+        if config.train is not None:
+            return f"--dataset {config.dataset}: takes its files from --data-root; leave out TRAIN and VAL"
+        if config.augmentation == "mean_image":
+            return (
+                f"--augmentation mean_image: not with --dataset {config.dataset}; only with files"
+            )
     if config.ooc_limit is not None and not config.ooc:
         return f"--ooc-limit {config.ooc_limit}: only with --ooc; add --ooc"
     if config.ooc_host_limit is not None and not config.ooc:

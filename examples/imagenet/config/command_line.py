@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_args, get_origin
 import launcher
 from errors import InputError
 
-from config import defaults, files
+from config import defaults, files, recipes
 from config.job import Job
 from config.messages import _kinds, choices, suggestion, validate
 from config.schema import Config
@@ -74,6 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", "-c", type=Path, metavar="FILE", help="YAML or JSON file of settings"
     )
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="settings of an experiment by its name; what --config and "
+        "the command line say counts more (docs/recipes.md lists them)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--smoke", action="store_true", help="the recipe's network, optimizer and schedule for a "
+        "few iterations on the bundled digits, in less than a minute",
+    )  # fmt: skip
     for name, field in Config.model_fields.items():
         extra: Any = field.json_schema_extra
         if not extra["flag"]:
@@ -149,12 +157,16 @@ def merge(
     return values, origins
 
 
-def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, Job]:
-    """Returns the settings of flags, a configuration file and the defaults.
+def resolve(
+    flags: Mapping[str, Any], file: Path | None, recipe: str | None = None, smoke: bool = False
+) -> tuple[Config, Job]:
+    """Returns the settings of flags, a configuration file, a recipe and the defaults.
 
     Args:
         flags: Values by name, which count more than the file's.
-        file: The configuration file, or None.
+        file: The configuration file, or None; it counts more than the recipe.
+        recipe: Name of a recipe, or None.
+        smoke: Whether to take the recipe's small form.
 
     Raises:
         InputError: A key or a value is not allowed.
@@ -166,8 +178,13 @@ def resolve(flags: Mapping[str, Any], file: Path | None) -> tuple[Config, Job]:
         key: flag_name(key) if Config.model_fields[key].json_schema_extra["flag"] else key.upper()
         for key in flags
     }
-    values, origins = merge([(training, names), (flags, shown)])
-    if not {"train", "val", "nclasses"} & values.keys():
+    if smoke and recipe is None:
+        raise InputError("--smoke: only with --recipe NAME")
+    layers = [(training, names), (flags, shown)]
+    if recipe is not None:
+        layers.insert(0, recipes.load(recipe, smoke))
+    values, origins = merge(layers)
+    if not {"train", "val", "nclasses", "dataset"} & values.keys():
         values = {**defaults.for_digits(set(values)), **values}
     if "epoch" in flags and "iteration" not in flags:
         values.pop("iteration", None)  # the later word on the length counts
@@ -179,9 +196,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Parses the command line; a bad value ends the process with one line and status 2."""
     parser = build_parser()
     flags = _parse_flags(parser, argv)
-    file = flags.pop("config", None)
+    file, recipe = flags.pop("config", None), flags.pop("recipe", None)
+    smoke = flags.pop("smoke", False)
     try:
-        return resolve(flags, file)[0]
+        return resolve(flags, file, recipe, smoke)[0]
     except InputError as e:
         parser.error(str(e))
 

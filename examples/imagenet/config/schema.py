@@ -15,6 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 ArchName = Literal[ARCH_NAMES]
+DatasetName = Literal["files", "imagenet", "cifar10", "cifar100", "mnist", "digits"]
+AugmentationName = Literal["mean_image", "torch7", "resnet", "cifar", "none"]
 CommunicatorName = Literal[
     "pure_nccl",
     "flat",
@@ -31,6 +33,15 @@ ScheduleName = Literal["constant", "step", "regime", "slow_start", "polynomial",
 
 N_CLASSES = 1000
 """Number of classes of a network for the user's own lists."""
+
+CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10, "digits": 10}
+AUGMENTATION: dict[str, AugmentationName] = {
+    "files": "mean_image",
+    "imagenet": "resnet",
+    "cifar10": "cifar",
+    "cifar100": "cifar",
+}
+"""What is used where nothing is said, by data set; without an entry: none."""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -80,6 +91,19 @@ class Config(BaseModel):
     train: Path | None = _option(None, "data",
         "list file of training images: a path and a label on each line", flag=False)
     val: Path | None = _option(None, "data", "list file of validation images", flag=False)
+    dataset: DatasetName | None = _option(None, "data",
+        "a data set by name, from its original files in --data-root; files: what TRAIN and VAL "
+        "name (default files with TRAIN and VAL, else digits as JPEG files)")
+    data_root: Path = _option(Path("data"), "data", "folder of the files of --dataset",
+        metavar="DIR")
+    augmentation: AugmentationName | None = _option(None, "data",
+        "transform of training images: mean_image: crop and flip, less --mean; torch7: short side "
+        "to 256, crop, flip, colours; resnet: random part resized, flip; cifar: padding, crop, "
+        "flip; none (default mean_image for files; resnet for imagenet; cifar for cifar10 and "
+        "cifar100; else none)")
+    normalization: Literal["published", "data"] = _option("published", "data",
+        "mean and deviation of the channels, but for mean_image: the usual ones of the data set, "
+        "or those of up to 10,000 training images, which are kept in --out")
     nclasses: int | None = _option(None, "data",
         "number of classes; without TRAIN and VAL it names the lists in --root: train.txt and "
         "val.txt for 1000, else such as train016.txt and val016.txt", metavar="N", ge=2)
@@ -223,12 +247,18 @@ class Config(BaseModel):
     @property
     def digits(self) -> bool:
         """Whether the bundled digits are used because no list files were given."""
-        return self.train is None and self.nclasses is None
+        return self.train is None and self.nclasses is None and self.dataset is None
 
     @property
     def n_classes(self) -> int:
         """Number of outputs of the network."""
-        return 10 if self.digits else self.nclasses or N_CLASSES
+        usual = 10 if self.digits else CLASSES.get(self.dataset or "files", N_CLASSES)
+        return self.nclasses or usual
+
+    @property
+    def augmentation_name(self) -> AugmentationName:
+        """Which transform training images get."""
+        return self.augmentation or AUGMENTATION.get(self.dataset or "files", "none")
 
     @property
     def lists(self) -> tuple[Path, Path]:

@@ -1,0 +1,82 @@
+"""Recipes: configuration files that are known by name, and their small form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from arch_names import CIFAR
+from errors import InputError
+
+from config.files import read, split
+from config.messages import suggestion
+
+FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+
+SMOKE_INSIZE = {"overfeat": 71, "googlenet": 224, "vgg": 32, "cifar_vgg": 32, "alexnet": 63}
+"""Sizes of the input for networks that need more than the usual ones, by the name's beginning."""
+
+_DIGITS = 1437  # training images
+_BATCHSIZE = 4
+_DATA = ("dataset", "data_root", "augmentation", "normalization", "train", "val", "enlarge")
+_LENGTH = ("restart_shrink", "snapshot", "loaderjob", "ooc")
+
+
+def names() -> list[str]:
+    """Returns the names of all recipes."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def path_of(name: str) -> Path:
+    """Returns the file of a recipe.
+
+    Raises:
+        InputError: There is none of this name.
+    """
+    path = FOLDER / f"{name}.yaml"
+    if name not in names():
+        raise InputError(f"--recipe {name}: no such recipe{suggestion(name, names())}; "
+                         f"`ls {FOLDER}` shows them all")  # fmt: skip
+    return path
+
+
+def load(name: str, smoke: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the settings of a recipe, and what to call each in an error.
+
+    Args:
+        name: The recipe.
+        smoke: Whether to make it so small that it runs in seconds: its network, optimizer and
+            schedule for a few iterations on the bundled digits, in small images.
+
+    Raises:
+        InputError: There is no such recipe.
+    """
+    path = path_of(name)
+    settings, _ = split(read(path, "--recipe"))
+    if smoke:
+        settings = small(settings)
+    return settings, {key: f"{path}: {key}" for key in settings}
+
+
+def small(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe's settings for a few iterations on the bundled digits.
+
+    The learning rate drops, and the restart period moves on, after each iteration.
+    """
+    kept = {k: v for k, v in settings.items() if k not in (*_DATA, *_LENGTH)}
+    arch = settings.get("arch", "nin")
+    insize = max(
+        (size for start, size in SMOKE_INSIZE.items() if arch.startswith(start)),
+        default=8 if arch in CIFAR else 39 if arch == "nin" else 43 if "google" in arch else 32,
+    )
+    drops = settings.get("lr_drops", ())
+    kept.update(
+        dataset="digits",
+        insize=insize,
+        batchsize=_BATCHSIZE,
+        val_batchsize=60,
+        iteration=len(drops) + 3,
+    )
+    if drops:
+        kept["lr_drops"] = tuple((i + 1) * _BATCHSIZE / _DIGITS for i in range(len(drops)))
+    return kept
