@@ -255,5 +255,6 @@ def stopping(self):
     if self.iteration == 2:
         os.kill(os.getpid(), signal.SIGTERM)
 training.Updater.update_core = stopping
-sys.exit(train.main())
+if __name__ == "__main__":  # loader processes import this, too
+    sys.exit(train.main())
 """
