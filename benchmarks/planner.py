@@ -53,6 +53,11 @@ SYSTEMS = {
     "c2c": Case(
         Tier("host", 400e9, 400e9, latency=1e-5), "h200", "H200, NVLink-C2C, 400 GB/s each way"
     ),
+    "nvme": Case(
+        Tier("disk", 5e9, 6e9, both_bandwidth=6e9, latency=1e-4),
+        "a100",
+        "A100, NVMe, 5 GB/s out, 6 in and in all",
+    ),
     "disk": Case(
         Tier("disk", 1e9, 1e9, latency=1e-4, one_queue=True), None, "NumPy, disk, 1 GB/s in all"
     ),

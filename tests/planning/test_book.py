@@ -1,0 +1,101 @@
+import dataclasses
+import random
+
+import pytest
+
+from chainer_ooc.planning.book import PlanBook
+from chainer_ooc.planning.plan import Plan
+from chainer_ooc.planning.planner import make_plan
+from chainer_ooc.planning.policies import Planned
+from chainer_ooc.planning.timeline import simulate
+
+from .instances import chain_of, system_for
+
+
+def graph(inputs, seed=0, length=6):
+    """A chain whose functions take inputs of that shape from the fourth on."""
+    profile = chain_of(random.Random(seed), length)
+    steps = tuple(
+        dataclasses.replace(step, inputs=(inputs,) if n >= 3 else ("float32[1]",))
+        for n, step in enumerate(profile.steps)
+    )
+    return dataclasses.replace(profile, steps=steps)
+
+
+def planned(profile, seed=0):
+    its = system_for(random.Random(seed), profile, 0.3)
+    return make_plan(profile, its), its
+
+
+def run(book, profile):
+    """Return which plan was followed at each step."""
+    book.begin()
+    return [found and found[0].signature for found in map(book.advance, profile.steps)]
+
+
+def test_each_graph_follows_its_own_plan_from_where_it_differs():
+    one, two = graph("float32[8]"), graph("float32[16]")
+    book = PlanBook()
+    for profile in (one, two):
+        book.add(profile, planned(profile)[0])
+    for profile in (one, two, two, one):
+        followed = run(book, profile)
+        assert set(followed[3:]) == {profile.signature}
+        assert book.finish() == profile.signature
+
+
+def test_an_unknown_graph_is_served_on_demand_from_where_it_differs():
+    known, other = graph("float32[8]"), graph("float32[9]")
+    book = PlanBook()
+    book.add(known, planned(known)[0])
+    assert run(book, other)[:4] == [known.signature] * 3 + [None]
+    assert book.finish() is None
+    assert set(run(book, known)) == {known.signature}
+
+
+def test_an_iteration_that_ends_early_or_goes_on_has_followed_no_plan():
+    profile = graph("float32[8]")
+    book = PlanBook()
+    book.add(profile, planned(profile)[0])
+    book.begin()
+    book.advance(profile.steps[0])
+    assert book.finish() is None
+    run(book, profile)
+    assert book.advance("other update()") is None
+    assert book.finish() is None
+
+
+def test_what_was_measured_moves_the_copies_of_that_plan_alone():
+    profile = graph("float32[8]")
+    plan, its = planned(profile)
+    late = dataclasses.replace(
+        plan, copy_in=tuple((profile.storages[i].uses[0], i) for _, i in plan.copy_in)
+    )
+    assert late.copy_in
+    book = PlanBook()
+    book.add(profile, late)
+    run(book, profile)
+    book.finish(simulate(profile, its, Planned(late)))
+    book.begin()
+    now, number = book.advance(profile.steps[0])
+    assert number == 0
+    assert sum(step for step, _ in now.copy_in) < sum(step for step, _ in late.copy_in)
+
+
+def test_the_plan_of_another_graph_is_refused():
+    with pytest.raises(ValueError, match="of graph"):
+        PlanBook().add(graph("float32[8]"), Plan("other", ()))
+
+
+def test_the_plan_not_followed_for_longest_is_forgotten():
+    book = PlanBook()
+    profiles = [graph(f"float32[{n}]") for n in range(1, 35)]
+    for profile in profiles[:32]:
+        book.add(profile, Plan(profile.signature, ()))
+    run(book, profiles[0])
+    book.finish()
+    for profile in profiles[32:]:
+        book.add(profile, Plan(profile.signature, ()))
+    assert len(book) == 32
+    assert run(book, profiles[0])[-1] == profiles[0].signature
+    assert run(book, profiles[1])[-1] is None
