@@ -17,6 +17,7 @@ import chainer
 import launcher
 import yaml
 from config import Config
+from files import write_text
 from world import World
 
 import chainer_ooc
@@ -95,5 +96,5 @@ def _device_name(gpu: bool) -> str:
 def save(config: Config, found: dict[str, Any], out: Path) -> None:
     """Writes both files to ``out``; ``--config`` takes the first one to start the same run."""
     text = yaml.safe_dump(settings(config), sort_keys=False)
-    (out / CONFIG_FILE).write_text(f"# resolved settings; start it again with --config\n{text}")
-    (out / ENVIRONMENT_FILE).write_text(json.dumps(found, indent=1) + "\n")
+    write_text(out / CONFIG_FILE, f"# resolved settings; start it again with --config\n{text}")
+    write_text(out / ENVIRONMENT_FILE, json.dumps(found, indent=1) + "\n")

@@ -21,6 +21,7 @@ from config import Config
 from datasets.build import Data
 from errors import InputError
 from evaluation import AverageStatistics, Evaluator
+from files import whole_file
 from reports import megabytes
 from snapshots import RankState, Snapshots, find_snapshots, load_npz
 from training import At, Stop, Updater
@@ -75,6 +76,10 @@ class Run:
         in_core_peak = self._enable_out_of_core()
         trainer = self._trainer(images, model)
         self._resume(trainer)
+        if self.stop.reached(trainer):
+            self.say(f"the training is done: {trainer.updater.iteration} iterations")
+            self._save_model(trainer, model)
+            return 0
         self._save_provenance()
         self.stop.listen()
         trainer.run(show_loop_exception_msg=False)
@@ -238,12 +243,12 @@ class Run:
         self, trainer: training.Trainer, model: chainer.Chain, in_core_peak: int | None
     ) -> int:
         """Writes the results; returns the exit status."""
-        config, updater = self.config, trainer.updater
+        updater = trainer.updater
         status = 128 + self.stop.agreed if self.stop.agreed else 0
         if self.world.rank != 0:
             return status
         self.reports.finish(
-            updater, in_core_peak, provenance.settings(config), self.environment["versions"]
+            updater, in_core_peak, provenance.settings(self.config), self.environment["versions"]
         )
         if self.stop.agreed:
             self.say(
@@ -251,6 +256,11 @@ class Run:
                 f"continue with --resume {self.snapshots.latest}"
             )
             return status
-        model_path = config.out / f"model_iter_{updater.iteration}"
-        chainer.serializers.save_npz(str(model_path), model, compression=False)
+        self._save_model(trainer, model)
         return 0
+
+    def _save_model(self, trainer: training.Trainer, model: chainer.Chain) -> None:
+        if self.world.rank == 0:
+            path = self.config.out / f"model_iter_{trainer.updater.iteration}"
+            with whole_file(path) as partial:
+                chainer.serializers.save_npz(str(partial), model, compression=False)

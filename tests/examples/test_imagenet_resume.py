@@ -190,6 +190,9 @@ def check_killed(train, lists, tmp_path, times, iterations, after, rng):
     assert any(statuses), "no run was killed"
     done = train(*args, ranks=2)
     assert "resumed from" in done.stdout
+    summary = (out / "summary.json").read_text()
+    assert f"the training is done: {iterations} iterations" in train(*args, ranks=2).stdout
+    assert (out / "summary.json").read_text() == summary
     train(*fixed, "-o", tmp_path / "whole", ranks=2)
     assert_same_parameters(parameters(tmp_path / "whole", iterations), parameters(out, iterations))
     histories = [json.loads((tmp_path / x / "log").read_text()) for x in ("whole", "killed")]
