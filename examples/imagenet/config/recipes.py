@@ -13,8 +13,14 @@ from config.messages import suggestion
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 
-SMOKE_INSIZE = {"overfeat": 71, "googlenet": 224, "vgg": 32, "cifar_vgg": 32, "alexnet": 63}
-"""Sizes of the input for networks that need more than the usual ones, by the name's beginning."""
+SMOKE_INSIZE = {
+    "alexnet": 63,
+    "cifar_vgg": 32,
+    "googlenet": 43,
+    "nin": 39,
+    "overfeat": 71,
+}
+"""Sizes of the input by the beginning of a network's name, where the usual ones do not do."""
 
 _DIGITS = 1437  # training images
 _BATCHSIZE = 4
@@ -65,10 +71,8 @@ def small(settings: dict[str, Any]) -> dict[str, Any]:
     """
     kept = {k: v for k, v in settings.items() if k not in (*_DATA, *_LENGTH)}
     arch = settings.get("arch", "nin")
-    insize = max(
-        (size for start, size in SMOKE_INSIZE.items() if arch.startswith(start)),
-        default=8 if arch in CIFAR else 39 if arch == "nin" else 43 if "google" in arch else 32,
-    )
+    usual = 8 if arch in CIFAR else 32
+    insize = next((n for start, n in SMOKE_INSIZE.items() if arch.startswith(start)), usual)
     drops = settings.get("lr_drops", ())
     kept.update(
         dataset="digits",
