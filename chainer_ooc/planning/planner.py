@@ -49,7 +49,8 @@ class Trial:
     @property
     def cost(self) -> tuple[int, float]:
         """What is compared: first that it fits, then time."""
-        return self.timeline.over_bytes, self.timeline.seconds
+        timeline = self.timeline
+        return timeline.over_bytes + timeline.unplaced_bytes, timeline.seconds
 
 
 Costs = dict[int, tuple[int, float]]
@@ -172,8 +173,8 @@ def make_plan(profile: Profile, system: System) -> Plan:
     for _ in range(_PACES if best.plan.copy_in else 0):
         plan = pacer.update(timeline)
         timeline = simulate(profile, system, Planned(plan))
-        if (timeline.over_bytes, timeline.seconds) <= best.cost:
-            best = dataclasses.replace(best, plan=plan, timeline=timeline)
+        trial = dataclasses.replace(best, plan=plan, timeline=timeline)
+        best = trial if trial.cost <= best.cost else best
     return dataclasses.replace(
         best.plan,
         seconds=best.timeline.seconds,

@@ -44,6 +44,7 @@ class Timeline:
         reruns: What was run again: (before this step, forward steps in order).
         intervals: All that took time, if asked for.
         memory: (seconds, bytes) whenever memory changed, if asked for.
+        unplaced_bytes: Copies that no tier had room for: the executor could not have made them.
     """
 
     seconds: float
@@ -60,3 +61,4 @@ class Timeline:
     reruns: list[tuple[int, tuple[int, ...]]]
     intervals: list[Interval]
     memory: list[tuple[float, int]]
+    unplaced_bytes: int = 0

@@ -143,6 +143,18 @@ def test_effort_is_bounded(monkeypatch):
     assert simulated <= planner.EFFORT + 8 * len(profile.steps)
 
 
+def test_a_plan_does_with_the_room_outside():
+    profile = recorded("resnet50")
+    its = limited(profile, 0.5, 1e9)
+    unlimited = simulate(profile, its, Planned(make_plan(profile, its)))
+    room = unlimited.bytes_out // 2
+    its = dataclasses.replace(its, tiers=(dataclasses.replace(its.tiers[0], capacity=room),))
+    timeline = simulate(profile, its, Planned(make_plan(profile, its)))
+    assert timeline.unplaced_bytes == timeline.over_bytes == 0
+    assert timeline.bytes_out <= room
+    assert timeline.rerun_seconds > unlimited.rerun_seconds
+
+
 def test_below_the_floor_the_plan_says_by_how_much():
     profile = recorded("googlenet")
     its = System(int(0.9 * profile.floor_bytes), (Tier("host", 1e9, 1e9),), margin=0.0)
