@@ -351,7 +351,7 @@ def _process_bytes(model: Any) -> int:
     arrays = 0
     if model is not None:
         arrays = sum(
-            a.nbytes for p in model.params() for a in (p.array, p.grad) if a is not None
+            a.nbytes for p in model.params() for a in (p.array, p.__dict__.get("_grad")) if a is not None
         )  # fmt: skip
     return max(psutil.Process().memory_info().rss - arrays, 64 << 20)
 

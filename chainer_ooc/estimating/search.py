@@ -8,7 +8,9 @@ from typing import NamedTuple
 __all__ = ["Fits", "largest"]
 
 #: Trials at most for one answer.
-_TRIALS = 8
+_TRIALS = 20
+#: Sizes beyond so many times the first are not looked at.
+_FARTHEST = 4096
 
 
 class Fits(NamedTuple):
@@ -57,28 +59,29 @@ def _largest(
     multiple: int,
     power: int,
 ) -> int | None:
-    """Secant steps between the largest size known to fit and the smallest known not to."""
+    """Secant steps from the largest size known to fit towards the smallest known not to, and bisection."""
     start = next(iter(tried))
-    for _ in range(_TRIALS):
+    step = multiple
+    for number in range(_TRIALS):
         known = sorted((size, fits[index]) for size, fits in tried.items() if fits is not None)
-        fitting = [size for size, taken in known if taken <= limit]
+        low = max((size for size, taken in known if taken <= limit), default=0)
+        # A larger size that is not allowed is a bound, too.
         failing = [size for size, taken in known if taken > limit]
-        low = max(fitting, default=0)
+        failing += [size for size, fits in tried.items() if fits is None and size > low]
         high = min(failing, default=0)
-        if high and high - low <= multiple:
+        least = low // multiple * multiple + multiple
+        if high and least >= high:
             break
-        guess = _secant(known, limit, power, low, start)
-        guess = guess // multiple * multiple
-        guess = max(guess, low + multiple)
-        if high:
-            guess = min(guess, high - multiple)
-        guess = max(guess // multiple * multiple, multiple)
-        if guess in tried:
-            guess += multiple
-            if guess in tried or (high and guess >= high):
-                break
-        if take(guess) is None:
+        middle = (low + high) // 2 // multiple * multiple
+        guess = _secant(known, limit, power, low, start) // multiple * multiple
+        # Where the secant falls short again and again, steps double.
+        guess = max(guess, least + step - multiple)
+        if high and (guess >= high or number % 2):
+            guess = max(middle, least)
+        if guess > _FARTHEST * start:
             break
+        fits = take(guess)
+        step = 2 * step if fits is not None and fits[index] <= limit else multiple
     sizes = [s for s, fits in tried.items() if fits is not None and fits[index] <= limit]
     return max(sizes, default=None)
 

@@ -217,7 +217,8 @@ class ShapeArray(np.ndarray):
 
     def tolist(self) -> Any:
         _read(self)
-        return np.zeros(self.shape, self.dtype).tolist()
+        zero = np.ndarray((), self.dtype, bytes(self.itemsize))
+        return np.broadcast_to(zero, self.shape).tolist()
 
     def __bool__(self) -> bool:
         _read(self)

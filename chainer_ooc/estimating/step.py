@@ -101,7 +101,6 @@ def record(
     import chainer
     from chainer import reporter
 
-    gc.collect()
     ledger = Ledger()
     watch = _watch_class()(ledger, keep_on_gpu)
     outer = reporter._get_reporters()[:]
@@ -113,6 +112,7 @@ def record(
         stack.enter_context(without_data(ledger))
         stack.callback(lambda: reporter._get_reporters().extend(outer))
         reporter._get_reporters().clear()
+        stack.enter_context(_without_collector())
         stack.enter_context(_borrowed(model, ledger))
         parameter_bytes = ledger.live_bytes
         inputs = make_inputs()
@@ -123,6 +123,7 @@ def record(
         for _ in range(steps):
             before = {number for node in watch.nodes for number in node.saved}
             first_event = len(ledger.events)
+            gc.collect()
             watch.restart()
             with watch:
                 update.update(lambda *args: watch.graph_is_complete(_loss(model, args)), *inputs)
@@ -146,6 +147,18 @@ def record(
         fixed_bytes,
         list(ledger.notes),
     )
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Let reference cycles live until a step has ended, so that equal steps give equal figures."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _NoUpdate:

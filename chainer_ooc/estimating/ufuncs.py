@@ -197,5 +197,7 @@ def _small_like(dtype: np.dtype, shape: tuple[int, ...], strides: tuple[int, ...
     strides = tuple([1 << ranks.index(abs(stride)) if stride else 0 for stride in strides])
     shape = tuple([min(n, 2) for n in shape])
     elements = 1 + sum(stride * (n - 1) for stride, n in zip(strides, shape, strict=True) if n)
-    memory = np.zeros(max(elements, 1), dtype)
+    memory = bytearray(
+        max(elements, 1) * dtype.itemsize
+    )  # not an array: those have no elements here
     return np.ndarray(shape, dtype, memory, 0, [stride * dtype.itemsize for stride in strides])

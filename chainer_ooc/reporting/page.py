@@ -127,8 +127,8 @@ def _traced(trace: Traced) -> list[_Section]:
         ),
         _Section(
             "One iteration",
-            f"Number {number + 1}, of the median length, {seconds(end - start)}. Copies beside computation cost nothing; "
-            " where computation pauses, the second lane tells that it waited.",
+            f"Number {number + 1}, of the median length, {seconds(end - start)}. Copies beside computing cost nothing; "
+            "where computation pauses, the second lane tells that it waited.",
             (
                 ("report-timeline.svg", svg.timeline(trace, start, end)),
                 ("report-iteration.svg", svg.memory_curve(trace, start, end)),

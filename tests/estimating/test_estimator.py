@@ -1,0 +1,280 @@
+"""estimate(): figures that real runs confirm, errors that say what to do, a model that stays as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+import pytest
+
+import chainer_ooc
+from chainer_ooc.__main__ import main
+from chainer_ooc.errors import SettingError
+from chainer_ooc.estimating import nets
+from chainer_ooc.estimating.errors import EstimateError
+
+MIB = 1 << 20
+
+
+class Net(chainer.Chain):
+    """Convolutions, batch normalization, dropout, pooling; parameters that wait for the first input."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        with self.init_scope():
+            self.conv = L.Convolution2D(None, width, 3, pad=1)
+            self.norm = L.BatchNormalization(width)
+            self.conv2 = L.Convolution2D(width, width, 3, pad=1)
+            self.out = L.Linear(None, 10)
+
+    def forward(self, x, t):
+        h = F.relu(self.norm(self.conv(x)))
+        h = F.dropout(F.relu(self.conv2(h)))
+        h = F.max_pooling_2d(h, 4)
+        self.loss = F.softmax_cross_entropy(self.out(h), t)
+        return self.loss
+
+
+def estimate(model=None, inputs=(32, 4), **options):
+    options = {"search": False, "device": "h200", **options}
+    return chainer_ooc.estimate(Net() if model is None else model, inputs, **options)
+
+
+def test_saved_and_parameters_are_exact():
+    """The hand count: what backward needs, of 4 images of 32 x 32 in float32."""
+    result = estimate(device="h200", inputs=(64, 4))
+    maps = 4 * 16 * 64 * 64 * 4
+    pooled = maps // 16
+    # Kept: the convolutions' outputs where something needs them (batch normalization's input, relu's outputs),
+    # dropout's mask, and with cuDNN the pooling's input and output.
+    assert result.saved_bytes == 5 * maps + pooled
+    floats = (3 * 9 + 1) * 16 + 2 * 16 + (16 * 9 + 1) * 16 + (16 * 16 * 16 + 1) * 10
+    assert (result.parameter_bytes, result.state_bytes) == (4 * floats, 4 * floats)
+    assert estimate(optimizer="adam").state_bytes == 2 * estimate().state_bytes
+    assert estimate(optimizer=None).state_bytes == 0
+
+
+def test_flops_are_those_of_the_products():
+    model = chainer.Sequential(L.Linear(64, 32), F.relu, L.Linear(32, 8))
+    result = estimate(L.Classifier(model), [((16, 64), "f"), np.zeros(16, "i")])
+    # Forward, the gradient of the weights, and that of all inputs but the first.
+    assert result.flops == 2 * 16 * (2 * 64 * 32 + 3 * 32 * 8)
+
+
+CHILD = """
+import sys, chainer_ooc, chainer, numpy as np
+from tests.estimating.real_nets import NETS
+def status(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+np.ones((64, 64), "f") @ np.ones((64, 64), "f")  # BLAS's own memory
+base = status("VmRSS:")
+model, *inputs = NETS[sys.argv[1]]()
+optimizer = chainer.optimizers.MomentumSGD().setup(model)
+for _ in range(2):
+    optimizer.update(model, *inputs)
+print(status("VmHWM:") - base)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pyramid", "recurrent", "translator"])
+def test_peak_in_core_is_that_of_a_real_run(name):
+    from tests.estimating.real_nets import NETS
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, name],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    measured = int(done.stdout.split()[-1])
+    model, *inputs = NETS[name]()
+    result = chainer_ooc.estimate(model, inputs, device="cpu", search=False, limit="1TiB")
+    foreseen = result.peak_in_core_bytes - result.process_bytes
+    assert measured > 50 * MIB
+    assert foreseen == pytest.approx(measured, rel=0.1)
+
+
+def test_the_model_stays_as_it_was():
+    model = Net()
+    given = {name: p.array for name, p in model.namedparams() if p.array is not None}
+    copies = {name: a.copy() for name, a in given.items()}
+    persistent = model.norm.avg_mean, model.norm.avg_mean.copy()
+    state = np.random.get_state()[1].copy()
+    attributes = set(vars(model))
+    estimate(model, device="cpu", limit="1TiB")
+    assert model.conv.W.array is None and model.out.W.array is None
+    for name, p in model.namedparams():
+        if name in given:
+            assert p.array is given[name]
+            np.testing.assert_array_equal(p.array, copies[name])
+    assert model.norm.avg_mean is persistent[0]
+    np.testing.assert_array_equal(*persistent)
+    assert set(vars(model)) == attributes
+    assert (np.random.get_state()[1] == state).all()
+    assert all(p.update_rule is None for p in model.params())
+    # And it trains.
+    x, t = np.random.rand(2, 3, 32, 32).astype("f"), np.zeros(2, "i")
+    optimizer = chainer.optimizers.SGD().setup(model)
+    optimizer.update(model, x, t)
+    assert type(model.conv.W.array) is np.ndarray
+
+
+def test_it_stays_so_when_it_fails():
+    model = Net()
+    with pytest.raises(EstimateError, match=r"does not run on these inputs.*ValueError"):
+        estimate(model, [((4, 3, 32), "f"), np.zeros(4, "i")])
+    assert model.conv.W.array is None
+    assert type(np.zeros((256, 256))) is np.ndarray
+
+
+def test_out_of_core_mode_does_not_matter(tmp_path):
+    expected = estimate(inputs=(64, 4))
+    with chainer_ooc.out_of_core_mode(swap_all=True, swap_dir=tmp_path):
+        before = chainer_ooc.stats().bytes_out
+        assert estimate(inputs=(64, 4)).saved_bytes == expected.saved_bytes
+        assert chainer_ooc.stats().bytes_out == before
+
+
+def test_less_memory_moves_more_and_takes_longer():
+    in_core = estimate(inputs=(224, 8))
+    assert in_core.fits_in_core and in_core.bytes_out == 0
+    results = []
+    for share in (0.8, 0.5, 0.2):
+        limit = in_core.floor_bytes + int(
+            share * (in_core.peak_in_core_bytes - in_core.floor_bytes)
+        )
+        results.append(estimate(inputs=(224, 8), limit=limit))
+        assert not results[-1].fits_in_core
+        assert results[-1].peak_bytes <= limit
+    moved = [0, *(r.bytes_out for r in results)]
+    assert moved == sorted(moved) and moved[-1] > moved[1] > 0
+    times = [in_core.step_seconds, *(r.step_seconds for r in results)]
+    assert times == sorted(times)
+    assert "PCIe 5" in results[-1].bottleneck
+
+
+def test_below_the_floor_it_says_what_makes_it():
+    floor = estimate(inputs=(224, 8)).floor_bytes
+    estimate(inputs=(224, 8), limit=floor)
+    with pytest.raises(
+        EstimateError, match=r"limit=.* is below the .* at the least: \w+ (forward|backward)"
+    ):
+        estimate(inputs=(224, 8), limit=floor - 1)
+
+
+def test_largest_sizes_are_the_largest():
+    options = {"limit": "200MiB", "inputs": (64, 16)}
+    found = estimate(search=True, **options).largest
+    for key, at in (("batchsize", lambda n: (64, n)), ("insize", lambda n: (n, 16))):
+        step = 1 if key == "batchsize" else 32
+        for which, takes in (("in_core", "peak_in_core_bytes"), ("out_of_core", "floor_bytes")):
+            size = found[key][which]
+            fitting, more = (
+                getattr(estimate(inputs=at(n), limit="1TiB"), takes) for n in (size, size + step)
+            )
+            assert fitting <= 200 * MIB < more
+
+
+def test_graph_of_sequences_of_several_lengths():
+    class Tagger(chainer.Chain):
+        def __init__(self):
+            super().__init__()
+            with self.init_scope():
+                self.embed = L.EmbedID(1000, 32)
+                self.lstm = L.NStepLSTM(1, 32, 64, 0.2)
+                self.out = L.Linear(64, 5)
+
+        def forward(self, xs):
+            _, _, ys = self.lstm(None, None, [self.embed(x) for x in xs])
+            return F.sum(self.out(F.concat(ys, axis=0)))
+
+    lengths = [8, 5, 2]
+    xs = [np.arange(n, dtype=np.int32) for n in lengths]
+    result = estimate(Tagger(), [xs])
+    twice = estimate(Tagger(), [[np.arange(2 * n, dtype=np.int32) for n in lengths]])
+    assert 1.5 < twice.flops / result.flops < 2.5
+    assert result.batchsize is None
+
+
+def test_a_model_without_a_loss():
+    result = estimate(chainer.Sequential(L.Linear(8, 4)), [((2, 8), "f")])
+    assert any("returns no loss" in text for text in result.assumed)
+    with pytest.raises(EstimateError, match="no float variable"):
+        estimate(chainer.Sequential(lambda x: {"size": x.size}), [((2, 8), "f")])
+
+
+def test_names_and_files(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+            import chainer.links as L, numpy as np
+            def net(insize):
+                return L.Classifier(L.Linear(3 * insize * insize, 4))
+            def pair():
+                return L.Classifier(L.Linear(6, 4)), np.random.rand(5, 6).astype("f"), np.zeros(5, "i")
+            def other():
+                return 3
+        """)
+    )
+    monkeypatch.chdir(tmp_path)
+    assert estimate("mine.py:net", (8, 2)).parameter_bytes == 4 * 4 * (3 * 64 + 1)
+    assert estimate("mine:pair", (8, 2)).batchsize == 5
+    with pytest.raises(EstimateError, match=r"must return a chainer.Link"):
+        estimate("mine.py:other", (8, 2))
+    with pytest.raises(EstimateError, match=r"no callable 'wrong'; it has .*net"):
+        estimate("mine.py:wrong", (8, 2))
+    with pytest.raises(EstimateError, match=r"cannot be imported.*absent.py"):
+        estimate("absent.py:net", (8, 2))
+    assert {"vgg16", "googlenet", "resnet50"} <= set(nets.names())
+
+
+WRONG = {
+    "device": ({"device": "h20"}, r"device='h20' is not known \(did you mean 'h200'\?\); choose one of cpu, p100"),
+    "network": ({"model": "resnt50"}, r"no network 'resnt50' \(did you mean 'resnet50'\?\); choose one of "),
+    "optimizer": ({"optimizer": "momentum"}, r"optimizer='momentum' is not known .*MomentumSGD"),
+    "insize": ({"model": "googlenet", "inputs": (230, 2)}, r"insize=230: googlenet takes "),
+    "batchsize": ({"inputs": (32, 0)}, r"batchsize=0 is not allowed; give a whole number >= 1"),
+    "inputs": ({"inputs": "x"}, r"inputs='x' is not allowed; give \(insize, batchsize\)"),
+    "model": ({"model": len}, r"model is of type builtin_function_or_method; give a chainer.Link"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors(case):
+    options, message = WRONG[case]
+    with pytest.raises(EstimateError, match=message):
+        estimate(**options)
+
+
+def test_wrong_limit():
+    with pytest.raises(SettingError, match="limit='lots' is not"):
+        estimate(limit="lots")
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import chainer.links as L\ndef net(insize): return L.Classifier(L.Linear(3 * insize ** 2, 4))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["estimate", "mine.py:net", "--insize", "16", "--batchsize", "8", "--device", "v100"]
+    assert main([*command, "--json", "--no-search"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = chainer_ooc.estimate("mine.py:net", (16, 8), device="v100", search=False)
+    for key in ("peak_in_core_bytes", "peak_bytes", "bytes_out", "bytes_in", "step_seconds"):
+        assert found[key] == getattr(expected, key)
+    assert main([*command, "--limit", "8GiB"]) == 0
+    text = capsys.readouterr().out
+    for words in ("peak in core", "moves", "largest batchsize", "bottleneck", "V100", "assumed"):
+        assert words in text
+    assert main(["estimate", "mine.py:net", "--device", "v10"]) == 2
+    assert capsys.readouterr().err.startswith("chainer_ooc estimate: device='v10'")
