@@ -138,7 +138,7 @@ def test_progress_in_a_file_is_ever_rarer_lines(capsys, monkeypatch):
     assert max(numpy.diff(done)) == 60
     assert len(done) < 25
     assert lines[-1] == ("900/1000  13:20<01:40  loss 0.900  32 images/s  peak 5.00 GiB of 6.00 GiB"
-                         "  swap 3.00 GiB/it  data 25%")  # fmt: skip
+                         "  swap 3.00 GiB/it  step 2 s  data 25%")  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [160, 80, 50, 30])

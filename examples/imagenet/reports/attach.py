@@ -126,7 +126,7 @@ class Reports:
             updater: The run's updater, with its ``seconds`` and ``n_updates``.
             in_core_peak_bytes: Measured peak of an in-core step, None if it was not measured.
             configuration: The resolved configuration, for the report.
-            versions: Versions of what the run used; None: found out here.
+            versions: Versions of what the run used, for the report.
         """
         if self._world.rank != 0:
             return
@@ -142,6 +142,6 @@ class Reports:
             updater,
             pictures,
             configuration or {},
-            versions,
+            versions or {},
         )
         print_summary(summary, self._out)

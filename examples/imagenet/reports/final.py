@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import os
-import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import chainer_ooc
 from reports.figures import Synchronize
 from reports.history import History
 from reports.units import duration, gibibytes, write_atomically
-
-PACKAGES = ("chainer_ooc", "chainer", "numpy", "cupy", "mpi4py", "pillow", "simplejpeg")
 
 
 def write_report(
@@ -31,7 +23,7 @@ def write_report(
     updater: Any,
     pictures: Iterable[Path],
     configuration: Mapping[str, Any],
-    versions: Mapping[str, Any] | None = None,
+    versions: Mapping[str, Any],
 ) -> Path:
     """Writes report.md: outcome, memory, time, configuration, versions, plots.
 
@@ -43,7 +35,7 @@ def write_report(
         updater: The run's updater.
         pictures: Plots, in ``out``.
         configuration: The resolved configuration.
-        versions: Versions of what the run used; None: found out here.
+        versions: Versions of what the run used; what is None is left out.
 
     Returns:
         The file.
@@ -55,7 +47,7 @@ def write_report(
         _section("Memory", _memory(summary)),
         _section("Out of core", _out_of_core(summary)),
         _section("Configuration", configuration.items()),
-        _section("Versions", (find_versions() if versions is None else versions).items()),
+        _section("Versions", versions.items()),
         "".join(f"![{picture.stem}]({picture.name})\n" for picture in pictures),
     ]
     text = "\n".join(section for section in sections if section)
@@ -67,35 +59,6 @@ def write_report(
 def command_line() -> str:
     """Returns the command line of this process, as a shell reads it."""
     return shlex.join([Path(sys.executable).name, *sys.argv])
-
-
-def find_versions() -> dict[str, str]:
-    """Returns versions of Python, the packages, the system, the machine and the code."""
-    found = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            if name == "chainer_ooc":  # runs from its sources
-                found[name] = chainer_ooc.__version__
-    found["system"] = f"{platform.system()} {platform.release()}"
-    memory = gibibytes(psutil.virtual_memory().total)
-    found["machine"] = f"{platform.node()}, {os.cpu_count()} cores, {memory}"
-    commit = _commit()
-    if commit:
-        found["code"] = commit
-    return found
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 20}
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, **options).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **options).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return f"commit {commit}" + (" with changes" if changed else "")
 
 
 def _section(title: str, rows: Iterable[tuple[str, Any]]) -> str:

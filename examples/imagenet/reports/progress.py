@@ -154,6 +154,7 @@ class Progress(training.Extension):
         costs = [
             f"{step.images / step.seconds:.3g} images/s",
             f"peak {memory}",
+            f"step {step.seconds:.3g} s",
             f"data {step.data_seconds / step.seconds:.0%}",
         ]
         if step.swapped_bytes:
