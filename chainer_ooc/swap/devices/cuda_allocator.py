@@ -130,8 +130,7 @@ def out_of_memory_class(cupy: Any) -> type[errors.OutOfMemoryError]:
     class OutOfMemoryError(errors.OutOfMemoryError, cupy.cuda.memory.OutOfMemoryError):
         """The GPU's memory does not hold what must be there at one time."""
 
-        def __init__(self, message: str) -> None:
-            Exception.__init__(self, message)
+        __init__ = Exception.__init__  # CuPy's wants sizes
 
         def __reduce__(self) -> tuple[Any, ...]:
             return errors.OutOfMemoryError, self.args

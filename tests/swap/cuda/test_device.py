@@ -16,6 +16,7 @@ from chainer_ooc.swap.devices.cuda import CudaDevice
 from chainer_ooc.swap.devices.cuda import _abandoned as abandoned
 from chainer_ooc.swap.devices.cuda_transfers import FailedTransfer
 from chainer_ooc.swap.storage import Layout
+from chainer_ooc.testing.adopted_arrays import AdoptedArrays
 from tests.swap.cuda.conftest import UNIT
 
 
@@ -257,6 +258,11 @@ def test_a_copy_that_cannot_be_begun_fails_when_it_is_joined(make_rig, host_limi
     assert (array_of(rig, owner).get() == 6).all()
 
 
+def test_arrays_may_be_of_another_kind(rig, tmp_path):
+    arrays = AdoptedArrays(rig.cupy)
+    assert CudaDevice(rig.cupy, 0, str(tmp_path), 0, arrays).arrays is arrays
+
+
 def test_which_arrays_stay(rig, monkeypatch):
     array = rig.array(1.0)
     assert rig.device.locate(array).nbytes == UNIT
@@ -427,7 +433,7 @@ def test_the_file_may_move(make_rig, tmp_path):
 
 def test_a_forked_child_has_nothing_and_destroys_nothing(make_rig, tmp_path):
     rig = make_rig()
-    device = CudaDevice(rig.cupy, 0, str(tmp_path), 6 * UNIT)
+    device = CudaDevice(rig.cupy, 0, str(tmp_path), 7 * UNIT)
     for value in range(4):
         out = device.copy_out(rig.owner(value), 0, UNIT)
         out.wait()
@@ -438,7 +444,9 @@ def test_a_forked_child_has_nothing_and_destroys_nothing(make_rig, tmp_path):
     out.copy.free()
     assert rig.cupy.pinned == before
     assert device.host.slab.allocate(1) is None
-    assert device.disk.staging.allocate(1) is None
+    device.host.slab.close()
+    device.disk.staging.close()
+    assert rig.cupy.pinned == before
     del device, out
     gc.collect()
     assert all(reference() is not None for reference in kept)

@@ -199,6 +199,16 @@ def test_a_reader_who_may_write_makes_the_copy_worthless(rig):
     assert rig.device.host.slab.allocated == 512
 
 
+def test_what_cannot_be_written_to_keeps_its_copy(rig):
+    array = rig.array(1.0)
+    array.flags.writeable = False
+    saved = rig.manager.save(array, "f")
+    del array
+    rig.manager.move_all_out()
+    rig.manager.read(saved, trusted=False)
+    assert saved.storage.state is State.BOTH
+
+
 def test_backward_may_give_an_array_away(rig):
     saved = [rig.save(float(i)) for i in range(2)]
     rig.manager.move_all_out()
@@ -499,6 +509,15 @@ def test_verify_notices_a_write_and_a_broken_copy(make_rig):
     rig.cupy.synchronize()
     ctypes.memset(other.storage.copy.address, 0, 8)
     assert values([other]) == [0]  # nobody looks
+
+
+def test_verify_looks_at_what_is_here_when_it_is_used(rig):
+    rig.settings = Settings(limit=8 * UNIT, min_bytes=1, verify=True)
+    saved = rig.save(1.0)
+    rig.manager.fetch([saved], trusted=True)
+    rig.manager.read(saved, trusted=False).add(1)
+    with pytest.warns(RuntimeWarning, match="modified in place"):
+        rig.manager.fetch([saved], trusted=True)
 
 
 def test_after_a_fork_the_parents_is_let_alone(make_rig, monkeypatch):
