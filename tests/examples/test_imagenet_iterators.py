@@ -54,7 +54,10 @@ if __name__ == "__main__":
             print(loadtype, workers, hashlib.sha256(repr(examples).encode()).hexdigest())
             it.finalize()
         val = make_iterator(data.val, 4, iterator="process", workers=2, repeat=False)
-        print([int(y) for b in val for _, y in b])
+        first = [int(y) for b in val for _, y in b]
+        val.reset()
+        assert [int(y) for b in val for _, y in b] == first
+        print(first)
         val.finalize()
 """)  # fmt: skip
     done = run_python(script)
