@@ -36,20 +36,8 @@ def orders(profile: Profile, units: Order) -> Iterator[Order]:
         units: What can be made again, the cheapest per byte first.
     """
     yield units
-    # No re-run that needs another one.
-    reads: dict[frozenset[int], set[int]] = {}
-    for unit in units:
-        _, needed = chain(profile, unit, lambda i: bool(profile.storages[i].uses))
-        reads[unit] = set(needed)
-    alone: Order = []
-    dropped: set[int] = set()
-    needed_by: set[int] = set()
-    for unit in units:
-        if not (unit & needed_by or reads[unit] & dropped):
-            alone.append(unit)
-            dropped |= unit
-            needed_by |= reads[unit]
-    yield alone
+    for depth in (1, 2, 4):
+        yield _chains(profile, units, depth)
     # One kind of function after the other, the one with most bytes first.
     kinds: dict[str, Order] = {}
     for unit in units:
@@ -64,3 +52,43 @@ def orders(profile: Profile, units: Order) -> Iterator[Order]:
     forward = sorted(units, key=min)
     for length in (3, 6, 12, 2):
         yield [unit for n, unit in enumerate(forward) if n % (length + 1)]
+
+
+def _chains(profile: Profile, units: Order, most: int) -> Order:
+    """Return units of which re-runs need one another only so many times in a row, the cheapest first."""
+    reads: dict[frozenset[int], set[int]] = {}
+    for unit in units:
+        _, needed = chain(profile, unit, lambda i: bool(profile.storages[i].uses))
+        reads[unit] = set(needed)
+    readers: dict[int, list[frozenset[int]]] = {}
+    for unit, read in reads.items():
+        for i in read:
+            readers.setdefault(i, []).append(unit)
+    of = {i: unit for unit in units for i in unit}
+    # How long the chain of re-runs is down to each chosen unit, and up from it.
+    down: dict[frozenset[int], int] = {}
+    up: dict[frozenset[int], int] = {}
+
+    def below(unit: frozenset[int]) -> list[frozenset[int]]:
+        return [of[i] for i in reads[unit] if i in of and of[i] in down]
+
+    def above(unit: frozenset[int]) -> list[frozenset[int]]:
+        return [reader for i in unit for reader in readers.get(i, ()) if reader in up]
+
+    chosen: Order = []
+    for unit in units:
+        lower = 1 + max((down[other] for other in below(unit)), default=0)
+        upper = 1 + max((up[other] for other in above(unit)), default=0)
+        if lower + upper - 1 > most:
+            continue
+        chosen.append(unit)
+        for lengths, length, further in ((down, lower, above), (up, upper, below)):
+            lengths[unit] = length
+            todo = [unit]
+            while todo:
+                current = todo.pop()
+                for other in further(current):
+                    if lengths.get(other, 0) <= lengths[current]:
+                        lengths[other] = lengths[current] + 1
+                        todo.append(other)
+    return chosen

@@ -22,6 +22,8 @@ __all__ = ["make_plan"]
 EFFORT = 50_000
 #: A step time this near to the bound is not improved on.
 ENOUGH = 1.002
+#: Of how many ways of choosing what to drop the best amount is looked for.
+_REFINED = 3
 #: How many of the first trials are improved.
 _STARTS = 3
 #: How often copies in are moved towards their use.
@@ -51,9 +53,6 @@ class Trial:
         """What is compared: first that it fits, then time."""
         timeline = self.timeline
         return timeline.over_bytes + timeline.unplaced_bytes, timeline.seconds
-
-
-Costs = dict[int, tuple[int, float]]
 
 
 class Search:
@@ -93,30 +92,27 @@ class Search:
         timeline = simulate(self.profile, self.system, Planned(plan))
         return Trial(dropped, kept, headroom, plan, timeline)
 
-    def start(self, units: list[frozenset[int]]) -> None:
-        """Try what differs widely, of each way of choosing as much as is best."""
+    def start(self, units: Order) -> None:
+        """Try what differs widely: all ways of choosing what to drop, and of the best as much as is best."""
         none: frozenset[int] = frozenset()
         for headroom in self.headrooms:
             self.try_it(none, headroom)
-        spent, whole = 0, self.left
-        for order in orders(self.profile, units):
-            costs = {0: self.try_it(none).cost}
 
-            def cost(count: int, order: Order = order, costs: Costs = costs) -> tuple[int, float]:
-                if count not in costs:
-                    costs[count] = self.try_it(none.union(*order[:count])).cost
-                return costs[count]
+        def cost(order: Order, count: int) -> tuple[int, float]:
+            return self.try_it(none.union(*order[:count])).cost
 
-            size = len(order)
-            best = min((round(size * part / 4) for part in range(5)), key=cost)
-            step = size // 8
-            for _ in range(2):
-                near = (max(0, best - step), best, min(size, best + step))
-                best = min(near, key=cost)
+        screened = []
+        for place, order in enumerate(orders(self.profile, units)):
+            half = len(order) // 2
+            costs = {count: cost(order, count) for count in (half, len(order))}
+            best = min(costs, key=costs.__getitem__)
+            screened.append((costs[best], place, best, order))
+        for _, _, best, order in sorted(screened)[:_REFINED]:
+            step = len(order) // 4
+            while step and not self.done:
+                near = (max(0, best - step), best, min(len(order), best + step))
+                best = min(near, key=lambda count: cost(order, count))
                 step //= 2
-            spent = whole - self.left
-            if self.done or spent > 0.6 * whole:
-                return
 
     def improve(self, units: Order, start: Trial) -> None:
         """Change one decision at a time, then exchange two, as long as that helps."""
