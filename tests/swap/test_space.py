@@ -46,6 +46,32 @@ def test_copies_behind_the_computation_go_on_when_the_first_have_ended(machine, 
     assert copied >= 8, "what is above the low-water mark, of which two may be on their way"
 
 
+def test_copies_behind_the_computation_are_not_waited_for(machine, monkeypatch):
+    (saved,) = save(machine, nbytes=60 * MIB)
+    machine.manager.make_room(0)
+    transfer = saved.storage.transfer
+    monkeypatch.setattr(type(transfer), "done", lambda _self: False)
+    monkeypatch.setattr(type(transfer), "join", lambda _self: pytest.fail("waited"))
+    machine.manager.make_room(0)
+    assert saved.storage.state is State.GOING_OUT
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("end", ["dropped", "dead"])
+def test_what_ended_on_its_way_out_is_in_nobodys_way(machine, end):
+    first, second = save(machine, 2, 28 * MIB)
+    machine.manager.make_room(0)
+    assert first.storage.state is State.GOING_OUT
+    if end == "dropped":
+        machine.manager.finish([first], drop=True)
+    else:
+        del first
+    other = save(machine, nbytes=28 * MIB)
+    machine.manager.make_room(0)
+    machine.manager.settle()
+    assert states([second, *other]) == [State.BOTH, State.RESIDENT]
+
+
 def test_dropping_gives_the_space_back_without_waiting_for_anything(machine):
     saved = save(machine, 3)
     machine.manager.move_all_out()
