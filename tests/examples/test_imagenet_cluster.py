@@ -148,6 +148,7 @@ def test_json_and_other_spellings_give_the_same_script(site, capsys):
 
 
 def test_slurm_script(site, capsys):
+    (site / "log").mkdir()
     configure(
         site,
         settings_of("slurm", nnodes=2, ranks_per_node=4, gpus_per_node=4, cpus_per_rank=8,
@@ -283,6 +284,7 @@ def test_nothing_is_overwritten(site, capsys, monkeypatch):
         ({"nnodes": 0}, "nnodes: 0 is not an integer of at least 1"),
         ({"walltime": "2 hours"}, "walltime: '2 hours' is not a time; allowed is hh:mm:ss"),
         ({"walltime": "00:00:00"}, "walltime: 00:00:00 is no time"),
+        ({"stderr": "log/$JOB_ID.e"}, "stderr: log/$JOB_ID.e: there is no folder log; create it"),
         ({"jobname": "a b"}, "jobname: 'a b'"),
         ({"stdout": "a\nrm -rf x"}, "stdout: 'a\\nrm -rf x' is not one line"),
         ({"others": {"l": "x\n#$ -t 1-9"}}, "others"),

@@ -21,6 +21,20 @@ def check_time(plan: Plan, job: Job) -> None:
         raise InputError(f"walltime: {job.walltime} is no time; give hh:mm:ss of more than 0")
 
 
+def check_logs(plan: Plan, job: Job) -> None:
+    """Raises InputError when a log could not be written: schedulers end such a job without a word.
+
+    Raises:
+        InputError: The folder of ``stdout`` or ``stderr`` is not there.
+    """
+    if plan.scheduler == "local":
+        return
+    for key in ("stdout", "stderr"):
+        path = Path(getattr(job, key))
+        if not path.parent.is_dir():
+            raise InputError(f"{key}: {path}: there is no folder {path.parent}; create it")
+
+
 def check_network(config: Config) -> None:
     """Raises InputError when the network does not take images of that size.
 

@@ -28,7 +28,7 @@ from config import Config, Job, read_file  # noqa: E402
 from config.job import Scheduler  # noqa: E402
 from errors import InputError  # noqa: E402
 
-from cluster.checks import check_files, check_network, check_time  # noqa: E402
+from cluster.checks import check_files, check_logs, check_network, check_time  # noqa: E402
 from cluster.folder import copy_code, make_folder  # noqa: E402
 from cluster.plan import Plan, make_plan  # noqa: E402
 from cluster.script import render, submit_command  # noqa: E402
@@ -95,6 +95,7 @@ def prepare(
     config, job = read_file(conf)
     plan = make_plan(job, config, scheduler)
     check_time(plan, job)
+    check_logs(plan, job)
     check_network(config)
     check_files(config)
     modules = find_modules(job, plan)
