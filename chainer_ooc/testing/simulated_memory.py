@@ -66,13 +66,14 @@ class Memory:
         self.device_id = device_id = machine.current_device()
         gpu = machine.gpus[device_id]
         with machine.lock:
-            if gpu.free.largest() < size:
+            address = gpu.free.take(size)
+            if address is None:
                 raise OutOfMemoryError(f"{size} bytes")
-            self.ptr = address = gpu.free.take(size)
+            self.ptr = address
             gpu.regions[address] = size
         self._token = np.empty(0)
 
-        def give_back() -> None:
+        def give_back(address: int = address) -> None:
             machine.synchronize(device_id)
             del gpu.regions[address]
             gpu.free.insert(address, size)
