@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from chainer_ooc.api import Stats, disable, enable, is_enabled, out_of_core_mode, stats
     from chainer_ooc.estimating.estimator import estimate
     from chainer_ooc.graph.attributes import saved_attributes
+    from chainer_ooc.graph.recompute import recomputable
     from chainer_ooc.reporting.holders import explain
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "is_enabled",
     "out_of_core_mode",
+    "recomputable",
     "saved_attributes",
     "stats",
 ]
@@ -37,6 +39,7 @@ _install_import_hook()
 _LAZY = dict.fromkeys(__all__, "chainer_ooc.api") | {
     "estimate": "chainer_ooc.estimating.estimator",
     "explain": "chainer_ooc.reporting.holders",
+    "recomputable": "chainer_ooc.graph.recompute",
     "saved_attributes": "chainer_ooc.graph.attributes",
 }
 

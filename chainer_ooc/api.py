@@ -29,6 +29,9 @@ class Stats:
         hits: Reads that found the array in memory.
         prefetched: Allocations whose copy back was begun before they were asked for.
         prefetch_hits: Those of them that were used before they had to go out again.
+        bytes_forgone: Bytes that were given up with no copy, to be computed again.
+        storages_remade: Allocations that were computed again.
+        recompute_seconds: Time that took.
         copy_seconds: Time in which copies were under way. On a GPU this is not measured: 0.
         stall_fetch_seconds: Time that computing threads waited for arrays that were fetched when they were asked
             for. On a GPU, where the streams wait, this and the next are what the host waited.
@@ -46,6 +49,9 @@ class Stats:
     hits: int
     prefetched: int
     prefetch_hits: int
+    bytes_forgone: int
+    storages_remade: int
+    recompute_seconds: float
     copy_seconds: float
     stall_fetch_seconds: float
     stall_late_seconds: float
@@ -90,6 +96,7 @@ def enable(
     swap_dir: str | os.PathLike[str] | None = _UNSET,
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
+    recompute: bool = _UNSET,
     verify: bool = _UNSET,
     trace: str | os.PathLike[str] | None = _UNSET,
 ) -> None:
@@ -109,6 +116,7 @@ def enable(
         strict: CPU only: raise :class:`~chainer_ooc.errors.OutOfMemoryError` for a function whose working set
             does not fit under the limit, instead of one warning.
         single_backward: Backward runs once per graph: arrays are dropped after their last use.
+        recompute: Run cheap functions again in backward instead of moving their results.
         verify: Check that what comes back is what went out, and report what is modified in place after it was
             saved. Slow: for finding errors.
         trace: Write a trace of functions, copies, waits and memory to this file, for Perfetto or
@@ -143,6 +151,7 @@ def out_of_core_mode(
     swap_dir: str | os.PathLike[str] | None = _UNSET,
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
+    recompute: bool = _UNSET,
     verify: bool = _UNSET,
     trace: str | os.PathLike[str] | None = _UNSET,
     async_: bool = True,
@@ -165,6 +174,7 @@ def out_of_core_mode(
         swap_dir: See :func:`enable`.
         strict: See :func:`enable`.
         single_backward: See :func:`enable`.
+        recompute: See :func:`enable`.
         verify: See :func:`enable`.
         trace: See :func:`enable`.
         async_: Accepted for programs written for IBM's out-of-core Chainer (there spelled ``async``, a
@@ -206,6 +216,7 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
         "swap_dir",
         "strict",
         "single_backward",
+        "recompute",
         "verify",
         "trace",
     )

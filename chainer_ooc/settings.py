@@ -161,6 +161,9 @@ class Settings:
         single_backward: Backward runs once per graph: after its last use an array is dropped, with no
             copy written. A second backward through the same graph raises
             :class:`~chainer_ooc.errors.GraphReleasedError`.
+        recompute: Functions that are cheap and give the same bits when they are run again (activations, batch
+            normalization, additions and the like) are run again in backward, and their results not moved:
+            fewer bytes each way, more computation.
         verify: Take checksums of what is saved: what comes back must be what went out, or
             :class:`~chainer_ooc.errors.CorruptCopyError` is raised; what is modified in place after it was
             saved is reported with the function that saved it. Slow: for finding errors.
@@ -175,6 +178,7 @@ class Settings:
     swap_dir: str | None = None
     strict: bool = False
     single_backward: bool = False
+    recompute: bool = False
     verify: bool = False
     trace: str | None = None
 
@@ -228,6 +232,7 @@ _PARSERS = {
     "swap_dir": _optional(_parse_directory),
     "strict": _parse_flag,
     "single_backward": _parse_flag,
+    "recompute": _parse_flag,
     "verify": _parse_flag,
     "trace": _optional(_parse_file),
 }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from chainer_ooc import mode
-from chainer_ooc.graph import attributes, nodes
+from chainer_ooc.graph import attributes, nodes, recompute
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import Saved
@@ -28,9 +28,9 @@ _EXPANSION = 128
 
 _FORGET = "chainer.functions.util.forget"
 
-# Functions that have been applied and not been looked at yet, with their ``single_backward``:
-# while memory is plenty nobody looks.
-_pending: deque[tuple[weakref.ref[Any], bool]] = deque()
+# Functions that have been applied and not been looked at yet, with their ``single_backward``, and whether
+# they may be run again: while memory is plenty nobody looks.
+_pending: deque[tuple[weakref.ref[Any], bool, bool]] = deque()
 _most_pending = 4096
 _stock: dict[str, Any] = {}
 _install_lock = threading.Lock()
@@ -68,6 +68,7 @@ def install() -> None:
         if _stock:
             return
         nodes.install(_stand_in, _before_hooks)
+        recompute.install()
         attributes.saved_attributes(batch_normalization.BatchNormalization, ["_impl"])
         attributes.saved_attributes(batch_normalization.BatchNormalizationGrad, ["_impl"])
         _stock["config"] = chainer.config
@@ -88,7 +89,8 @@ def _apply(self: Any, inputs: Any) -> Any:
     apply = _stock["apply"]
     outputs = apply(self, inputs) if plenty else _run(self, inputs, manager, apply, self, inputs)
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
-        _pending.append((weakref.ref(self), settings.single_backward))
+        recomputes = _recomputes(manager, settings)
+        _pending.append((weakref.ref(self), settings.single_backward, recomputes))
         if len(_pending) > _most_pending:
             _forget_dead()
     if not plenty:
@@ -152,7 +154,7 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     if manager is None or mode.local.hooked or settings.swap_all:
         return manager, manager is None
     if manager.marks.are_far(_EXPANSION * nbytes, settings):
-        return manager, not (settings.verify or mode.observers)
+        return manager, not (settings.verify or mode.observers or _recomputes(manager, settings))
     if not manager.device.asks_for_room:
         mode.hook_allocations()
     return manager, False
@@ -163,8 +165,8 @@ def _after(manager: SwapManager, settings: Settings) -> None:
         adopt()
         manager.move_all_out()
     elif mode.local.running is None:
-        if settings.verify:
-            adopt()
+        if settings.verify or _recomputes(manager, settings):
+            adopt()  # now: what it computed from is as it was
         manager.make_room(0)
 
 
@@ -216,15 +218,20 @@ def adopt() -> None:
     """Save what the functions keep that have been applied since the last time."""
     while True:
         try:
-            reference, drop = _pending.popleft()
+            reference, drop, recomputes = _pending.popleft()
         except IndexError:  # not asked for beforehand: other threads take from it too
             return
         func = reference()
         if func is not None and func.inputs is not None and _RECORD not in func.__dict__:
-            _save(func, drop)
+            _save(func, drop, recomputes)
 
 
-def _save(func: Any, drop: bool) -> None:
+def _recomputes(manager: SwapManager, settings: Settings) -> bool:
+    """Tell whether functions are to be run again. While memory has never been short nobody asks."""
+    return settings.recompute and manager.has_been_short
+
+
+def _save(func: Any, drop: bool, recomputes: bool) -> None:
     label = func._impl_name
 
     def save(array: Any) -> Saved | None:
@@ -233,6 +240,8 @@ def _save(func: Any, drop: bool) -> None:
 
     group = nodes.save_inputs(func, save) + nodes.save_outputs(func, save)
     group += attributes.save_attributes(func, save, _is_array)
+    if recomputes:
+        recompute.offer_recipes(func)
     if not group:
         return
     func.__dict__[_RECORD] = Record(group, drop)

@@ -14,6 +14,7 @@ from chainer_ooc.swap import verify
 from chainer_ooc.swap.devices.base import Device
 from chainer_ooc.swap.mover import Counters, Mover
 from chainer_ooc.swap.observing import Observer, Span
+from chainer_ooc.swap.recipe import Recipe, checksum_of
 from chainer_ooc.swap.reclaimer import EVERYTHING, Reclaimer
 from chainer_ooc.swap.storage import Layout, Saved, State, Storage
 from chainer_ooc.swap.use_order import UseOrder
@@ -41,6 +42,7 @@ class SwapManager:
 
     Attributes:
         marks: The limit, and where memory stands.
+        has_been_short: Whether memory has passed the low-water mark before, or all had to go out.
     """
 
     _mover_type = Mover
@@ -65,6 +67,7 @@ class SwapManager:
         self._lock = threading.RLock()
         self._sequence = 0
         self._has_warned = False
+        self.has_been_short = False
 
     @property
     def counters(self) -> Counters:
@@ -126,6 +129,35 @@ class SwapManager:
                 storage.expected += 1
                 storage.rank = max(storage.rank, rank)
 
+    def look_at(self, saved: Saved) -> int | None:
+        """Return the checksum of what the storage of an array has now; ``None`` if nobody knows."""
+        storage = saved.storage
+        with self._lock:
+            if storage.resident and storage.copy is None:
+                if storage.checksum is None:
+                    storage.checksum = checksum_of(self.device, storage)
+                else:
+                    verify.check_unchanged(self.device, storage)
+            return storage.checksum
+
+    def give_recipe(self, saved: Saved, recipe: Recipe) -> None:
+        """Let the storage of ``saved``, a resident array, be computed again instead of moved.
+
+        It is where the array fills its storage. The first recipe is taken.
+        """
+        storage = saved.storage
+        with self._lock:
+            array = saved.alive()
+            if (
+                storage.recipe is None
+                and storage.state is State.RESIDENT
+                and array is not None
+                and array.nbytes == storage.nbytes
+                and not saved.layout.offset
+                and all(one.storage.manager is self for one in recipe.inputs)
+            ):
+                storage.recipe = recipe
+
     def read(self, saved: Saved, trusted: bool = False) -> Any:
         """Return the array of ``saved``, fetched first where it is out.
 
@@ -151,8 +183,7 @@ class SwapManager:
             if storage.resident:
                 self.counters.hits += 1
             else:
-                self._begin_in(storage)
-                self._mover.end_in(storage)
+                self._bring_in(storage)
             if storage.ahead:
                 storage.ahead = False
                 self.counters.prefetch_hits += 1
@@ -160,7 +191,7 @@ class SwapManager:
                 array = self.device.view(storage.owner, storage.origin, saved.layout)
                 saved.remember(array)
             if not trusted and saved.layout.writeable:
-                self._mover.taint(storage)
+                self._taint(storage)
             return array
 
     def fetch(self, group: Sequence[Saved], trusted: bool) -> list[Any]:
@@ -169,10 +200,10 @@ class SwapManager:
             # What is resident first: held by this list, it cannot be released for the others.
             arrays = {id(s): self.read(s, trusted) for s in group if s.storage.resident}
             for saved in group:
-                if id(saved) in arrays:
-                    verify.check_unchanged(self.device, saved.storage)
-                else:
+                if id(saved) not in arrays:
                     self._begin_in(saved.storage)
+                elif saved.storage.verified:
+                    verify.check_unchanged(self.device, saved.storage)
             return [arrays.get(id(s)) if id(s) in arrays else self.read(s, trusted) for s in group]
 
     def prefetch(self, group: Iterable[Saved]) -> None:
@@ -196,12 +227,15 @@ class SwapManager:
                 if room < storage.nbytes:
                     return
                 room -= storage.nbytes
-                try:
-                    self._mover.begin_in(storage)
-                except MemoryError:  # the free memory is in pieces: it is fetched when it is needed
-                    return
-                storage.ahead = True
-                self.counters.prefetched += 1
+                for needed in _outside(storage):
+                    try:
+                        self._mover.begin_in(needed)
+                    except (
+                        MemoryError
+                    ):  # the free memory is in pieces: it is fetched when it is needed
+                        return
+                    needed.ahead = True
+                    self.counters.prefetched += 1
 
     def finish(self, group: Iterable[Saved], drop: bool) -> None:
         """Tell that a function has used ``group`` in backward.
@@ -217,7 +251,7 @@ class SwapManager:
                     self._mover.drop(storage)
                 elif storage.resident and storage.held:
                     # Backward gave it to somebody, a gradient say, who may write to it.
-                    self._mover.taint(storage)
+                    self._taint(storage)
 
     def ran(self, label: str, backward: bool, span: Span) -> None:
         """Tell the observers that a function has run, and how much memory is in use now."""
@@ -244,6 +278,7 @@ class SwapManager:
             observer.used(self.device.name, time.perf_counter(), used)
         if used + nbytes <= self.marks.low:
             return True
+        self.has_been_short = True
         with self._lock:
             self.adopt()
             self._mover.clear_graves()
@@ -255,6 +290,7 @@ class SwapManager:
 
     def move_all_out(self) -> None:
         """Move every storage out that nobody else holds, and that was not fetched ahead of its use."""
+        self.has_been_short = True
         with self._lock:
             self._mover.clear_graves()
             self._reclaimer.push_out(EVERYTHING)
@@ -278,9 +314,30 @@ class SwapManager:
             return max(used - self.device.used_bytes(), 0)
 
     def _begin_in(self, storage: Storage) -> None:
-        if storage.state is State.OUT:
-            self._reclaimer.reclaim(storage.nbytes)
-            self._mover.begin_in(storage)
+        """Begin to fetch a storage that is out, or what it is made again from."""
+        for needed in _outside(storage):
+            self._reclaimer.reclaim(needed.nbytes)
+            self._mover.begin_in(needed)
+
+    def _bring_in(self, storage: Storage) -> None:
+        """Make a storage resident. Waits, or computes."""
+        self._begin_in(storage)
+        if not storage.forgone:
+            self._mover.end_in(storage)
+            return
+        recipe = storage.recipe
+        assert recipe is not None
+        arrays = [self.read(saved, trusted=True) for saved in recipe.inputs]
+        self._reclaimer.reclaim(storage.nbytes + recipe.workspace_bytes)
+        start = time.perf_counter()
+        self._mover.remake(storage, recipe.run(arrays))
+        self.counters.recompute_seconds += time.perf_counter() - start
+
+    def _taint(self, storage: Storage) -> None:
+        """Take note that somebody may write to a storage: what is made again from it is made now."""
+        for dependent in tuple(storage.dependents or ()):
+            self._bring_in(dependent)
+        self._mover.taint(storage)
 
     # When there is none.
 
@@ -347,6 +404,13 @@ class SwapManager:
             f"{_mib(size[State.COMING_IN])} coming in; so far {_mib(counters.bytes_out)} out, "
             f"{_mib(counters.bytes_in)} in>"
         )
+
+
+def _outside(storage: Storage) -> list[Storage]:
+    """Return the storages that must be copied in for this one: itself, or those its recipe needs."""
+    if storage.forgone and storage.recipe is not None:
+        return [one for one in storage.recipe.storages() if one.state is State.OUT]
+    return [storage] if storage.state is State.OUT else []
 
 
 def _mib(nbytes: int) -> str:

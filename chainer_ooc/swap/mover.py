@@ -13,6 +13,7 @@ from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap import verify
 from chainer_ooc.swap.devices.base import Copy, Device, Transfer
 from chainer_ooc.swap.observing import Observer
+from chainer_ooc.swap.recipe import Recipe
 from chainer_ooc.swap.storage import State, Storage
 from chainer_ooc.swap.use_order import Forward
 
@@ -33,6 +34,9 @@ class Counters:
     hits: int = 0
     prefetched: int = 0
     prefetch_hits: int = 0
+    bytes_forgone: int = 0
+    storages_remade: int = 0
+    recompute_seconds: float = 0.0
     copy_seconds: float = 0.0
     stall_fetch_seconds: float = 0.0
     stall_late_seconds: float = 0.0
@@ -72,6 +76,7 @@ class Mover:
         # Dead storages, and what they left: filled at any time by any thread.
         self._dead: deque[tuple[State, int, int, Forward]] = deque()
         self._graves: deque[tuple[Copy | None, Transfer | None]] = deque()
+        self._recipes: deque[Recipe | None] = deque()
 
     def find(self, owner: Any) -> Storage | None:
         """Return the resident storage in the memory of ``owner``, if there is one."""
@@ -147,12 +152,36 @@ class Mover:
         self._copied(storage, transfer, out=True)
 
     def release(self, storage: Storage) -> None:
-        """BOTH -> OUT: give up the memory."""
+        """BOTH -> OUT: give up the memory. For RESIDENT see :meth:`forgo`."""
         self._move(storage, State.OUT)
         if not storage.used:
             storage.forward.look_again_at(storage)
         storage.ahead = False
         self._let_go(storage)
+
+    def forgo(self, storage: Storage) -> None:
+        """RESIDENT -> OUT without a copy: its recipe makes it again. Its inputs are used once more for that."""
+        assert storage.recipe is not None
+        for needed in storage.recipe.storages():
+            needed.expected += 1
+            if needed.dependents is None:
+                needed.dependents = weakref.WeakSet()
+            needed.dependents.add(storage)
+        self.counters.bytes_forgone += storage.nbytes
+        self.release(storage)
+
+    def remake(self, storage: Storage, array: Any) -> None:
+        """OUT without a copy -> RESIDENT, with the bytes of ``array``, which its recipe has made."""
+        assert storage.recipe is not None
+        layout = storage.recipe.layout
+        owner, origin = self.device.adopt(array, layout, storage.nbytes, storage.phase)
+        del array
+        storage.owner, storage.origin = owner, origin
+        verify.check_remade(self.device, storage)
+        self._by_owner[id(owner)] = weakref.ref(storage)
+        self._move(storage, State.RESIDENT)
+        self._need_no_more(storage.recipe, storage)
+        self.counters.storages_remade += 1
 
     def begin_in(self, storage: Storage) -> None:
         """OUT -> COMING_IN."""
@@ -195,6 +224,9 @@ class Mover:
     def drop(self, storage: Storage) -> None:
         """Any state -> DROPPED: give up the memory and the copy."""
         if storage.state is not State.DROPPED:
+            if storage.forgone:
+                self._need_no_more(storage.recipe, storage)
+            storage.recipe = None
             self._move(storage, State.DROPPED)
             self._graves.append((storage.copy, storage.transfer))
             storage.copy = storage.transfer = None
@@ -206,6 +238,8 @@ class Mover:
         """Take what a dying storage leaves. Called at any time in any thread, in the midst of anything."""
         if storage.owner is not None:
             self._by_owner.pop(id(storage.owner), None)
+        if storage.forgone:
+            self._recipes.append(storage.recipe)
         self._dead.append((storage.state, storage.sequence, storage.nbytes, storage.forward))
         if storage.copy is not None or storage.transfer is not None:
             self._graves.append((storage.copy, storage.transfer))
@@ -217,6 +251,8 @@ class Mover:
             forward.living -= 1
             del self._members[state][number]
             self.nbytes[state] -= nbytes
+        while self._recipes:
+            self._need_no_more(self._recipes.popleft())
         for _ in range(len(self._graves)):
             copy, transfer = self._graves.popleft()
             if transfer is not None and not transfer.done():
@@ -233,6 +269,13 @@ class Mover:
             if transfer is not None:
                 transfer.wait()
         self.clear_graves()
+
+    @staticmethod
+    def _need_no_more(recipe: Recipe | None, dependent: Storage | None = None) -> None:
+        for storage in recipe.storages() if recipe else ():
+            storage.expected -= 1
+            if storage.dependents is not None and dependent is not None:
+                storage.dependents.discard(dependent)
 
     def _enter(self, storage: Storage) -> weakref.ref[Storage]:
         reference = weakref.ref(storage)

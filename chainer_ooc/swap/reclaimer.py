@@ -69,13 +69,21 @@ class Reclaimer:
         return freed
 
     def push_out(self, nbytes: int) -> int:
-        """Copy storages out and release them: the oldest first, the used ones last. Returns bytes."""
+        """Copy storages out and release them: the oldest first, the used ones last. Returns bytes.
+
+        What can be made again is released at once. What another needs for that is not given up so, too.
+        """
         freed = 0
         for used in (False, True):
             for storage in self._mover.members(State.RESIDENT):
                 if freed + self._mover.nbytes[State.GOING_OUT] >= nbytes:
                     break
-                if storage.used is used and not storage.held:
+                if storage.used is not used or storage.held:
+                    continue
+                if self._can_be_remade(storage):
+                    self._mover.forgo(storage)
+                    freed += storage.nbytes
+                else:
                     self._mover.begin_out(storage)
                     if self._mover.nbytes[State.GOING_OUT] > IN_FLIGHT:
                         freed += self._release_leaving(1)
@@ -91,7 +99,11 @@ class Reclaimer:
                 or size[State.GOING_OUT] >= IN_FLIGHT
             ):
                 return
-            if not storage.used and not storage.held:
+            if storage.used or storage.held:
+                continue
+            if self._can_be_remade(storage):
+                nbytes -= storage.nbytes
+            else:
                 self._mover.begin_out(storage)
 
     def _release_leaving(self, nbytes: int) -> int:
@@ -120,6 +132,12 @@ class Reclaimer:
             return 0
         self._mover.release(storage)
         return storage.nbytes
+
+    def _can_be_remade(self, storage: Storage) -> bool:
+        recipe = storage.recipe
+        if recipe is None or storage.dependents:
+            return False
+        return recipe.fits(self._mover.device, storage)
 
     def _settle(self) -> None:
         """Take note of the copies that have ended."""

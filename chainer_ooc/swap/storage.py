@@ -12,6 +12,7 @@ from chainer_ooc.errors import OutOfCoreError
 if TYPE_CHECKING:
     from chainer_ooc.swap.devices.base import Copy, Transfer
     from chainer_ooc.swap.manager import SwapManager
+    from chainer_ooc.swap.recipe import Recipe
     from chainer_ooc.swap.use_order import Forward
 
 __all__ = ["Layout", "Saved", "State", "Storage"]
@@ -23,16 +24,16 @@ class State(enum.Enum):
     RESIDENT = "resident"  #: in the device's memory alone
     GOING_OUT = "going out"  #: resident, and a copy is being written
     BOTH = "both"  #: resident, and a valid copy is outside (clean)
-    OUT = "out"  #: outside alone
+    OUT = "out"  #: outside alone; or nowhere, and a recipe makes it again
     COMING_IN = "coming in"  #: outside, and being read into memory
     DROPPED = "dropped"  #: nowhere: its last use has been
 
 
 _LEGAL = {
-    State.RESIDENT: {State.GOING_OUT, State.DROPPED},
+    State.RESIDENT: {State.GOING_OUT, State.OUT, State.DROPPED},
     State.GOING_OUT: {State.BOTH, State.RESIDENT, State.DROPPED},
     State.BOTH: {State.OUT, State.RESIDENT, State.DROPPED},
-    State.OUT: {State.COMING_IN, State.DROPPED},
+    State.OUT: {State.COMING_IN, State.RESIDENT, State.DROPPED},
     State.COMING_IN: {State.BOTH, State.OUT, State.DROPPED},
     State.DROPPED: set(),
 }
@@ -79,7 +80,10 @@ class Storage:
         rank: The highest rank of these functions in the graph: backward runs by falling rank.
         forward: What it was saved with, in a row, and ``number``, its place there.
         ahead: It was fetched before it was asked for, and has not been used since.
-        checksum: Of its bytes as they must be, with ``verify``, else ``None``.
+        recipe: How its bytes can be computed again, or ``None``.
+        dependents: Storages that are out without a copy, whose recipes need this one.
+        checksum: Of its bytes when it was last looked at, or ``None`` where nobody asks for it.
+        verified: Whether changes of that are reported (``verify``).
     """
 
     __slots__ = (
@@ -87,6 +91,7 @@ class Storage:
         "ahead",
         "checksum",
         "copy",
+        "dependents",
         "expected",
         "forward",
         "label",
@@ -97,10 +102,12 @@ class Storage:
         "owner",
         "phase",
         "rank",
+        "recipe",
         "sequence",
         "state",
         "tainted",
         "transfer",
+        "verified",
     )
 
     def __init__(
@@ -123,6 +130,9 @@ class Storage:
         self.number = 0
         self.ahead = False
         self.checksum: int | None = None
+        self.verified = False
+        self.recipe: Recipe | None = None
+        self.dependents: weakref.WeakSet[Storage] | None = None
 
     def move_to(self, state: State) -> None:
         """Change the state.
@@ -143,6 +153,11 @@ class Storage:
     def resident(self) -> bool:
         """Whether its bytes are in the device's memory, ready to be used."""
         return self.owner is not None and self.state is not State.COMING_IN
+
+    @property
+    def forgone(self) -> bool:
+        """Whether its bytes are nowhere, and its recipe makes them again."""
+        return self.state is State.OUT and self.copy is None
 
     @property
     def held(self) -> bool:

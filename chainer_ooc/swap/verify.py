@@ -7,27 +7,29 @@ import warnings
 
 from chainer_ooc.errors import CorruptCopyError
 from chainer_ooc.swap.devices.base import Device
+from chainer_ooc.swap.recipe import checksum_of
 from chainer_ooc.swap.storage import Storage
 
-__all__ = ["begin", "check_arrival", "check_unchanged"]
+__all__ = ["begin", "check_arrival", "check_remade", "check_unchanged"]
 
 
 def begin(device: Device, storage: Storage) -> None:
     """Take the checksum of a resident storage: from now on it is checked."""
-    storage.checksum = device.checksum(storage.owner, storage.origin, storage.nbytes)
+    storage.verified = True
+    storage.checksum = checksum_of(device, storage)
 
 
 def check_unchanged(device: Device, storage: Storage) -> None:
-    """Warn if a resident storage that is checked has been written to since it was saved.
+    """Take the checksum of a resident storage again, if there is one; warn if it is checked, and has changed.
 
-    That is legal, and the results are those of stock Chainer. They are seldom what was meant: backward computes
-    with the new values. After its last use in backward anybody may write to it.
+    To write to it is legal, and the results are those of stock Chainer. They are seldom what was meant: backward
+    computes with the new values. After its last use in backward anybody may write to it.
     """
     before = storage.checksum
     if before is None:
         return
-    begin(device, storage)
-    if storage.checksum != before and not storage.used:
+    storage.checksum = checksum_of(device, storage)
+    if storage.checksum != before and storage.verified and not storage.used:
         warnings.warn(
             f"an array of {storage.nbytes} bytes that {storage.label} saved for backward has been modified in place "
             "since: backward computes with the new values, as it does in stock Chainer",
@@ -42,10 +44,24 @@ def check_arrival(device: Device, storage: Storage) -> None:
     Raises:
         CorruptCopyError: If it is not what went out.
     """
-    found = storage.checksum and device.checksum(storage.owner, storage.origin, storage.nbytes)
-    if found != storage.checksum:
+    if storage.verified and (found := checksum_of(device, storage)) != storage.checksum:
         raise CorruptCopyError(
             errno.EIO,
             f"{storage!r} came back with the checksum {found:#x} instead of {storage.checksum:#x}; the disk or the "
             "memory that held its copy is broken",
+        )
+
+
+def check_remade(device: Device, storage: Storage) -> None:
+    """Check a storage that has been computed again.
+
+    Raises:
+        CorruptCopyError: If it is not what it was.
+    """
+    assert storage.recipe is not None
+    if checksum_of(device, storage) != storage.recipe.checksum:
+        raise CorruptCopyError(
+            errno.EIO,
+            f"{storage!r} has other bits after {storage.label} was run again: it is not deterministic, or not what "
+            "chainer_ooc.recomputable() was told; set recompute=False",
         )

@@ -87,6 +87,12 @@ class Device(Protocol):
             MemoryError: If there is no memory for it.
         """
 
+    def adopt(self, array: Any, layout: Layout, nbytes: int, phase: int) -> tuple[Any, int]:
+        """Return the owner and the origin of a storage that ``array`` fills, lying as ``layout`` says.
+
+        That is the array's own memory if it lies like that, and in the page like the storage, else a copy.
+        """
+
     def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
         """Return a checksum of a resident storage's bytes. Waits for what computes them."""
 

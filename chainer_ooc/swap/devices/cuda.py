@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap import process_memory
@@ -115,9 +115,8 @@ class CudaDevice:
             self.stand_in = self.arrays.empty()
             #: The limit of the pool that the user has set (CUPY_GPU_MEMORY_LIMIT), 0 for none (bytes).
             self.own_limit = int(self.pool().get_limit())
-        self._own_slab = None if isinstance(host, PinnedSlab) else new_slab(cupy, host)
-        slab = host if isinstance(host, PinnedSlab) else self._own_slab
-        assert slab is not None
+        slab = host if isinstance(host, PinnedSlab) else new_slab(cupy, host)
+        self._owns_slab = slab is not host
         # Staging blocks are inside the limit, unless they would take more than a quarter of it.
         piece = min(PIECE, max(slab.limit // (4 * THREADS) // PAGE, 16) * PAGE)
         #: Page-locked memory for what is on the way to the swap file or back (bytes).
@@ -183,11 +182,23 @@ class CudaDevice:
                 return owner, origin, FailedTransfer(copy, error)
         return owner, origin, StreamTransfer(self.streams, copy, copy.read, owner)
 
+    def adopt(self, array: Any, layout: Layout, nbytes: int, phase: int) -> tuple[Any, int]:
+        """Return the owner and the origin of a storage that ``array`` fills. All memory is aligned alike."""
+        location = self.arrays.locate(array)
+        if location is not None and array.strides == layout.strides and not location.offset:
+            return location.owner, 0
+        with self.streams.on_device():
+            owner, origin = self.arrays.allocate(nbytes, phase)
+            self.arrays.view(owner, origin, layout)[...] = array
+        return owner, origin
+
     def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
-        """Return the CRC-32 of a storage's bytes, which are copied to the host for that."""
+        """Return the XXH3 of a storage's bytes, which are copied to the host for that."""
         with self.streams.on_device():
             layout = Layout(np.dtype("u1"), (nbytes,), (1,), 0, True)
-            return zlib.crc32(self._cupy.asnumpy(self.arrays.view(owner, origin, layout)))
+            return xxhash.xxh3_64_intdigest(
+                self._cupy.asnumpy(self.arrays.view(owner, origin, layout))
+            )
 
     def before_release(self) -> None:
         """Order the computing streams, if there are several: one may use memory that another allocated."""
@@ -243,8 +254,8 @@ class CudaDevice:
         """Wait for the copies, end the threads and give up all space outside."""
         self.streams.synchronize()
         self.disk.close()
-        if self._own_slab is not None:
-            self._own_slab.close()
+        if self._owns_slab:
+            self.host.slab.close()
 
     def _ranks(self) -> int:
         """Return how many ranks share this GPU, if they take the GPUs of the machine in turn."""

@@ -1,0 +1,272 @@
+"""What can be run again instead of moved: functions that give the same bits, and how.
+
+A saved array that another function made is made again by running that function, and if its inputs were not
+kept those before it, from arrays that are saved. What runs is a copy of the node with its attributes: nothing
+of the graph changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from chainer_ooc.swap.recipe import Recipe
+from chainer_ooc.swap.storage import Saved
+
+__all__ = ["install", "offer_recipes", "recomputable"]
+
+#: Functions in a row that are run again for one array.
+_LONGEST = 4
+#: Arrays that are not saved, such as the scales of a normalization, are copied up to this size (bytes).
+_SMALL = 64 << 10
+#: What a node has that belongs to the graph.
+_SEEN = "_ooc_seen"
+_OF_THE_GRAPH = (
+    *("inputs", "outputs", "_retained_output_data", "lazy_grad_sum"),
+    *("_ooc_record", _SEEN),
+)
+
+#: Computes an array from those of the leaves.
+_Expression = Callable[[Sequence[Any]], Any]
+#: Given a copy of a function that has been applied and the list of its input arrays, returns its outputs.
+Rerun = Callable[[Any, list[Any]], Sequence[Any]]
+
+
+class _Rule(NamedTuple):
+    rerun: Rerun
+    when: Callable[[Any], bool]
+    unused: Collection[str]
+
+
+_rules: dict[type, _Rule] = {}
+
+
+def recomputable(
+    cls: type,
+    rerun: Rerun | None = None,
+    when: Callable[[Any], bool] | None = None,
+    unused: Collection[str] = (),
+) -> None:
+    """Let ``recompute`` run functions of class ``cls`` again instead of moving their outputs.
+
+    That must be cheap, give the same bits each time, and do nothing but return outputs and set attributes of
+    the function: no random numbers, no communication, no statistics kept elsewhere.
+
+    Args:
+        cls: A subclass of :class:`chainer.FunctionNode`.
+        rerun: For a function whose ``forward`` cannot just be called again. It is given a copy of the function, with
+            the attributes that it had after ``forward``, and the list of its input arrays, and returns its outputs, a
+            tuple of arrays.
+        when: Tells of a function that has been applied whether it can be run again. Default: always.
+        unused: Attributes that ``rerun`` does not need, and will not find.
+
+    Raises:
+        TypeError: If ``cls`` is not such a class.
+    """
+    import chainer
+
+    if not (isinstance(cls, type) and issubclass(cls, chainer.FunctionNode)):
+        raise TypeError(f"cls={cls!r} is not a subclass of chainer.FunctionNode")
+    _rules[cls] = _Rule(rerun or _forward, when or (lambda func: True), unused)
+
+
+def install() -> None:
+    """Register Chainer's own functions."""
+    from chainer.functions.activation import clipped_relu, elu, leaky_relu, relu, sigmoid, tanh
+    from chainer.functions.array import cast, concat, expand_dims, reshape, squeeze, transpose
+    from chainer.functions.math import basic_math, square
+    from chainer.functions.noise import dropout
+    from chainer.functions.normalization import batch_normalization as bn
+    from chainer.functions.normalization import local_response_normalization as lrn
+    from chainer.functions.pooling import average_pooling_2d, average_pooling_nd, max_pooling_nd
+
+    for cls in (
+        *(relu.ReLU, clipped_relu.ClippedReLU, leaky_relu.LeakyReLU, elu.ELU),
+        *(sigmoid.Sigmoid, tanh.Tanh, square.Square),
+        *(basic_math.Add, basic_math.AddConstant, basic_math.MultiAdd, basic_math.Sub),
+        *(basic_math.Mul, basic_math.MulConstant, basic_math.Neg),
+        *(cast.Cast, concat.Concat, expand_dims.ExpandDims, reshape.Reshape),
+        *(squeeze.Squeeze, transpose.Transpose),
+        *(lrn.LocalResponseNormalization, bn.FixedBatchNormalization),
+        *(max_pooling_nd.MaxPoolingND, average_pooling_nd.AveragePoolingND),
+        average_pooling_2d.AveragePooling2D,
+    ):
+        recomputable(cls)
+    # With its mask, which it has after forward, dropout draws no random numbers; cuDNN keeps no mask.
+    recomputable(dropout.Dropout, when=lambda func: not func._use_cudnn)
+    recomputable(
+        bn.BatchNormalization,
+        _batch_normalization,
+        lambda func: isinstance(func._impl, bn.GeneralBatchNormalizationImpl),
+        ("running_mean", "running_var", "var", "_impl"),
+    )
+
+
+class _Leaves:
+    """The saved arrays from which something is made again, and their checksums when it was made."""
+
+    def __init__(self) -> None:
+        self.saved: list[Saved] = []
+        self.checksums: list[int] = []
+
+    def add(self, saved: Saved, checksum: int | None) -> _Leaf | None:
+        """Return what gives the array of ``saved``, ``None`` if its content at the time is not known."""
+        if checksum is None:
+            return None
+        self.saved.append(saved)
+        self.checksums.append(checksum)
+        return _Leaf(len(self.saved) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """The array at a place among those of the leaves."""
+
+    place: int
+
+    def __call__(self, arrays: Sequence[Any]) -> Any:
+        return arrays[self.place]
+
+
+def offer_recipes(func: Any) -> None:
+    """Give recipes to what a function has just saved: its inputs, which others made, and its outputs.
+
+    To be called for each function when it has been applied, before anybody can write to what it has used.
+    """
+    if type(func) in _rules:
+        func.__dict__[_SEEN] = _look(func)
+    nodes = [func.inputs[index] for index in func._input_indexes_to_retain or ()]
+    nodes += [func.outputs[index]() for index in func._output_indexes_to_retain or ()]
+    for node in nodes:
+        saved = None if node is None else node.__dict__.get("_data")
+        if type(saved) is not Saved or saved.storage.recipe is not None:
+            continue
+        leaves = _Leaves()
+        expression = _expression_of(node, leaves, _LONGEST)
+        # A view is not made from what it is a view of.
+        if expression is None or any(leaf.storage is saved.storage for leaf in leaves.saved):
+            continue
+        manager = saved.storage.manager
+        checksum = manager.look_at(saved)
+        if checksum is not None and leaves.saved:
+            recipe = Recipe(
+                inputs=tuple(leaves.saved),
+                run=_as_configured_now(expression),
+                layout=saved.layout,
+                workspace_bytes=2 * saved.storage.nbytes,
+                checksum=checksum,
+                input_checksums=tuple(leaves.checksums),
+            )
+            manager.give_recipe(saved, recipe)
+
+
+def _look(func: Any) -> dict[Any, int | None]:
+    """Return the checksums of the saved arrays that a function has used: inputs by index, attributes by name."""
+    used = {index: node.__dict__.get("_data") for index, node in enumerate(func.inputs)}
+    return {
+        key: value.storage.manager.look_at(value)
+        for key, value in (*used.items(), *func.__dict__.items())
+        if type(value) is Saved
+    }
+
+
+def _expression_of(node: Any, leaves: _Leaves, longest: int) -> _Expression | None:
+    """Return what computes the array of a node from those of ``leaves``, which it adds to."""
+    func = node._creator_node
+    rule = _rules.get(type(func))
+    seen = None if rule is None else func.__dict__.get(_SEEN)
+    if rule is None or seen is None or longest == 0 or not rule.when(func):
+        return None
+    inputs = []
+    for position, source in enumerate(func.inputs):
+        read = _source(source, seen.get(position), leaves, longest - 1)
+        if read is None:
+            return None
+        inputs.append(read)
+    attributes = _attributes(func, rule.unused, seen, leaves)
+    if attributes is None:
+        return None
+    index = next(i for i, output in enumerate(func.outputs) if output() is node)
+    cls = type(func)
+
+    def run(arrays: Sequence[Any]) -> Any:
+        again = object.__new__(cls)
+        for name, value in attributes.items():
+            again.__dict__[name] = value(arrays) if type(value) is _Leaf else value
+        return rule.rerun(again, [read(arrays) for read in inputs])[index]
+
+    return run
+
+
+def _source(node: Any, checksum: int | None, leaves: _Leaves, longest: int) -> _Expression | None:
+    """Return what gives an input: a saved array, a small constant, or what is computed itself."""
+    data = node.__dict__.get("_data")
+    if type(data) is Saved:
+        return leaves.add(data, checksum)
+    if data is None:
+        if node._creator_node is not None:
+            return _expression_of(node, leaves, longest)
+        variable = node.get_variable_or_none()
+        data = None if variable is None else variable.array
+    constant = None if data is None or data.nbytes > _SMALL else data.copy()
+    return None if constant is None else lambda arrays: constant
+
+
+def _attributes(
+    func: Any, unused: Collection[str], seen: dict[Any, int | None], leaves: _Leaves
+) -> dict[str, Any] | None:
+    """Return the attributes of a function, with leaves for what is saved of them; ``None`` if that cannot be."""
+    attributes = {}
+    for name, value in func.__dict__.items():
+        if name in _OF_THE_GRAPH or name in unused:
+            continue
+        if type(value) is Saved:
+            value = leaves.add(value, seen.get(name))
+            if value is None:
+                return None
+        elif isinstance(value, tuple | list) and any(type(item) is Saved for item in value):
+            return None
+        elif isinstance(getattr(value, "nbytes", None), int):  # an array, or a scalar
+            if value.nbytes > _SMALL:
+                return None
+            value = value.copy()
+        attributes[name] = value
+    return attributes
+
+
+def _as_configured_now(expression: _Expression) -> _Expression:
+    """Return what computes an expression with the configuration of Chainer that is in force now."""
+    import chainer
+
+    config = chainer.config
+    now = {name: getattr(config, name) for name in ("use_cudnn", "use_ideep", "autotune")}
+
+    def run(arrays: Sequence[Any]) -> Any:
+        with contextlib.ExitStack() as stack:
+            for name, value in now.items():
+                if getattr(config, name) != value:
+                    stack.enter_context(chainer.using_config(name, value))
+            return expression(arrays)
+
+    return run
+
+
+def _forward(func: Any, inputs: list[Any]) -> Sequence[Any]:
+    outputs: Sequence[Any] = func.forward(tuple(inputs))
+    return outputs
+
+
+def _batch_normalization(func: Any, inputs: list[Any]) -> Sequence[Any]:
+    """Normalize with the statistics that are there: forward would update the running ones once more."""
+    from chainer import backend
+    from chainer.functions.normalization import batch_normalization as bn
+
+    x, gamma, beta = inputs
+    dtype, place = np.promote_types(x.dtype, gamma.dtype), func.expander
+    scale, shift = (array[place].astype(dtype, copy=False) for array in (gamma, beta))
+    xp = backend.get_array_module(x)
+    return (bn._apply_bn_fwd(xp, x, func.mean[place], func.inv_std[place], scale, shift),)

@@ -1,0 +1,281 @@
+"""What is run again instead of moved: the bits of stock Chainer, whatever is written to in between."""
+
+from __future__ import annotations
+
+import gc
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+import pytest
+
+import chainer_ooc
+from chainer_ooc import mode
+from chainer_ooc.errors import CorruptCopyError
+from chainer_ooc.testing import assert_same_bits
+
+ON = {"swap_all": True, "min_bytes": 1, "recompute": True}
+
+
+@pytest.fixture(autouse=True)
+def short_of_memory():
+    """Recipes are given once memory has been short."""
+    with chainer_ooc.out_of_core_mode(swap_all=True):
+        F.tanh(np.zeros(3, "f"))
+
+
+@pytest.fixture
+def remade():
+    """Return a function that returns how many storages have been made again since it was last called."""
+    before = [chainer_ooc.stats().storages_remade]
+
+    def count():
+        before.append(chainer_ooc.stats().storages_remade)
+        return before[-1] - before[-2]
+
+    return count
+
+
+def both(program, **settings):
+    """Run a program on stock Chainer and with recompute; compare the bits of what it returns."""
+    results = []
+    for on in (False, True):
+        np.random.seed(1)
+        context = chainer_ooc.out_of_core_mode(on, **{**ON, **settings} if on else {})
+        with context:
+            results.append(program())
+        gc.collect()
+    assert_same_bits(results[1], results[0])
+
+
+SHAPE = (4, 6, 9, 9)
+NORM = L.BatchNormalization(6)
+
+
+def predict(link, h):
+    with chainer.using_config("train", False):
+        return link(h)
+
+
+FUNCTIONS = {
+    "relu": F.relu,
+    "clipped_relu": lambda h: F.clipped_relu(h, 0.5),
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "sigmoid": F.sigmoid,
+    "tanh": F.tanh,
+    "square": F.square,
+    "add": lambda h: h + F.relu(h),
+    "add constant": lambda h: h + 3,
+    "sub": lambda h: h - F.relu(h),
+    "mul": lambda h: h * F.relu(h),
+    "mul constant": lambda h: h * 0.3,
+    "neg": lambda h: -h,
+    "sum of three": lambda h: F.add(h, F.relu(h), F.tanh(h)),
+    "cast": lambda h: F.cast(h, np.float64),
+    "concat": lambda h: F.concat([h, F.relu(h)], axis=1),
+    "transpose": lambda h: F.relu(F.transpose(h, (0, 2, 3, 1))),
+    "expand and squeeze": lambda h: F.relu(F.squeeze(F.expand_dims(h, 1), 1)),
+    "lrn": F.local_response_normalization,
+    "dropout": lambda h: F.dropout(h, 0.3),
+    "max_pooling": lambda h: F.max_pooling_2d(h, 3, 2),
+    "average_pooling": lambda h: F.average_pooling_2d(h, 3, 2),
+    "batch_normalization": L.BatchNormalization(6),
+    "fixed_batch_normalization": lambda h: predict(NORM, h),
+    "a chain": lambda h: F.relu(-F.sigmoid(h * 2) + 1),
+}
+
+
+@pytest.mark.parametrize("dtype", ["f", "e"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name, dtype, remade):
+    function = FUNCTIONS[name]
+    data = np.random.rand(*SHAPE).astype(dtype) - 0.5
+
+    def program():
+        x = chainer.Variable(data)
+        h = F.tanh(x)
+        with chainer.using_config("dtype", np.dtype(dtype)):
+            y = function(h)
+        loss = F.sum(y * y) + F.sum(F.cast(h * h, y.dtype))
+        del h, y
+        F.tanh(x)  # all goes
+        loss.backward()
+        return [loss.array, x.grad]
+
+    both(program)
+    assert remade() > 0
+
+
+class Block(chainer.Chain):
+    """A residual network with batch normalization and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.first = L.Convolution2D(3, 8, 3, pad=1)
+            for number in range(4):
+                setattr(self, f"conv{number}", L.Convolution2D(8, 8, 3, pad=1, nobias=True))
+                setattr(self, f"norm{number}", L.BatchNormalization(8))
+            self.last = L.Linear(None, 4)
+
+    def forward(self, x):
+        h = self.first(x)
+        for number in range(4):
+            r = self[f"norm{number}"](self[f"conv{number}"](h))
+            h = F.relu(h + F.dropout(F.relu(r), 0.2))
+        return self.last(F.max_pooling_2d(h, 2))
+
+
+def train(iterations=2, twice=False):
+    np.random.seed(3)
+    net = Block()
+    model = L.Classifier(net)
+    optimizer = chainer.optimizers.Adam().setup(model)
+    x, t = np.random.rand(5, 3, 12, 12).astype("f"), np.arange(5, dtype="i") % 4
+    losses = []
+    for _ in range(iterations):
+        loss = model(x, t)
+        model.cleargrads()
+        loss.backward()
+        if twice:
+            loss.backward()
+        optimizer.update()
+        losses.append(loss.array)
+    kept = [net[f"norm{n}"].avg_var for n in range(4)]
+    return [*losses, *kept, *(p.array for p in model.params())]
+
+
+@pytest.mark.parametrize("how", ["once", "twice", "single_backward"])
+def test_a_network_and_its_statistics(how, remade):
+    settings = {"single_backward": True} if how == "single_backward" else {}
+    before = chainer_ooc.stats()
+    both(lambda: train(twice=how == "twice"), **settings)
+    after = chainer_ooc.stats()
+    assert remade() >= 8
+    forgone = after.bytes_forgone - before.bytes_forgone
+    assert forgone > 0.2 * (after.bytes_out - before.bytes_out)
+
+
+def test_under_a_limit_as_well(remade):
+    manager = mode.managers()[0]
+    used = manager.device.used_bytes
+    # All but so much is somebody else's.
+    room = 250_000
+
+    def pretended():
+        return (1 << 30) - room + sum(s.nbytes for s in manager.storages() if s.owner is not None)
+
+    manager.device.used_bytes = pretended
+    try:
+        both(train, swap_all=False, limit=(1 << 30) + (1 << 24))
+    finally:
+        manager.device.used_bytes = used
+    assert remade() > 0
+
+
+def test_what_was_modified_before_it_went_is_moved():
+    def program():
+        x = chainer.Variable(np.random.rand(50, 50).astype("f"))
+        h = F.tanh(x)
+        y = F.relu(h)
+        loss = F.sum(y * y) + F.sum(h * h)
+        y.array[:] *= 2
+        del y, h
+        F.tanh(x)
+        loss.backward()
+        return [x.grad]
+
+    both(program)
+
+
+@pytest.mark.parametrize("when", ["before it is used", "after it was used"])
+def test_inputs_that_are_modified_make_nothing_again(when):
+    def program():
+        x = chainer.Variable(np.random.rand(50, 50).astype("f"))
+        h = F.tanh(x)
+        if when == "before it is used":
+            h.array[:] += 0.5
+        y = F.relu(h)
+        if when == "after it was used":
+            h.array[:] += 0.5
+        loss = F.sum(y * y) + F.sum(h * h)
+        del y, h
+        F.tanh(x)
+        loss.backward()
+        return [x.grad]
+
+    both(program)
+
+
+def test_what_is_made_from_an_array_comes_before_somebody_gets_that(remade):
+    def program():
+        x = chainer.Variable(np.random.rand(50, 50).astype("f"))
+        h = F.tanh(x)
+        y = F.relu(h)
+        loss = F.sum(y * y) + F.sum(h * h)
+        node = h.node
+        del y, h
+        F.tanh(x)  # all goes
+        node.data[:] = -1  # the user gets h again, and writes to it
+        loss.backward()
+        return [x.grad]
+
+    both(program)
+    assert remade() > 0
+
+
+def test_graphs_that_die_give_everything_back(bytes_in_use):
+    with chainer_ooc.out_of_core_mode(**ON):
+        for _ in range(3):
+            x = chainer.Variable(np.random.rand(50, 50).astype("f"))
+            h = F.tanh(x)
+            y = F.relu(h)
+            loss = F.sum(y * y) + F.sum(h * h)
+            del y, h
+            F.tanh(x)
+            assert any(s.forgone for s in mode.managers()[0].storages())
+            del loss
+    del x
+    assert bytes_in_use() == (0, 0)
+
+
+class Noisy(chainer.FunctionNode):
+    """Not what it is said to be."""
+
+    def forward(self, inputs):
+        return (inputs[0] + np.random.rand(*inputs[0].shape).astype("f"),)
+
+    def backward(self, indexes, gradients):
+        return gradients
+
+
+def test_users_register_functions_and_other_bits_are_an_error():
+    def program():
+        x = chainer.Variable(np.random.rand(50, 50).astype("f"))
+        h = F.tanh(x)
+        (y,) = Noisy().apply((h,))
+        loss = F.sum(y * y) + F.sum(h * h)
+        del y, h
+        F.tanh(x)
+        loss.backward()
+        return [x.grad]
+
+    both(program)  # not registered
+    chainer_ooc.recomputable(Noisy)
+    with (
+        pytest.raises(CorruptCopyError, match=r"was run again: .*recompute=False"),
+        chainer_ooc.out_of_core_mode(**ON),
+    ):
+        program()
+    chainer_ooc.recomputable(
+        Noisy, rerun=lambda func, inputs: func.forward(inputs), when=lambda f: False
+    )
+    both(program)
+
+
+@pytest.mark.parametrize("cls", [Noisy(), int, "Noisy"])
+def test_what_is_no_function_is_refused(cls):
+    with pytest.raises(TypeError, match="is not a subclass of"):
+        chainer_ooc.recomputable(cls)

@@ -1,0 +1,141 @@
+"""Recipes: what is given up with no copy, and made again."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+
+from chainer_ooc.settings import Settings
+from chainer_ooc.swap.devices.ram import RamDevice
+from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.recipe import Recipe
+from chainer_ooc.swap.storage import State
+
+
+@pytest.fixture
+def manager(tmp_path):
+    device = RamDevice(str(tmp_path))
+    yield SwapManager(device, lambda: Settings(limit=1 << 40, min_bytes=1))
+    device.close()
+
+
+def save_pair(manager, run=lambda arrays: arrays[0] + 1):
+    """Save ``x`` and ``y = x + 1``, with the recipe; nobody holds them."""
+    x, y = np.arange(5000.0), np.arange(5000.0) + 1
+    saved = manager.save(x, "x"), manager.save(y, "y")
+    for one in saved:
+        manager.expect([one])
+    looks = manager.look_at(saved[1]), (manager.look_at(saved[0]),)
+    manager.give_recipe(saved[1], Recipe((saved[0],), run, saved[1].layout, 0, *looks))
+    return saved
+
+
+def test_it_goes_without_a_copy_and_comes_back(manager):
+    x, y = save_pair(manager)
+    manager.move_all_out()
+    assert x.storage.state is State.OUT and x.storage.copy is not None
+    assert y.storage.forgone
+    assert manager.counters.bytes_out == 40000 == manager.counters.bytes_forgone
+    (array,) = manager.fetch([y], trusted=True)
+    assert array.tolist() == (np.arange(5000.0) + 1).tolist()
+    assert not x.storage.dependents
+    assert (x.storage.expected, y.storage.expected) == (1, 1)
+
+
+def test_what_is_needed_for_it_is_not_dropped_before(manager):
+    x, y = save_pair(manager)
+    manager.move_all_out()
+    manager.finish([x], drop=True)
+    assert x.storage.state is State.OUT
+    assert manager.read(y, trusted=True)[10] == 11
+    manager.finish([y], drop=True)
+    assert y.storage.state is State.DROPPED
+    assert x.storage.used
+
+
+@pytest.mark.parametrize("end", ["dies", "is dropped"])
+def test_what_ends_needs_nothing_any_more(manager, end):
+    x, y = save_pair(manager)
+    manager.move_all_out()
+    assert x.storage.expected == 2
+    if end == "dies":
+        del y
+        gc.collect()
+    else:
+        manager.finish([y], drop=True)
+        assert not x.storage.dependents
+    manager.settle()
+    assert x.storage.expected == 1
+    assert manager.read(x)[3] == 3
+
+
+def test_who_may_write_to_the_input_gets_it_after_it_was_used(manager):
+    x, y = save_pair(manager)
+    manager.move_all_out()
+    manager.read(x)[:] = 7
+    assert manager.read(y, trusted=True)[10] == 11
+    assert set(manager.read(x)) == {7}
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_what_was_written_to_before_goes_with_a_copy(manager, written):
+    saved = save_pair(manager)
+    saved[written].alive()[:] = 7
+    manager.move_all_out()
+    assert not saved[1].storage.forgone
+    assert manager.read(saved[1])[10] == (7 if written else 11)
+
+
+def test_an_input_that_somebody_holds_may_change(manager):
+    x, y = save_pair(manager)
+    held = x.alive()
+    manager.move_all_out()
+    assert not y.storage.forgone
+    held[:] = 7
+    assert manager.read(y)[10] == 11
+
+
+def test_memory_lies_as_it_lay(manager):
+    """In the page, and with its strides, whatever the recipe returns."""
+    x = np.random.rand(40, 50)
+    y = np.empty((50, 40)).T
+    y[...] = x
+    saved = [manager.save(x, "x"), manager.save(y, "y")]
+    address, strides = y.__array_interface__["data"][0], y.strides
+    looks = manager.look_at(saved[1]), (manager.look_at(saved[0]),)
+    run = lambda arrays: arrays[0].copy()  # noqa: E731
+    manager.give_recipe(saved[1], Recipe((saved[0],), run, saved[1].layout, 0, *looks))
+    expected = y.copy()
+    del x, y
+    manager.move_all_out()
+    assert saved[1].storage.forgone
+    again = manager.read(saved[1], trusted=True)
+    assert again.strides == strides
+    assert (again.__array_interface__["data"][0] - address) % 4096 == 0
+    assert (again == expected).all()
+
+
+def test_a_recipe_is_no_input_of_another(manager):
+    x, y = save_pair(manager)
+    z = manager.save(np.arange(5000.0) + 2, "z")
+    looks = manager.look_at(z), (manager.look_at(y),)
+    add = lambda arrays: arrays[0] + 1  # noqa: E731
+    manager.give_recipe(z, Recipe((y,), add, z.layout, 0, *looks))
+    manager.move_all_out()
+    assert [one.storage.forgone for one in (x, y, z)] == [False, True, False]
+    assert manager.read(z)[10] == 12
+
+
+def test_what_it_is_made_from_is_fetched_ahead(manager):
+    x, y = save_pair(manager)
+    last = manager.save(np.zeros(5000), "last")
+    manager.expect([last], rank=5)
+    manager.move_all_out()
+    manager.fetch([last], trusted=True)
+    manager.prefetch([last])
+    assert x.storage.state in (State.COMING_IN, State.BOTH)
+    assert y.storage.forgone
+    assert manager.read(y, trusted=True)[10] == 11
+    assert manager.counters.prefetch_hits == 1
