@@ -23,7 +23,8 @@ from errors import InputError
 from evaluation import AverageStatistics, Evaluator
 from files import whole_file
 from reports import megabytes
-from snapshots import RankState, Snapshots, find_snapshots, load_npz
+from snapshot_files import find_snapshots, load_npz
+from snapshots import RankState, Snapshots
 from training import At, Stop, Updater
 from world import World
 

@@ -10,11 +10,8 @@ renamed again before it is removed: whenever ranks die, a folder of this name is
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,16 @@ import chainer
 import numpy
 from chainer import training
 from errors import InputError
+from snapshot_files import (
+    MANIFEST,
+    find_snapshots,
+    fingerprint,
+    load_npz,
+    remove,
+    sync_folder,
+    write_npz,
+)
 from world import World
-
-MANIFEST = "manifest.json"
 
 
 def _persistents(model: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]:
@@ -61,78 +65,6 @@ class RankState:
         if isinstance(serializer, chainer.Deserializer):
             numpy.random.set_state((name, keys, *rest))
             random.setstate((python[0], tuple(python[1]), python[2]))
-
-
-def _write_npz(path: Path, target: Any) -> list[int]:
-    """Writes a file to the disk itself; returns its size in bytes and its checksum."""
-    with open(path, "wb") as f:
-        # Uncompressed: parameters hardly compress, and the time is the training's.
-        chainer.serializers.save_npz(f, target, compression=False)
-        f.flush()
-        os.fsync(f.fileno())
-    return _fingerprint(path)
-
-
-def _fingerprint(path: Path) -> list[int]:
-    """Returns size in bytes and CRC-32 of a file."""
-    checksum = size = 0
-    with open(path, "rb") as f:
-        while block := f.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-            size += len(block)
-    return [size, checksum]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Lets renames in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
-    """Removes a snapshot; it has no name of a snapshot while it is incomplete."""
-    hidden = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)
-    try:
-        folder.rename(hidden)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def find_snapshots(out: Path) -> list[Path]:
-    """Returns the snapshots in a folder of results, the latest first."""
-    found = []
-    for folder in out.glob("snapshot_iter_*"):
-        number = folder.name.removeprefix("snapshot_iter_")
-        if number.isdigit() and (folder / MANIFEST).is_file():
-            found.append((int(number), folder))
-    return [folder for _, folder in sorted(found, reverse=True)]
-
-
-def load_npz(path: Path, target: Any, option: str) -> None:
-    """Loads ``target`` from ``path``.
-
-    Args:
-        path: The file.
-        target: An object with Chainer's ``serialize``.
-        option: The option that named the file, for the error.
-
-    Raises:
-        InputError: The file is missing, damaged or of another model.
-    """
-    try:
-        chainer.serializers.load_npz(str(path), target)
-    except FileNotFoundError as e:
-        raise InputError(f"{option} {path}: no such file") from e
-    except KeyError as e:
-        raise InputError(f"{option} {path}: is of another model: it has no {e}") from e
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{option} {path}: damaged, or not a file of this model ({reason})") from e
 
 
 class Snapshots(training.Extension):
@@ -193,9 +125,9 @@ class Snapshots(training.Extension):
             try:
                 partial.mkdir(exist_ok=True)
                 name = f"rank_{world.rank}.npz"
-                mine[name] = _write_npz(partial / name, self._state)
+                mine[name] = write_npz(partial / name, self._state)
                 if world.rank == 0:
-                    mine["trainer.npz"] = _write_npz(partial / "trainer.npz", trainer)
+                    mine["trainer.npz"] = write_npz(partial / "trainer.npz", trainer)
             except OSError as e:
                 raise InputError(f"--out {self._out}: cannot write a snapshot ({e})") from e
         files = {name: f for part in world.gather(mine) for name, f in part.items()}
@@ -217,15 +149,15 @@ class Snapshots(training.Extension):
                 )
         try:
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-            _sync_folder(partial)
-            _remove(final)
+            sync_folder(partial)
+            remove(final)
             partial.rename(final)
-            _sync_folder(self._out)
+            sync_folder(self._out)
         except OSError as e:
             raise InputError(f"--out {self._out}: cannot write a snapshot ({e})") from e
         self._written.append(final)
         while self._keep and len(self._written) > self._keep:
-            _remove(self._written.pop(0))
+            remove(self._written.pop(0))
 
     def load(self, trainer: training.Trainer, path: Path) -> None:
         """Continues from the snapshot ``path``. Collective.
@@ -288,7 +220,7 @@ class Snapshots(training.Extension):
         files = self._manifest(path)["files"]
         for name in ("trainer.npz", f"rank_{self._world.rank}.npz"):
             try:
-                if name in files and _fingerprint(path / name) != files[name]:
+                if name in files and fingerprint(path / name) != files[name]:
                     raise InputError(f"--resume {path / name}: damaged")
             except OSError as e:
                 raise InputError(f"--resume {path / name}: damaged ({e.strerror})") from e

@@ -15,12 +15,14 @@ import chainer.links as L
 import numpy
 import psutil
 import pytest
+import snapshot_files
 import snapshots
 import training as training_module
 from chainer import iterators, training
 from errors import InputError
 from imagenet_cli import TINY, assert_same_parameters, command, environment, parameters
-from snapshots import RankState, Snapshots, find_snapshots
+from snapshot_files import find_snapshots
+from snapshots import RankState, Snapshots
 from world import World
 
 META = {"arch": "test", "ranks": 1}
@@ -81,7 +83,7 @@ def test_death_at_any_step_of_writing_leaves_a_complete_snapshot(tmp_path, monke
         with monkeypatch.context() as patch:
             # Every way in which the files' state changes, and the writing of each file.
             for module, name in ((os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"),
-                                 (os, "fsync"), (snapshots, "_fingerprint"),
+                                 (os, "fsync"), (snapshot_files, "fingerprint"),
                                  (snapshots.json, "dumps"),
                                  (chainer.serializers, "save_npz")):  # fmt: skip
                 patch.setattr(module, name, deadly(getattr(module, name)))

@@ -13,7 +13,7 @@ from errors import InputError
 
 from config import defaults, files, recipes
 from config.job import Job
-from config.messages import _kinds, choices, suggestion, validate
+from config.messages import choices, kinds_of, suggestion, validate
 from config.schema import Config
 
 DESCRIPTION = (
@@ -46,7 +46,7 @@ def _other_spelling(name: str) -> list[str]:
 
 
 def _kind(name: str) -> Any:
-    return _kinds(Config.model_fields[name].annotation)[0]
+    return kinds_of(Config.model_fields[name].annotation)[0]
 
 
 def _default_text(name: str) -> str:

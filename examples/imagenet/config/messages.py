@@ -23,19 +23,19 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """Returns the values of a field that has a fixed set of them, else nothing."""
-    for kind in _kinds(field.annotation):
+    for kind in kinds_of(field.annotation):
         if get_origin(kind) is Literal:
             return get_args(kind)
     return ()
 
 
-def _kinds(annotation: Any) -> list[Any]:
+def kinds_of(annotation: Any) -> list[Any]:
     """Returns the members of a union, without None and Annotated."""
     if get_origin(annotation) in (Union, types.UnionType):
-        members = [m for a in get_args(annotation) for m in _kinds(a)]
+        members = [m for a in get_args(annotation) for m in kinds_of(a)]
         return [m for m in members if m is not type(None)]
     if hasattr(annotation, "__metadata__"):
-        return _kinds(annotation.__origin__)
+        return kinds_of(annotation.__origin__)
     return [annotation]
 
 
@@ -65,7 +65,7 @@ def _allowed(model: type[BaseModel], name: str, error: Any) -> str:
     if allowed:
         hint = suggestion(str(error["input"]), allowed)
         return f"is not allowed{hint}; allowed are {', '.join(allowed)}"
-    kinds = _kinds(field.annotation)
+    kinds = kinds_of(field.annotation)
     if kinds[0] in (int, float):
         return f"is not {_number(kinds[0], field.metadata)}"
     if get_origin(kinds[0]) is tuple:
@@ -83,7 +83,7 @@ def _refuse_switches(model: type[BaseModel], values: Mapping[str, Any]) -> None:
     problems = [
         InitErrorDetails(type="int_type", loc=(name,), input=value)
         for name, value in values.items()
-        if isinstance(value, bool) and bool not in _kinds(model.model_fields[name].annotation)
+        if isinstance(value, bool) and bool not in kinds_of(model.model_fields[name].annotation)
     ]
     if problems:
         raise ValidationError.from_exception_data(model.__name__, problems)

@@ -36,10 +36,11 @@ from config import read_file
 from errors import InputError
 from files import whole_file, write_text
 from provenance import CONFIG_FILE
-from snapshots import load_npz
-from tools.common import Parser, print_table, progress, run
+from snapshot_files import load_npz
 from training import first_error
 from world import World
+
+from tools.common import Parser, print_table, progress, run
 
 
 def latest_model(folder: Path) -> Path:

@@ -1,0 +1,87 @@
+"""The files of snapshots: written to the disk itself, checked, and renamed as a whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import chainer
+from errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+def write_npz(path: Path, target: Any) -> list[int]:
+    """Writes a file to the disk itself; returns its size in bytes and its checksum."""
+    with open(path, "wb") as f:
+        # Uncompressed: parameters hardly compress, and the time is the training's.
+        chainer.serializers.save_npz(f, target, compression=False)
+        f.flush()
+        os.fsync(f.fileno())
+    return fingerprint(path)
+
+
+def fingerprint(path: Path) -> list[int]:
+    """Returns size in bytes and CRC-32 of a file."""
+    checksum = size = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+            size += len(block)
+    return [size, checksum]
+
+
+def sync_folder(folder: Path) -> None:
+    """Lets renames in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(folder: Path) -> None:
+    """Removes a snapshot; it has no name of a snapshot while it is incomplete."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        folder.rename(hidden)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def find_snapshots(out: Path) -> list[Path]:
+    """Returns the snapshots in a folder of results, the latest first."""
+    found = []
+    for folder in out.glob("snapshot_iter_*"):
+        number = folder.name.removeprefix("snapshot_iter_")
+        if number.isdigit() and (folder / MANIFEST).is_file():
+            found.append((int(number), folder))
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def load_npz(path: Path, target: Any, option: str) -> None:
+    """Loads ``target`` from ``path``.
+
+    Args:
+        path: The file.
+        target: An object with Chainer's ``serialize``.
+        option: The option that named the file, for the error.
+
+    Raises:
+        InputError: The file is missing, damaged or of another model.
+    """
+    try:
+        chainer.serializers.load_npz(str(path), target)
+    except FileNotFoundError as e:
+        raise InputError(f"{option} {path}: no such file") from e
+    except KeyError as e:
+        raise InputError(f"{option} {path}: is of another model: it has no {e}") from e
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{option} {path}: damaged, or not a file of this model ({reason})") from e
