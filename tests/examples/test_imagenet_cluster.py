@@ -15,7 +15,7 @@ from imagenet_cli import IMAGENET, find_mpiexec
 
 pytest.importorskip("jinja2")
 
-from cluster import preprocess
+from cluster import folder, preprocess
 
 CLUSTER = IMAGENET / "cluster"
 SCHEDULERS = ("tsubame", "age", "slurm", "pbs", "local")
@@ -101,6 +101,25 @@ def test_default_flow_prints_the_path_of_a_script_beside_its_code(site, capsys):
         assert (code / name).is_file(), name
     assert not list(code.rglob("__pycache__"))
     assert not (code / "imagenet" / "result").exists()
+
+
+def test_results_and_data_beside_the_code_are_not_copied(tmp_path):
+    trainer, package = tmp_path / "imagenet", tmp_path / "package"
+    for name in ("train.py", "cluster/submit", "cluster/runs/1/code/imagenet/train.py", "a.jpg",
+                 "data/x.py", ".cache/y.py", "cluster/.config/config.yaml"):  # fmt: skip
+        (trainer / name).parent.mkdir(parents=True, exist_ok=True)
+        (trainer / name).touch()
+    package.mkdir()
+    (trainer / "link").symlink_to(tmp_path)
+    job = trainer / "cluster" / "runs" / "2"
+    job.mkdir()
+    folder.copy_code(trainer, package, job)
+    copied = sorted(str(p.relative_to(job)) for p in job.rglob("*") if p.is_file())
+    assert copied == [
+        "code/imagenet/cluster/.config/config.yaml",
+        "code/imagenet/cluster/submit",
+        "code/imagenet/train.py",
+    ]
 
 
 def test_tsubame_script_says_what_the_configuration_says(site, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -39,22 +38,26 @@ def make_folder(out: Path) -> Path:
 def copy_code(trainer: Path, package: Path, folder: Path) -> None:
     """Copies the trainer and the package ``chainer_ooc`` to ``folder/code``.
 
+    Results and data beside the code stay out: only files of code are copied, and neither links to
+    folders nor the folder that the job's own folder is in.
+
     Args:
         trainer: The folder ``examples/imagenet``.
         package: The folder of ``chainer_ooc``.
-        folder: The job's folder.
+        folder: The job's folder, which may be below ``trainer``.
     """
-    code = folder / "code"
-    for source, target in ((trainer, code / "imagenet"), (package, code / "chainer_ooc")):
-        shutil.copytree(source, target, ignore=_ignore)
+    results = folder.resolve().parent
+
+    def ignore(source: str, names: list[str]) -> list[str]:
+        return [name for name in names if not _is_code(Path(source, name), results)]
+
+    for source, name in ((trainer, "imagenet"), (package, "chainer_ooc")):
+        shutil.copytree(source, folder / "code" / name, ignore=ignore)
 
 
-def _ignore(folder: str, names: list[str]) -> list[str]:
-    def is_code(name: str) -> bool:
-        path = os.path.join(folder, name)
-        if os.path.isdir(path):
-            return name not in _NOT_CODE and (not name.startswith(".") or name == ".config")
-        # `submit` has no suffix.
-        return name.endswith(CODE_SUFFIXES) or name == "submit"
-
-    return [name for name in names if not is_code(name)]
+def _is_code(path: Path, results: Path) -> bool:
+    if path.is_dir():
+        hidden = path.name.startswith(".") and path.name != ".config"
+        own = path.name not in _NOT_CODE and not path.is_symlink() and path.resolve() != results
+        return own and not hidden
+    return path.suffix in CODE_SUFFIXES or path.name == "submit"  # which has no suffix
