@@ -17,6 +17,7 @@ from chainer_ooc.estimating.inputs import Inputs
 from chainer_ooc.estimating.result import Estimate, format_bytes
 from chainer_ooc.estimating.search import Fits, largest
 from chainer_ooc.estimating.step import Recording, record
+from chainer_ooc.planning.planner import make_plan
 from chainer_ooc.planning.policies import OnDemand
 from chainer_ooc.planning.profile import Profile
 from chainer_ooc.planning.records import Timeline
@@ -195,6 +196,7 @@ class _Estimator:
         system = System(self.limit, (self.tier,), self.single_backward)
         timeline = None if in_core else simulate(profile, system, OnDemand(), detailed=True)
         seconds = timeline.seconds if timeline else profile.compute_seconds
+        plan = make_plan(profile, system) if timeline else None
         found = self._search(given, point) if search else {}
         return Estimate(
             name=self.net.name,
@@ -215,6 +217,8 @@ class _Estimator:
             swap_bytes=_room_outside(timeline, profile) if timeline else 0,
             in_core_step_seconds=profile.compute_seconds,
             step_seconds=seconds,
+            planned_step_seconds=min(plan.seconds, seconds) if plan else seconds,
+            bound_step_seconds=min(plan.bound_seconds, seconds) if plan else seconds,
             stall_out_seconds=timeline.wait_out_seconds if timeline else 0.0,
             stall_in_seconds=timeline.wait_in_seconds if timeline else 0.0,
             flops=_flops(point.recording),
@@ -290,7 +294,7 @@ class _Estimator:
         name = self.optimizer_name or "none"
         lines = [
             f"optimizer {name}; training mode; the second iteration (later ones are alike)",
-            "copies move on demand, as in the first iteration; a plan moves no more",
+            "copies move on demand, as in the first iteration; the plan keeps and swaps, and recomputes nothing",
         ]
         if not self.single_backward:
             lines.append("copies are kept for a second backward; single_backward=True moves less")

@@ -35,7 +35,9 @@ class Estimate:
         swap_bytes: Room that the moved arrays take outside at one time, at most.
         in_core_step_seconds: One step with everything in memory.
         step_seconds: One step under the limit.
-        stall_out_seconds: Of it, waiting for copies out.
+        planned_step_seconds: The same where copies follow a plan made from this estimate.
+        bound_step_seconds: What no schedule of copies could be faster than.
+        stall_out_seconds: Of ``step_seconds``, waiting for copies out.
         stall_in_seconds: Of it, waiting for copies back.
         flops: Floating-point operations of one step's matrix products and convolutions.
         bottleneck: What would have to be faster.
@@ -63,6 +65,8 @@ class Estimate:
     swap_bytes: int
     in_core_step_seconds: float
     step_seconds: float
+    planned_step_seconds: float
+    bound_step_seconds: float
     stall_out_seconds: float
     stall_in_seconds: float
     flops: float
@@ -108,6 +112,7 @@ class Estimate:
             ("room outside", format_bytes(self.swap_bytes)),
             ("step", f"{self.step_seconds:.3g} s{images_per_second}; in core {self.in_core_step_seconds:.3g} s "
              f"({self.flops / 1e12:.3g} TFLOP)"),
+            ("by a plan", f"{self.planned_step_seconds:.3g} s; no schedule is below {self.bound_step_seconds:.3g} s"),
             ("bottleneck", self.bottleneck),
         ]  # fmt: skip
         for what_largest, found in self.largest.items():

@@ -78,7 +78,9 @@ def _largest(
         guess = max(guess, least + step - multiple)
         if high and (guess >= high or number % 2):
             guess = max(middle, least)
-        if guess > _FARTHEST * start:
+        if not high and low:
+            guess = min(guess, 16 * low)
+        if guess > _FARTHEST * max(start, 64):
             break
         fits = take(guess)
         step = 2 * step if fits is not None and fits[index] <= limit else multiple

@@ -157,6 +157,8 @@ def test_less_memory_moves_more_and_takes_longer():
         results.append(estimate(inputs=(224, 8), limit=limit))
         assert not results[-1].fits_in_core
         assert results[-1].peak_bytes <= limit
+        steps = results[-1]
+        assert steps.bound_step_seconds <= steps.planned_step_seconds <= steps.step_seconds
     moved = [0, *(r.bytes_out for r in results)]
     assert moved == sorted(moved) and moved[-1] > moved[1] > 0
     times = [in_core.step_seconds, *(r.step_seconds for r in results)]
