@@ -142,6 +142,10 @@ def create_world(
     """
     started = launcher.world_size()
     if started == 1 and communicator is None:
+        if allreduce_dtype is not None:
+            raise InputError(
+                f"--allreduce-dtype {allreduce_dtype}: only with several ranks; use mpiexec"
+            )
         return World()
     if frees_memory:
         # UCX, the transport of many MPI builds, intercepts the calls that give memory back, and

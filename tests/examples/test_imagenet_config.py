@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import config as config_module
@@ -219,3 +220,25 @@ def test_several_ids_start_as_many_ranks_which_share_the_cores(monkeypatch):
     monkeypatch.setattr(launcher, "mpiexec_command", lambda n, argv: None)
     with pytest.raises(InputError, match="needs mpiexec"):
         train.start_ranks(resolve({"gpu": [0, 1]}, None)[0])
+
+
+def test_half_precision_sums_need_several_ranks():
+    with pytest.raises(InputError, match="--allreduce-dtype float16: only with several ranks"):
+        world.create_world(None, use_gpu=False, allreduce_dtype="float16")
+
+
+def test_documentation_has_every_setting_and_no_other():
+    docs = Path(__file__).parents[2] / "docs"
+    pages = {name: (docs / name).read_text() for name in ("imagenet.md", "recipes.md")}
+    options = {
+        o for a in config_module.command_line.build_parser()._actions for o in a.option_strings
+    }
+    for name, field in Config.model_fields.items():
+        if not field.json_schema_extra["flag"]:
+            continue
+        flag = config_module.flag_name(name)
+        off = f"--no-{name.replace('_', '-')}"
+        assert any(f"`{f}" in page for f in (flag, off) for page in pages.values()), flag
+    settings = pages["imagenet.md"].split("## Settings")[1].split("## Results")[0]
+    for flag in re.findall(r"`(--[a-z][a-z_-]+)", settings):
+        assert flag in options, flag
