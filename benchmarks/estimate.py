@@ -147,6 +147,8 @@ def main() -> None:
             results.append(
                 {"net": net, "fraction": fraction, "foreseen": expected, "measured": done}
             )
+        write(options.json, results)
+        print(f"{net} is done", file=sys.stderr, flush=True)
     header = [
         "in core",
         "MiB foreseen",
@@ -161,7 +163,6 @@ def main() -> None:
     header = ["net", "limit", "MiB", "peak foreseen", "measured", "ratio", "MiB out", "MiB in"]
     if under_limits:
         print_table([*header, "s foreseen", "measured"], under_limits)
-    write(options.json, results)
 
 
 if __name__ == "__main__":
