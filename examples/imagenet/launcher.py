@@ -18,6 +18,9 @@ from types import FrameType
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """Variables by which a user may already have said how many threads to use."""
 
+STARTED = "IMAGENET_STARTED_RANKS"
+"""Variable that says that this script has started this process as one of several ranks."""
+
 _CHOSEN = "IMAGENET_CHOSE_THREADS"  # says that limit_threads, not the user, has set them
 
 # Hydra (MPICH, Intel MPI), Open MPI, MVAPICH2, and Slurm's srun.
@@ -102,9 +105,10 @@ def limit_threads(environ: MutableMapping[str, str] = os.environ) -> None:
 
 def environment_of_ranks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Returns the environment for ranks that this process starts: they share the cores anew."""
-    ranks = dict(environ)
+    ranks = without_mpi(environ)
     if ranks.pop(_CHOSEN, None) is not None:
         del ranks["OMP_NUM_THREADS"]
+    ranks[STARTED] = "1"
     return ranks
 
 

@@ -41,6 +41,11 @@ def start_ranks(config: Config) -> None:
     """
     if config.gpu is None or len(config.gpu) == 1 or launcher.world_size() > 1:
         return
+    if launcher.STARTED in os.environ:  # started as a rank, it would start ranks without end
+        raise InputError(
+            "--gpu with several ids: the mpiexec found does not say in its environment how many "
+            "ranks there are; use the one of MPICH, Open MPI or MVAPICH2, or start it yourself"
+        )
     devices.use_gpu(config.gpu, len(config.gpu))
     command = launcher.mpiexec_command(len(config.gpu), sys.argv)
     if command is None:

@@ -217,6 +217,10 @@ def test_several_ids_start_as_many_ranks_which_share_the_cores(monkeypatch):
     assert started[2][1] == ["mpiexec", "-n", "2"]
     with pytest.raises(InputError, match="allowed are 0 to 1"):
         train.start_ranks(resolve({"gpu": [1, 2]}, None)[0])
+    monkeypatch.setenv(launcher.STARTED, started[2][2][launcher.STARTED])
+    with pytest.raises(InputError, match="does not say in its environment"):
+        train.start_ranks(resolve({"gpu": [0, 1]}, None)[0])
+    monkeypatch.delenv(launcher.STARTED)
     monkeypatch.setattr(launcher, "mpiexec_command", lambda n, argv: None)
     with pytest.raises(InputError, match="needs mpiexec"):
         train.start_ranks(resolve({"gpu": [0, 1]}, None)[0])
