@@ -27,7 +27,7 @@ class Points(chainer.Chain):
             self.b = chainer.Parameter(rng.standard_normal(4).astype(dtype))
 
     def forward(self):
-        scale = SCALE.astype(self.w.dtype)
+        scale = self.device.send(SCALE.astype(self.w.dtype))
         return F.sum(F.sin(scale * self.w)) + F.sum(0.5 * self.b * self.b)
 
 
@@ -101,9 +101,10 @@ class Warmup:
 RULES = {"momentum_sgd": Momentum, "adam": Adam, "rmsprop": RMSprop, "rmsprop_warmup": Warmup}
 
 
-def follow(config, rule, lr, change=lambda p, g: g, steps=30, rtol=1e-12):
+def follow(config, rule, lr, change=lambda p, g: g, steps=30, rtol=1e-12, device="@numpy"):
     """Updates a model and its reference side by side; ``change`` is what hooks do to a gradient."""
     model = Points()
+    model.to_device(device)
     optimizer, control = optimizers.create(config, 2, model)
     p = values(model)
     for i in range(steps):
@@ -113,7 +114,8 @@ def follow(config, rule, lr, change=lambda p, g: g, steps=30, rtol=1e-12):
         control(epoch, i / steps)
         optimizer.update(model)
         for name, value in p.items():
-            numpy.testing.assert_allclose(getattr(model, name).array, value, rtol=rtol, atol=1e-12)
+            actual = chainer.get_device("@numpy").send(getattr(model, name).array)
+            numpy.testing.assert_allclose(actual, value, rtol=rtol, atol=1e-12)
     return model
 
 
@@ -121,6 +123,14 @@ def follow(config, rule, lr, change=lambda p, g: g, steps=30, rtol=1e-12):
 def test_rule_follows_its_formula(name):
     follow(settings(name, lr=0.02, lr_schedule="constant", lr_scaling="none"), RULES[name](),
            lambda epoch: 0.02)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RULES)
+def test_rule_follows_its_formula_on_a_gpu(name):
+    config = settings(name, lr=0.02, lr_schedule="constant", lr_scaling="none", weight_decay=0.1)
+    follow(config, RULES[name](), lambda epoch: 0.02, lambda p, g: g + 0.1 * p,
+           rtol=1e-9, device="@cupy:0")  # fmt: skip
 
 
 def test_warmup_by_default_has_the_papers_schedule_and_scaling():
