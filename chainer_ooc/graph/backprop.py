@@ -26,7 +26,11 @@ _USED = "_ooc_used"
 #: twice the size of its kernel): with less room than that, its allocations are watched.
 _EXPANSION = 128
 
-_FORGET = "chainer.functions.util.forget"
+#: Chainer's functions that write in backward to what they keep; F.forget runs its caller's code, with the arrays
+#: that it retained.
+_WRITERS = frozenset(
+    {"chainer.functions.util.forget", "chainer.functions.loss.ctc", "chainer.functions.loss.hinge"}
+)
 
 # Functions that have been applied and not been looked at yet, with their ``single_backward``, and whether
 # they may be run again: while memory is plenty nobody looks.
@@ -260,8 +264,7 @@ def _is_chainers(func: Any) -> bool:
     """Tell whether a function is one of Chainer's, which leave what they retain as it is."""
     wrapped = func.__dict__.get("_function")
     module = type(func if wrapped is None else wrapped).__module__
-    # F.forget runs its caller's code, with the arrays that it retained.
-    return module.startswith(("chainer.", "chainermn.")) and module != _FORGET
+    return module.startswith(("chainer.", "chainermn.")) and module not in _WRITERS
 
 
 def _stand_in(saved: Saved) -> Any:
