@@ -122,7 +122,7 @@ def test_error(model: chainer.Chain, images: Images, batchsize: int) -> float:
     right = 0
     with chainer.using_config("train", False), chainer.no_backprop_mode():
         for i in range(0, len(images.x_test), batchsize):
-            scores = model.scores(images.x_test[i : i + batchsize]).array
+            scores = model.predict(images.x_test[i : i + batchsize]).array
             right += int(np.sum(scores.argmax(axis=1) == images.t_test[i : i + batchsize]))
     return 100 * (1 - right / len(images.x_test))
 
