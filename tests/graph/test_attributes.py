@@ -108,3 +108,23 @@ def test_functions_that_died_are_forgotten_once_there_are_many(monkeypatch):
         for _ in range(20):
             F.exp(ONES)
     assert calls == [17, 18, 19, 20]
+
+
+def test_a_function_of_chainers_that_edits_what_it_keeps():
+    """F.hinge turns a sign in backward, so that a second backward gives another gradient."""
+
+    def gradients():
+        x = chainer.Variable(np.array([[2, -1, 0.5], [0.1, 3, -2]], "f"))
+        loss = F.hinge(F.identity(x), np.array([1, 0], "i"))
+        found = []
+        for _ in range(2):
+            x.cleargrad()
+            loss.backward()
+            found.append(x.grad.tolist())
+            F.exp(ONES)  # what nobody holds goes out now
+        return found
+
+    expected = gradients()
+    assert expected[0] != expected[1]
+    with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
+        assert gradients() == expected
