@@ -217,6 +217,8 @@ def main() -> None:
     loaders = args.loaders or [x for x in LOADERS if has_torch() or not x.startswith("torch")]
     cores = min(args.workers, len(os.sched_getaffinity(0)))
     numbers = dict(zip(SIZES, args.images, strict=True))
+    settings = {"batchsize": args.batchsize, "workers": args.workers, "cores": cores,
+                "load_before": os.getloadavg()[0]}  # fmt: skip
     results, rows = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.sets:
@@ -238,10 +240,10 @@ def main() -> None:
                            "printed_core_seconds": printed * 4, **row}  # fmt: skip
                     results.append(row)
                     rows.append([row[k] for k in COLUMNS])
-                    print(f"{name} {storage} {kind} {loader}: {row['mean']:.4f} s", file=sys.stderr)
+                    print(f"{name} {storage} {kind} {loader}: mean {row['mean']:.4f} s, processor time "
+                          f"{row['cpu_seconds']:.4f} s", file=sys.stderr)  # fmt: skip
+                    harness.write(args.json, {"settings": settings, "rows": results})
     harness.print_table(list(COLUMNS.values()), rows)
-    settings = {"batchsize": args.batchsize, "workers": args.workers, "cores": cores}
-    harness.write(args.json, {"settings": settings, "rows": results})
 
 
 COLUMNS = {
