@@ -63,10 +63,16 @@ FIRST = {
 }
 #: Calls that only count and tell.
 TOLD = {"stalled", "copied", "_copied", "ran", "used"}
+#: Functions that only tell.
+TELLING = {"stalled", "_copied", "ran", "explain_shortage", "__repr__"}
 #: A mutant under which the tests take longer than this (seconds) hangs: it is noticed.
 TIMEOUT = 240
 #: Mutants in which nothing that can be observed is different, by how their names begin, and why.
 EQUIVALENT: dict[str, str] = {
+    "manager.SwapManager.prefetch: False for not self._mover.nbytes[State.OUT]": "saves time only",
+    "manager.SwapManager.prefetch: True for room < storage.nbytes": "less than nothing is released",
+    "manager.SwapManager.finish: no storage.resident": "taint() leaves what is not here as it is",
+    "manager.SwapManager.make_room: no used > self.marks.low": "less than nothing is written behind",
     "cuda_streams.CopyStreams.on_device: False for": "saves time only",
     "cuda_streams.CopyStreams.note_current: True for len(": "streams are looked through more often",
 }
@@ -142,6 +148,11 @@ def _body_becomes_raise(node: Any) -> ast.AST:
     return node
 
 
+def _without_context(node: Any) -> ast.AST:
+    always = ast.copy_location(ast.Constant(True), node)
+    return ast.copy_location(ast.If(always, node.body, []), node)
+
+
 def _value_becomes_none(node: Any) -> ast.AST:
     node.value = ast.copy_location(ast.Constant(None), node.value)
     return node
@@ -183,6 +194,9 @@ def _sites_at(node: Any, in_init: bool) -> Iterator[tuple[str, Change]]:
     elif isinstance(node, ast.If | ast.IfExp):
         yield f"True for {ast.unparse(node.test)}", _test_becomes(True)
         yield f"False for {ast.unparse(node.test)}", _test_becomes(False)
+    elif isinstance(node, ast.With):
+        if _called(node.items[0].context_expr) in ("on_device", "Device"):
+            yield f"not {text}", _without_context
     elif isinstance(node, ast.While):
         if not isinstance(node.test, ast.Constant):
             yield f"False for while {ast.unparse(node.test)}", _test_becomes(False)
@@ -219,7 +233,8 @@ def _sites(tree: ast.Module) -> Iterator[tuple[str, str, ast.AST, Change]]:
         if isinstance(node, ast.FunctionDef):
             functions.append(".".join(names))
         where = ".".join(names)
-        for what, change in _sites_at(node, names[-1:] == ["__init__"]):
+        telling = names and names[-1] in TELLING
+        for what, change in () if telling else _sites_at(node, names[-1:] == ["__init__"]):
             yield functions[0] if functions else "", f"{where}: {what}", node, change
         for child in ast.iter_child_nodes(node):
             if not isinstance(child, ast.expr_context | ast.Assert):

@@ -217,6 +217,35 @@ def test_the_limit_follows_the_mode(mode):
     assert mode.gpus.manager_for(array) is first.storage.manager
 
 
+def test_the_limit_of_each_gpu_is_kept_whichever_is_current(mode):
+    pool = mode.cupy.get_default_memory_pool()
+    limits = {0: 20 * UNIT, 1: 25 * UNIT}
+    for device_id, limit in limits.items():
+        with mode.cupy.cuda.Device(device_id):
+            pool.set_limit(limit)
+    mode.enable(6 * UNIT)
+    saved = [mode.save(1.0, device_id) for device_id in limits]
+
+    def seen():
+        found = {}
+        for device_id in limits:
+            with mode.cupy.cuda.Device(device_id):
+                found[device_id] = pool.get_limit()
+        return found
+
+    with mode.cupy.cuda.Device(1):
+        mode.enable(7 * UNIT)
+        assert seen() == {0: 7 * UNIT, 1: 7 * UNIT}
+        mode.disable()
+        assert seen() == limits
+        mode.enable(7 * UNIT)
+    pool.set_limit(9 * UNIT)
+    with mode.cupy.cuda.Device(1):
+        mode.disable()
+    assert seen() == {**limits, 0: 9 * UNIT}
+    del saved
+
+
 def test_nothing_is_made_while_the_mode_is_off(mode):
     array = mode.cupy.ndarray((4,), "f4")
     assert mode.gpus.manager_for(array) is None

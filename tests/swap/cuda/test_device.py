@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 from chainer_ooc.errors import SwapSpaceError
-from chainer_ooc.swap.devices.cuda import CudaDevice
+from chainer_ooc.swap.devices.cuda import CudaDevice, new_slab
 from chainer_ooc.swap.devices.cuda import _abandoned as abandoned
 from chainer_ooc.swap.devices.cuda_transfers import FailedTransfer
+from chainer_ooc.swap.pinned import CHUNK
 from chainer_ooc.swap.storage import Layout
 from chainer_ooc.testing.adopted_arrays import AdoptedArrays
+from chainer_ooc.testing.simulated_cuda import SimulatedCuda
+from chainer_ooc.testing.simulated_memory import Gpu
 from tests.swap.cuda.conftest import UNIT
 
 
@@ -307,6 +310,55 @@ def test_the_other_gpu_may_be_current(make_rig):
     assert other.data.mem.device_id == 1
 
 
+def test_all_is_asked_of_its_own_gpu_while_another_is_current(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # no ranks share it
+    cupy = SimulatedCuda(2, total=32 * UNIT, devices=2)
+    cupy.eagerness = 0
+    cupy.gpus[1] = Gpu(64 * UNIT)
+    pool = cupy.get_default_memory_pool()
+    pool.set_limit(20 * UNIT)
+    with cupy.cuda.Device(1):
+        pool.set_limit(5 * UNIT)
+        device = CudaDevice(cupy, 0, str(tmp_path), 16 * UNIT)
+        assert device.own_limit == 20 * UNIT
+        assert device.stand_in.data.device_id == 0
+    assert {device.streams._out.device_id, device.streams._back.device_id} == {0}
+    array = cupy.ndarray((UNIT // 4,), np.float32)
+    array.fill(3)
+    with cupy.cuda.Device(1):
+        other = cupy.ndarray((UNIT,), np.float32)
+        assert device.total_bytes() == 32 * UNIT
+        assert device.capacity() == 20 * UNIT
+        device.own_limit = 0
+        assert device.capacity() == UNIT + int(31 * UNIT * 0.95)
+        assert device.peak_bytes() == UNIT
+        found = device.checksum(array.data.mem, 0, UNIT)
+    assert found == device.checksum(array.data.mem, 0, UNIT)
+    del other
+    device.close()
+    cupy.check()
+
+
+def test_memory_is_locked_with_its_own_gpu_current(tmp_path, monkeypatch):
+    """In a thread that makes chunks ahead, another would be: locking makes a context there, of hundreds of MiB."""
+    cupy = SimulatedCuda(devices=2)
+    seen = []
+    real = cupy.cuda.runtime.hostRegister
+
+    def register(*args):
+        seen.append((threading.current_thread().name, cupy.cuda.runtime.getDevice()))
+        real(*args)
+
+    monkeypatch.setattr(cupy.cuda.runtime, "hostRegister", register)
+    with cupy.cuda.Device(1):
+        slab = new_slab(cupy, 3 * CHUNK)
+        assert slab.allocate(CHUNK * 3 // 4) is not None
+        slab.wait()
+    assert [device_id for _, device_id in seen] == [1, 1]
+    assert seen[1][0] == "chainer_ooc-pin"
+    slab.close()
+
+
 def test_what_it_says_of_its_memory(make_rig, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     rig = make_rig()
@@ -346,13 +398,13 @@ def test_closing_waits_for_the_copies(make_rig, host_limit, way):
 
 
 def test_a_closed_device_reads_no_copies_and_may_be_used_again(make_rig):
-    rig = make_rig(host_limit=0)
+    rig = make_rig(host_limit=0, limit=32 * UNIT)
     out = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
     out.join()
     rig.device.close()
     with pytest.raises(OSError, match="closed"):
         rig.device.copy_in(out.copy, UNIT, 0)
-    array, copy = round_trip(rig, 2.0)
+    array, copy = round_trip(rig, 2.0, 12 * UNIT)  # several pieces for each thread
     assert (array.get() == 2).all()
     copy.free()
 
