@@ -275,7 +275,7 @@ def test_on_a_terminal_no_line_is_wider_than_it(lists, tmp_path):
     """Runs under mpiexec on a terminal of 64 columns; the launcher's terminal is the one."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 64, 0, 0))
-    args = [*lists.args, *TINY, "-i", "12", "--test", "-o", "out"]
+    args = [*lists.args, *TINY, "-i", "4", "-o", "out"]
     process = subprocess.Popen(
         command(args, ranks=2),
         cwd=tmp_path,
@@ -300,7 +300,7 @@ def test_on_a_terminal_no_line_is_wider_than_it(lists, tmp_path):
     text = output.decode()
     states = re.split(r"[\r\n]+", text[text.index("images per rank and iteration") :])[1:]
     states = states[: next(i for i, state in enumerate(states) if state.startswith("summary:"))]
-    assert any("12/12" in state and "loss" in state for state in states)
+    assert any("4/4" in state and "loss" in state for state in states)
     assert any(state.startswith("epoch") for state in states)
     assert max(map(len, states)) < 64
 
