@@ -143,8 +143,8 @@ class Planned:
     def make_room(self, simulation: Simulation, nbytes: int, for_storage: int = -1) -> None:
         """Wait for what is going out; then as on demand."""
         missing = simulation.used + nbytes - simulation.system.high_bytes
-        if missing > 0:
-            simulation.wait_for_leaving(missing)
+        if missing > 0 and simulation.wait_for_leaving(missing) < missing:
+            simulation.wait_for_graves()
         self._demand.make_room(simulation, nbytes)
 
     def passes_by(self, simulation: Simulation, i: int) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from chainer_ooc.planning.pacing import Pacer
+from chainer_ooc.planning.plan import Choice, Plan
 from chainer_ooc.planning.planner import make_plan
 from chainer_ooc.planning.policies import Planned
 from chainer_ooc.planning.profile import Profile
@@ -72,6 +73,28 @@ def test_converges_under_noise_and_stays(planned, slowdown):
     assert sum(waits[-10:]) / 10 < 0.01 * profile.compute_seconds
     changed = [a != b for (_, a), (_, b) in zip(history[-15:], history[-14:], strict=False)]
     assert sum(changed) <= 2
+
+
+class Seen:
+    """One copy's wait or slack in an iteration of ten steps of a second each."""
+
+    seconds = 10.0
+    starts = tuple(map(float, range(10)))
+
+    def __init__(self, wait=0.0, slack=0.0):
+        self.waits, self.slack = {0: wait}, {0: slack}
+
+
+def test_no_copy_begins_again_where_it_was_waited_for():
+    pacer = Pacer(Plan("", (Choice.SWAP,), copy_in=((6, 0),), earliest=(1,)))
+    begins = [pacer.update(seen).copy_in[0][0] for seen in (
+        Seen(slack=2.0), Seen(wait=1.0), Seen(slack=3.0), Seen(slack=3.0), Seen(wait=0.1), Seen(slack=9.0)
+    )]  # fmt: skip
+    # Half of the slack later; one and a half waits earlier; then later again, but not to step 6.
+    assert begins == [6, 4, 5, 5, 4, 4]
+    for _ in range(9):
+        pacer.update(Seen(wait=3.0))
+    assert pacer.plan.copy_in == ((1, 0),)
 
 
 def test_begins_stay_in_order_and_in_their_bounds(planned):

@@ -64,6 +64,17 @@ def test_copy_in_waits_for_room():
     assert timeline.slack == {0: 1.0}
 
 
+def test_copy_under_way_holds_the_memory_of_what_died():
+    plan = Plan("", (KEEP, KEEP, SWAP), copy_out=((3, 2),))
+    steps = [*three().steps]
+    steps[4] = Step("b", BACKWARD, 2.0, workspace_bytes=150)
+    profile = Profile("three", "none", True, 0, tuple(steps), three().storages)
+    timeline = simulate(profile, system(350, out=20.0), Planned(plan))
+    # c's storage is dead at 5 s, but its copy goes on until 8 s; b needs 200 + 150 bytes.
+    assert timeline.wait_out_seconds == pytest.approx(3.0)
+    assert timeline.peak_bytes == 350
+
+
 def test_dropped_storage_is_made_again():
     again = Rerun(0.75, 0, (), (0,))
     plan = Plan("", (RECOMPUTE, KEEP, KEEP), drop=((1, 0),))

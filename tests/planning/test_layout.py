@@ -1,0 +1,65 @@
+import random
+
+from chainer_ooc.planning.layout import Memory, needs_of
+from chainer_ooc.planning.profile import BACKWARD, FORWARD, Profile, Rerun, Step, Storage
+from chainer_ooc.planning.system import System, Tier
+
+from .instances import chain_of
+
+TIER = Tier("host", 1.0, 1.0)
+
+
+def nested(single_backward=True, limit=1000):
+    """Three functions, each making 100 bytes from the one before; the second's output is not saved."""
+    reruns = [Rerun(1.0, 7, (n - 1,) if n else (), (n,)) for n in range(3)]
+    forward = [Step(f"f{n}", FORWARD, 1.0, rerun=reruns[n]) for n in range(3)]
+    backward = [Step(f"f{n}", BACKWARD, 1.0, function=n) for n in (2, 1, 0)]
+    storages = (Storage(100, 0, 2, (5,)), Storage(40, 1, 3, ()), Storage(100, 2, 3, (3,)))
+    profile = Profile("nested", "none", True, 0, (*forward, *backward), storages)
+    return profile, System(limit, (TIER,), single_backward=single_backward, margin=0.0)
+
+
+def test_rerun_passes_through_what_nobody_saved():
+    profile, system = nested()
+    needs = needs_of(profile, system, [2])
+    assert needs.reruns == [(3, (1, 2))]
+    assert needs.rerun_seconds == 2.0
+    # The first is read before step 3 and used in step 5; 40 bytes pass by while the last is made.
+    assert needs.steps == [[3, 5], [], [3]]
+    assert needs.own_bytes[3] == 7 + 40
+
+
+def test_what_a_rerun_made_on_the_way_stays_or_is_made_twice():
+    profile, system = nested()
+    kept = needs_of(profile, system, [0, 2])
+    assert kept.reruns == [(3, (0, 1, 2))]
+    twice = needs_of(profile, system, [0, 2], [(0, 3)])
+    assert twice.reruns == [(3, (0, 1, 2)), (5, (0,))]
+    assert twice.rerun_seconds == kept.rerun_seconds + 1.0
+
+
+def test_cover_takes_out_nothing_that_is_needless():
+    profile = chain_of(random.Random(5), 12, rerun=False)
+    peak = profile.resident_peak(True)
+    system = System(int(0.7 * peak), (TIER,), margin=0.0)
+    needs = needs_of(profile, system, ())
+    memory = Memory(profile, system, needs)
+    # The smallest first: a large one that is taken at last makes some of them needless.
+    smallest = sorted(profile.saved, key=lambda i: profile.storages[i].nbytes)
+    chosen = memory.cover(smallest, 0)
+    assert memory.room.min() >= 0
+    for i in chosen:
+        rest = Memory(profile, system, needs)
+        for other in chosen:
+            if other != i:
+                rest.remove(other)
+        assert rest.room.min() < 0
+
+
+def test_after_a_backward_that_may_run_again_room_comes_from_what_left():
+    profile, system = nested(single_backward=False)
+    memory = Memory(profile, system, needs_of(profile, system, ()))
+    before = memory.room.copy()
+    memory.remove(2)
+    # Used at step 3: not in memory from step 4 on.
+    assert list(memory.room - before) == [0, 0, 0, 0, 100, 100]
