@@ -384,6 +384,17 @@ def test_all_that_was_used_goes_with_the_rest(rig):
     assert states(saved) == [State.OUT, State.OUT, State.BOTH]
 
 
+def test_what_has_changed_its_state_meanwhile_is_passed_over(rig):
+    saved = [rig.save(float(i)) for i in range(3)]
+    mover = rig.manager._mover
+    seen = []
+    for storage in mover.members(State.RESIDENT):
+        seen.append(storage)
+        mover.begin_out(saved[1].storage)
+        saved[2] = None
+    assert seen == [saved[0].storage]
+
+
 def test_more_is_copied_at_a_time_than_may_be_under_way(rig, monkeypatch):
     import chainer_ooc.swap.reclaimer as reclaimer
 

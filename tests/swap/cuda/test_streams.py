@@ -106,6 +106,15 @@ def test_a_stream_that_is_new_does_not_wait_where_nothing_is_copied(rig):
     assert rig.cupy.calls["wait_event"] == before
 
 
+def test_a_stream_that_is_known_does_not_wait_for_copies(rig):
+    rig.cupy.eagerness = 0
+    out = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
+    before = rig.cupy.calls["wait_event"]
+    rig.device.note_allocation()
+    assert rig.cupy.calls["wait_event"] == before
+    out.wait()
+
+
 def test_copies_are_joined_on_their_own_gpu(make_rig):
     """The default stream is named alike on all GPUs, and is another on each."""
     rig = make_rig(devices=2, seed=2)
