@@ -29,6 +29,8 @@ class Arranger:
     def __init__(self, profile: Profile, system: System) -> None:
         self.profile = profile
         self.system = system
+        pairs = zip(profile.workspace, profile.made_bytes, strict=True)
+        self._need_bytes = tuple(workspace + made for workspace, made in pairs)
         # Backward needs the oldest last: they have most time to go and to come.
         self.by_age = sorted(
             profile.saved,
@@ -142,4 +144,5 @@ class Arranger:
             drop=tuple(sorted(drop)),
             rerun=tuple(needs.reruns),
             pass_by=tuple(sorted(pass_by)),
+            need_bytes=self._need_bytes,
         )

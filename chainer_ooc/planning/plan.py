@@ -36,6 +36,8 @@ class Plan:
         rerun: (step, forward steps): run these again, in this order, before the step.
         pass_by: (step, storage): the step does not need it, only its re-runs do: give it up as soon as they
             have read it, before the step runs.
+        need_bytes: For each step what it takes at most beyond what is in use before it: what begins to come in
+            then leaves that much free.
         seconds: The step time that the simulation foresees.
         bound_seconds: The lower bound of the step time; no schedule is faster.
         peak_bytes: The peak that the simulation foresees.
@@ -50,6 +52,7 @@ class Plan:
     drop: tuple[tuple[int, int], ...] = ()
     rerun: tuple[tuple[int, tuple[int, ...]], ...] = ()
     pass_by: tuple[tuple[int, int], ...] = ()
+    need_bytes: tuple[int, ...] = ()
     seconds: float = 0.0
     bound_seconds: float = 0.0
     peak_bytes: int = 0
@@ -77,7 +80,8 @@ class Plan:
             for name in ("copy_out", "copy_in", "release", "drop", "pass_by"):
                 data[name] = tuple((step, storage) for step, storage in data[name])
             data["rerun"] = tuple((step, tuple(again)) for step, again in data["rerun"])
-            data["earliest"] = tuple(data["earliest"])
+            for name in ("earliest", "need_bytes"):
+                data[name] = tuple(data[name])
             return cls(**data)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no plan as Plan.to_json() gives it: {error}") from error
