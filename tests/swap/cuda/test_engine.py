@@ -32,6 +32,13 @@ def values(saved):
     return [float(one.get().get()[0]) for one in saved]
 
 
+def host_bytes(rig):
+    """Return what is in use when all copies have ended, and what was retired is taken back."""
+    rig.cupy.synchronize()
+    rig.device.host.allocate(1).free()
+    return rig.device.host.slab.allocated
+
+
 def test_what_stays(rig):
     assert rig.manager.save(np.zeros(3), "f") is None
     rig.settings = Settings(limit=8 * UNIT, min_bytes=UNIT + 1)
@@ -227,6 +234,7 @@ def test_backward_may_give_away_what_goes_out(rig):
     rig.manager.finish([saved], drop=False)
     rig.manager.settle()
     assert saved.storage.state is State.RESIDENT
+    assert host_bytes(rig) == 0
     kept.add(1)
     assert values([saved]) == [2]
 
@@ -393,6 +401,17 @@ def test_what_has_changed_its_state_meanwhile_is_passed_over(rig):
         mover.begin_out(saved[1].storage)
         saved[2] = None
     assert seen == [saved[0].storage]
+
+
+def test_nothing_is_trimmed_while_there_is_room(rig, monkeypatch):
+    calls = []
+    monkeypatch.setattr(rig.device, "trim", lambda: calls.append(1))
+    saved = [rig.save(float(i)) for i in range(7)]
+    rig.manager.make_room(UNIT // 2)
+    assert calls == []
+    rig.manager.make_room(UNIT)
+    assert len(calls) == 2  # before, and after something went
+    del saved
 
 
 def test_more_is_copied_at_a_time_than_may_be_under_way(rig, monkeypatch):
@@ -600,6 +619,7 @@ def test_settling_waits_for_both_ways(rig):
     rig.manager.settle()
     assert set(states(saved)) == {State.BOTH}
     assert more.storage.state is State.BOTH
+    assert {one.storage.transfer for one in (*saved, more)} == {None}
     rig.cupy.synchronize()
     assert rig.device.host.allocate(1) is not None
     assert rig.device.host.slab.allocated == 5 * UNIT + 512
