@@ -73,6 +73,8 @@ EQUIVALENT: dict[str, str] = {
     "manager.SwapManager.prefetch: True for room < storage.nbytes": "less than nothing is released",
     "manager.SwapManager.finish: no storage.resident": "taint() leaves what is not here as it is",
     "manager.SwapManager.make_room: no used > self.marks.low": "less than nothing is written behind",
+    "mover.Mover.release: True for not storage.used": "prefetch() passes over what was used",
+    "reclaimer.Reclaimer.reclaim: False for missing <= 0": "less than nothing is given up",
     "cuda_streams.CopyStreams.on_device: False for": "saves time only",
     "cuda_streams.CopyStreams.note_current: True for len(": "streams are looked through more often",
 }

@@ -328,6 +328,9 @@ def test_arrivals_are_released_last(rig):
     assert rig.manager.make_room(4 * UNIT)
     # What is needed last goes first.
     assert states(saved) == [State.OUT] * 2 + [State.COMING_IN] * 3 + [State.OUT]
+    rig.manager.fetch(saved[4:5], trusted=True)
+    rig.manager.prefetch(saved[4:5])  # they are looked at again
+    assert states(saved[:4]) == [State.COMING_IN] * 4
     assert values(saved) == [0, 1, 2, 3, 4, 5]
 
 
