@@ -102,3 +102,11 @@ def test_nothing_is_kept_of_what_died(machine):
     machine.manager.settle()
     assert set(mover.nbytes.values()) == {0}
     assert not any(mover._members.values())
+
+
+def test_the_order_of_what_died_unused_is_forgotten(machine):
+    """Predictions save and never run backward."""
+    for _ in range(300):
+        save(machine, nbytes=4096)
+    saved, _ = machine.manager._order._forward.signature
+    assert saved < 100
