@@ -71,9 +71,7 @@ def _train(
     # The parameters do not depend on the size: a pass at the full one, to make them, would count in the peak.
     model = models.create(net, 224)
     model.insize = size
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what making the parameters left behind is no floor
-    floor = _status("VmRSS:") + 2 * sum(p.array.nbytes for p in model.params())
+    floor = floor_bytes(model)
     if limit is not None:
         chainer_ooc.enable(limit=limit, single_backward=True)
     optimizer = chainer.optimizers.MomentumSGD(lr=0.001).setup(model)
@@ -90,7 +88,7 @@ def _train(
         digest.update(parameter.array.tobytes())
     return {
         "seconds": seconds,
-        "peak_bytes": _status("VmHWM:"),
+        "peak_bytes": status_bytes("VmHWM:"),
         "floor_bytes": floor,
         "digest": digest.hexdigest(),
         "parameters": int(model.count_params()),
@@ -98,10 +96,18 @@ def _train(
     }
 
 
-def _status(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """Return a line of this process's status: ``VmRSS:``, ``VmHWM:`` (bytes)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (value,) = (int(line.split()[1]) << 10 for line in lines if line.startswith(name))
     return value
+
+
+def floor_bytes(model: Any) -> int:
+    """Return what this process holds with ``model``, its gradients and its momenta (bytes), before it trains."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what making the parameters left behind is no floor
+    return status_bytes("VmRSS:") + 2 * sum(p.array.nbytes for p in model.params())
 
 
 def foresee(points: list[tuple[int, int]], size: int) -> int:

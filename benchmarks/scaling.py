@@ -1,7 +1,7 @@
 """One, two and four ranks on one machine: images per second, what the all-reduce costs, what moves.
 
     python benchmarks/scaling.py [--ranks 1 2 4] [--arch resnet50] [--insize 224] [--batchsize 4]
-        [--strong] [--ooc 0.6] [--rounds 3] [--json scaling.json]
+        [--strong] [--ooc 0.5] [--rounds 3] [--json scaling.json]
     python benchmarks/scaling.py --quick
 
 Each rank trains on its own batch with ChainerMN's naive communicator, one BLAS thread each. Weak scaling:
@@ -10,8 +10,8 @@ efficiencies are medians over the rounds of ratios within a round. On a machine 
 the ranks share them: "of cores" counts that, min(ranks, cores) times one rank being the ideal. "all-reduce"
 is the least time that an iteration's exchange took, ranks starting together; "ring" is a bound for it: a ring
 all-reduce with latency and bandwidth fitted to MPI's own all-reduces in the same processes, in one piece (see
-docs/scaling.md). With ``--ooc`` every rank trains under that fraction of one rank's in-core peak: they share
-one disk.
+docs/scaling.md). With ``--ooc`` every rank trains under a limit that fraction of the way from what it holds without
+activations to one rank's in-core peak: they share one disk.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from large_input import floor_bytes, status_bytes
 from scaling_model import ring_seconds
 from training import ROOT, machine, print_table, write
 
@@ -88,6 +89,7 @@ def _train(
         spent[0] = time.perf_counter() - start
 
     comm.multi_node_mean_grad = timed
+    floor = floor_bytes(model)
     if limit is not None:
         chainer_ooc.enable(limit=limit, single_backward=True)
     optimizer = chainermn.create_multi_node_optimizer(
@@ -109,8 +111,6 @@ def _train(
     for parameter in model.params():
         digest.update(parameter.array.tobytes())
     digests = world.gather(digest.hexdigest())
-    status = Path("/proc/self/status").read_text().splitlines()
-    (peak,) = (int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
     stats = chainer_ooc.stats() if limit is not None else None
     moved = stats.bytes_out + stats.bytes_in if stats else 0
     result = {
@@ -119,7 +119,8 @@ def _train(
         "gradient_bytes": sum(p.grad.nbytes for p in model.params()),
         "gradient_arrays": sum(1 for _ in model.params()),
         **fit,
-        "peak_bytes": world.allreduce(peak, MPI.MAX),
+        "floor_bytes": floor,
+        "peak_bytes": world.allreduce(status_bytes("VmHWM:"), MPI.MAX),
         "moved_bytes": world.allreduce(moved, MPI.SUM) / iterations,
     }
     if comm.rank:
@@ -173,7 +174,12 @@ def main() -> None:
     parser.add_argument(
         "--strong", action="store_true", help="--batchsize is of all ranks together"
     )
-    parser.add_argument("--ooc", type=float, metavar="FRACTION", help="limit over in-core peak")
+    parser.add_argument(
+        "--ooc",
+        type=float,
+        metavar="FRACTION",
+        help="train under a limit, from 0: no activations, to 1: all of one rank's",
+    )
     parser.add_argument("--quick", action="store_true", help="nin at 64 pixels, one round")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
@@ -193,8 +199,9 @@ def main() -> None:
     common = {"arch": options.arch, "insize": options.insize, "iterations": options.iterations}
     limit = None
     if options.ooc is not None:
-        in_core = run(1, batchsize=options.batchsize, **common)["peak_bytes"]
-        limit = int(options.ooc * in_core)
+        alone = run(1, batchsize=options.batchsize, **common)
+        in_core, floor = alone["peak_bytes"], min(alone["floor_bytes"], alone["peak_bytes"])
+        limit = int(floor + options.ooc * (in_core - floor))
         print(f"in core {in_core / MIB:.0f} MiB, limit {limit / MIB:.0f} MiB of each rank")
     runs: dict[int, list[dict[str, Any]]] = {n: [] for n in options.ranks}
     for _ in range(options.rounds):
