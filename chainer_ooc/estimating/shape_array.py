@@ -172,7 +172,12 @@ class ShapeArray(np.ndarray):
     def argmax(self, axis: Any = None, out: Any = None, *, keepdims: bool = False) -> Any:
         ledger_of(self).work("reduce", self.nbytes)
         shape = _reduced(self.shape, axis, keepdims)
-        return new(shape, np.intp, ledger_of(self)) if out is None else out
+        # NumPy moves the axis to the end, and copies where elements then do not lie in order.
+        moved = self if axis is None else np.moveaxis(self, axis, -1)
+        copied = None if moved.flags.c_contiguous else moved.copy()
+        result = new(shape, np.intp, ledger_of(self)) if out is None else out
+        del copied
+        return result
 
     argmin = argmax
 

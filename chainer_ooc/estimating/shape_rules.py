@@ -215,7 +215,11 @@ def _bincount(x: Any, /, weights: Any = None, minlength: int = 0) -> Any:
     length = max(minlength, 0 if known else int(np.max(x)) + 1)
     ledger = _ledger(x, weights)
     ledger.work("index", int(np.size(x)))
-    return new((length,), np.intp if weights is None else np.float64, ledger)
+    arrays = [(x, np.intp), (weights, np.float64)]
+    converted = [new(a.shape, t, ledger) for a, t in arrays if a is not None and a.dtype != t]
+    result = new((length,), np.intp if weights is None else np.float64, ledger)
+    del converted
+    return result
 
 
 @_rule("vdot")
@@ -245,7 +249,7 @@ def _dot(a: Any, b: Any, out: Any = None) -> Any:
         raise ValueError(f"shapes {a.shape} and {b.shape} not aligned")
     ledger = _ledger(a, b)
     dtype = np.result_type(a.dtype, b.dtype)
-    # BLAS takes arrays of one dtype whose rows or columns are contiguous; of others NumPy makes copies.
+    # Of arrays of another dtype, and of such that do not lie in one piece, NumPy makes copies for BLAS.
     held = [_for_blas(x, dtype, ledger) for x in (a, b)]
     result = new(rows + columns, dtype, ledger) if out is None else out
     ledger.gemm(math.prod(rows), math.prod(columns), core, dtype.itemsize)
@@ -258,9 +262,7 @@ def _for_blas(a: Any, dtype: Any, ledger: Ledger) -> Any:
         return a.astype(dtype)
     if dtype.kind not in "fc" or dtype.itemsize < 4 or a.ndim != 2 or memory_of(a) is None:
         return a
-    bad = any(stride < 0 or stride % a.itemsize for stride in a.strides)
-    contiguous = any(s == a.itemsize for s, n in zip(a.strides, a.shape, strict=True) if n > 1)
-    return a.copy() if bad or not (contiguous or max(a.shape) == 1) else a
+    return a if a.flags.forc else a.copy()
 
 
 @_rule("tensordot")

@@ -62,6 +62,7 @@ def _patch() -> None:
         _replace(np, name, _maker)
     _replace(np, "full", _full)
     _replace(np, "arange", _arange)
+    _replace(np, "linspace", _linspace)
     for name in ("eye", "identity", "tri"):
         _replace(np, name, _square)
     for name in ("array", "asarray", "asanyarray", "ascontiguousarray", "asfortranarray"):
@@ -138,6 +139,17 @@ def _arange(stock: Any) -> Any:
         return new((length,), dtype, ledger)
 
     return arange
+
+
+def _linspace(stock: Any) -> Any:
+    def linspace(start: Any, stop: Any, num: int = 50, *args: Any, **kwargs: Any) -> Any:
+        ledger = active_ledger()
+        known = {"dtype", "endpoint"} >= kwargs.keys() and not args
+        if ledger is None or num < 2 or not known or np.ndim(start) or np.ndim(stop):
+            return stock(start, stop, num, *args, **kwargs)
+        return new((num,), kwargs.get("dtype") or float, ledger)
+
+    return linspace
 
 
 def _square(stock: Any) -> Any:

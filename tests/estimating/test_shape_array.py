@@ -199,3 +199,27 @@ def test_inference_itself_counts_nothing():
             assert len(ledger.events) == before + 1
             del y
     assert new((2, 2), np.float32, ledger).tolist() == [[0, 0], [0, 0]]
+
+
+def test_products_count_the_copies_that_numpy_makes():
+    ledger = Ledger()
+
+    def made(operation):
+        first = len(ledger.events)
+        result = operation()
+        sizes = [nbytes for _, nbytes in ledger.events[first:] if nbytes > 0]
+        del result
+        return sizes
+
+    columns = new((2, 3, 5, 5, 8, 8), np.float32, ledger)
+    weights = new((4, 3, 5, 5), np.float32, ledger)
+    axes = ((1, 2, 3), (1, 2, 3))
+    result = 2 * 8 * 8 * 4 * 4
+    # The columns are transposed for the product; the weights are as they lie, read transposed.
+    assert made(lambda: np.tensordot(columns, weights, axes)) == [columns.nbytes, result]
+    last = new((2, 8, 8, 3, 5, 5), np.float32, ledger)
+    assert made(lambda: np.tensordot(last, weights, ((3, 4, 5), (1, 2, 3)))) == [result]
+    a, b = new((6, 7), np.float32, ledger), new((7, 8), np.float64, ledger)
+    assert made(lambda: a @ b) == [6 * 8 * 8]
+    assert made(lambda: np.dot(a, b)) == [6 * 7 * 8, 6 * 8 * 8]  # one dtype for BLAS
+    assert made(lambda: np.dot(b.T[::2], b[:, :3])) == [4 * 7 * 8, 7 * 3 * 8, 4 * 3 * 8]
