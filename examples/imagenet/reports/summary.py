@@ -52,7 +52,7 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
 
     ranks = summary["ranks"]
     print(f"summary: {ranks} rank{'s' if ranks > 1 else ''}, "
-          f"{number('iterations_per_second', '.2f')} iterations/s")  # fmt: skip
+          f"{number('iterations_per_second', '.3g')} iterations/s")  # fmt: skip
     print(f"  loss          {number('loss_first', '.3f')} -> {number('loss_last', '.3f')}")
     print(f"  val accuracy  {number('val_accuracy', '.3f')}")
     print(f"  swapped       {summary['bytes_out'] / GIB:.2f} GiB out, "
