@@ -102,23 +102,29 @@ class Data:
     def __len__(self):
         return 40
     def __getitem__(self, i):
-        if i % 40 == 17:
+        if i % 40 == 17 and i > 80:
             os.kill(os.getpid(), signal.SIGKILL)
+        if i % 40 == 18:
+            raise OSError("cannot be read")
         return numpy.zeros(3, numpy.float32), numpy.array(i, numpy.int32)
 if __name__ == "__main__":
     start_worker_server()
     it = make_iterator(Data(), 4, iterator="process", workers=2, seed=(0,))
-    for _ in range(20):
+    for _ in range(30):
         batch = it.next()
+        bad = [e for e in batch if not isinstance(e, tuple)]
         if len(batch) == 1:
-            print(batch[0].message)
+            print(bad[0].message)
             break
+        if bad:
+            print(bad[0].message.split(": ", 1)[1])
     it.finalize()
     print("finished")
 """
     )
     done = run_python(script, timeout=60)
-    assert done.stdout.splitlines()[-2:] == [
+    assert done.stdout.splitlines()[-3:] == [
+        "OSError: cannot be read",
         "a loader process was killed, perhaps because memory ran out; use fewer of them "
         "(--loaderjob/-j), or threads",
         "finished",

@@ -23,5 +23,5 @@ instead of ``train`` and ``val`` takes original files.
     opening                      the sources of a data set by its name or path
     statistics                   mean image, mean and standard deviation of each channel
     preprocessed                 sources through a transform; the order of an epoch
-    build, iterators             the two entry points
+    build, iterators             the two entry points; process_iterator: workers and shared memory
 """

@@ -16,7 +16,8 @@ from typing import Any
 from chainer import iterators
 from errors import InputError
 
-from datasets.preprocessed import BadExample, EpochOrder, PreprocessedImages
+from datasets.preprocessed import EpochOrder, PreprocessedImages
+from datasets.process_iterator import ProcessIterator
 
 ITERATORS = ("serial", "thread", "process")
 
@@ -84,63 +85,3 @@ def make_iterator(
     if iterator == "thread":
         return iterators.MultithreadIterator(dataset, batchsize, n_threads=workers, **options)
     return ProcessIterator(dataset, batchsize, n_processes=workers, **options)
-
-
-class ProcessIterator(iterators.MultiprocessIterator):
-    """Chainer's iterator of worker processes, which does not wait for dead ones.
-
-    Chainer's waits for ever for an example whose worker was killed, by the system when
-    memory ran out for instance. This one then returns a batch of one ``BadExample``.
-    """
-
-    def __init__(self, dataset: PreprocessedImages, batch_size: int, **options: Any) -> None:
-        if "mpi4py.MPI" in sys.modules and multiprocessing.get_start_method() == "fork":
-            raise InputError(
-                "iterator process: worker processes cannot be forked once there is an MPI "
-                "communicator; call start_worker_server() before, or use iterator thread"
-            )
-        # A slow storage is not a fault, and a dead worker is noticed otherwise.
-        super().__init__(dataset, batch_size, dataset_timeout=None, **options)
-
-    def _initialize_loop(self) -> None:
-        if self.shared_mem is None:
-            # Otherwise the first batch would be loaded here, one example after the other.
-            self.shared_mem = self._example_bytes()
-        super()._initialize_loop()
-        self._workers: list[Any] | None = None
-
-    def _example_bytes(self) -> int | None:
-        example = self.dataset[0]
-        if isinstance(example, BadExample):
-            return None
-        return sum(array.nbytes for array in example)
-
-    def __next__(self) -> list[Any]:
-        """Returns the next batch."""
-        loop = self._prefetch_loop
-        if loop.thread is None and not loop.measure_required():
-            loop.launch_thread()
-        if loop.thread is not None and not self._wait(loop):
-            self._workers = []
-            return [BadExample(
-                "a loader process was killed, perhaps because memory ran out; use fewer of them "
-                "(--loaderjob/-j), or threads"
-            )]  # fmt: skip
-        return super().__next__()
-
-    next = __next__
-
-    def _wait(self, loop: Any) -> bool:
-        """Waits for a batch; returns False if a worker died."""
-        if self._workers is None:
-            self._workers = list(loop._pool._pool)
-        communicator = self._comm
-        while self._workers:
-            with communicator._lock:
-                if communicator._batch_queue or communicator._not_empty_cond.wait(0.2):
-                    return True
-            # The pool replaces a process that ended by a new one; the example is lost.
-            if any(worker not in loop._pool._pool for worker in self._workers):
-                loop._pool.terminate()
-                return False
-        return False
