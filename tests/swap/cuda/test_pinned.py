@@ -138,6 +138,21 @@ def test_less_is_taken_where_a_whole_chunk_is_refused():
     slab.close()
 
 
+def test_a_forked_child_has_nothing():
+    registry = Registry()
+    slab = registry.slab(4 * CHUNK)
+    address = slab.allocate(MIB)
+    slab.wait()
+    before = dict(registry.regions)
+    slab._lock.acquire()  # by a thread that the child does not have
+    slab.after_fork()
+    assert slab.allocate(1) is None
+    slab.free(address, MIB)
+    assert (slab.size, slab.allocated) == (0, 0)
+    slab.close()
+    assert registry.regions == before
+
+
 def test_threads_share_it():
     slab = Registry().slab(2 * CHUNK)
     seen, errors = set(), []
