@@ -145,9 +145,10 @@ def print_policies(results: list[dict[str, Any]], fractions: list[float]) -> Non
                     for r in here
                     if policy in r["seconds"]
                 ]
-                mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.nan
                 missing = len(here) - len(ratios)
-                cells.append(f"{mean:.2f}" + (f" ({missing} do not fit)" if missing else ""))
+                note = f" ({missing} do not fit)" if missing else ""
+                mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+                cells.append("-" if mean is None else f"{mean:.2f}{note}")
             bounds = [r["bound_seconds"] / r["in_core_seconds"] for r in here]
             bound = math.exp(sum(map(math.log, bounds)) / len(bounds))
             rows.append([system, f"{fraction:.1f}", f"{bound:.2f}", *cells])

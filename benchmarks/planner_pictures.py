@@ -98,7 +98,7 @@ def draw_ratios(path: Path, results: list[dict[str, Any]]) -> None:
             ratios = [r["seconds"].get("plan", math.nan) / r["bound_seconds"] for r in here]
             axis.plot([r["fraction"] for r in here], ratios, marker=".", lw=1, label=net)
         axis.axhline(1.05, color="#999999", lw=1, ls=":")
-        axis.set_title(planner.SYSTEMS[name].about.replace(", ", "\n", 1), fontsize=7)
+        axis.set_title(planner.SYSTEMS[name].about.replace(", ", "\n"), fontsize=7)
         axis.invert_xaxis()
         axis.tick_params(labelsize=7)
     axes[0][0].set_ylabel("step time / lower bound", fontsize=8)
@@ -134,7 +134,7 @@ def draw_policies(path: Path, results: list[dict[str, Any]], fraction: float = 0
                     )
         axis.set_yscale("log")
         axis.set_xticks(range(len(planner.POLICIES)), planner.POLICIES, rotation=90, fontsize=7)
-        axis.set_title(planner.SYSTEMS[name].about.replace(", ", "\n", 1), fontsize=7)
+        axis.set_title(planner.SYSTEMS[name].about.replace(", ", "\n"), fontsize=7)
         axis.tick_params(axis="y", labelsize=7, which="both")
         axis.grid(axis="y", lw=0.3)
         axis.yaxis.set_major_formatter("{x:g}")
