@@ -37,7 +37,10 @@ DEVICES = {
         "V100 SXM2 (modelled)", 15.7e12, 900e9, "NVIDIA V100 datasheet: 15.7 TFLOPS FP32, 900 GB/s"
     ),
     "a100": Device(
-        "A100 SXM 80 GB (modelled)", 156e12, 2039e9, "NVIDIA A100 datasheet: 156 TFLOPS TF32, 2,039 GB/s"
+        "A100 SXM 80 GB (modelled)",
+        156e12,
+        2039e9,
+        "NVIDIA A100 datasheet: 156 TFLOPS TF32, 2,039 GB/s",
     ),
     "h200": Device(
         "H200 SXM (modelled)",
@@ -102,9 +105,7 @@ def modelled(profile: Profile, device: Device, scale: int = 1) -> Profile:
         )
         fixed = all_gradients if step.phase == FORWARD else gradients
         held = fixed + scale * max(0, step.held_bytes - fixed)
-        unsaved = sum(
-            s.nbytes for s in profile.storages if s.producer == number and not s.uses
-        )
+        unsaved = sum(s.nbytes for s in profile.storages if s.producer == number and not s.uses)
         workspace = step.workspace_bytes
         if heavy and step.phase == FORWARD:
             workspace = scale * unsaved + WORKSPACE
@@ -125,8 +126,7 @@ def modelled(profile: Profile, device: Device, scale: int = 1) -> Profile:
             )
         )
     storages = tuple(
-        Storage(scale * s.nbytes, s.producer, s.free_from, s.uses, s.label) for s in profile.storages
+        Storage(scale * s.nbytes, s.producer, s.free_from, s.uses, s.label)
+        for s in profile.storages
     )
-    return Profile(
-        profile.name, device.name, True, profile.fixed_bytes, tuple(steps), storages
-    )
+    return Profile(profile.name, device.name, True, profile.fixed_bytes, tuple(steps), storages)
