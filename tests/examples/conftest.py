@@ -35,7 +35,7 @@ def train() -> Train:
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,  # seconds alone; minutes on a busy machine
         )
         assert done.returncode == status, done.stdout + done.stderr
         return done
