@@ -76,6 +76,7 @@ EQUIVALENT: dict[str, str] = {
     "mover.Mover.end_in: True for storage.ahead": "which of two counters of seconds",
     "mover.Mover.end_in: False for storage.ahead": "which of two counters of seconds",
     "gpus.Gpus.manager_for: True for manager is None": "_add() returns the one there is",
+    "mover.Mover.bury: True for storage.copy": "an empty grave",
     "mover.Mover.release: True for not storage.used": "prefetch() passes over what was used",
     "reclaimer.Reclaimer.reclaim: False for missing <= 0": "less than nothing is given up",
     "cuda_streams.CopyStreams.on_device: False for": "saves time only",

@@ -9,6 +9,7 @@ import pytest
 
 from chainer_ooc import errors
 from chainer_ooc.settings import Settings
+from chainer_ooc.swap import process_memory
 from chainer_ooc.swap.devices.cuda_allocator import SMALL, out_of_memory_class
 from chainer_ooc.swap.devices.gpus import Gpus
 from chainer_ooc.swap.manager import SwapManager
@@ -314,7 +315,9 @@ def test_inside_using_allocator(mode):
     assert [set(one.get().get()) for one in saved] == [{float(i)} for i in range(8)]
 
 
-def test_all_gpus_share_the_host_limit(mode):
+def test_all_gpus_share_the_host_limit(mode, monkeypatch):
+    available = iter(range(1 << 30, 1 << 31, 1 << 20))  # another amount each time
+    monkeypatch.setattr(process_memory, "available_bytes", lambda: next(available))
     mode.enable(1 * UNIT)
     saved = [mode.save(float(i), i % 2) for i in range(24)]
     for one in saved:

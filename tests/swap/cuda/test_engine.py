@@ -693,3 +693,70 @@ def test_a_full_disk_in_the_midst_of_going_out(make_rig, monkeypatch):
         rig.manager.move_all_out()
     assert states(saved).count(State.RESIDENT) == 5
     assert values(saved) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "state", [s for s in State if s is not State.DROPPED], ids=lambda s: s.name
+)
+def test_a_storage_may_be_dropped_in_any_state(rig, state):
+    rig.cupy.eagerness = 0
+    saved = rig.save(1.0)
+    mover = rig.manager._mover
+    if state is not State.RESIDENT:
+        mover.begin_out(saved.storage)
+    if state not in (State.RESIDENT, State.GOING_OUT):
+        mover.end_out(saved.storage)
+    if state in (State.OUT, State.COMING_IN):
+        mover.release(saved.storage)
+    if state is State.COMING_IN:
+        mover.begin_in(saved.storage)
+    assert saved.storage.state is state
+    rig.manager.finish([saved], drop=True)
+    assert saved.storage.state is State.DROPPED
+    rig.manager.settle()
+    assert host_bytes(rig) == rig.pool.used_bytes() == 0
+
+
+def test_illegal_transitions_raise(rig):
+    storage = rig.save(1.0).storage
+    with pytest.raises(errors.OutOfCoreError, match="cannot become 'coming in'"):
+        storage.move_to(State.COMING_IN)
+    assert storage.state is State.RESIDENT
+
+
+def test_memory_is_given_up_after_all_computing_streams_have_used_it(rig):
+    saved = rig.save(1.0)
+    rig.manager.move_all_out()
+    rig.cupy.eagerness = 0
+    array = saved.get()
+    stream = rig.cupy.cuda.Stream(non_blocking=True)
+    stream.wait_event(rig.cupy.get_current_stream().record())
+    with stream:
+        rig.device.note_allocation()
+        rig.cupy.kernel("a use", [array.span], [])
+    del array
+    rig.manager.make_room(8 * UNIT)
+    assert saved.storage.state is State.OUT
+    rig.array(2.0)
+
+
+def test_a_failed_allocation_of_what_is_fetched_is_tried_again(rig):
+    saved = [rig.save(float(i)) for i in range(3)]
+    rig.manager.move_all_out()
+    rig.manager.fetch(saved[:1], trusted=True)
+    rig.cupy.fail["malloc"] = [0]
+    assert values(saved[2:]) == [2]
+    assert saved[0].storage.state is State.OUT
+    rig.cupy.fail["malloc"] = [0, 1, 2, 3]
+    rig.manager.make_room(8 * UNIT)
+    with pytest.raises(MemoryError):
+        saved[1].get()
+    rig.cupy.fail.clear()
+    assert values(saved) == [0, 1, 2]
+
+
+def test_what_has_been_handed_out_to_nobody_is_not_alive(rig):
+    saved = rig.save(1.0)
+    saved._last = None
+    assert saved.alive() is None
+    assert values([saved]) == [1]
