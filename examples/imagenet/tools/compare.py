@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.arch} on {images.title} of {side} x {side}, {len(images.x_test):,} test "
               f"images, {args.epochs} epochs, {args.seeds} seeds, {seconds:.0f} s")  # fmt: skip
         report(summary)
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        settings = {k: v for k, v in vars(args).items() if k not in ("json", "plot")}
         settings.update(data=images.title, side=side, test_images=len(images.x_test))
         results = {
             "settings": settings,
