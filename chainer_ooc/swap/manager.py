@@ -221,7 +221,8 @@ class SwapManager:
                 if storage.state is not State.OUT or storage.used:
                     continue
                 if room is None:
-                    room = self.marks.free_bytes() - self._mover.nbytes[State.COMING_IN]
+                    untouched = self._mover.nbytes[State.COMING_IN]
+                    room = self.marks.free_bytes() - untouched * (not self.device.asks_for_room)
                 if room < storage.nbytes:
                     room += self._reclaimer.release_clean(storage.nbytes - room, used_only=True)
                 if room < storage.nbytes:

@@ -64,7 +64,9 @@ class Device(Protocol):
 
     name: str
     stand_in: Any  #: an array of the device without elements
-    asks_for_room: bool  #: its allocator asks the manager for room itself
+    #: Its allocator asks the manager for room itself, and what it hands out is in use at once (the system counts
+    #: a process's memory when it is touched).
+    asks_for_room: bool
 
     def locate(self, array: Any) -> Location | None:
         """Return where ``array`` lies, or ``None`` for an array that must stay where it is."""
