@@ -77,6 +77,8 @@ EQUIVALENT: dict[str, str] = {
     "mover.Mover.end_in: False for storage.ahead": "which of two counters of seconds",
     "gpus.Gpus.manager_for: True for manager is None": "_add() returns the one there is",
     "mover.Mover.bury: True for storage.copy": "an empty grave",
+    "mover.Mover.drop: True for storage.owner": "None is the memory of no storage",
+    "mover.Mover.bury: True for storage.owner": "None is the memory of no storage",
     "mover.Mover.release: True for not storage.used": "prefetch() passes over what was used",
     "reclaimer.Reclaimer.reclaim: False for missing <= 0": "less than nothing is given up",
     "cuda_streams.CopyStreams.on_device: False for": "saves time only",

@@ -408,6 +408,16 @@ def test_what_the_manager_allocates_is_not_asked_for_again(hooked, asked):
     assert "_note" not in asked
 
 
+def test_the_swap_file_moves_with_the_mode(mode, tmp_path):
+    mode.enable(4 * UNIT)
+    saved = mode.save(1.0, 0)
+    other = tmp_path / "other"
+    other.mkdir()
+    mode.on = mode.last = Settings(limit=4 * UNIT, min_bytes=1, swap_dir=str(other))
+    mode.gpus.enable(mode.on)
+    assert saved.storage.manager.device.disk.file.directory == str(other)
+
+
 def test_each_gpu_has_one_manager(mode):
     mode.enable(4 * UNIT)
     assert mode.gpus._add(0, mode.on) is mode.gpus._add(0, mode.on)
