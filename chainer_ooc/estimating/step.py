@@ -400,7 +400,9 @@ def _kept(function: Any) -> Iterator[int]:
             yield _number(node.data)
     for array in function._retained_output_data or ():
         yield _number(array)
-    for holder in _holders(function):
+    # Batch normalization keeps its statistics in an object of its own.
+    nested = function.__dict__.get("_impl")
+    for holder in [*_holders(function), *([nested] if hasattr(nested, "__dict__") else [])]:
         for value in holder.__dict__.values():
             items = value if type(value) in (tuple, list) else (value,)
             for item in items:
