@@ -14,6 +14,7 @@ import pytest
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap.devices.cuda import CudaDevice, new_slab
 from chainer_ooc.swap.devices.cuda import _abandoned as abandoned
+from chainer_ooc.swap.devices.cuda_host import THREADS
 from chainer_ooc.swap.devices.cuda_transfers import FailedTransfer
 from chainer_ooc.swap.pinned import CHUNK
 from chainer_ooc.swap.storage import Layout
@@ -410,6 +411,7 @@ def test_a_closed_device_reads_no_copies_and_may_be_used_again(make_rig):
         rig.device.copy_in(out.copy, UNIT, 0)
     array, copy = round_trip(rig, 2.0, 12 * UNIT)  # several pieces for each thread
     assert (array.get() == 2).all()
+    assert rig.device.disk._blocks.qsize() == THREADS  # and none of before
     copy.free()
 
 
