@@ -147,10 +147,8 @@ class Reclaimer:
             if storage is not None and storage.state is State.GOING_OUT:
                 if storage.transfer is not None and not storage.transfer.done():
                     return
-                leaving.popleft()
                 self._mover.end_out(storage)
-            else:
-                leaving.popleft()
+            leaving.popleft()
 
     def _trim(self) -> None:
         start = time.perf_counter()

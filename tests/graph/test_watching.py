@@ -42,12 +42,17 @@ def test_timers_do_not_count_what_backward_waits_for(x, monkeypatch):
     with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
         loss = chain(x)
         monkeypatch.setattr(Mover, "_join_arrival", slow)
+        start = time.perf_counter()
         with hook:
             loss.backward()
+        elapsed = time.perf_counter() - start
     waited = chainer_ooc.stats().stall_in_seconds - before.stall_in_seconds
     assert waited > 0.3
-    assert len(hook.call_history) >= 9
-    assert hook.total_time() < waited / 4
+    # Functions inside the gradients of others are timed by themselves, too.
+    timed = sum(
+        seconds for name, seconds in hook.call_history if name in ("Sum", "Sigmoid", "Tanh")
+    )
+    assert timed <= elapsed - 0.9 * waited
 
 
 class TestVerify:
