@@ -12,7 +12,7 @@ import numpy as np
 
 import chainer_ooc
 from chainer_ooc.estimating.errors import EstimateError
-from chainer_ooc.estimating.ledger import Ledger, Segment
+from chainer_ooc.estimating.ledger import Ledger, Segment, active_ledger
 from chainer_ooc.estimating.shape_array import ShapeArray, memory_of, new
 from chainer_ooc.estimating.without_data import without_data
 
@@ -177,8 +177,6 @@ def _loss(model: Any, args: Sequence[Any]) -> Any:
     """Call the model; make one number of what it returns, if it is none."""
     import chainer
     import chainer.functions as F
-
-    from chainer_ooc.estimating.ledger import active_ledger
 
     result = model(*args)
     if isinstance(result, chainer.Variable) and result.size == 1:
@@ -370,7 +368,8 @@ def _watch_class() -> Any:
 
 def _number(array: Any) -> int:
     memory = memory_of(array)
-    return -1 if memory is None else memory.number
+    # What another ledger counts has a number of another sequence.
+    return -1 if memory is None or memory.ledger is not active_ledger() else memory.number
 
 
 def _node_bytes(node: Any) -> int:
