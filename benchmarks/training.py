@@ -28,7 +28,8 @@ def run(**task: Any) -> dict[str, Any]:
 
     Returns:
         ``seconds`` and ``cpu_seconds`` of each iteration, ``peak_bytes`` (``VmHWM``),
-        ``system_seconds`` and ``page_faults`` of the whole process, ``digest`` of the parameters, and for out-of-core runs ``stats``.
+        ``system_seconds`` and ``page_faults`` of the whole process, ``digest`` of the
+        parameters, and for out-of-core runs ``stats``.
     """
     threads = str(task.pop("threads", 1))
     environment = dict(os.environ, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)

@@ -50,7 +50,7 @@ class _Local(threading.local):
         self.trusted = False  # the code that runs now leaves the arrays it reads as they are
         self.hooked = False
         self.error: BaseException | None = None
-        self.peak = 0  # most memory in use while the function ran, as announced (bytes)
+        self.peak = 0  # the highest SwapManager.grown_to() while the function ran (bytes)
 
 
 local = _Local()
@@ -254,7 +254,7 @@ def _before_allocation(nbytes: int) -> bool:
     try:
         manager.make_room(nbytes)
         used = manager.device.used_bytes() + nbytes
-        local.peak = max(local.peak, used)
+        local.peak = max(local.peak, manager.grown_to(used))
         if used > manager.limit:
             error = manager.shortage(nbytes, describe(local.running))
             if error is not None:

@@ -178,7 +178,9 @@ def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) ->
     """Call a function of the graph; turn a failed allocation into the error that says why."""
     local = mode.local
     outer, local.running = local.running, (func, inputs)
-    start = local.peak = manager.marks.last_used
+    start = manager.grown_to(manager.marks.last_used)
+    if outer is None:  # a function inside another one takes part in what that takes
+        local.peak = start
     begun = time.perf_counter() if mode.observers and outer is None else 0.0
     try:
         return call(*args)
@@ -189,7 +191,8 @@ def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) ->
         raise reason from error
     finally:
         local.running = outer
-        manager.marks.note_growth(local.peak - start)
+        if outer is None:
+            manager.marks.note_growth(local.peak - start)
         if begun:
             manager.ran(func.label, call is not _stock["apply"], (begun, time.perf_counter()))
 

@@ -254,6 +254,14 @@ class SwapManager:
                     # Backward gave it to somebody, a gradient say, who may write to it.
                     self._taint(storage)
 
+    def grown_to(self, used: int) -> int:
+        """Return what memory in use would be (bytes) if nothing had been moved since the manager was made.
+
+        Its rise while a function runs is what the function takes for itself, whatever goes and comes meanwhile.
+        """
+        with self._lock:
+            return used - self._mover.moved_bytes()
+
     def ran(self, label: str, backward: bool, span: Span) -> None:
         """Tell the observers that a function has run, and how much memory is in use now."""
         used = self.marks.used_bytes()

@@ -67,6 +67,9 @@ class Mover:
         self.leaving: deque[weakref.ref[Storage]] = deque()
         self.observers = observers
         self._make_room = make_room
+        # Bytes that have come into memory, and that were given up; what comes and has not been counted yet.
+        self._landed = self._released = 0
+        self._landing: deque[weakref.ref[Storage]] = deque()
         self._busy_until = 0.0
         # The resident storages by the identity of their owner, which lives as long as it is here.
         self._by_owner: dict[int, weakref.ref[Storage]] = {}
@@ -159,6 +162,19 @@ class Mover:
         storage.ahead = False
         self._let_go(storage)
 
+    def moved_bytes(self) -> int:
+        """Return by how much moves have changed the memory in use: what has come in less what was given up."""
+        while self._landing:
+            storage = self._landing[0]()
+            if storage is not None:
+                if storage.state is State.COMING_IN and not (
+                    storage.transfer is None or storage.transfer.done()
+                ):
+                    break
+                self._landed += storage.nbytes
+            self._landing.popleft()
+        return self._landed - self._released
+
     def forgo(self, storage: Storage) -> None:
         """RESIDENT -> OUT without a copy: its recipe makes it again. Its inputs are used once more for that."""
         assert storage.recipe is not None
@@ -180,6 +196,7 @@ class Mover:
         verify.check_remade(self.device, storage)
         self._by_owner[id(owner)] = weakref.ref(storage)
         self._move(storage, State.RESIDENT)
+        self._landed += storage.nbytes
         self._need_no_more(storage.recipe, storage)
         self.counters.storages_remade += 1
 
@@ -193,6 +210,10 @@ class Mover:
         storage.owner, storage.origin, storage.transfer = owner, origin, transfer
         self._by_owner[id(owner)] = weakref.ref(storage)
         self._move(storage, State.COMING_IN)
+        if self.device.asks_for_room:  # what it hands out is in use at once
+            self._landed += storage.nbytes
+        else:
+            self._landing.append(weakref.ref(storage))
         self.counters.bytes_in += storage.nbytes
         self.counters.storages_in += 1
 
@@ -326,6 +347,7 @@ class Mover:
 
     def _let_go(self, storage: Storage) -> None:
         self._by_owner.pop(id(storage.owner), None)
+        self._released += storage.nbytes
         self.device.before_release()
         storage.owner = None
 

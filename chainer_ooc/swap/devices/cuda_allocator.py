@@ -106,7 +106,7 @@ class CupyAllocator:
             memory = self._reclaim(manager, nbytes, error)
         device.note_allocation()
         if short:
-            self._note(device.used_bytes())
+            self._note(manager.grown_to(device.used_bytes()))
         return memory
 
     def _reclaim(self, manager: SwapManager, nbytes: int, error: MemoryError) -> Any:
