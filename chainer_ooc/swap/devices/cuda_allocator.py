@@ -24,7 +24,7 @@ class CupyAllocator:
         cupy: CuPy, or what simulates it.
         manager_of: Returns the manager of a GPU, ``None`` if memory is not managed there now.
         describe: Names what runs now, for errors.
-        note: Called with the bytes in use after an allocation.
+        note: Called after an allocation with the bytes that would be in use if nothing had been moved.
     """
 
     def __init__(

@@ -188,7 +188,8 @@ def test_each_gpu_has_a_manager_and_a_limit(mode):
         assert array.data.device_id == i % 2
         with mode.cupy.cuda.Device(i % 2):
             assert set(array.get()) == {float(i)}
-    assert max(mode.noted) <= 4 * UNIT
+    # What six of them took of each, whatever has gone out meanwhile.
+    assert max(mode.noted) == 6 * UNIT
 
 
 def test_the_limit_follows_the_mode(mode):
