@@ -55,6 +55,8 @@ class Reclaimer:
                 return
             if step(missing):
                 self._trim()
+        if excess() > 0:
+            self._trim(desperate=True)
 
     def release_clean(self, nbytes: int, used_only: bool = False) -> int:
         """Release storages whose copy is valid: the used ones, then the oldest. Returns bytes."""
@@ -150,7 +152,7 @@ class Reclaimer:
                 self._mover.end_out(storage)
             leaving.popleft()
 
-    def _trim(self) -> None:
+    def _trim(self, desperate: bool = False) -> None:
         start = time.perf_counter()
-        self._mover.device.trim()
+        self._mover.device.trim(desperate)
         self._mover.stalled("trim", start)

@@ -113,8 +113,8 @@ class Device(Protocol):
     def total_bytes(self) -> int:
         """Return the bytes that a limit of 1.0 means."""
 
-    def trim(self) -> None:
-        """Give freed memory that the allocator keeps back to the system."""
+    def trim(self, desperate: bool = False) -> None:
+        """Give freed memory that the allocator keeps back to the system; ``desperate`` if all else is done."""
 
     def after_fork(self) -> None:
         """In a forked child: threads are gone, and the space outside is the parent's, to be read only."""

@@ -236,7 +236,7 @@ class CudaDevice:
         with self.streams.on_device():
             return int(self._runtime.memGetInfo()[1]) // self._ranks()
 
-    def trim(self) -> None:
+    def trim(self, desperate: bool = False) -> None:
         """Do nothing: CuPy's pool gives free blocks back itself when it needs to, and that stops the GPU."""
 
     def move_to(self, directory: str) -> None:

@@ -106,6 +106,28 @@ class FileTransfer:
         return min(starts), max(ends)
 
 
+class _Patience:
+    """How many attempts to skip: after each that was in vain twice as many, up to 31."""
+
+    def __init__(self) -> None:
+        self._in_vain = self._left = 0
+
+    @property
+    def skips(self) -> bool:
+        """Whether this attempt is skipped."""
+        self._left -= 1
+        return self._left >= 0
+
+    def lose(self) -> None:
+        """Note an attempt in vain."""
+        self._in_vain = min(self._in_vain + 1, 5)
+        self._left = 2**self._in_vain - 1
+
+    def reset(self) -> None:
+        """Skip none."""
+        self._in_vain = self._left = 0
+
+
 class RamDevice:
     """The process's own memory, as NumPy's arrays have it.
 
@@ -123,7 +145,7 @@ class RamDevice:
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._memory_is_short = False
-        self._fruitless_trims = self._trims_to_skip = 0
+        self._ordinary, self._desperate = _Patience(), _Patience()
 
     def locate(self, array: Any) -> Location | None:
         """Return where a plain NumPy array lies; ``None`` if its memory is not NumPy's or not dense."""
@@ -205,8 +227,12 @@ class RamDevice:
         """Return this process's share of the memory there is (bytes)."""
         return process_memory.physical_bytes() // ranks_of_this_node()
 
-    def trim(self) -> None:
-        """Give free memory of malloc's heaps back to the system."""
+    def trim(self, desperate: bool = False) -> None:
+        """Give free memory of malloc's heaps back to the system.
+
+        It takes milliseconds: where it gave nothing back, it is tried less and less often, least of all when
+        ``desperate``, that is when nothing else is left to do.
+        """
         if not self._memory_is_short:
             # Only now: what is given back at once must be taken again at once, which costs time.
             self._memory_is_short = True
@@ -218,17 +244,16 @@ class RamDevice:
                     stacklevel=2,
                 )
             process_memory.keep_less_freed_memory(RETURNED)
-        if self._trims_to_skip:
-            self._trims_to_skip -= 1
+        patience = self._desperate if desperate else self._ordinary
+        if patience.skips:
             return
         before = self.used_bytes()
         process_memory.trim()
-        # It takes milliseconds: where it gave nothing back, it is tried less and less often.
         if before - self.used_bytes() >= RETURNED // 4:
-            self._fruitless_trims = 0
+            self._ordinary.reset()
+            self._desperate.reset()
         else:
-            self._fruitless_trims = min(self._fruitless_trims + 1, 5)
-            self._trims_to_skip = 2**self._fruitless_trims - 1
+            patience.lose()
 
     def move_to(self, directory: str) -> None:
         """Make the swap file in another directory from now on; copies in the old one stay readable there."""
