@@ -126,3 +126,31 @@ def test_small_arrays_stay(tmp_path):
     manager = SwapManager(RamDevice(str(tmp_path)), lambda: settings)
     assert manager.save(np.ones(124), "test") is None
     assert manager.save(np.ones(125), "test") is not None
+
+
+def test_freed_memory_is_asked_back_ever_less_often_but_when_nothing_else_is_left(
+    tmp_path, monkeypatch
+):
+    calls = []
+    device = RamDevice(str(tmp_path))
+    monkeypatch.setattr("chainer_ooc.swap.process_memory.trim", lambda: calls.append("trim"))
+    monkeypatch.setattr(device, "used_bytes", lambda: 1 << 30)  # nothing comes back
+    tried = []
+    for _ in range(40):
+        before = len(calls)
+        device.trim()
+        tried.append(len(calls) > before)
+    assert [n for n, yes in enumerate(tried) if yes] == [0, 2, 6, 14, 30]
+    before = len(calls)
+    device.trim(desperate=True)
+    assert len(calls) == before + 1
+    device.trim(desperate=True)
+    assert len(calls) == before + 1
+    used = iter([1 << 30, 1 << 20])
+    monkeypatch.setattr(device, "used_bytes", lambda: next(used))
+    device.trim(desperate=True)  # 1 GiB comes back
+    monkeypatch.setattr(device, "used_bytes", lambda: 1 << 30)
+    before = len(calls)
+    device.trim()
+    assert len(calls) == before + 1
+    device.close()
