@@ -187,13 +187,17 @@ class Mover:
         self.release(storage)
 
     def remake(self, storage: Storage, array: Any) -> None:
-        """OUT without a copy -> RESIDENT, with the bytes of ``array``, which its recipe has made."""
+        """OUT without a copy -> RESIDENT, with the bytes of ``array``, which its recipe has made.
+
+        Raises:
+            CorruptCopyError: If they are not what they were; it stays OUT.
+        """
         assert storage.recipe is not None
         layout = storage.recipe.layout
         owner, origin = self.device.adopt(array, layout, storage.nbytes, storage.phase)
         del array
+        verify.check_remade(self.device, storage, owner, origin)
         storage.owner, storage.origin = owner, origin
-        verify.check_remade(self.device, storage)
         self._by_owner[id(owner)] = weakref.ref(storage)
         self._move(storage, State.RESIDENT)
         self._landed += storage.nbytes

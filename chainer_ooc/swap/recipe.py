@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from chainer_ooc.swap.storage import Layout, Saved, State, Storage
+
 if TYPE_CHECKING:
     from chainer_ooc.swap.devices.base import Device
-    from chainer_ooc.swap.storage import Layout, Saved, Storage
 
 __all__ = ["Recipe", "checksum_of"]
 
@@ -46,10 +47,10 @@ class Recipe:
         """
         for saved, checksum in zip(self.inputs, self.input_checksums, strict=True):
             needed = saved.storage
-            leaves = needed.state.name == "GOING_OUT" and not needed.tainted
+            leaves = needed.state is State.GOING_OUT and not needed.tainted
             if needed.copy is not None or leaves:
                 found = needed.checksum
-            elif needed.state.name == "RESIDENT" and not needed.held:
+            elif needed.state is State.RESIDENT and not needed.held:
                 found = checksum_of(device, needed)
             else:
                 return False

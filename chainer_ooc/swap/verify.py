@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import warnings
+from typing import Any
 
 from chainer_ooc.errors import CorruptCopyError
 from chainer_ooc.swap.devices.base import Device
@@ -52,14 +53,14 @@ def check_arrival(device: Device, storage: Storage) -> None:
         )
 
 
-def check_remade(device: Device, storage: Storage) -> None:
-    """Check a storage that has been computed again.
+def check_remade(device: Device, storage: Storage, owner: Any, origin: int) -> None:
+    """Check the bytes at ``origin`` of ``owner``, with which a storage has been computed again.
 
     Raises:
-        CorruptCopyError: If it is not what it was.
+        CorruptCopyError: If they are not what they were.
     """
     assert storage.recipe is not None
-    if checksum_of(device, storage) != storage.recipe.checksum:
+    if device.checksum(owner, origin, storage.nbytes) != storage.recipe.checksum:
         raise CorruptCopyError(
             errno.EIO,
             f"{storage!r} has other bits after {storage.label} was run again: it is not deterministic, or not what "
