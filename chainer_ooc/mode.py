@@ -37,6 +37,8 @@ __all__ = [
 
 #: NumPy allocations smaller than this (bytes) are not announced.
 _ANNOUNCED = 1 << 20
+#: NumPy arrays of this size (bytes) and more lie in pages that are used again, while memory may get short.
+_POOLED = 64 << 10
 
 _OFF = object()
 
@@ -94,9 +96,7 @@ def disable() -> None:
     """Turn it off. What was saved until then is restored when it is read, as before."""
     global _enabled
     _enabled = None
-    if _hook is not None:
-        _hook.uninstall()
-    local.hooked = False
+    _unhook_allocations()
     if _gpus is not None:
         _gpus.disable()
     _write_traces()
@@ -114,9 +114,8 @@ def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         _leave(entry)
-        if current() is None and local.hooked and _hook is not None:
-            _hook.uninstall()
-            local.hooked = False
+        if current() is None:
+            _unhook_allocations()
         if _gpus is not None:
             settings = current()
             if settings is not None:
@@ -237,9 +236,19 @@ def hook_allocations() -> None:
     if not local.hooked:
         with _lock:
             if _hook is None:
-                _hook = AllocatorHook(_before_allocation, _ANNOUNCED)
+                device = _managers["ram"].device
+                pool = device.keep_pages() if isinstance(device, RamDevice) else None
+                _hook = AllocatorHook(_before_allocation, _ANNOUNCED, pool, _POOLED)
         _hook.install()
         local.hooked = True
+
+
+def _unhook_allocations() -> None:
+    """Announce them no more, and keep nothing for them."""
+    if local.hooked and _hook is not None:
+        _hook.uninstall()
+        _managers["ram"].device.hold(0)
+    local.hooked = False
 
 
 def _before_allocation(nbytes: int) -> bool:

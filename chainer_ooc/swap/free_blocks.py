@@ -58,6 +58,10 @@ class FreeBlocks:
                 address = before
         self._add(address, nbytes)
 
+    def blocks(self) -> list[tuple[int, int]]:
+        """Return the address and the size (bytes) of each block, by address."""
+        return [(address, self._size[address]) for address in self._by_address]
+
     def largest(self) -> int:
         """Return the size of the largest block (bytes), 0 if there is none."""
         return self._by_size[-1][0] if self._by_size else 0

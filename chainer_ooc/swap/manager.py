@@ -286,8 +286,12 @@ class SwapManager:
         for observer in self._observers:
             observer.used(self.device.name, time.perf_counter(), used)
         if used + nbytes <= self.marks.low:
+            if self.has_been_short and self._is_between_graphs():
+                # What others allocate now, as for a snapshot, is not announced: it finds room.
+                self.device.hold(self.marks.low)
             return True
         self.has_been_short = True
+        self.device.hold(self.marks.high)
         with self._lock:
             self.adopt()
             self._mover.clear_graves()
@@ -347,6 +351,12 @@ class SwapManager:
         for dependent in tuple(storage.dependents or ()):
             self._bring_in(dependent)
         self._mover.taint(storage)
+
+    def _is_between_graphs(self) -> bool:
+        """Tell whether nothing lives that was saved."""
+        with self._lock:
+            self._mover.clear_graves()
+            return not any(self._mover.nbytes.values())
 
     # When there is none.
 

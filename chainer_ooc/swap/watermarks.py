@@ -92,6 +92,7 @@ class Watermarks:
             limit = self._limit_of(settings)
             marks = (limit, int(limit * (1 - MARGIN)), int(limit * LOW_WATER))
             self._measured = (settings, marks)
+            self._device.hold(marks[1])
         return self._measured[1]
 
     def _limit_of(self, settings: Settings) -> int:

@@ -104,6 +104,9 @@ class Device(Protocol):
     def used_bytes(self) -> int:
         """Return the bytes that count against the limit now."""
 
+    def hold(self, nbytes: int) -> None:
+        """Keep memory below ``nbytes``, what is free and the allocator keeps for itself included; 0: keep none."""
+
     def peak_bytes(self) -> int:
         """Return the most that :meth:`used_bytes` has been, as measured by the system."""
 

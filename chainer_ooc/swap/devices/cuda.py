@@ -209,6 +209,9 @@ class CudaDevice:
         with self.streams.on_device():
             return int(self.pool().used_bytes())
 
+    def hold(self, nbytes: int) -> None:
+        """Do nothing: CuPy's pool has a limit of its own."""
+
     def taken_bytes(self) -> int:
         """Return what the current GPU's pool has taken of it, free blocks included (bytes). Never waits."""
         return int(self.pool().total_bytes())

@@ -1,8 +1,8 @@
-"""A hook on NumPy's allocator: somebody is told of each large allocation before it is made.
+"""A hook on NumPy's allocator: somebody is told of large allocations, and their pages are used again.
 
 NumPy takes the memory of its arrays from a handler (NEP 49) that can be replaced per context, that is
-per thread. Ours is NumPy's own with one call put before ``malloc`` and ``calloc``; ``free`` and
-``realloc`` are NumPy's. So arrays that were allocated through it may outlive it.
+per thread. Ours is NumPy's own, but for large blocks: these come from a :class:`PagePool`, after one call.
+An array is freed by the handler that it came from, so that it may outlive the hook.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from chainer_ooc.swap.devices.page_pool import PagePool
+
 __all__ = ["AllocatorHook"]
 
 # Indexes into NumPy's table of C functions (numpy/__multiarray_api.h; since 1.22).
@@ -22,6 +24,8 @@ _CAPSULE = b"mem_handler"
 
 _MALLOC = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _CALLOC = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+_REALLOC = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_FREE = (None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class _Allocator(ctypes.Structure):
@@ -53,9 +57,17 @@ class AllocatorHook:
         before: Returns ``True`` to let the allocation be made, ``False`` to have it fail with a
             ``MemoryError``. It must not raise.
         smallest: Allocations of fewer bytes are made without asking.
+        pool: Where the memory comes from, ``None`` for NumPy's own allocator.
+        smallest_of_pool: Allocations of fewer bytes are NumPy's own allocator's all the same.
     """
 
-    def __init__(self, before: Callable[[int], bool], smallest: int) -> None:
+    def __init__(
+        self,
+        before: Callable[[int], bool],
+        smallest: int,
+        pool: PagePool | None = None,
+        smallest_of_pool: int = 0,
+    ) -> None:
         python = ctypes.pythonapi
         pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
             ("PyCapsule_GetPointer", python)
@@ -71,25 +83,63 @@ class AllocatorHook:
         context = default.ctx
         default_malloc = ctypes.PYFUNCTYPE(*_MALLOC)(default.malloc)
         default_calloc = ctypes.PYFUNCTYPE(*_CALLOC)(default.calloc)
+        default_realloc = ctypes.PYFUNCTYPE(*_REALLOC)(default.realloc)
+        default_free = ctypes.PYFUNCTYPE(*_FREE)(default.free)
 
         def malloc(_: int, nbytes: int) -> int | None:
-            if nbytes < smallest or before(nbytes):
-                return default_malloc(context, nbytes)
-            return None
+            if nbytes >= smallest and not before(nbytes):
+                return None
+            address = pool.allocate(nbytes) if pool and nbytes >= smallest_of_pool else None
+            return default_malloc(context, nbytes) if address is None else address
 
         def calloc(_: int, count: int, size: int) -> int | None:
-            if count * size < smallest or before(count * size):
-                return default_calloc(context, count, size)
-            return None
+            nbytes = count * size
+            if nbytes >= smallest and not before(nbytes):
+                return None
+            pooled = pool and nbytes >= smallest_of_pool
+            address = pool.allocate(nbytes, clear=True) if pool and pooled else None
+            return default_calloc(context, count, size) if address is None else address
 
-        # C holds pointers to these; they live as long as the hook, and the hook to the end.
-        self._functions = (ctypes.CFUNCTYPE(*_MALLOC)(malloc), ctypes.CFUNCTYPE(*_CALLOC)(calloc))
-        addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in self._functions]
-        self._handler = _Handler(
-            b"chainer_ooc", 1, _Allocator(context, *addresses, default.realloc, default.free)
+        def realloc(_: int, old: int | None, nbytes: int) -> int | None:
+            if pool is None or old is None or not pool.owns(old):
+                return default_realloc(context, old, nbytes)
+            new = malloc(0, nbytes)
+            if new is not None:
+                held = pool.size_of(old)
+                ctypes.memmove(new, old, min(held, nbytes))
+                pool.free(old)
+            return new
+
+        def free(_: int, address: int | None, nbytes: int) -> None:
+            if pool is not None and address is not None and pool.owns(address):
+                pool.free(address)
+            else:
+                default_free(context, address, nbytes)
+
+        # Arrays are freed through these to the very end, when nothing else of Python's may be left: they are
+        # never freed themselves, and give way to functions of C before the interpreter ends.
+        functions = (
+            ctypes.CFUNCTYPE(*_MALLOC)(malloc),
+            ctypes.CFUNCTYPE(*_CALLOC)(calloc),
+            ctypes.CFUNCTYPE(*_REALLOC)(realloc),
+            ctypes.CFUNCTYPE(*_FREE)(free),
         )
+        addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
+        self._handler = _Handler(b"chainer_ooc", 1, _Allocator(context, *addresses))
         self._capsule = new_capsule(ctypes.addressof(self._handler), _CAPSULE, None)
-        atexit.register(self.uninstall)
+        for immortal in (self._handler, self._capsule, *functions):
+            python.Py_IncRef(ctypes.py_object(immortal))
+        atexit.register(self._retire, default)
+
+    def _retire(self, default: _Allocator) -> None:
+        """Before the interpreter ends: from now on nothing is freed any more."""
+        self.uninstall()
+        nothing = ctypes.cast(
+            ctypes.CDLL(None).getpagesize, ctypes.c_void_p
+        ).value  # takes no arguments
+        self._handler.allocator = _Allocator(
+            default.ctx, default.malloc, default.calloc, default.realloc, nothing
+        )
 
     def install(self) -> None:
         """Hook the calling thread's allocations."""

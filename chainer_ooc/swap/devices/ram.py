@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -11,10 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import psutil
 import xxhash
 
 from chainer_ooc.swap import process_memory
 from chainer_ooc.swap.devices.base import Location
+from chainer_ooc.swap.devices.page_pool import PagePool
 from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
 from chainer_ooc.swap.observing import Span
 from chainer_ooc.swap.ranks import ranks_of_this_node
@@ -133,6 +136,10 @@ class RamDevice:
 
     Args:
         directory: Where the swap file is made.
+
+    Attributes:
+        file: The swap file.
+        pages: Where large arrays are allocated, once memory may get short.
     """
 
     name = "RAM"
@@ -141,10 +148,12 @@ class RamDevice:
 
     def __init__(self, directory: str) -> None:
         self.file = SwapFile(directory)
+        self.pages: PagePool | None = None
         self._resident = process_memory.ResidentMemory()
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._memory_is_short = False
+        self._ceiling = 0
         self._ordinary, self._desperate = _Patience(), _Patience()
 
     def locate(self, array: Any) -> Location | None:
@@ -210,8 +219,30 @@ class RamDevice:
         """Do nothing: who computes has ended when the call returns."""
 
     def used_bytes(self) -> int:
-        """Return the resident memory (bytes)."""
-        return self._resident.bytes()
+        """Return the resident memory (bytes) but for free pages that wait for the next allocation.
+
+        Those are given back to the system as far as they are too many: see :meth:`hold`.
+        """
+        resident = self._resident.bytes()
+        if self.pages is None:
+            return resident
+        warm = self.pages.warm_bytes
+        if warm and resident > self._ceiling:
+            self.pages.give_back(resident - self._ceiling)
+        return resident - warm
+
+    def hold(self, nbytes: int) -> None:
+        """Keep free pages for the next allocation as long as resident memory is below ``nbytes``."""
+        before, self._ceiling = self._ceiling, nbytes
+        if self.pages is not None and (before > 0) is not (nbytes > 0):
+            self.pages.keep(nbytes > 0)
+
+    def keep_pages(self) -> PagePool | None:
+        """Return where large arrays are to be allocated from now on, ``None`` if that cannot be had."""
+        if self.pages is None:
+            with contextlib.suppress(MemoryError):
+                self.pages = PagePool(4 * psutil.virtual_memory().total)
+        return self.pages
 
     def peak_bytes(self) -> int:
         """Return the highest resident memory since the process began (bytes)."""
@@ -221,7 +252,7 @@ class RamDevice:
         """Return what this process has and what is available to it, less a reserve of 5 % (bytes)."""
         free = process_memory.available_bytes()
         ranks = ranks_of_this_node()
-        return self.used_bytes() + int(free * 0.95) // ranks
+        return self._resident.bytes() + int(free * 0.95) // ranks
 
     def total_bytes(self) -> int:
         """Return this process's share of the memory there is (bytes)."""
@@ -262,27 +293,31 @@ class RamDevice:
 
     def after_fork(self) -> None:
         """Start with no threads and with a file of one's own."""
-        self._pool, self._lock = None, threading.Lock()
+        self._threads, self._lock, self.pages = None, threading.Lock(), None
         self.file.after_fork()
         self.file = SwapFile(self.file.directory)
 
     def close(self) -> None:
         """End the threads and give the file's space back."""
         with self._lock:
-            pool, self._pool = self._pool, None
-        if pool:
-            pool.shutdown()
+            threads, self._threads = self._threads, None
+        if threads:
+            threads.shutdown()
         self.file.close()
 
     def _start(self, copy: FileCopy, jobs: list[Callable[[], Span]]) -> FileTransfer:
         with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(THREADS, "chainer_ooc-copy")
-            return FileTransfer(copy, [self._pool.submit(job) for job in jobs])
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(THREADS, "chainer_ooc-copy")
+            return FileTransfer(copy, [self._threads.submit(job) for job in jobs])
 
 
 def _empty(nbytes: int, phase: int) -> tuple[np.ndarray, int]:
     """Return memory, and where in it begins what has the address ``phase`` modulo the page size."""
+    owner = np.empty(nbytes, np.uint8)
+    if (_address(owner) - phase) % ALIGNMENT == 0:
+        return owner, 0
+    del owner
     owner = np.empty(nbytes + ALIGNMENT, np.uint8)
     return owner, (phase - _address(owner)) % ALIGNMENT
 

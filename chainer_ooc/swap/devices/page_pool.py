@@ -1,0 +1,286 @@
+"""PagePool: memory for large arrays whose pages are used again, wherever in it they lie."""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import functools
+import itertools
+import os
+import resource
+import threading
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from chainer_ooc.swap.free_blocks import FreeBlocks
+
+__all__ = ["PagePool"]
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+#: Most pieces that one block is put together of.
+MOST_PIECES = 64
+#: Linux lets a process have 65,530 mappings; beyond this many of ours the free ones are made one again.
+MOST_SEAMS = 8192
+
+# mman.h of Linux.
+_READ_WRITE, _PRIVATE_ANONYMOUS_NORESERVE, _FIXED = 0x3, 0x2 | 0x20 | 0x4000, 0x10
+_MOVE_TO_AND_LEAVE_MAPPED = 1 | 2 | 4  # MREMAP_MAYMOVE, _FIXED, _DONTUNMAP (since Linux 5.7)
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class PagePool:
+    """Address space, and pages in it that are used again once they are free.
+
+    Memory that went back to the system must be cleared by the kernel, page by page, before a process has it
+    again, at a gigabyte or two per second. Here a free block keeps its pages (it is *warm*), and they serve the
+    next allocation. Where no warm block is large enough, pages of several are moved to where they are wanted:
+    the kernel changes page tables for that (``mremap``) and copies nothing, so that warm pages serve any
+    allocation, however they are scattered. :meth:`give_back` returns pages to the system.
+
+    All methods may be called from any thread, and :meth:`free` in the midst of any other.
+
+    Args:
+        nbytes: The size of the address space that is reserved; it takes no memory.
+
+    Raises:
+        MemoryError: If there is no address space, as under a limit of it (``RLIMIT_AS``).
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+            raise MemoryError("address space is limited")
+        self._size = nbytes // PAGE * PAGE
+        self._start = _map(self._size)
+        self._end = self._start + self._size
+        # Free warm blocks as they were freed, by size: networks ask for the same sizes again and again. When
+        # there is none of a size, all are merged with their neighbours.
+        self._as_freed: dict[int, list[int]] = {}
+        self._as_freed_bytes = 0
+        self._cold, self._warm = FreeBlocks(), FreeBlocks()
+        self._cold.insert(self._start, self._size)
+        # Blocks that were handed out with pages that nobody had touched yet.
+        self._untouched: set[int] = set()
+        # Where one mapping of the kernel ends and the next begins, at least; it moves pages of one at a time.
+        self._seams: list[int] = []
+        self._moves = True
+        self._keeps = True
+        self._taken: dict[int, int] = {}  # the blocks in use: address -> size
+        self._freed: deque[int] = deque()
+
+    def owns(self, address: int) -> bool:
+        """Tell whether an address is one of this pool's."""
+        return self._start <= address < self._end
+
+    @property
+    def warm_bytes(self) -> int:
+        """The bytes of free memory whose pages are there: resident, and not in use."""
+        if self._freed and self._enter(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+        return self._as_freed_bytes + self._warm.nbytes
+
+    def allocate(self, nbytes: int, clear: bool = False) -> int | None:
+        """Return the address of ``nbytes`` at the beginning of a page, ``None`` if there is none.
+
+        Args:
+            nbytes: The size.
+            clear: Its bytes are zero.
+        """
+        if not self._enter():
+            return None
+        try:
+            self._settle()
+            size = _pages(nbytes)
+            warm = size
+            same = self._as_freed.get(size)
+            if same:
+                address: int | None = same.pop()
+                self._as_freed_bytes -= size
+            else:
+                address = self._warm.take(size)
+                if address is None and self._as_freed_bytes:
+                    self._merge()
+                    address = self._warm.take(size)
+            if address is None:
+                address = self._cold.take(size)
+                if address is None:
+                    return None
+                warm = self._gather(address, size)
+                if warm < size:
+                    self._untouched.add(address)
+            self._taken[address] = size
+        finally:
+            self._lock.release()
+        if clear and warm:
+            ctypes.memset(address, 0, min(warm, nbytes))
+        return address
+
+    def size_of(self, address: int) -> int:
+        """Return the size of a block in use (bytes): what was asked for, in whole pages."""
+        return self._taken[address]
+
+    def free(self, address: int) -> None:
+        """Take back a block."""
+        self._freed.append(address)
+        if not self._keeps:
+            self.give_back(self._size)
+
+    def keep(self, keeps: bool) -> None:
+        """Keep what is free from now on, as in the beginning, or give it back to the system at once."""
+        self._keeps = keeps
+        if not keeps:
+            self.give_back(self._size)
+
+    def give_back(self, nbytes: int) -> int:
+        """Give at least ``nbytes`` of free memory back to the system, or all there is. Returns how much."""
+        given = 0
+        if not self._enter():
+            return 0
+        try:
+            self._settle()
+            self._merge()
+            while given < nbytes and self._warm.nbytes:
+                size = min(_pages(nbytes - given), self._warm.largest())
+                address = self._warm.take(size)
+                assert address is not None
+                self._cool(address, size)
+                given += size
+        finally:
+            self._lock.release()
+        return given
+
+    def _enter(self, blocking: bool = True) -> bool:
+        """Lock. ``False`` in a forked child, whose blocks are its parent's, and inside another method.
+
+        A method may be interrupted by a finalizer that allocates.
+        """
+        if self._pid != os.getpid() or self._lock._is_owned():  # type: ignore[attr-defined]
+            return False
+        return self._lock.acquire(blocking)
+
+    def _settle(self) -> None:
+        """Take in what has been freed."""
+        while self._freed:
+            address = self._freed.popleft()
+            size = self._taken.pop(address)
+            if address in self._untouched:
+                self._untouched.remove(address)
+                if not _is_resident(address, size):
+                    self._cool(address, size)
+                    continue
+            self._as_freed.setdefault(size, []).append(address)
+            self._as_freed_bytes += size
+
+    def _merge(self) -> None:
+        for size, addresses in self._as_freed.items():
+            for address in addresses:
+                self._warm.insert(address, size)
+        self._as_freed.clear()
+        self._as_freed_bytes = 0
+
+    def _gather(self, address: int, size: int) -> int:
+        """Move warm pages to the beginning of a cold block, as many as there are. Returns their bytes."""
+        place, end = address, address + size
+        for _ in range(MOST_PIECES):
+            piece = min(self._warm.largest(), end - place)
+            if not piece or not self._moves:
+                break
+            source = self._warm.take(piece)
+            assert source is not None
+            if not self._move(source, piece, place):
+                self._cool(source, piece)
+                break
+            self._cold.insert(source, piece)
+            place += piece
+        if len(self._seams) > MOST_SEAMS:
+            self._tidy()
+        return place - address
+
+    def _move(self, source: int, size: int, place: int) -> bool:
+        """Move the pages of a block, which leaves it cold. Returns whether it could be done."""
+        shift = place - source
+        self._forget_seams(place, size)
+        inner = list(self._seams_between(source, source + size))
+        cuts = [source, *inner, source + size]
+        for start, end in itertools.pairwise(cuts):
+            n = end - start
+            moved = _libc().mremap(start, n, n, _MOVE_TO_AND_LEAVE_MAPPED, start + shift)
+            if moved != start + shift:
+                # An old kernel, or too many mappings: from now on new pages are taken instead.
+                self._moves = False
+                _map(size, at=place)
+                return False
+        for seam in (source, source + size, *(cut + shift for cut in cuts)):
+            self._add_seam(seam)
+        return True
+
+    def _cool(self, address: int, size: int) -> None:
+        """Give the pages of a block back to the system."""
+        self._cold.insert(address, size)
+        self._renew(address, size)
+
+    def _renew(self, address: int, size: int) -> None:
+        _map(size, at=address)  # in place of what was there, its pages and its seams
+        self._forget_seams(address, size)
+        self._add_seam(address)
+        self._add_seam(address + size)
+
+    def _tidy(self) -> None:
+        """Make each cold block one mapping; if that is not enough, have no warm ones."""
+        for address, size in self._cold.blocks():
+            self._renew(address, size)
+        if len(self._seams) > MOST_SEAMS // 2:
+            for address, size in self._warm.blocks():
+                self._warm.take_exactly(address, size)
+                self._cool(address, size)
+
+    def _add_seam(self, address: int) -> None:
+        index = bisect.bisect_left(self._seams, address)
+        if index == len(self._seams) or self._seams[index] != address:
+            self._seams.insert(index, address)
+
+    def _seams_between(self, start: int, end: int) -> Iterator[int]:
+        first = bisect.bisect_right(self._seams, start)
+        return iter(self._seams[first : bisect.bisect_left(self._seams, end)])
+
+    def _forget_seams(self, address: int, size: int) -> None:
+        first = bisect.bisect_right(self._seams, address)
+        del self._seams[first : bisect.bisect_left(self._seams, address + size)]
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mmap.restype = libc.mremap.restype = pointer
+    libc.mmap.argtypes = [pointer, size, number, number, number, ctypes.c_long]
+    libc.mremap.argtypes = [pointer, size, size, number, pointer]
+    libc.mincore.argtypes = [pointer, size, ctypes.c_char_p]
+    return libc
+
+
+def _map(size: int, at: int | None = None) -> int:
+    """Map new memory of zeros, which takes none until it is touched."""
+    flags = _PRIVATE_ANONYMOUS_NORESERVE | (0 if at is None else _FIXED)
+    address = _libc().mmap(at, size, _READ_WRITE, flags, -1, 0)
+    if address == _FAILED:
+        raise MemoryError(f"{size} bytes of address space cannot be mapped")
+    return int(address)
+
+
+def _is_resident(address: int, size: int) -> bool:
+    """Tell whether all pages of a block are in memory."""
+    pages = ctypes.create_string_buffer(size // PAGE)
+    if _libc().mincore(address, size, pages):
+        return False
+    return bool((np.frombuffer(pages.raw, np.uint8) & 1).all())

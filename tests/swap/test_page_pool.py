@@ -1,0 +1,309 @@
+"""PagePool: free pages serve the next allocation, wherever they lie; memory never holds two things at once."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import random
+import threading
+
+import numpy as np
+import pytest
+
+from chainer_ooc.swap.devices import page_pool
+from chainer_ooc.swap.devices.numpy_allocator import AllocatorHook
+from chainer_ooc.swap.devices.page_pool import PAGE, PagePool
+from chainer_ooc.swap.process_memory import ResidentMemory
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def pool():
+    return PagePool(1 << 32)
+
+
+def fill(address, nbytes, value=1):
+    ctypes.memset(address, value, nbytes)
+
+
+def mappings():
+    """The kernel's mappings of this process: first and last address of each."""
+    with open("/proc/self/maps") as lines:
+        return [tuple(int(n, 16) for n in line.split()[0].split("-")) for line in lines]
+
+
+class Libc:
+    """The real one; its ``mremap`` is watched."""
+
+    def __init__(self, libc):
+        self._libc = libc
+        self.moves = 0
+
+    def __getattr__(self, name):
+        return getattr(self._libc, name)
+
+    def mremap(self, address, nbytes, *rest):
+        # Before Linux 6.17 only pages of one mapping are moved at a time.
+        assert any(first <= address < address + nbytes <= last for first, last in mappings())
+        self.moves += 1
+        return self._libc.mremap(address, nbytes, *rest)
+
+
+@pytest.fixture
+def libc(monkeypatch):
+    libc = Libc(page_pool._libc())
+    monkeypatch.setattr(page_pool, "_libc", lambda: libc)
+    return libc
+
+
+def faults_of(action):
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    action()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_a_block_of_the_same_size_has_the_pages_of_the_last_one(pool):
+    first = pool.allocate(MIB)
+    fill(first, MIB)
+    pool.free(first)
+    assert pool.warm_bytes == MIB
+    again = pool.allocate(MIB)
+    assert again == first
+    assert faults_of(lambda: fill(again, MIB)) < 10
+    assert pool.warm_bytes == 0
+
+
+def test_pages_of_scattered_blocks_serve_one_large_block(pool):
+    blocks = [pool.allocate(MIB) for _ in range(16)]
+    for block in blocks:
+        fill(block, MIB)
+    for block in blocks[::2]:
+        pool.free(block)
+    large = pool.allocate(8 * MIB)
+    assert pool.warm_bytes == 0
+    assert faults_of(lambda: fill(large, 8 * MIB, 2)) < 100
+    for block in blocks[1::2]:  # what was between them is as it was
+        assert ctypes.string_at(block, MIB) == b"\1" * MIB
+    assert ctypes.string_at(large, 8 * MIB) == b"\2" * 8 * MIB
+
+
+def test_what_is_given_back_is_not_resident_any_more(pool):
+    memory = ResidentMemory()
+    block = pool.allocate(64 * MIB)
+    fill(block, 64 * MIB)
+    pool.free(block)
+    before = memory.bytes()
+    assert pool.give_back(16 * MIB) == 16 * MIB
+    assert pool.warm_bytes == 48 * MIB
+    assert before - memory.bytes() > 15 * MIB
+    pool.keep(False)
+    assert pool.warm_bytes == 0
+    assert before - memory.bytes() > 62 * MIB
+    block = pool.allocate(MIB)
+    fill(block, MIB)
+    pool.free(block)  # nothing is kept any more
+    assert pool.warm_bytes == 0
+
+
+def test_pages_that_nobody_touched_do_not_count_as_warm(pool):
+    block = pool.allocate(4 * MIB)
+    fill(block, MIB)
+    pool.free(block)
+    assert pool.warm_bytes == 0
+
+
+def test_cleared_memory_is_zero_on_used_pages_too(pool):
+    block = pool.allocate(MIB)
+    fill(block, MIB)
+    pool.free(block)
+    block = pool.allocate(MIB, clear=True)
+    assert ctypes.string_at(block, MIB) == bytes(MIB)
+    pool.free(block)
+    # Half of its pages are used ones, half new.
+    block = pool.allocate(2 * MIB, clear=True)
+    assert ctypes.string_at(block, 2 * MIB) == bytes(2 * MIB)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_keep_what_is_written_to_them_whatever_comes_and_goes(monkeypatch, libc, seed):
+    monkeypatch.setattr(page_pool, "MOST_SEAMS", 40 if seed % 2 else 8192)
+    monkeypatch.setattr(page_pool, "MOST_PIECES", 3 if seed % 3 else 64)
+    size = 64 << 20
+    pool = PagePool(size)
+    mapped = len(mappings())
+    chance = random.Random(seed)
+    living = {}
+    memory = ResidentMemory()
+    base = memory.bytes()
+    for step in range(1500):
+        if living and chance.random() < 0.5:
+            address, (nbytes, value) = chance.choice(list(living.items()))
+            assert ctypes.string_at(address, nbytes) == bytes([value]) * nbytes
+            pool.free(address)
+            del living[address]
+        else:
+            nbytes = chance.choice([PAGE, 3 * PAGE + 8, 50 * PAGE, 200 * PAGE - 16])
+            clear = chance.random() < 0.2
+            address = pool.allocate(nbytes, clear=clear)
+            assert address % PAGE == 0
+            if clear:
+                assert ctypes.string_at(address, nbytes) == bytes(nbytes)
+            living[address] = nbytes, step % 251
+            fill(address, nbytes, step % 251)
+        if chance.random() < 0.02:
+            pool.give_back(chance.randrange(100) * PAGE)
+    most = len(mappings())
+    for address, (nbytes, value) in living.items():
+        assert ctypes.string_at(address, nbytes) == bytes([value]) * nbytes
+        pool.free(address)
+    resident = memory.bytes() - base
+    assert pool.warm_bytes <= resident + 2 * MIB
+    pool.give_back(size)
+    assert memory.bytes() - base < 8 * MIB
+    assert libc.moves > 50
+    assert most - mapped < (120 if seed % 2 else 2000)
+    assert pool.allocate(size) is not None  # no address is lost
+
+
+def test_without_moves_new_pages_are_taken(pool, libc, monkeypatch):
+    monkeypatch.setattr(
+        page_pool, "_MOVE_TO_AND_LEAVE_MAPPED", 1 << 20
+    )  # as an old kernel: refused
+    blocks = [pool.allocate(MIB) for _ in range(4)]
+    for block in blocks:
+        fill(block, MIB)
+    pool.free(blocks[0])
+    pool.free(blocks[2])
+    large = pool.allocate(2 * MIB)
+    fill(large, 2 * MIB, 2)
+    assert ctypes.string_at(blocks[1], MIB) == ctypes.string_at(blocks[3], MIB) == b"\1" * MIB
+    pool.free(blocks[1])
+    assert pool.allocate(3 * MIB) is not None
+    assert libc.moves == 1  # it was tried once
+
+
+def test_a_full_address_space_is_none():
+    pool = PagePool(4 * MIB)
+    assert pool.allocate(8 * MIB) is None
+    assert pool.allocate(4 * MIB) is not None
+    assert pool.allocate(PAGE) is None
+
+
+def test_threads_do_not_get_the_same_memory(pool):
+    failures = []
+
+    def work(value):
+        chance = random.Random(value)
+        for _ in range(300):
+            nbytes = chance.randrange(1, 60) * PAGE
+            address = pool.allocate(nbytes)
+            fill(address, nbytes, value)
+            if ctypes.string_at(address, nbytes) != bytes([value]) * nbytes:
+                failures.append(value)
+            pool.free(address)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.fixture
+def hook(pool):
+    hook = AllocatorHook(lambda nbytes: True, 1 << 62, pool, MIB)
+    hook.install()
+    yield hook
+    hook.uninstall()
+
+
+def address_of(array):
+    return array.__array_interface__["data"][0]
+
+
+def test_large_arrays_lie_in_the_pool_and_small_ones_do_not(hook, pool):
+    large, small = np.ones(MIB, np.uint8), np.ones(MIB // 2, np.uint8)
+    assert pool.owns(address_of(large))
+    assert not pool.owns(address_of(small))
+    assert np.zeros(MIB, np.uint8).sum() == 0
+
+
+def test_arrays_outlive_the_hook(hook, pool):
+    array = np.arange(MIB, dtype=np.int32)
+    hook.uninstall()
+    assert array[-1] == MIB - 1
+    del array
+    gc.collect()
+    assert pool.warm_bytes == 4 * MIB
+
+
+@pytest.mark.parametrize("size", [MIB // 8, MIB, 4 * MIB])
+def test_resizing_keeps_what_is_in_it(hook, pool, size):
+    array = np.arange(MIB // 2, dtype=np.int32)
+    array.resize(size, refcheck=False)
+    n = min(size, MIB // 2)
+    assert (array[:n] == np.arange(n)).all()
+    assert not array[n:].any()
+    assert pool.owns(address_of(array)) is (4 * size >= MIB)
+
+
+def test_a_process_ends_with_arrays_of_the_pool_in_every_corner(run_python, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, threading, numpy as np, chainer_ooc\n"
+        "from chainer_ooc import mode\n"
+        "chainer_ooc.enable(limit='1GiB')\n"
+        "mode.hook_allocations()\n"
+        "pool = mode._managers['ram'].device.pages\n"
+        "class Late:\n"
+        "    def __del__(self, copy=np.ones(1 << 20).copy): copy()\n"
+        "sys.kept = [np.ones(1 << 20), Late()]\n"
+        "np.kept = [np.ones(1 << 20), Late()]\n"
+        "assert pool.owns(np.kept[0].__array_interface__['data'][0])\n"
+        "cycle = [np.ones(1 << 20)]; cycle.append(cycle)\n"
+        "thread = threading.Thread(target=threading.Event().wait, args=(30,), daemon=True); thread.start()\n"
+        "print('done')\n"
+    )
+    done = run_python(script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
+    assert not done.stderr
+
+
+def test_a_forked_child_leaves_its_parents_memory_alone(run_python, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, numpy as np, chainer_ooc\n"
+        "from chainer_ooc import mode\n"
+        "chainer_ooc.enable(limit='1GiB')\n"
+        "mode.hook_allocations()\n"
+        "array, other = np.ones(1 << 20), np.ones(1 << 20)\n"
+        "if not os.fork():\n"
+        "    del other\n"
+        "    new = np.full(1 << 20, 2.0); assert array.sum() == 1 << 20; os._exit(0)\n"
+        "assert os.wait()[1] == 0\n"
+        "assert array.sum() == other.sum() == 1 << 20\n"
+        "print('done')\n"
+    )
+    done = run_python(script)
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_under_a_limit_of_address_space_there_is_no_pool(run_python, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+        "import numpy as np, chainer_ooc\n"
+        "from chainer_ooc import mode\n"
+        "chainer_ooc.enable(limit='1GiB')\n"
+        "mode.hook_allocations()\n"
+        "assert mode._managers['ram'].device.pages is None\n"
+        "assert np.ones(1 << 20).sum() == 1 << 20\n"
+        "print('done')\n"
+    )
+    done = run_python(script, env={"OMP_NUM_THREADS": "1"})
+    assert (done.stdout, done.stderr) == ("done\n", "")
