@@ -97,6 +97,7 @@ def enable(
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
+    plan: bool = _UNSET,
     verify: bool = _UNSET,
     trace: str | os.PathLike[str] | None = _UNSET,
 ) -> None:
@@ -117,6 +118,7 @@ def enable(
             does not fit under the limit, instead of one warning.
         single_backward: Backward runs once per graph: arrays are dropped after their last use.
         recompute: Run cheap functions again in backward instead of moving their results.
+        plan: Record an iteration, plan it, and move ahead of need as planned from the next one on. Default: yes.
         verify: Check that what comes back is what went out, and report what is modified in place after it was
             saved. Slow: for finding errors.
         trace: Write a trace of functions, copies, waits and memory to this file, for Perfetto or
@@ -152,6 +154,7 @@ def out_of_core_mode(
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
+    plan: bool = _UNSET,
     verify: bool = _UNSET,
     trace: str | os.PathLike[str] | None = _UNSET,
     async_: bool = True,
@@ -175,6 +178,7 @@ def out_of_core_mode(
         strict: See :func:`enable`.
         single_backward: See :func:`enable`.
         recompute: See :func:`enable`.
+        plan: See :func:`enable`.
         verify: See :func:`enable`.
         trace: See :func:`enable`.
         async_: Accepted for programs written for IBM's out-of-core Chainer (there spelled ``async``, a
@@ -217,6 +221,7 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
         "strict",
         "single_backward",
         "recompute",
+        "plan",
         "verify",
         "trace",
     )

@@ -164,6 +164,8 @@ class Settings:
         recompute: Functions that are cheap and give the same bits when they are run again (activations, batch
             normalization, additions and the like) are run again in backward, and their results not moved:
             fewer bytes each way, more computation.
+        plan: From the third iteration on, what moves ahead of need is planned: an iteration is recorded, simulated,
+            and played by the plan that takes the least time, as long as that is faster than on demand.
         verify: Take checksums of what is saved: what comes back must be what went out, or
             :class:`~chainer_ooc.errors.CorruptCopyError` is raised; what is modified in place after it was
             saved is reported with the function that saved it. Slow: for finding errors.
@@ -179,6 +181,7 @@ class Settings:
     strict: bool = False
     single_backward: bool = False
     recompute: bool = False
+    plan: bool = True
     verify: bool = False
     trace: str | None = None
 
@@ -233,6 +236,7 @@ _PARSERS = {
     "strict": _parse_flag,
     "single_backward": _parse_flag,
     "recompute": _parse_flag,
+    "plan": _parse_flag,
     "verify": _parse_flag,
     "trace": _optional(_parse_file),
 }

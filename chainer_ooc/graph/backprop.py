@@ -13,6 +13,7 @@ import numpy as np
 
 from chainer_ooc import mode
 from chainer_ooc.graph import attributes, nodes, recompute
+from chainer_ooc.graph.following import Follower, follower_of
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import Saved
@@ -91,6 +92,9 @@ def _apply(self: Any, inputs: Any) -> Any:
     if manager is None:
         return _stock["apply"](self, inputs)
     apply = _stock["apply"]
+    follower = None if plenty else _follower(manager, settings)
+    if follower is not None and _keeps_graph(inputs):
+        follower.forward(self, inputs, settings)
     outputs = apply(self, inputs) if plenty else _run(self, inputs, manager, apply, self, inputs)
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
         recomputes = _recomputes(manager, settings)
@@ -98,6 +102,11 @@ def _apply(self: Any, inputs: Any) -> Any:
         if len(_pending) > _most_pending:
             _forget_dead()
     if not plenty:
+        if follower is not None:
+            adopt()
+            record = self.__dict__.get(_RECORD)
+            follower.saved(self, () if record is None else record.group)
+            follower.ran(mode.local.peak)
         _after(manager, settings)
     return outputs
 
@@ -112,12 +121,19 @@ def _backprop_step(
     if record is None and plenty:
         func.__dict__[_USED] = True
         return _stock["backprop_step"](*arguments)
+    follower = None
+    if manager is not None and settings is not None:
+        follower = _follower(manager, settings)
+        if follower is not None:
+            follower.backward(func)
     outer = mode.local.trusted
     mode.local.trusted = _is_chainers(func)
     arrays = []
     try:
         if record is not None:
             arrays = _fetch(record, manager)
+            if follower is not None:
+                follower.fetched(record.group)
         if manager is None or plenty:
             _stock["backprop_step"](*arguments)
         else:
@@ -131,6 +147,8 @@ def _backprop_step(
         else:
             func.__dict__[_USED] = True
     if manager is not None and settings is not None:
+        if follower is not None:
+            follower.ran(mode.local.peak)
         _after(manager, settings)
 
 
@@ -158,10 +176,30 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     if manager is None or mode.local.hooked or settings.swap_all:
         return manager, manager is None
     if manager.marks.are_far(_EXPANSION * nbytes, settings):
-        return manager, not (settings.verify or mode.observers or _recomputes(manager, settings))
+        looks = settings.verify or mode.observers or _recomputes(manager, settings)
+        if not (looks or _plans(manager, settings)):
+            return manager, True
     if not manager.device.asks_for_room:
         mode.hook_allocations()
     return manager, False
+
+
+def _plans(manager: SwapManager, settings: Settings) -> bool:
+    """Tell whether iterations are planned. While memory has never been short nobody plans."""
+    return settings.plan and manager.has_been_short and not settings.swap_all
+
+
+def _follower(manager: SwapManager, settings: Settings) -> Follower | None:
+    """Return what follows the iterations; ``None`` inside of a function, which belongs to that one's step."""
+    if mode.local.running is not None or not _plans(manager, settings):
+        return None
+    return follower_of(manager)
+
+
+def _keeps_graph(inputs: Any) -> bool:
+    return _stock["config"].enable_backprop and any(
+        getattr(x, "requires_grad", False) for x in inputs
+    )
 
 
 def _after(manager: SwapManager, settings: Settings) -> None:

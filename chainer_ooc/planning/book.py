@@ -1,23 +1,74 @@
-"""PlanBook: which plan the iteration that runs follows, found out as it runs."""
+"""PlanBook: which plan the iteration that runs follows, found out as it runs, and what comes of it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from chainer_ooc.planning.pacing import Measured, Pacer
 from chainer_ooc.planning.plan import Plan
-from chainer_ooc.planning.profile import Profile, Step
+from chainer_ooc.planning.planner import make_plan
+from chainer_ooc.planning.profile import Profile
+from chainer_ooc.planning.steps import Step
+from chainer_ooc.planning.system import System
 
-__all__ = ["PlanBook"]
+__all__ = ["Page", "PlanBook"]
 
 #: So many plans are kept; the one not followed for longest is forgotten.
 _MOST = 32
+#: So many graphs are known by their signature.
+_MOST_SEEN = 1024
+#: After so many iterations a plan is made again from their times: the recorded iteration, one of the first, is slow.
+_TRIED = 3
+#: A plan that is slower than on demand by this share after that is not followed any more.
+_WORSE = 1.02
 
 
-class _Page:
-    def __init__(self, profile: Profile, plan: Plan) -> None:
+class Page:
+    """One graph: its profile, its plan, and how the iterations went.
+
+    Attributes:
+        profile: The recorded iteration.
+        pacer: Has the plan, and corrects it.
+        demand_seconds: How long the recorded iteration took.
+        seconds: How long the iterations took that followed the plan.
+        peak_bytes: The most memory that was in use in each.
+    """
+
+    def __init__(self, profile: Profile, plan: Plan, demand_seconds: float) -> None:
+        self.profile = profile
+        self.demand_seconds = demand_seconds
+        self.seconds: list[float] = []
+        self.peak_bytes: list[int] = []
         self.keys = [step.key for step in profile.steps]
         self.pacer = Pacer(plan)
+        self._least = list(profile.seconds)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as it is now."""
+        return self.pacer.plan
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether on demand was faster."""
+        return len(self.seconds) >= _TRIED and min(self.seconds) > _WORSE * self.demand_seconds
+
+    def finish(self, measured: Measured, peak_bytes: int, step_seconds: Sequence[float]) -> None:
+        """Take note of an iteration that has followed the plan."""
+        self.seconds.append(measured.seconds)
+        self.peak_bytes.append(peak_bytes)
+        self.pacer.update(measured)
+        if len(step_seconds) == len(self._least):
+            self._least = [min(pair) for pair in zip(self._least, step_seconds, strict=True)]
+
+    def plan_again(self, system: System) -> None:
+        """Plan from the least times of all iterations so far."""
+        steps = zip(self.profile.steps, self._least, strict=True)
+        steps_now = tuple(dataclasses.replace(step, seconds=least) for step, least in steps)
+        self.profile = dataclasses.replace(self.profile, steps=steps_now)
+        self.pacer = Pacer(make_plan(self.profile, system))
 
 
 class PlanBook:
@@ -26,32 +77,59 @@ class PlanBook:
     The executor tells each step's key before the step runs. As long as an iteration is the beginning of one that has
     a plan, :meth:`advance` gives that plan; the step that differs ends it, and what comes until :meth:`begin` is
     served on demand. Where two graphs begin alike, the plan followed last is taken until they differ.
+
+    Attributes:
+        pages: The graphs that have plans, by signature.
     """
 
     def __init__(self) -> None:
-        self._pages: OrderedDict[str, _Page] = OrderedDict()
+        self.pages: OrderedDict[str, Page] = OrderedDict()
+        self._seen: OrderedDict[str, None] = OrderedDict()
         self._fitting: list[str] = []
         self._position = -1
 
     def __len__(self) -> int:
         """The number of plans."""
-        return len(self._pages)
+        return len(self.pages)
 
-    def add(self, profile: Profile, plan: Plan) -> None:
-        """Keep the plan of a graph in place of an earlier one."""
+    def wants(self, signature: str) -> bool:
+        """Tell whether a graph that has been recorded, and has no plan, is to be planned.
+
+        The first one is, then those that come a second time: graphs that never come again are not worth a plan, nor
+        those for which on demand was faster.
+        """
+        wanted = not self._seen or signature in self._seen
+        self._seen[signature] = None
+        if len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
+        return wanted and signature not in self.pages
+
+    def add(self, profile: Profile, plan: Plan, demand_seconds: float = float("inf")) -> None:
+        """Keep the plan of a graph in place of an earlier one.
+
+        Args:
+            profile: The recorded iteration.
+            plan: Made from it.
+            demand_seconds: How long that iteration took.
+
+        Raises:
+            ValueError: If the plan is another graph's.
+        """
         if plan.signature != profile.signature:
             raise ValueError(
                 f"the plan is of graph {plan.signature}, the profile of {profile.signature}; "
                 "make a plan from this profile"
             )
-        self._pages[profile.signature] = _Page(profile, plan)
-        self._pages.move_to_end(profile.signature)
-        while len(self._pages) > _MOST:
-            self._pages.popitem(last=False)
+        self.pages[profile.signature] = Page(profile, plan, demand_seconds)
+        self.pages.move_to_end(profile.signature)
+        while len(self.pages) > _MOST:
+            self.pages.popitem(last=False)
 
     def begin(self) -> None:
         """Begin an iteration."""
-        self._fitting = list(reversed(self._pages))
+        self._fitting = [
+            signature for signature, page in reversed(self.pages.items()) if not page.is_worse
+        ]
         self._position = -1
 
     def advance(self, step: Step | str) -> tuple[Plan, int] | None:
@@ -68,27 +146,42 @@ class PlanBook:
         self._fitting = [
             signature
             for signature in self._fitting
-            if signature in self._pages and self._has(self._pages[signature], key)
+            if signature in self.pages and self._has(self.pages[signature], key)
         ]
         if not self._fitting:
             return None
-        return self._pages[self._fitting[0]].pacer.plan, self._position
+        return self.pages[self._fitting[0]].plan, self._position
 
-    def finish(self, measured: Measured | None = None) -> str | None:
+    def finish(
+        self,
+        measured: Measured | None = None,
+        peak_bytes: int = 0,
+        step_seconds: Sequence[float] = (),
+        system: System | None = None,
+    ) -> str | None:
         """End an iteration; what was measured moves the copies of its plan.
+
+        Args:
+            measured: What the executor waited for, and when.
+            peak_bytes: The most memory that was in use.
+            step_seconds: How long each step took by itself, without waits.
+            system: Memory and links as they are now: after a few iterations the plan is made again for it.
 
         Returns:
             The signature of the plan that was followed to its end, or ``None``: then the iteration is
             to be recorded, and planned.
         """
-        done = [s for s in self._fitting if self._position + 1 == len(self._pages[s].keys)]
+        done = [s for s in self._fitting if self._position + 1 == len(self.pages[s].keys)]
         self._fitting = []
         if not done:
             return None
-        self._pages.move_to_end(done[0])
+        self.pages.move_to_end(done[0])
         if measured is not None:
-            self._pages[done[0]].pacer.update(measured)
+            page = self.pages[done[0]]
+            page.finish(measured, peak_bytes, step_seconds)
+            if system is not None and len(page.seconds) == _TRIED:
+                page.plan_again(system)
         return done[0]
 
-    def _has(self, page: _Page, key: str) -> bool:
+    def _has(self, page: Page, key: str) -> bool:
         return self._position < len(page.keys) and page.keys[self._position] == key

@@ -77,9 +77,15 @@ class Recorder:
         """Note the highest memory while the step ran (bytes)."""
         self._steps[-1].peak_bytes = peak_bytes
 
-    def made(self, nbytes: int) -> int:
-        """Note that the running step made a storage. Returns its index."""
-        self._storages.append(_Storage(nbytes, self.step, self._steps[-1].label))
+    def made(self, nbytes: int, producer: int = -1) -> int:
+        """Note that a storage was made. Returns its index.
+
+        Args:
+            nbytes: Its size.
+            producer: The step that made it (index), -1 for the one that runs.
+        """
+        step = self.step if producer < 0 else producer
+        self._storages.append(_Storage(nbytes, step, self._steps[step].label))
         return len(self._storages) - 1
 
     def producer(self, storage: int) -> int:

@@ -16,6 +16,7 @@ __all__ = [
     "Step",
     "Storage",
     "describe_input",
+    "key_of",
     "row_of",
     "signature_of",
     "step_of",
@@ -73,7 +74,12 @@ class Step:
     @property
     def key(self) -> str:
         """What tells this step from others: phase, label and inputs."""
-        return f"{self.phase} {self.label}({', '.join(self.inputs)})"
+        return key_of(self.phase, self.label, self.inputs)
+
+
+def key_of(phase: str, label: str, inputs: Iterable[str]) -> str:
+    """Return what tells a step from others."""
+    return f"{phase} {label}({', '.join(inputs)})"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from chainer_ooc.swap import verify
 from chainer_ooc.swap.devices.base import Device
 from chainer_ooc.swap.mover import Counters, Mover
 from chainer_ooc.swap.observing import Observer, Span
+from chainer_ooc.swap.player import Player
 from chainer_ooc.swap.recipe import Recipe, checksum_of
-from chainer_ooc.swap.reclaimer import EVERYTHING, Reclaimer
+from chainer_ooc.swap.reclaimer import EVERYTHING, Reclaimer, outside
 from chainer_ooc.swap.storage import Layout, Saved, State, Storage
 from chainer_ooc.swap.use_order import UseOrder
 from chainer_ooc.swap.watermarks import MARGIN, Watermarks
@@ -43,6 +44,7 @@ class SwapManager:
     Attributes:
         marks: The limit, and where memory stands.
         has_been_short: Whether memory has passed the low-water mark before, or all had to go out.
+        follows_plan: Whether a plan decides what moves ahead of need.
     """
 
     _mover_type = Mover
@@ -68,6 +70,7 @@ class SwapManager:
         self._sequence = 0
         self._has_warned = False
         self.has_been_short = False
+        self.follows_plan = False
 
     @property
     def counters(self) -> Counters:
@@ -214,29 +217,13 @@ class SwapManager:
         """
         with self._lock:
             following = self._order.use({saved.storage for saved in group})
-            if not self._mover.nbytes[State.OUT]:
+            if self.follows_plan or not self._mover.nbytes[State.OUT]:
                 return
-            room: int | None = None
+            most = self.marks.high_beside_growth()
             for storage in following:
-                if storage.state is not State.OUT or storage.used:
-                    continue
-                if room is None:
-                    untouched = self._mover.nbytes[State.COMING_IN]
-                    room = self.marks.free_bytes() - untouched * (not self.device.asks_for_room)
-                if room < storage.nbytes:
-                    room += self._reclaimer.release_clean(storage.nbytes - room, used_only=True)
-                if room < storage.nbytes:
+                wanted = storage.state is State.OUT and not storage.used
+                if wanted and not self._reclaimer.begin_ahead(storage, most):
                     return
-                room -= storage.nbytes
-                for needed in _outside(storage):
-                    try:
-                        self._mover.begin_in(needed)
-                    except (
-                        MemoryError
-                    ):  # the free memory is in pieces: it is fetched when it is needed
-                        return
-                    needed.ahead = True
-                    self.counters.prefetched += 1
 
     def finish(self, group: Iterable[Saved], drop: bool) -> None:
         """Tell that a function has used ``group`` in backward.
@@ -260,6 +247,7 @@ class SwapManager:
         Its rise while a function runs is what the function takes for itself, whatever goes and comes meanwhile.
         """
         with self._lock:
+            self._mover.clear_graves()
             return used - self._mover.moved_bytes()
 
     def ran(self, label: str, backward: bool, span: Span) -> None:
@@ -268,6 +256,24 @@ class SwapManager:
         for observer in self._observers:
             observer.ran(self.device.name, label, backward, span)
             observer.used(self.device.name, span[1], used)
+
+    def play(self, player: Player | None, step: int = 0) -> None:
+        """Make the moves of a plan that are due before a step. From now on nothing else moves ahead of need.
+
+        Args:
+            player: What follows the plan; ``None``: there is none, all is on demand again.
+            step: The number of the step.
+        """
+        with self._lock:
+            self.follows_plan = self._reclaimer.leaving_first = player is not None
+            if player is not None:
+                self._mover.clear_graves()
+                player.play(step, self._mover, self._reclaimer, self.marks)
+
+    def bandwidths(self, otherwise: float) -> tuple[float, float]:
+        """Return the bytes per second of copies out and in, as measured so far; ``otherwise`` if there were none."""
+        out, back = self._mover.bandwidth(out=True), self._mover.bandwidth(out=False)
+        return out or back or otherwise, back or out or otherwise
 
     # Room.
 
@@ -297,7 +303,7 @@ class SwapManager:
             self._mover.clear_graves()
             self._reclaimer.reclaim(nbytes)
             used = self.marks.used_bytes()
-            if not nbytes and used > self.marks.low:
+            if not nbytes and used > self.marks.low and not self.follows_plan:
                 self._reclaimer.write_behind(used - self.marks.low)
             return used + nbytes <= self.marks.high
 
@@ -328,7 +334,7 @@ class SwapManager:
 
     def _begin_in(self, storage: Storage) -> None:
         """Begin to fetch a storage that is out, or what it is made again from."""
-        for needed in _outside(storage):
+        for needed in outside(storage):
             self._reclaimer.reclaim(needed.nbytes)
             self._mover.begin_in(needed)
 
@@ -423,13 +429,6 @@ class SwapManager:
             f"{_mib(size[State.COMING_IN])} coming in; so far {_mib(counters.bytes_out)} out, "
             f"{_mib(counters.bytes_in)} in>"
         )
-
-
-def _outside(storage: Storage) -> list[Storage]:
-    """Return the storages that must be copied in for this one: itself, or those its recipe needs."""
-    if storage.forgone and storage.recipe is not None:
-        return [one for one in storage.recipe.storages() if one.state is State.OUT]
-    return [storage] if storage.state is State.OUT else []
 
 
 def _mib(nbytes: int) -> str:

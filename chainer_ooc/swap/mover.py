@@ -12,7 +12,7 @@ from typing import Any
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap import verify
 from chainer_ooc.swap.devices.base import Copy, Device, Transfer
-from chainer_ooc.swap.observing import Observer
+from chainer_ooc.swap.observing import Observer, Span
 from chainer_ooc.swap.recipe import Recipe
 from chainer_ooc.swap.storage import State, Storage
 from chainer_ooc.swap.use_order import Forward
@@ -43,6 +43,25 @@ class Counters:
     stall_room_seconds: float = 0.0
     stall_trim_seconds: float = 0.0
 
+    @property
+    def lost_seconds(self) -> float:
+        """Time in which computing threads did nothing but what out-of-core mode made them do."""
+        waited = self.stall_fetch_seconds + self.stall_late_seconds + self.stall_room_seconds
+        return waited + self.stall_trim_seconds + self.recompute_seconds
+
+
+class _Link:
+    """What has been copied in one direction, and in which time any copy was under way."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.seconds = self._busy_until = 0.0
+
+    def note(self, nbytes: int, span: Span) -> None:
+        self.nbytes += nbytes
+        self.seconds += max(span[1] - max(span[0], self._busy_until), 0)
+        self._busy_until = max(self._busy_until, span[1])
+
 
 class Mover:
     """Moves single storages of one device. Its caller holds the manager's lock.
@@ -67,10 +86,10 @@ class Mover:
         self.leaving: deque[weakref.ref[Storage]] = deque()
         self.observers = observers
         self._make_room = make_room
-        # Bytes that have come into memory, and that were given up; what comes and has not been counted yet.
+        # Bytes that have come into memory, and that were given up.
         self._landed = self._released = 0
-        self._landing: deque[weakref.ref[Storage]] = deque()
         self._busy_until = 0.0
+        self._links = _Link(), _Link()  # in, out
         # The resident storages by the identity of their owner, which lives as long as it is here.
         self._by_owner: dict[int, weakref.ref[Storage]] = {}
         # The storages that live, by state and sequence number, and how many bytes they are.
@@ -85,6 +104,11 @@ class Mover:
         """Return the resident storage in the memory of ``owner``, if there is one."""
         reference = self._by_owner.get(id(owner))
         return reference() if reference else None
+
+    def bandwidth(self, out: bool) -> float | None:
+        """Return the bytes per second of the copies in one direction, ``None`` if nobody knows yet."""
+        link = self._links[out]
+        return link.nbytes / link.seconds if link.seconds > 0 else None
 
     def stalled(self, cause: str, start: float) -> None:
         """Note that the calling thread has waited since ``start``. ``cause`` is one of the counters' ``stall_``."""
@@ -164,15 +188,6 @@ class Mover:
 
     def moved_bytes(self) -> int:
         """Return by how much moves have changed the memory in use: what has come in less what was given up."""
-        while self._landing:
-            storage = self._landing[0]()
-            if storage is not None:
-                if storage.state is State.COMING_IN and not (
-                    storage.transfer is None or storage.transfer.done()
-                ):
-                    break
-                self._landed += storage.nbytes
-            self._landing.popleft()
         return self._landed - self._released
 
     def forgo(self, storage: Storage) -> None:
@@ -214,10 +229,7 @@ class Mover:
         storage.owner, storage.origin, storage.transfer = owner, origin, transfer
         self._by_owner[id(owner)] = weakref.ref(storage)
         self._move(storage, State.COMING_IN)
-        if self.device.asks_for_room:  # what it hands out is in use at once
-            self._landed += storage.nbytes
-        else:
-            self._landing.append(weakref.ref(storage))
+        self._landed += storage.nbytes
         self.counters.bytes_in += storage.nbytes
         self.counters.storages_in += 1
 
@@ -235,6 +247,7 @@ class Mover:
             self._join_arrival(storage)
         finally:
             self.stalled("late" if storage.ahead else "fetch", start)
+        storage.waited += time.perf_counter() - start
 
     def taint(self, storage: Storage) -> None:
         """BOTH -> RESIDENT: somebody who may write has the array, so that its copy is worth nothing."""
@@ -276,6 +289,11 @@ class Mover:
             forward.living -= 1
             del self._members[state][number]
             self.nbytes[state] -= nbytes
+            if state in (
+                State.OUT,
+                State.DROPPED,
+            ):  # had nothing moved, it would free its memory now
+                self._released -= nbytes
         while self._recipes:
             self._need_no_more(self._recipes.popleft())
         for _ in range(len(self._graves)):
@@ -315,14 +333,16 @@ class Mover:
         self.nbytes[before] -= storage.nbytes
         self._enter(storage)
 
-    def _copied(self, storage: Storage, transfer: Transfer, out: bool) -> None:
+    def _copied(self, storage: Storage, transfer: Transfer, out: bool) -> Span | None:
         span = transfer.span()
         if span is not None:
             # Transfers overlap each other: the time in which any was under way.
             self.counters.copy_seconds += max(span[1] - max(span[0], self._busy_until), 0)
             self._busy_until = max(self._busy_until, span[1])
+            self._links[out].note(storage.nbytes, span)
             for observer in self.observers:
                 observer.copied(storage, out, span)
+        return span
 
     def _copy_out(self, storage: Storage) -> Transfer:
         verify.check_unchanged(self.device, storage)
@@ -347,7 +367,8 @@ class Mover:
             raise
         storage.transfer = None
         self._move(storage, State.BOTH)
-        self._copied(storage, transfer, out=False)
+        span = self._copied(storage, transfer, out=False)
+        storage.arrived = span[1] if span else time.perf_counter()
 
     def _let_go(self, storage: Storage) -> None:
         self._by_owner.pop(id(storage.owner), None)

@@ -8,7 +8,7 @@ from chainer_ooc.swap.mover import Mover
 from chainer_ooc.swap.storage import State, Storage
 from chainer_ooc.swap.watermarks import Watermarks
 
-__all__ = ["EVERYTHING", "Reclaimer"]
+__all__ = ["EVERYTHING", "Reclaimer", "outside"]
 
 #: Most bytes on their way out at a time.
 IN_FLIGHT = 256 << 20
@@ -25,9 +25,13 @@ class Reclaimer:
     Args:
         mover: Makes the transitions.
         marks: The limit, and where memory stands.
+
+    Attributes:
+        leaving_first: What is going out goes before what has a valid copy: a plan has chosen it.
     """
 
     def __init__(self, mover: Mover, marks: Watermarks) -> None:
+        self.leaving_first = False
         self._mover = mover
         self._marks = marks
 
@@ -44,12 +48,10 @@ class Reclaimer:
         if excess() <= 0:
             return
         self._trim()
-        for step in (
-            self.release_clean,
-            self._release_leaving,
-            self.push_out,
-            self._release_arrivals,
-        ):
+        steps = [self.release_clean, self._release_leaving, self.push_out, self._release_arrivals]
+        if self.leaving_first:
+            steps[:2] = [self._release_leaving, self.release_clean]
+        for step in steps:
             missing = excess()
             if missing <= 0:
                 return
@@ -60,14 +62,14 @@ class Reclaimer:
 
     def release_clean(self, nbytes: int, used_only: bool = False) -> int:
         """Release storages whose copy is valid: the used ones, then the oldest. Returns bytes."""
-        self._settle()
+        self.settle()
         freed = 0
         for used in (True,) if used_only else (True, False):
             for storage in self._mover.members(State.BOTH):
                 if freed >= nbytes:
                     return freed
                 if storage.used is used:
-                    freed += self._release_unless_held(storage)
+                    freed += self.release_unless_held(storage)
         return freed
 
     def push_out(self, nbytes: int) -> int:
@@ -93,7 +95,7 @@ class Reclaimer:
 
     def write_behind(self, nbytes: int) -> None:
         """Begin to copy the oldest storages out, until ``nbytes`` could be released at once."""
-        self._settle()
+        self.settle()
         size = self._mover.nbytes
         for storage in self._mover.members(State.RESIDENT):
             if (
@@ -116,7 +118,7 @@ class Reclaimer:
             storage = leaving.popleft()()
             if storage is not None and storage.state is State.GOING_OUT:
                 self._mover.end_out(storage)
-                freed += self._release_unless_held(storage)
+                freed += self.release_unless_held(storage)
         return freed
 
     def _release_arrivals(self, nbytes: int) -> int:
@@ -126,10 +128,39 @@ class Reclaimer:
             if freed >= nbytes:
                 break
             self._mover.end_in(storage)
-            freed += self._release_unless_held(storage)
+            freed += self.release_unless_held(storage)
         return freed
 
-    def _release_unless_held(self, storage: Storage) -> int:
+    def begin_ahead(self, storage: Storage, most: int) -> bool:
+        """Begin to fetch a storage that is out, or what it is made again from, if memory stays below ``most`` bytes.
+
+        Returns:
+            Whether it was begun.
+        """
+        mover = self._mover
+        room = most - self._marks.used_bytes()
+        if room < storage.nbytes:
+            room += self.release_clean(storage.nbytes - room, used_only=True)
+        if room < storage.nbytes:
+            return False
+        for needed in outside(storage):
+            try:
+                mover.begin_in(needed)
+            except MemoryError:  # the free memory is in pieces: it is fetched when it is needed
+                return False
+            needed.ahead = True
+            mover.counters.prefetched += 1
+        return True
+
+    def give_up(self, storage: Storage) -> int:
+        """Give up a storage that can be had again: for its copy, or to be made again. Returns bytes."""
+        if storage.state is State.RESIDENT and not storage.held and self._can_be_remade(storage):
+            self._mover.forgo(storage)
+            return storage.nbytes
+        return self.release_unless_held(storage)
+
+    def release_unless_held(self, storage: Storage) -> int:
+        """Release a storage that has a valid copy, if nobody holds it. Returns bytes."""
         if storage.state is not State.BOTH or storage.held:
             return 0
         self._mover.release(storage)
@@ -141,7 +172,7 @@ class Reclaimer:
             return False
         return recipe.fits(self._mover.device, storage)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Take note of the copies that have ended."""
         leaving = self._mover.leaving
         while leaving:
@@ -156,3 +187,10 @@ class Reclaimer:
         start = time.perf_counter()
         self._mover.device.trim(desperate)
         self._mover.stalled("trim", start)
+
+
+def outside(storage: Storage) -> list[Storage]:
+    """Return the storages that must be copied in for this one: itself, or those its recipe needs."""
+    if storage.forgone and storage.recipe is not None:
+        return [one for one in storage.recipe.storages() if one.state is State.OUT]
+    return [storage] if storage.state is State.OUT else []

@@ -78,13 +78,13 @@ class Watermarks:
         """Tell how many bytes a function took for itself."""
         self._growth.append(nbytes)
 
-    def free_bytes(self) -> int:
-        """Return what is left below the high-water mark beside what functions took for themselves of late (bytes).
+    def high_beside_growth(self) -> int:
+        """Return the high-water mark less what functions took for themselves of late (bytes).
 
         What is fetched ahead of its use must leave that much free: otherwise the next function would push it
         out again.
         """
-        return self.high - self.used_bytes() - max(self._growth)
+        return self.high - max(self._growth)
 
     def _marks(self) -> tuple[int, int, int]:
         settings = self._settings()

@@ -64,9 +64,7 @@ class Device(Protocol):
 
     name: str
     stand_in: Any  #: an array of the device without elements
-    #: Its allocator asks the manager for room itself, and what it hands out is in use at once (the system counts
-    #: a process's memory when it is touched).
-    asks_for_room: bool
+    asks_for_room: bool  #: its allocator asks the manager for room itself
 
     def locate(self, array: Any) -> Location | None:
         """Return where ``array`` lies, or ``None`` for an array that must stay where it is."""
@@ -102,7 +100,7 @@ class Device(Protocol):
         """Make sure that memory which is given up after this is used by nobody who came before."""
 
     def used_bytes(self) -> int:
-        """Return the bytes that count against the limit now."""
+        """Return the bytes that count against the limit now, those of copies in that are under way included."""
 
     def hold(self, nbytes: int) -> None:
         """Keep memory below ``nbytes``, what is free and the allocator keeps for itself included; 0: keep none."""
@@ -115,6 +113,12 @@ class Device(Protocol):
 
     def total_bytes(self) -> int:
         """Return the bytes that a limit of 1.0 means."""
+
+    def tiers(self) -> list[tuple[str, int | None, bool]]:
+        """Return where copies go, the first choice first.
+
+        Each has a name, a capacity (bytes, ``None`` for any), and one queue for both directions or one for each.
+        """
 
     def trim(self, desperate: bool = False) -> None:
         """Give freed memory that the allocator keeps back to the system; ``desperate`` if all else is done."""

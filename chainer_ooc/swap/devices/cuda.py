@@ -212,6 +212,10 @@ class CudaDevice:
     def hold(self, nbytes: int) -> None:
         """Do nothing: CuPy's pool has a limit of its own."""
 
+    def tiers(self) -> list[tuple[str, int | None, bool]]:
+        """Return page-locked memory, a stream each way, and the swap file."""
+        return [("page-locked memory", self.host.slab.limit, False), ("swap file", None, True)]
+
     def taken_bytes(self) -> int:
         """Return what the current GPU's pool has taken of it, free blocks included (bytes). Never waits."""
         return int(self.pool().total_bytes())

@@ -62,8 +62,8 @@ class PagePool:
         self._as_freed_bytes = 0
         self._cold, self._warm = FreeBlocks(), FreeBlocks()
         self._cold.insert(self._start, self._size)
-        # Blocks that were handed out with pages that nobody had touched yet.
-        self._untouched: set[int] = set()
+        # Blocks that were handed out with pages that nobody had touched yet, and the bytes of these.
+        self._untouched: dict[int, int] = {}
         # Where one mapping of the kernel ends and the next begins, at least; it moves pages of one at a time.
         self._seams: list[int] = []
         self._moves = True
@@ -113,13 +113,17 @@ class PagePool:
                     return None
                 warm = self._gather(address, size)
                 if warm < size:
-                    self._untouched.add(address)
+                    self._untouched[address] = size - warm
             self._taken[address] = size
         finally:
             self._lock.release()
         if clear and warm:
             ctypes.memset(address, 0, min(warm, nbytes))
         return address
+
+    def untouched_bytes(self, address: int) -> int:
+        """Return how much of a block had no pages when it was handed out (bytes)."""
+        return self._untouched.get(address, 0)
 
     def size_of(self, address: int) -> int:
         """Return the size of a block in use (bytes): what was asked for, in whole pages."""
@@ -170,7 +174,7 @@ class PagePool:
             address = self._freed.popleft()
             size = self._taken.pop(address)
             if address in self._untouched:
-                self._untouched.remove(address)
+                del self._untouched[address]
                 if not _is_resident(address, size):
                     self._cool(address, size)
                     continue

@@ -154,6 +154,8 @@ class RamDevice:
         self._lock = threading.Lock()
         self._memory_is_short = False
         self._ceiling = 0
+        # Copies in, and how many bytes of what they fill the system does not count before.
+        self._arriving: list[tuple[FileTransfer, int]] = []
         self._ordinary, self._desperate = _Patience(), _Patience()
 
     def locate(self, array: Any) -> Location | None:
@@ -193,10 +195,16 @@ class RamDevice:
     ) -> tuple[np.ndarray, int, FileTransfer]:
         """Allocate memory at the same place in a page and begin to read a storage into it."""
         owner, origin = _empty(nbytes, phase)
+        address = _address(owner)
+        pooled = self.pages is not None and self.pages.owns(address)
+        untouched = self.pages.untouched_bytes(address) if self.pages and pooled else nbytes
         memory = _bytes_of(owner)[origin : origin + nbytes]
         tail = copy.head + copy.body
         memory[: copy.head], memory[tail:] = copy.ends
-        return owner, origin, self._start(copy, copy.pieces(memory, copy.file.read))
+        transfer = self._start(copy, copy.pieces(memory, copy.file.read))
+        if untouched:
+            self._arriving = [*self._still_arriving(), (transfer, untouched)]
+        return owner, origin, transfer
 
     def adopt(
         self, array: np.ndarray, layout: Layout, nbytes: int, phase: int
@@ -219,17 +227,24 @@ class RamDevice:
         """Do nothing: who computes has ended when the call returns."""
 
     def used_bytes(self) -> int:
-        """Return the resident memory (bytes) but for free pages that wait for the next allocation.
+        """Return the resident memory (bytes), and that of copies in under way, but for free pages.
 
-        Those are given back to the system as far as they are too many: see :meth:`hold`.
+        Those wait for the next allocation, and are given back to the system as far as they are too many: see
+        :meth:`hold`.
         """
         resident = self._resident.bytes()
+        if self._arriving:  # the system counts their pages when they are filled
+            self._arriving = self._still_arriving()
+            resident += sum(nbytes for _, nbytes in self._arriving)
         if self.pages is None:
             return resident
         warm = self.pages.warm_bytes
         if warm and resident > self._ceiling:
             self.pages.give_back(resident - self._ceiling)
         return resident - warm
+
+    def _still_arriving(self) -> list[tuple[FileTransfer, int]]:
+        return [one for one in self._arriving if not one[0].done()]
 
     def hold(self, nbytes: int) -> None:
         """Keep free pages for the next allocation as long as resident memory is below ``nbytes``."""
@@ -257,6 +272,10 @@ class RamDevice:
     def total_bytes(self) -> int:
         """Return this process's share of the memory there is (bytes)."""
         return process_memory.physical_bytes() // ranks_of_this_node()
+
+    def tiers(self) -> list[tuple[str, int | None, bool]]:
+        """Return the swap file: the same threads read and write it."""
+        return [("swap file", None, True)]
 
     def trim(self, desperate: bool = False) -> None:
         """Give free memory of malloc's heaps back to the system.

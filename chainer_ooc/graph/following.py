@@ -1,0 +1,288 @@
+"""Follower: an iteration is recorded while it runs, planned, and from then on the engine moves as planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from chainer_ooc.planning.book import PlanBook
+from chainer_ooc.planning.planner import make_plan
+from chainer_ooc.planning.profile import Profile, describe_input, signature_of
+from chainer_ooc.planning.recording import Recorder
+from chainer_ooc.planning.steps import BACKWARD, FORWARD, OTHER, key_of
+from chainer_ooc.planning.system import System, Tier
+from chainer_ooc.settings import Settings
+from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.player import Player
+from chainer_ooc.swap.storage import Saved, Storage
+
+__all__ = ["Follower", "follower_of"]
+
+#: What a link is taken to carry until something was copied over it (bytes per second).
+ASSUMED_BANDWIDTH = 1e9
+#: After so many iterations that were known, the next are not recorded any more.
+WARY = 8
+#: The number of a function's step in its iteration: (iteration, number).
+_STEP = "_ooc_step"
+#: What runs after backward: the update, the next batch.
+BETWEEN = "between iterations"
+
+
+@dataclasses.dataclass
+class Measured:
+    """What an iteration that followed a plan did: what :class:`~chainer_ooc.planning.pacing.Pacer` reads."""
+
+    seconds: float = 0.0
+    waits: dict[int, float] = dataclasses.field(default_factory=dict)
+    slack: dict[int, float] = dataclasses.field(default_factory=dict)
+    starts: list[float] = dataclasses.field(default_factory=list)
+
+
+class Follower:
+    """The iterations of one device.
+
+    An iteration begins with the first function that runs forward after backward has run, and ends where the next one
+    begins. One that is not known yet is recorded, and planned when the next one begins. A function that is
+    not the one that the plan expects ends the plan: the rest of the iteration is served on demand.
+
+    Its methods are called where functions run, outside of other functions, in the thread that trains; functions of
+    other threads make an iteration one that nobody knows.
+
+    Args:
+        manager: The device's.
+
+    Attributes:
+        book: The plans of its graphs.
+    """
+
+    def __init__(self, manager: SwapManager) -> None:
+        self.manager = manager
+        self.book = PlanBook()
+        self._thread = 0
+        self._iteration = self._number = -1  # no function of an iteration has run yet
+        self._backward = (
+            False  # backward has run: the next function that runs forward begins an iteration
+        )
+        self._to_record = WARY  # iterations, at most
+        self._keys: list[str] = []
+        self._clocks: list[float] = []
+        self._storages: list[weakref.ref[Storage]] = []
+        self._numbers: dict[
+            int, int
+        ] = {}  # of the storages, by their number in the order of saving
+        self._recorder: Recorder | None = None
+        self._held: list[tuple[weakref.ref[Storage], int]] = []
+        self._player: Player | None = None
+        self._measured = Measured()
+        self._start = self._ended = self._ended_clock = 0.0
+        self._ended_used = self._peak = 0
+
+    def forward(self, func: Any, inputs: Iterable[Any], settings: Settings) -> None:
+        """Tell that a function is about to run forward."""
+        if not self._is_mine():
+            return
+        described = tuple(self._describe(x) for x in inputs if x is not None)
+        if self._backward or self._is_over(key_of(FORWARD, func._impl_name, described)):
+            self._begin(settings)
+        elif self._number < 0:
+            return
+        self._step(func._impl_name, FORWARD, described)
+        func.__dict__[_STEP] = self._iteration, self._number
+
+    def saved(self, func: Any, group: Iterable[Saved]) -> None:
+        """Tell what a function has saved that has run forward just now."""
+        step = func.__dict__.get(_STEP)
+        if step is None or step != (self._iteration, self._number):
+            return
+        numbers = []
+        makers = {
+            id(node.__dict__.get("_data")): node._creator_node
+            for node in func.inputs
+            if node is not None
+        }
+        for saved in group:
+            storage = saved.storage
+            if storage.manager is not self.manager:
+                continue
+            number = self._numbers.get(storage.sequence)
+            if number is None:
+                number = self._numbers[storage.sequence] = len(self._storages)
+                self._storages.append(weakref.ref(storage))
+                if self._recorder is not None:
+                    maker = self._step_of(makers.get(id(saved)))
+                    self._recorder.made(storage.nbytes, maker)
+                    self._held.append((weakref.ref(storage), number))
+            numbers.append(number)
+        if self._recorder is not None:
+            self._recorder.saved(numbers)
+
+    def backward(self, func: Any) -> None:
+        """Tell that a function is about to run backward."""
+        if not self._is_mine():
+            return
+        self._backward = True
+        if self._number < 0:  # it began before anybody looked
+            return
+        self._step(func._impl_name, BACKWARD, (), self._step_of(func))
+
+    def fetched(self, group: Iterable[Saved]) -> None:
+        """Tell that what a function needs in backward is there."""
+        if self._player is None or not self._is_mine():
+            return
+        now = time.perf_counter()
+        for saved in group:
+            storage = saved.storage
+            number = self._numbers.get(storage.sequence)
+            if number is not None and storage.arrived > self._start:
+                self._measured.waits.setdefault(number, storage.waited)
+                self._measured.slack.setdefault(number, now - storage.arrived)
+
+    def ran(self, peak: int) -> None:
+        """Tell that a function has run.
+
+        Args:
+            peak: The highest :meth:`~chainer_ooc.swap.manager.SwapManager.grown_to` meanwhile (bytes).
+        """
+        if not self._is_mine():
+            return
+        self._ended, self._ended_clock = time.perf_counter(), self._clock()
+        self._peak = max(self._peak, self.manager.marks.last_used)
+        if self._recorder is not None:
+            used = self.manager.grown_to(self.manager.marks.used_bytes())
+            self._recorder.end(max(peak, used))
+            self._ended_used = used
+
+    def _is_mine(self) -> bool:
+        thread = threading.get_ident()
+        if not self._thread:
+            self._thread = thread
+        if thread == self._thread:
+            return True
+        self._leave_the_plan()
+        self._recorder, self._backward, self._number, self._thread = None, False, -1, thread
+        return False
+
+    def _is_over(self, key: str) -> bool:
+        """Tell whether a function begins an iteration though backward has not run: predictions with a graph."""
+        return bool(self._keys) and key == self._keys[0] and not any(r() for r in self._storages)
+
+    def _begin(self, settings: Settings) -> None:
+        """End the iteration that ran, and begin the next."""
+        now = time.perf_counter()
+        if self._number >= 0 and self._backward:
+            self._end(now - self._start, settings)
+        self._iteration += 1
+        self._number = -1
+        self._backward = False
+        self._start, self._peak = time.perf_counter(), 0
+        self._keys, self._clocks, self._held = [], [], []
+        self._storages, self._numbers = [], {}
+        self._measured = Measured()
+        self._player = None
+        self.book.begin()
+        self._recorder = Recorder() if self._to_record else None
+
+    def _end(self, seconds: float, settings: Settings) -> None:
+        """End an iteration: its plan is corrected, or it gets one."""
+        self._measured.seconds = seconds
+        self._measured.starts.append(self._ended - self._start)
+        self._clocks += [self._ended_clock, self._clock()]
+        self.book.advance(key_of(OTHER, BETWEEN, ()))
+        step_seconds = [b - a for a, b in itertools.pairwise(self._clocks)]
+        system = self._system(settings)
+        known = self.book.finish(self._measured, self._peak, step_seconds, system)
+        if known is not None:
+            self._to_record = max(self._to_record - 1, 0)
+            return
+        self._to_record = WARY
+        if self._recorder is not None:
+            signature = signature_of(key for key in self._keys if key.startswith(FORWARD))
+            if self.book.wants(signature):
+                profile = self._profile(self._recorder)
+                if profile.saved:
+                    self.book.add(profile, make_plan(profile, system), seconds)
+
+    def _profile(self, recorder: Recorder) -> Profile:
+        used = self.manager.grown_to(self.manager.marks.used_bytes())
+        recorder.begin(BETWEEN, OTHER, self._ended_clock, max(used, self._ended_used))
+        return recorder.profile(
+            "recorded", self.manager.device.name, recorder.seconds(self._clock())
+        )
+
+    def _system(self, settings: Settings) -> System:
+        out, back = self.manager.bandwidths(ASSUMED_BANDWIDTH)
+        tiers = tuple(
+            Tier(name, out, back, capacity=capacity, one_queue=shared)
+            for name, capacity, shared in self.manager.device.tiers()
+        )
+        return System(self.manager.limit, tiers, settings.single_backward)
+
+    def _step(self, label: str, phase: str, inputs: tuple[str, ...], function: int = -1) -> None:
+        """Begin a step: record it, and make the moves of the plan that are due."""
+        key = key_of(phase, label, inputs)
+        self._keys.append(key)
+        self._number += 1
+        self._measured.starts.append(time.perf_counter() - self._start)
+        self._clocks.append(self._clock())
+        found = self.book.advance(key)
+        if found is None:
+            self._leave_the_plan()
+        else:
+            plan, number = found
+            if self._player is None or self._player.plan is not plan:
+                self._player = Player(plan, self._find)
+            self.manager.play(self._player, number)
+        if self._recorder is not None:
+            used = self.manager.grown_to(self.manager.marks.used_bytes())
+            clock = self._clock()
+            self._recorder.begin(label, phase, clock, used, inputs=inputs, function=function)
+            self._note_freed()
+
+    def _leave_the_plan(self) -> None:
+        self._player = None
+        self.manager.play(None)
+
+    def _note_freed(self) -> None:
+        """Note what only the graph refers to from this step on."""
+        held = []
+        for reference, number in self._held:
+            storage = reference()
+            if storage is not None and storage.owner is not None and storage.held:
+                held.append((reference, number))
+            else:
+                assert self._recorder is not None
+                self._recorder.freed(number)
+        self._held = held
+
+    def _clock(self) -> float:
+        """Return the time without waits (seconds): what is recorded is how long things take."""
+        return time.perf_counter() - self.manager.counters.lost_seconds
+
+    def _find(self, number: int) -> Storage | None:
+        return self._storages[number]() if number < len(self._storages) else None
+
+    def _describe(self, x: Any) -> str:
+        node = getattr(x, "node", None)
+        array = getattr(x, "raw_array", x)
+        maker = None if node is None else node._creator_node
+        return describe_input(array.dtype, array.shape, self._step_of(maker))
+
+    def _step_of(self, func: Any) -> int:
+        iteration, number = (-1, -1) if func is None else func.__dict__.get(_STEP, (-1, -1))
+        return number if iteration == self._iteration else -1
+
+
+_followers: weakref.WeakKeyDictionary[SwapManager, Follower] = weakref.WeakKeyDictionary()
+
+
+def follower_of(manager: SwapManager) -> Follower:
+    """Return what follows the iterations of a device."""
+    found = _followers.get(manager)
+    if found is None:
+        found = _followers[manager] = Follower(manager)
+    return found

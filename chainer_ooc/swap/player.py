@@ -1,0 +1,87 @@
+"""Player: makes the moves of a plan, between two functions, as far as they are possible."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from chainer_ooc.planning.plan import Plan
+from chainer_ooc.swap.storage import State, Storage
+
+if TYPE_CHECKING:
+    from chainer_ooc.swap.mover import Mover
+    from chainer_ooc.swap.reclaimer import Reclaimer
+    from chainer_ooc.swap.watermarks import Watermarks
+
+__all__ = ["Player"]
+
+
+class Player:
+    """Follows one plan through one iteration. Its caller holds the manager's lock.
+
+    Storages are where they are: what cannot be done as planned, since somebody holds an array or wants it earlier,
+    is left out, and served on demand. So a plan decides about time, never about results.
+
+    Args:
+        plan: The plan.
+        find: Returns the storage that has a number in the plan, ``None`` if there is none or it is dead.
+    """
+
+    def __init__(self, plan: Plan, find: Callable[[int], Storage | None]) -> None:
+        self.plan = plan
+        self._find = find
+        self._out = deque(plan.copy_out)
+        self._come = deque(plan.copy_in)
+        self._release = deque(plan.release)
+        self._drop = deque(plan.drop)
+        # Those that are held still; those that go out, and are released then.
+        self._waiting: list[Storage] = []
+        self._leaving: list[Storage] = []
+
+    def play(self, step: int, mover: Mover, reclaimer: Reclaimer, marks: Watermarks) -> None:
+        """Make the moves that are due before a step."""
+        reclaimer.settle()
+        self._leaving = [one for one in self._leaving if not _has_left(one, reclaimer)]
+        for storage in self._due(self._release, step):
+            reclaimer.release_unless_held(storage)
+        for storage in self._due(self._drop, step):
+            reclaimer.give_up(storage)
+        waiting, self._waiting = self._waiting + self._due(self._out, step), []
+        for storage in waiting:
+            if storage.state is State.RESIDENT and not storage.used:
+                if storage.held:
+                    self._waiting.append(storage)
+                    continue
+                mover.begin_out(storage)
+            if storage.state in (State.GOING_OUT, State.BOTH):
+                self._leaving.append(storage)
+        if self._come and self._come[0][0] <= step:
+            self._begin_in(step, reclaimer, marks.high - self.plan.need_bytes[step])
+
+    def _due(self, moves: deque[tuple[int, int]], step: int) -> list[Storage]:
+        due = []
+        while moves and moves[0][0] <= step:
+            storage = self._find(moves.popleft()[1])
+            if storage is not None:
+                due.append(storage)
+        return due
+
+    def _begin_in(self, step: int, reclaimer: Reclaimer, most: int) -> None:
+        """Begin the copies in that are due, one after the other, as far as there is room below ``most`` bytes."""
+        while self._come and self._come[0][0] <= step:
+            storage = self._find(self._come[0][1])
+            if storage is not None and not storage.used:
+                if storage.state is State.GOING_OUT:
+                    return
+                if storage.state is State.OUT and not reclaimer.begin_ahead(storage, most):
+                    return
+            self._come.popleft()
+
+
+def _has_left(storage: Storage, reclaimer: Reclaimer) -> bool:
+    """Release a storage that is to leave if its copy is complete. Returns whether nothing is left to wait for."""
+    if storage.state is State.GOING_OUT:
+        return False
+    reclaimer.release_unless_held(storage)
+    return True

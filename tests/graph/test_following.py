@@ -1,0 +1,313 @@
+"""Iterations that follow a plan: the bits of stock Chainer, the moves that were planned, and on demand whatever was not."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+import pytest
+
+import chainer_ooc
+from chainer_ooc import mode
+from chainer_ooc.graph.following import follower_of
+from chainer_ooc.swap.devices.ram import RamDevice
+from chainer_ooc.testing import assert_same_bits
+from chainer_ooc.testing.adopted_arrays import simulated_gpu
+
+KIB, MIB = 1 << 10, 1 << 20
+#: What counts as used by something else: memory is always past the low-water mark.
+OTHER = 8 * MIB
+
+
+class CountedRam(RamDevice):
+    """RAM in which the saved arrays count against the limit, beside something else."""
+
+    def used_bytes(self):
+        mover = self.manager._mover
+        return OTHER + sum(s.nbytes for s in mover.members(*mover.nbytes) if s.owner is not None)
+
+
+@contextlib.contextmanager
+def on_ram(directory, monkeypatch):
+    device = CountedRam(directory)
+    device.manager = mode._make_manager(device)
+    monkeypatch.setitem(mode._managers, "ram", device.manager)
+    yield
+    device.close()
+
+
+@contextlib.contextmanager
+def on_gpu(directory, monkeypatch):
+    monkeypatch.setitem(mode._managers, "ram", None)
+    with simulated_gpu(3, directory, 8 * MIB, OTHER):
+        yield
+
+
+@pytest.fixture(params=[on_ram, on_gpu], ids=["RAM", "simulated GPU"])
+def device(request, tmp_path, monkeypatch):
+    gc.collect()
+    with request.param(str(tmp_path), monkeypatch):
+        yield mode._managers["ram"]
+
+
+class Net(chainer.Chain):
+    """A convnet with normalization, dropout and branches, of any depth."""
+
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.blocks = chainer.ChainList(*[L.Convolution2D(8, 8, 3, pad=1) for _ in range(6)])
+            self.norms = chainer.ChainList(*[L.BatchNormalization(8) for _ in range(6)])
+            self.last = L.Linear(8, 3)
+
+    def __call__(self, x, depth=6):
+        h = x
+        for block, norm in zip(self.blocks[:depth], self.norms, strict=False):
+            h = F.relu(norm(block(h))) + F.dropout(h, 0.2)
+        return self.last(F.average(h, axis=(2, 3)))
+
+
+class Training:
+    """Trains on random data; each step may be of another kind."""
+
+    def __init__(self):
+        np.random.seed(0)
+        self.net = Net()
+        self.optimizer = chainer.optimizers.MomentumSGD(0.01).setup(self.net)
+        self.random = np.random.RandomState(1)
+
+    def batch(self, size=2, side=32):
+        x = self.random.rand(size, 8, side, side).astype("f")
+        return x, self.random.randint(0, 3, size).astype("i")
+
+    def step(self, depth=6, **batch):
+        x, t = self.batch(**batch)
+        loss = F.softmax_cross_entropy(self.net(x, depth), t)
+        self.net.cleargrads()
+        loss.backward()
+        self.optimizer.update()
+        return loss.array.copy()
+
+    def state(self):
+        gradients = [p.grad for p in self.net.params()]
+        persistent = [n.avg_mean for n in self.net.norms]
+        return [p.array for p in self.net.params()] + gradients + persistent
+
+
+def both(program, limit=OTHER + 700 * KIB, **settings):
+    """Run a program on stock Chainer and under a limit; compare the bits."""
+    expected = program(Training())
+    with chainer_ooc.out_of_core_mode(limit=limit, min_bytes=1, **settings):
+        before = chainer_ooc.stats().bytes_in
+        actual = program(Training())
+        assert chainer_ooc.stats().bytes_in > before
+    assert_same_bits(actual, expected)
+
+
+def pages():
+    return follower_of(mode._managers["ram"]).book.pages
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"single_backward": True},
+        {"recompute": True},
+        {"recompute": True, "single_backward": True},
+    ],
+    ids=str,
+)
+def test_from_the_third_iteration_on_the_plan_is_followed(device, settings):
+    both(lambda t: [[t.step() for _ in range(8)], t.state()], **settings)
+    (page,) = pages().values()
+    assert len(page.seconds) == 8 - 2 - 1  # the last has not been ended yet
+    assert page.plan.copy_out
+    assert page.plan.peak_bytes <= OTHER + 700 * KIB
+    moved = device.counters.bytes_out
+    assert moved
+
+
+def test_what_moves_is_what_was_planned(device):
+    training = Training()
+    moved = []
+    with chainer_ooc.out_of_core_mode(limit=OTHER + 700 * KIB, min_bytes=1, single_backward=True):
+        for _ in range(8):
+            before = chainer_ooc.stats()
+            training.step()
+            after = chainer_ooc.stats()
+            moved.append((after.bytes_out - before.bytes_out, after.bytes_in - before.bytes_in))
+    (page,) = pages().values()
+    nbytes = sum(page.profile.storages[i].nbytes for _, i in page.plan.copy_out)
+    # What is needed again before it has left does not come back.
+    assert moved[-1][0] == nbytes >= moved[-1][1] > 0
+    assert moved[-1][0] <= moved[1][0]  # on demand it was more, or the same
+
+
+def test_without_plan_nothing_is_planned(device):
+    both(lambda t: [[t.step() for _ in range(5)], t.state()], plan=False)
+    assert not pages()
+
+
+def test_graphs_that_come_in_turns_have_their_own_plans(device):
+    def program(training):
+        kinds = [{"depth": 6}, {"depth": 5}, {"depth": 6, "size": 3}]
+        return [training.step(**kinds[n % 3]) for n in range(21)] + training.state()
+
+    both(program)
+    followed = [len(page.seconds) for page in pages().values()]
+    assert len(followed) == 3
+    assert min(followed) >= 2
+
+
+def test_graphs_that_never_come_again_are_served_on_demand(device):
+    both(
+        lambda t: [t.step(size=1 + n % 2, side=20 + n) for n in range(9)] + t.state(),
+        OTHER + 300 * KIB,
+    )
+    assert len(pages()) == 1  # the first one's
+
+
+def test_whatever_happens_after_a_plan_was_made(device):
+    def program(training):
+        results = [training.step() for _ in range(4)]
+        net, (x, t) = training.net, training.batch()
+        # Backward twice, and twice through gradients.
+        loss = F.softmax_cross_entropy(net(x), t)
+        loss.backward()
+        net.cleargrads()
+        loss.backward()
+        results += [training.step()]
+        x = chainer.Variable(x)
+        (gx,) = chainer.grad([F.sum(net(x) ** 2)], [x], enable_double_backprop=True)
+        net.cleargrads()
+        F.sum(gx**2).backward()
+        results += [gx.array, *training.state(), training.step()]
+        # Two graphs at once; one that dies; arrays that are held and edited.
+        one, other = net(training.batch()[0]), net(training.batch()[0])
+        F.sum(other).backward()
+        F.sum(one).backward()
+        del one, other
+        net(training.batch()[0])
+        results += [training.step()]
+        h = F.relu(net.blocks[0](training.batch()[0]))
+        array = h.array
+        y = F.sum(net.norms[1](h) ** 2)
+        array *= 0.5
+        y.backward()
+        # Predictions, with a graph and without.
+        net(training.batch()[0])
+        with chainer.no_backprop_mode(), chainer.using_config("train", False):
+            results += [net(training.batch()[0]).array]
+        results += [training.step() for _ in range(3)]
+        # An error half way through, forward and backward.
+        with contextlib.suppress(ZeroDivisionError):
+            hook = Failing("BatchNormalization", False)
+            with hook:
+                training.step()
+        with contextlib.suppress(ZeroDivisionError), Failing("ReLU", True):
+            training.step()
+        return [*results, training.step(), training.step(), *training.state()]
+
+    both(program)
+    assert len(pages()) >= 1
+
+
+class Failing(chainer.FunctionHook):
+    """Fails when such a function has run for the third time."""
+
+    def __init__(self, label, backward):
+        self.left = 3
+        self.label, self.backward = label, backward
+
+    def forward_postprocess(self, function, in_data):
+        self._note(function, False)
+
+    def backward_postprocess(self, function, in_data, out_grad):
+        self._note(function, True)
+
+    def _note(self, function, backward):
+        if function.label == self.label and backward is self.backward:
+            self.left -= 1
+            if not self.left:
+                raise ZeroDivisionError
+
+
+def test_a_thread_that_takes_over_is_right_and_gets_plans_of_its_own(device):
+    def program(training):
+        results = [training.step() for _ in range(5)]
+
+        def work():
+            with contextlib.ExitStack() as stack:
+                if settings is not None:
+                    stack.enter_context(
+                        chainer_ooc.out_of_core_mode(limit=settings.limit, min_bytes=1)
+                    )
+                results.extend(training.step() for _ in range(5))
+
+        settings = mode.current()
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return [*results, training.step(), *training.state()]
+
+    both(program)
+
+
+def test_what_somebody_holds_when_it_should_leave_leaves_later(device):
+    kept = []
+
+    def program(training):
+        results = []
+        for n in range(7):
+            x, t = training.batch()
+            h = F.relu(training.net.norms[0](training.net.blocks[0](x)))
+            if n >= 4:
+                kept.append(h)  # not so when the iteration was recorded
+            loss = F.softmax_cross_entropy(training.net(h), t)
+            del h
+            training.net.cleargrads()
+            loss.backward()
+            training.optimizer.update()
+            results.append(loss.array.copy())
+            results += [one.array.copy() for one in kept]
+            if n == 5:
+                kept.clear()
+        kept.clear()
+        return results + training.state()
+
+    both(program, OTHER + 900 * KIB)
+
+
+def test_a_plan_is_made_again_from_the_times_of_the_iterations(device, monkeypatch):
+    with chainer_ooc.out_of_core_mode(limit=OTHER + 700 * KIB, min_bytes=1):
+        training = Training()
+        planned = set()
+        for _ in range(9):
+            training.step()
+            planned |= {page.profile.compute_seconds for page in pages().values()}
+    assert len(planned) == 2
+    (page,) = pages().values()
+    assert page.profile.compute_seconds == min(planned)
+
+
+def test_a_plan_that_is_slower_than_on_demand_is_not_followed(device):
+    with chainer_ooc.out_of_core_mode(limit=OTHER + 700 * KIB, min_bytes=1):
+        training = Training()
+        for _ in range(4):
+            training.step()
+        (page,) = pages().values()
+        page.demand_seconds = 0.0
+        for _ in range(6):
+            training.step()
+        followed = len(page.seconds)
+        assert followed == 3
+        assert page.is_worse
+        assert not device.follows_plan
+        training.step()
+        assert (list(pages().values()), len(page.seconds)) == ([page], followed)
