@@ -1,4 +1,4 @@
-"""Iterations that follow a plan: the bits of stock Chainer, the moves that were planned, and on demand whatever was not."""
+"""Iterations that follow a plan: the bits of stock Chainer, the moves of the plan, the rest on demand."""
 
 from __future__ import annotations
 
