@@ -28,6 +28,7 @@ __all__ = [
     "explain",
     "is_enabled",
     "out_of_core_mode",
+    "plans",
     "recomputable",
     "saved_attributes",
     "stats",
@@ -39,6 +40,7 @@ _install_import_hook()
 _LAZY = dict.fromkeys(__all__, "chainer_ooc.api") | {
     "estimate": "chainer_ooc.estimating.estimator",
     "explain": "chainer_ooc.reporting.holders",
+    "plans": "chainer_ooc.reporting.plans",
     "recomputable": "chainer_ooc.graph.recompute",
     "saved_attributes": "chainer_ooc.graph.attributes",
 }

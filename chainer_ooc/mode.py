@@ -185,8 +185,11 @@ def _begin_trace(path: str) -> None:
 
     def facts() -> dict[str, Any]:
         from chainer_ooc.api import stats
+        from chainer_ooc.reporting.plans import plans
 
-        return {"settings": dataclasses.asdict(_last), "stats": dataclasses.asdict(stats())}
+        planned = [dataclasses.asdict(one) for one in plans()]
+        figures = {"stats": dataclasses.asdict(stats()), "plan": planned[0] if planned else None}
+        return {"settings": dataclasses.asdict(_last), **figures}
 
     _traces[path] = Trace(path, facts)
     observers.append(_traces[path])

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+from chainer_ooc.graph.recompute import STEP
 from chainer_ooc.planning.book import PlanBook
 from chainer_ooc.planning.planner import make_plan
 from chainer_ooc.planning.profile import Profile, describe_input, signature_of
@@ -27,8 +28,6 @@ __all__ = ["Follower", "follower_of"]
 ASSUMED_BANDWIDTH = 1e9
 #: After so many iterations that were known, the next are not recorded any more.
 WARY = 8
-#: The number of a function's step in its iteration: (iteration, number).
-_STEP = "_ooc_step"
 #: What runs after backward: the update, the next batch.
 BETWEEN = "between iterations"
 
@@ -92,11 +91,11 @@ class Follower:
         elif self._number < 0:
             return
         self._step(func._impl_name, FORWARD, described)
-        func.__dict__[_STEP] = self._iteration, self._number
+        func.__dict__[STEP] = self._iteration, self._number
 
     def saved(self, func: Any, group: Iterable[Saved]) -> None:
         """Tell what a function has saved that has run forward just now."""
-        step = func.__dict__.get(_STEP)
+        step = func.__dict__.get(STEP)
         if step is None or step != (self._iteration, self._number):
             return
         numbers = []
@@ -120,6 +119,19 @@ class Follower:
             numbers.append(number)
         if self._recorder is not None:
             self._recorder.saved(numbers)
+            for saved in group:
+                self._note_recipe(saved.storage)
+
+    def _note_recipe(self, storage: Storage) -> None:
+        """Note how a storage can be made again, if that is from storages of this iteration, by its functions."""
+        recipe, number = storage.recipe, self._numbers.get(storage.sequence)
+        if recipe is None or number is None or self._recorder is None:
+            return
+        reads = [self._numbers.get(one.sequence) for one in recipe.storages()]
+        steps = [step[1] for step in recipe.functions if step and step[0] == self._iteration]
+        if None not in reads and len(steps) == len(recipe.functions):
+            known = [read for read in reads if read is not None]
+            self._recorder.can_remake(number, known, steps, recipe.workspace_bytes)
 
     def backward(self, func: Any) -> None:
         """Tell that a function is about to run backward."""
@@ -220,7 +232,7 @@ class Follower:
             Tier(name, out, back, capacity=capacity, one_queue=shared)
             for name, capacity, shared in self.manager.device.tiers()
         )
-        return System(self.manager.limit, tiers, settings.single_backward)
+        return System(self.manager.limit, tiers, settings.single_backward, chains=False)
 
     def _step(self, label: str, phase: str, inputs: tuple[str, ...], function: int = -1) -> None:
         """Begin a step: record it, and make the moves of the plan that are due."""
@@ -273,7 +285,7 @@ class Follower:
         return describe_input(array.dtype, array.shape, self._step_of(maker))
 
     def _step_of(self, func: Any) -> int:
-        iteration, number = (-1, -1) if func is None else func.__dict__.get(_STEP, (-1, -1))
+        iteration, number = (-1, -1) if func is None else func.__dict__.get(STEP, (-1, -1))
         return number if iteration == self._iteration else -1
 
 

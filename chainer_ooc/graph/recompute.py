@@ -17,7 +17,7 @@ import numpy as np
 from chainer_ooc.swap.recipe import Recipe
 from chainer_ooc.swap.storage import Saved
 
-__all__ = ["install", "offer_recipes", "recomputable"]
+__all__ = ["STEP", "install", "offer_recipes", "recomputable"]
 
 #: Functions in a row that are run again for one array.
 _LONGEST = 4
@@ -25,9 +25,11 @@ _LONGEST = 4
 _SMALL = 64 << 10
 #: What a node has that belongs to the graph.
 _SEEN = "_ooc_seen"
+#: The number of a function's step in its iteration, where iterations are followed: (iteration, number).
+STEP = "_ooc_step"
 _OF_THE_GRAPH = (
     *("inputs", "outputs", "_retained_output_data", "lazy_grad_sum"),
-    *("_ooc_record", _SEEN),
+    *("_ooc_record", _SEEN, STEP),
 )
 
 #: Computes an array from those of the leaves.
@@ -107,11 +109,12 @@ def install() -> None:
 
 
 class _Leaves:
-    """The saved arrays from which something is made again, and their checksums when it was made."""
+    """The saved arrays from which something is made again, their checksums, and the steps that do it."""
 
     def __init__(self) -> None:
         self.saved: list[Saved] = []
         self.checksums: list[int] = []
+        self.steps: list[Any] = []
 
     def add(self, saved: Saved, checksum: int | None) -> _Leaf | None:
         """Return what gives the array of ``saved``, ``None`` if its content at the time is not known."""
@@ -160,6 +163,7 @@ def offer_recipes(func: Any) -> None:
                 workspace_bytes=2 * saved.storage.nbytes,
                 checksum=checksum,
                 input_checksums=tuple(leaves.checksums),
+                functions=tuple(leaves.steps),
             )
             manager.give_recipe(saved, recipe)
 
@@ -190,6 +194,7 @@ def _expression_of(node: Any, leaves: _Leaves, longest: int) -> _Expression | No
     attributes = _attributes(func, rule.unused, seen, leaves)
     if attributes is None:
         return None
+    leaves.steps.append(func.__dict__.get(STEP))
     index = next(i for i, output in enumerate(func.outputs) if output() is node)
     cls = type(func)
 

@@ -22,6 +22,8 @@ class _Step:
     peak_bytes: int = 0
     saved: tuple[int, ...] = ()
     rerun: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    by: tuple[int, ...] = ()  # the steps that run again for that, if not this one alone
+    rerun_bytes: int = 0
 
 
 @dataclasses.dataclass
@@ -100,6 +102,22 @@ class Recorder:
         """Note that the running step can be run again bit for bit, and what it reads and makes then."""
         self._steps[-1].rerun = tuple(sorted(set(reads))), tuple(sorted(set(writes)))
 
+    def can_remake(
+        self, storage: int, reads: Sequence[int], steps: Sequence[int], workspace_bytes: int
+    ) -> None:
+        """Note that a storage can be made again from others by running steps again.
+
+        Args:
+            storage: What is made.
+            reads: The storages that are needed.
+            steps: The steps that run.
+            workspace_bytes: What that takes meanwhile, beside what it reads and makes.
+        """
+        maker = self._steps[self.producer(storage)]
+        if maker.rerun is None:
+            maker.rerun = tuple(sorted(set(reads))), (storage,)
+            maker.by, maker.rerun_bytes = tuple(steps), workspace_bytes
+
     def freed(self, storage: int) -> None:
         """Note that from the step on that runs next, or runs, nothing but the graph refers to a storage."""
         self._storages[storage].free_from = max(self.step, self.producer(storage) + 1)
@@ -165,7 +183,8 @@ class Recorder:
             reads, writes = step.rerun
             # What nobody saved is part of the step's workspace; a re-run counts it by itself.
             unsaved = sum(storages[i].nbytes for i in {*reads, *writes} if not storages[i].uses)
-            rerun = Rerun(seconds[number], max(0, workspace - unsaved), reads, writes)
+            own = step.rerun_bytes if step.by else max(0, workspace - unsaved)
+            rerun = Rerun(sum(seconds[n] for n in step.by or (number,)), own, reads, writes)
         return Step(
             step.label,
             step.phase,

@@ -190,8 +190,10 @@ def _foreseen(run: Run) -> dict[str, float]:
         return {k: v for k, v in run.estimate.items() if isinstance(v, int | float)}
     plan: Any = run.traces[0].facts.get("plan") if run.traces else None
     if isinstance(plan, dict):
-        names = {"seconds": "step_seconds", "peak_bytes": "peak_bytes"}
-        return {names[k]: plan[k] for k in names if isinstance(plan.get(k), int | float)}
+        names = {"seconds": "step_seconds"} | {
+            k: k for k in ("peak_bytes", "bytes_out", "bytes_in")
+        }
+        return {name: plan[k] for k, name in names.items() if isinstance(plan.get(k), int | float)}
     return {}
 
 

@@ -68,6 +68,11 @@ class Trace(Observer):
         args = {"device": device, "bytes": storage.nbytes, "storage": storage.sequence}
         self._keep(_Event(f"{track}, {device}", category, storage.label, *span, args))
 
+    def remade(self, storage: Storage, span: Span) -> None:
+        """Keep what was run again."""
+        args = {"device": storage.manager.device.name, "bytes": storage.nbytes}
+        self._keep(_Event("compute", "recompute", storage.label, *span, args))
+
     def stalled(self, device: str, cause: str, span: Span) -> None:
         """Keep a wait."""
         self._keep(_Event(f"stalls, {device}", "stall", cause, *span, {"device": device}))

@@ -350,7 +350,10 @@ class SwapManager:
         self._reclaimer.reclaim(storage.nbytes + recipe.workspace_bytes)
         start = time.perf_counter()
         self._mover.remake(storage, recipe.run(arrays))
-        self.counters.recompute_seconds += time.perf_counter() - start
+        end = time.perf_counter()
+        self.counters.recompute_seconds += end - start
+        for observer in self._observers:
+            observer.remade(storage, (start, end))
 
     def _taint(self, storage: Storage) -> None:
         """Take note that somebody may write to a storage: what is made again from it is made now."""

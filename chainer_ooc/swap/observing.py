@@ -22,6 +22,9 @@ class Observer:
     def copied(self, storage: Storage, out: bool, span: Span) -> None:
         """Tell that a storage has been copied out, or back in."""
 
+    def remade(self, storage: Storage, span: Span) -> None:
+        """Tell that a storage has been computed again."""
+
     def stalled(self, device: str, cause: str, span: Span) -> None:
         """Tell that a computing thread has waited. For the causes see :class:`~chainer_ooc.Stats`."""
 

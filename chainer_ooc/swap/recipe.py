@@ -25,6 +25,7 @@ class Recipe:
         workspace_bytes: What it takes for itself meanwhile, at most, beside the result.
         checksum: Of the result's bytes.
         input_checksums: Of the storages of the inputs, at the time.
+        functions: What it runs, by whatever name the giver has for functions.
     """
 
     inputs: tuple[Saved, ...]
@@ -33,6 +34,7 @@ class Recipe:
     workspace_bytes: int
     checksum: int
     input_checksums: tuple[int, ...]
+    functions: tuple[Any, ...] = ()
 
     def storages(self) -> set[Storage]:
         """Return the storages of the inputs."""

@@ -15,6 +15,7 @@ import pytest
 import chainer_ooc
 from chainer_ooc import mode
 from chainer_ooc.graph.following import follower_of
+from chainer_ooc.planning.plan import Choice
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.testing import assert_same_bits
 from chainer_ooc.testing.adopted_arrays import simulated_gpu
@@ -311,3 +312,44 @@ def test_a_plan_that_is_slower_than_on_demand_is_not_followed(device):
         assert not device.follows_plan
         training.step()
         assert (list(pages().values()), len(page.seconds)) == ([page], followed)
+
+
+def test_where_copies_cannot_hide_what_can_be_made_again_is(device, monkeypatch):
+    """On a slow link the plan drops what is cheap to make again, and that is what happens."""
+    monkeypatch.setattr(type(device), "bandwidths", lambda self, otherwise: (1e6, 1e6))
+    remade = []
+
+    def program(training):
+        results = []
+        for _ in range(8):
+            before = device.counters.storages_remade
+            results.append(training.step())
+            remade.append(device.counters.storages_remade - before)
+        return results + training.state()
+
+    both(program, recompute=True, single_backward=True)
+    (page,) = pages().values()
+    dropped = page.plan.chosen(Choice.RECOMPUTE)
+    assert len(dropped) >= 4
+    assert remade[-1] == len(dropped)
+    (report,) = chainer_ooc.plans()
+    assert (report.storages_recomputed, report.followed) == (len(dropped), True)
+    assert report.bytes_recomputed == sum(page.profile.storages[i].nbytes for i in dropped)
+    assert report.seconds >= report.bound_seconds > 0
+
+
+def test_what_is_reported_of_plans(device):
+    assert chainer_ooc.plans() == []
+    with chainer_ooc.out_of_core_mode(limit=OTHER + 700 * KIB, min_bytes=1):
+        training = Training()
+        for _ in range(6):
+            training.step()
+        (report,) = chainer_ooc.plans()
+    (page,) = pages().values()
+    assert report.device == device.device.name
+    saved = report.storages_kept + report.storages_swapped + report.storages_recomputed
+    assert saved == len(page.profile.saved) > 20
+    assert report.bytes_out >= report.bytes_swapped > 0
+    assert len(report.measured_seconds) == len(report.measured_peak_bytes) == 3
+    assert OTHER < report.peak_bytes <= OTHER + 700 * KIB
+    assert max(report.measured_peak_bytes) <= OTHER + 700 * KIB
