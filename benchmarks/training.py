@@ -29,7 +29,8 @@ def run(**task: Any) -> dict[str, Any]:
     Returns:
         ``seconds`` and ``cpu_seconds`` of each iteration, ``peak_bytes`` (``VmHWM``),
         ``system_seconds`` and ``page_faults`` of the whole process, ``digest`` of the
-        parameters, and for out-of-core runs ``stats``.
+        parameters, and for out-of-core runs ``stats``, ``later`` (of the last iteration alone) and
+        ``plans``.
     """
     threads = str(task.pop("threads", 1))
     environment = dict(os.environ, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
@@ -94,7 +95,10 @@ def _train(net: str, iterations: int = 3, **settings: Any) -> dict[str, Any]:
     model, x, t = NETS[net]()
     optimizer = chainer.optimizers.MomentumSGD(lr=0.001).setup(model)
     seconds, cpu_seconds = [], []
-    for _ in range(iterations):
+    before = None
+    for number in range(iterations):
+        if number == iterations - 1 and "limit" in settings:
+            before = vars(chainer_ooc.stats())
         start, cpu = time.perf_counter(), time.process_time()
         optimizer.update(model, x, t)
         seconds.append(time.perf_counter() - start)
@@ -111,7 +115,11 @@ def _train(net: str, iterations: int = 3, **settings: Any) -> dict[str, Any]:
         "system_seconds": resource.getrusage(resource.RUSAGE_SELF).ru_stime,
         "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt,
         "digest": digest.hexdigest(),
-        "stats": vars(chainer_ooc.stats()) if "limit" in settings else None,
+        "stats": vars(chainer_ooc.stats()) if before else None,
+        "later": {k: v - before[k] for k, v in vars(chainer_ooc.stats()).items()}
+        if before
+        else None,
+        "plans": [vars(plan) for plan in chainer_ooc.plans()] if before else None,
     }
 
 
