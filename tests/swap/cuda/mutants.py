@@ -41,8 +41,11 @@ TESTS = (
     "tests/swap/cuda/test_pinned.py",
     "tests/swap/cuda/test_schedules.py",
     "tests/swap/test_use_order.py",
+    "tests/swap/test_recipes.py",
+    "tests/swap/test_page_pool.py",
     "tests/swap/test_verify.py",
     "tests/swap/test_settings.py",
+    "tests/graph/test_following.py",
 )
 FIRST = {
     "cuda": "device",
@@ -55,7 +58,10 @@ FIRST = {
     "manager": "engine",
     "mover": "engine",
     "pinned": "pinned",
+    "page_pool": "page_pool",
+    "player": "following",
     "reclaimer": "engine",
+    "recipe": "recipes",
     "storage": "engine",
     "use_order": "use_order",
     "verify": "verify",
@@ -69,8 +75,8 @@ TELLING = {"stalled", "_copied", "ran", "explain_shortage", "__repr__"}
 TIMEOUT = 240
 #: Mutants in which nothing that can be observed is different, by how their names begin, and why.
 EQUIVALENT: dict[str, str] = {
-    "manager.SwapManager.prefetch: False for not self._mover.nbytes[State.OUT]": "saves time only",
-    "manager.SwapManager.prefetch: True for room < storage.nbytes": "less than nothing is released",
+    "manager.SwapManager.prefetch: no not self._mover.nbytes[State.OUT]": "saves time only",
+    "reclaimer.Reclaimer.begin_ahead: True for room < storage.nbytes": "less than nothing is released",
     "manager.SwapManager.finish: no storage.resident": "taint() leaves what is not here as it is",
     "manager.SwapManager.make_room: no used > self.marks.low": "less than nothing is written behind",
     "mover.Mover.end_in: True for storage.ahead": "which of two counters of seconds",
@@ -107,7 +113,8 @@ class Mutant(NamedTuple):
 def modules() -> list[str]:
     """Return the names of the engine's modules."""
     files = [path for path in sorted(SWAP.glob("*.py")) if path.name not in NOT_HERE]
-    files += [*sorted(SWAP.glob("devices/cuda*.py")), SWAP / "devices" / "gpus.py"]
+    names = ("gpus.py", "page_pool.py")
+    files += [*sorted(SWAP.glob("devices/cuda*.py")), *(SWAP / "devices" / n for n in names)]
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
 
 

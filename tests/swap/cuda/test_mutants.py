@@ -16,7 +16,7 @@ SAMPLE = (
     "cuda_transfers.StreamTransfer.__init__: self._owner = None",
     "cuda_transfers.StreamTransfer.join: no self._streams.let_compute_wait",
     "storage.Storage.move_to: no raise",
-    "reclaimer.Reclaimer._release_unless_held: no storage.held",
+    "reclaimer.Reclaimer.release_unless_held: no storage.held",
 )
 
 
