@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any
 
 import chainer
+import metrics
 import numpy
 from chainer import training
 from chainer.training import extensions
 from errors import InputError
+from models.common import ImageClassifier
+from reports import terminal
+from tqdm import tqdm
 from training import Save, first_error, to_arrays
 from world import World
 
 import chainer_ooc
 
-KEYS = ("loss", "accuracy")
+KEYS = ("loss", "accuracy", "top5")
+MOST_SCORES = 4_000_000
+"""With more scores (images times classes) than this, mean average precision is left to tools/evaluate.py: they
+are gathered in memory for it."""
 
 
 class Evaluator(extensions.Evaluator):
@@ -28,6 +36,9 @@ class Evaluator(extensions.Evaluator):
     until it does, and all that follow are divided likewise. The accuracy stays exactly that of the
     whole batch, the loss but for rounding in the last digits of float32: BLAS may sum in another
     order for another number of rows.
+
+    Beside loss and accuracy it gives the top-5 accuracy, and for sets that are not too large the
+    mean average precision (mAP) over the classes; both need a model that shows its scores.
 
     Args:
         iterator: Iterator of this rank's images.
@@ -52,6 +63,7 @@ class Evaluator(extensions.Evaluator):
         self._world = world
         self._save = save
         self.piece: int | None = None
+        self._scores: list[tuple[numpy.ndarray, numpy.ndarray]] | None = None
 
     def __call__(self, trainer: training.Trainer | None = None) -> dict[str, float]:
         """Validates; saves a snapshot first when an image cannot be used."""
@@ -63,21 +75,57 @@ class Evaluator(extensions.Evaluator):
             raise
 
     def evaluate(self) -> dict[str, float]:
-        """Returns loss and accuracy on the validation images of all ranks. Collective."""
+        """Returns loss and accuracies on the validation images of all ranks. Collective."""
         iterator = self.get_iterator("main")
         totals = numpy.zeros(len(KEYS) + 1)
         error = None
+        n_classes = getattr(self.get_target("main"), "n_classes", 0)
+        (n_images,) = self._world.sum([len(iterator.dataset)])
+        self._scores = [] if 0 < n_images * n_classes <= MOST_SCORES else None
         iterator.reset()
-        for batch in iterator if len(iterator.dataset) else ():
-            error = first_error(batch)
-            if error is not None:
-                break
-            totals += self._sums(batch)
+        with self._progress(len(iterator.dataset)) as progress:
+            for batch in iterator if len(iterator.dataset) else ():
+                error = first_error(batch)
+                if error is not None:
+                    break
+                totals += self._sums(batch)
+                progress.update(len(batch))
         self._world.agree(error)
         *sums, count = self._world.sum(totals)
-        return {
-            f"{self.name}/main/{key}": value / count for key, value in zip(KEYS, sums, strict=True)
-        }
+        means = dict(zip(KEYS, (value / count for value in sums), strict=True))
+        if n_classes <= 5:  # all of them are among the first five
+            del means["top5"]
+        if self._scores is not None:
+            means["mAP"] = self._mean_average_precision(n_classes)
+        return {f"{self.name}/main/{key}": value for key, value in means.items()}
+
+    def _progress(self, n_images: int) -> tqdm[Any]:
+        """Returns a bar below that of the training, if there is a terminal and it takes a while."""
+        shown = self._world.rank == 0 and terminal.columns() is not None
+        return tqdm(
+            total=n_images,
+            desc=self.name,
+            unit="image",
+            file=sys.stdout,
+            disable=not shown,
+            delay=1,
+            leave=False,
+            position=1,
+        )
+
+    def _mean_average_precision(self, n_classes: int) -> float:
+        """Returns the mean of the classes' average precisions over the images of all ranks. Collective."""
+        mine, self._scores = self._scores or [], None
+        scores = numpy.concatenate([one for one, _ in mine] or [numpy.zeros((0, n_classes), "f")])
+        labels = numpy.concatenate([one for _, one in mine] or [numpy.zeros(0, "i")])
+        gathered = self._world.gather((scores, labels))
+        value = None
+        if self._world.rank == 0:
+            scores, labels = (numpy.concatenate(parts) for parts in zip(*gathered, strict=True))
+            value = metrics.mean_average_precision(
+                metrics.softmax(scores.astype(numpy.float64)), labels
+            )
+        return float(self._world.broadcast(value))
 
     def _sums(self, batch: list[Any]) -> numpy.ndarray:
         """Returns the sums of the loss and the accuracy over a batch, and its size; float64."""
@@ -104,12 +152,27 @@ class Evaluator(extensions.Evaluator):
 
     def _forward(self, piece: list[Any]) -> numpy.ndarray:
         observation: dict[str, Any] = {}
-        with chainer.reporter.report_scope(observation), chainer.no_backprop_mode():
-            self.get_target("main")(*to_arrays(piece, self.device))
-        found = (observation[f"{self.name}/main/{key}"] for key in KEYS)
+        model = self.get_target("main")
+        x, t = to_arrays(piece, self.device)
+        shows = isinstance(model, ImageClassifier)
+        with (
+            model.seeing() if shows else contextlib.nullcontext([]) as seen,
+            chainer.reporter.report_scope(observation),
+            chainer.no_backprop_mode(),
+        ):
+            model(x, t)
+            seen = seen[-1:]
+        found = (observation[f"{self.name}/main/{key}"] for key in ("loss", "accuracy"))
         loss, accuracy = (float(chainer.as_array(value)) for value in found)
-        # The number of right answers is whole; as a float32 mean it was rounded.
-        return numpy.array([loss * len(piece), round(accuracy * len(piece)), len(piece)])
+        n, right_in_five = len(piece), 0.0
+        if seen:
+            send = chainer.get_device("@numpy").send
+            scores, labels = send(seen[0].array).astype(numpy.float32), send(t)
+            right_in_five = metrics.top_k(scores, labels, 5) * n
+            if self._scores is not None:
+                self._scores.append((scores, labels))
+        # The numbers of right answers are whole; as float32 means they were rounded.
+        return numpy.array([loss * n, round(accuracy * n), round(right_in_five), n])
 
     def serialize(self, serializer: Any) -> None:
         """Saves or loads the size of the pieces, so that a run that continues has the same."""

@@ -3,11 +3,14 @@
 import chainer
 import chainer.functions as F
 import chainer.links as L
+import evaluation
+import metrics
 import models
 import numpy
 import pytest
 from chainer import iterators
 from evaluation import AverageStatistics, Evaluator
+from models.common import ImageClassifier
 from world import World
 
 import chainer_ooc
@@ -116,3 +119,69 @@ def test_statistics_are_averaged_and_counts_are_not():
     assert model[1].N == 7
     assert model[1].avg_var.dtype == numpy.float32
     AverageStatistics(chainer.Sequential(L.Linear(2, 2)), Two())()
+
+
+class Scored(ImageClassifier):
+    """A network whose scores are its input's."""
+
+    def __init__(self, most=1000):
+        super().__init__(1, 7)
+        self.most = most
+
+    def forward(self, x, t):
+        if len(x) > self.most:
+            raise MemoryError
+        return self.classify(F.identity(x), t)
+
+
+class TwoRanks(World):
+    """This rank and another one with a part of the images, whose figures are known."""
+
+    def __init__(self, totals, scores):
+        super().__init__()
+        self.totals, self.scores = list(totals), scores
+
+    def sum(self, values):
+        return numpy.asarray(values) + self.totals.pop(0)
+
+    def gather(self, value):
+        return [value, self.scores]
+
+
+def test_top_five_and_mean_average_precision_are_those_of_all_images_however_divided():
+    data = examples(53, (7,), 7)
+    scores, labels = (numpy.stack(part) for part in zip(*data, strict=True))
+    probabilities = metrics.softmax(scores.astype(numpy.float64))
+    expected = {
+        "top5": metrics.top_k(scores, labels, 5),
+        "mAP": metrics.mean_average_precision(probabilities, labels),
+    }
+    assert 0.1 < expected["mAP"] < expected["top5"] < 1
+    for model in (Scored(), Scored(most=3)):
+        result, _ = evaluate(model, data, 20)
+        for key, value in expected.items():
+            assert result[f"validation/main/{key}"] == pytest.approx(value)
+    # The other rank has the images from the 30th on.
+    model = Scored()
+    others = [numpy.array([23]), None]
+    rest = iterators.SerialIterator(data[30:], 23, repeat=False, shuffle=False)
+    other = Evaluator(rest, model, CPU, World(), lambda trainer: None)
+    other.name, other._scores = "validation", []
+    reporter = chainer.Reporter()
+    reporter.add_observer("validation/main", model)
+    with reporter:
+        others[1] = other._sums(data[30:])
+    iterator = iterators.SerialIterator(data[:30], 20, repeat=False, shuffle=False)
+    world = TwoRanks(others, other._scores[0])
+    evaluator = Evaluator(iterator, model, CPU, world, lambda trainer: None)
+    evaluator.name = "validation"
+    result = evaluator()
+    for key, value in expected.items():
+        assert result[f"validation/main/{key}"] == pytest.approx(value)
+
+
+def test_large_sets_and_few_classes_have_no_figures_that_say_nothing(monkeypatch):
+    monkeypatch.setattr(evaluation, "MOST_SCORES", 10 * 7 - 1)
+    assert "validation/main/mAP" not in evaluate(Scored(), examples(10, (7,), 7), 5)[0]
+    assert "validation/main/mAP" in evaluate(Scored(), examples(9, (7,), 7), 5)[0]
+    assert "validation/main/top5" not in evaluate(Small(9), examples(9, (3,), 4), 5)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import chainer
@@ -35,11 +37,16 @@ class ImageClassifier(chainer.Chain):
         labels = self.xp.zeros(len(x), dtype="i")
         reporter = chainer.Reporter()  # what is reported here is nobody's result
         reporter.add_observer("predict", self)
+        with self.seeing() as seen, reporter.scope({}):
+            self(x, labels)
+        return seen[-1]
+
+    @contextlib.contextmanager
+    def seeing(self) -> Iterator[list[Variable]]:
+        """Gives a list to which each forward pass adds its scores (batch, n_classes), the last one's last."""
         self._seen = []
         try:
-            with reporter.scope({}):
-                self(x, labels)
-            return self._seen[-1]
+            yield self._seen
         finally:
             self._seen = None
 

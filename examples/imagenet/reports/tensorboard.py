@@ -62,7 +62,7 @@ class TensorBoard(training.Extension):
             self._write("memory/peak_GiB", self._figures.peak_bytes / GIB, iteration)
             self._write("memory/after_iteration_GiB", step.resident_bytes / GIB, iteration)
             self._write("memory/swapped_GiB", step.swapped_bytes / GIB, iteration)
-        for key in ("loss", "accuracy"):
+        for key in ("loss", "accuracy", "top5", "mAP"):
             if f"validation/main/{key}" in observation:
                 value = observation[f"validation/main/{key}"]
                 self._write(f"validation/{key}", value, iteration)
