@@ -139,3 +139,46 @@ def test_what_it_is_made_from_is_fetched_ahead(manager):
     assert y.storage.forgone
     assert manager.read(y, trusted=True)[10] == 11
     assert manager.counters.prefetch_hits == 1
+
+
+def offered(manager, saved, needed=None):
+    """Offer a recipe that gives zeros; return whether it was taken."""
+    needed = needed or manager.save(np.arange(5000.0), "x")
+    recipe = Recipe((needed,), lambda arrays: arrays[0] * 0, saved.layout, 0, 0, (0,))
+    manager.give_recipe(saved, recipe)
+    return saved.storage.recipe is recipe
+
+
+def test_a_recipe_is_taken_for_a_whole_resident_array_once(manager, tmp_path):
+    whole = np.zeros(5000)
+    saved = manager.save(whole, "y")
+    assert offered(manager, saved)
+    assert not offered(manager, saved)
+    # A part of its storage, from the beginning or not; an array that nobody has any more.
+    other = np.zeros(5000)
+    head, tail = other[:100], other[100:]
+    assert not offered(manager, manager.save(head, "head"))
+    assert not offered(manager, manager.save(tail, "tail"))
+    died = manager.save(other[:], "died")
+    assert not offered(manager, died)
+    assert offered(manager, manager.save(other, "whole"))
+    # Somebody else's storages.
+    device = RamDevice(str(tmp_path))
+    stranger = SwapManager(device, manager.settings).save(np.arange(5000.0), "x")
+    y = np.zeros(5000)
+    assert not offered(manager, manager.save(y, "y"), stranger)
+    device.close()
+
+
+@pytest.mark.parametrize("state", [State.BOTH, State.OUT])
+def test_a_recipe_comes_too_late_for_what_has_a_copy(manager, state):
+    y = np.zeros(5000)
+    saved = manager.save(y, "y")
+    if state is State.OUT:
+        del y
+    manager._mover.begin_out(saved.storage)
+    manager.settle()
+    if state is State.OUT:
+        manager._mover.release(saved.storage)
+    assert saved.storage.state is state
+    assert not offered(manager, saved)
