@@ -70,6 +70,10 @@ class Follower:
         self._to_record = WARY  # iterations, at most
         self._keys: list[str] = []
         self._clocks: list[float] = []
+        # Where each step began and ended in the order of computation; ``None`` while nobody asks.
+        self._marks: list[Any] | None = None
+        self._asked: Any = None
+        self._arrivals: dict[int, tuple[Any, Any]] = {}
         self._storages: list[weakref.ref[Storage]] = []
         self._numbers: dict[
             int, int
@@ -77,8 +81,7 @@ class Follower:
         self._recorder: Recorder | None = None
         self._held: list[tuple[weakref.ref[Storage], int]] = []
         self._player: Player | None = None
-        self._measured = Measured()
-        self._start = self._ended = self._ended_clock = 0.0
+        self._start = self._ended_clock = 0.0
         self._ended_used = self._peak = 0
 
     def forward(self, func: Any, inputs: Iterable[Any], settings: Settings) -> None:
@@ -144,15 +147,16 @@ class Follower:
 
     def fetched(self, group: Iterable[Saved]) -> None:
         """Tell that what a function needs in backward is there."""
-        if self._player is None or not self._is_mine():
+        if self._marks is None or not self._is_mine():
             return
-        now = time.perf_counter()
-        for saved in group:
-            storage = saved.storage
-            number = self._numbers.get(storage.sequence)
-            if number is not None and storage.arrived > self._start:
-                self._measured.waits.setdefault(number, storage.waited)
-                self._measured.slack.setdefault(number, now - storage.arrived)
+        if self._player is not None:
+            for saved in group:
+                storage = saved.storage
+                number = self._numbers.get(storage.sequence)
+                if number is not None and storage.arrival is not None:
+                    self._arrivals.setdefault(number, (self._asked, storage.arrival))
+        if self._marks:
+            self._marks[-1] = self.manager.device.mark()  # what it waited for does not count
 
     def ran(self, peak: int) -> None:
         """Tell that a function has run.
@@ -162,7 +166,9 @@ class Follower:
         """
         if not self._is_mine():
             return
-        self._ended, self._ended_clock = time.perf_counter(), self._clock()
+        self._ended_clock = self._clock()
+        if self._marks is not None and len(self._marks) % 2:
+            self._marks.append(self.manager.device.mark())
         self._peak = max(self._peak, self.manager.marks.last_used)
         if self._recorder is not None:
             used = self.manager.grown_to(self.manager.marks.used_bytes())
@@ -194,20 +200,18 @@ class Follower:
         self._start, self._peak = time.perf_counter(), 0
         self._keys, self._clocks, self._held = [], [], []
         self._storages, self._numbers = [], {}
-        self._measured = Measured()
+        self._arrivals = {}
+        self._marks = [] if self.book.is_settling or self._to_record else None
         self._player = None
         self.book.begin()
         self._recorder = Recorder() if self._to_record else None
 
     def _end(self, seconds: float, settings: Settings) -> None:
         """End an iteration: its plan is corrected, or it gets one."""
-        self._measured.seconds = seconds
-        self._measured.starts.append(self._ended - self._start)
-        self._clocks += [self._ended_clock, self._clock()]
         self.book.advance(key_of(OTHER, BETWEEN, ()))
-        step_seconds = [b - a for a, b in itertools.pairwise(self._clocks)]
+        step_seconds, measured = self._times(seconds)
         system = self._system(settings)
-        known = self.book.finish(self._measured, self._peak, step_seconds, system)
+        known = self.book.finish(measured, self._peak, step_seconds, system)
         if known is not None:
             self._to_record = max(self._to_record - 1, 0)
             return
@@ -215,16 +219,36 @@ class Follower:
         if self._recorder is not None:
             signature = signature_of(key for key in self._keys if key.startswith(FORWARD))
             if self.book.wants(signature):
-                profile = self._profile(self._recorder)
+                profile = self._profile(self._recorder, step_seconds)
                 if profile.saved:
                     self.book.add(profile, make_plan(profile, system), seconds)
 
-    def _profile(self, recorder: Recorder) -> Profile:
+    def _times(self, seconds: float) -> tuple[list[float], Measured | None]:
+        """Return how long each step took by itself, and when what came in was there."""
+        device, marks = self.manager.device, self._marks
+        if not marks or len(marks) != 2 * len(self._keys):
+            return [], None
+        starts, ends = marks[::2], marks[1::2]
+        pairs = list(zip(starts, ends, strict=True))
+        if device.runs_behind:  # the host's clock says nothing
+            own = [device.seconds(start, end) for start, end in pairs]
+            own.append(max(device.seconds(ends[-1], device.mark()), 0.0))
+        else:
+            clocks = [*self._clocks, self._ended_clock, self._clock()]
+            own = [b - a for a, b in itertools.pairwise(clocks)]
+        measured = Measured(seconds)
+        measured.starts = [device.seconds(starts[0], start) for start in (*starts, ends[-1])]
+        for number, (asked, arrival) in self._arrivals.items():
+            late = device.seconds(asked, arrival)
+            measured.waits[number], measured.slack[number] = max(late, 0.0), max(-late, 0.0)
+        return own, measured
+
+    def _profile(self, recorder: Recorder, step_seconds: list[float]) -> Profile:
         used = self.manager.grown_to(self.manager.marks.used_bytes())
         recorder.begin(BETWEEN, OTHER, self._ended_clock, max(used, self._ended_used))
-        return recorder.profile(
-            "recorded", self.manager.device.name, recorder.seconds(self._clock())
-        )
+        known = len(step_seconds) == recorder.step + 1
+        seconds = step_seconds if known else recorder.seconds(self._clock())
+        return recorder.profile("recorded", self.manager.device.name, seconds)
 
     def _system(self, settings: Settings) -> System:
         out, back = self.manager.bandwidths(ASSUMED_BANDWIDTH)
@@ -239,7 +263,6 @@ class Follower:
         key = key_of(phase, label, inputs)
         self._keys.append(key)
         self._number += 1
-        self._measured.starts.append(time.perf_counter() - self._start)
         self._clocks.append(self._clock())
         found = self.book.advance(key)
         if found is None:
@@ -254,6 +277,9 @@ class Follower:
             clock = self._clock()
             self._recorder.begin(label, phase, clock, used, inputs=inputs, function=function)
             self._note_freed()
+        if self._marks is not None:
+            self._asked = self.manager.device.mark()
+            self._marks.append(self._asked)
 
     def _leave_the_plan(self) -> None:
         self._player = None

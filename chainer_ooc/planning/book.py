@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 from chainer_ooc.planning.pacing import Measured, Pacer
@@ -21,6 +21,8 @@ _MOST = 32
 _MOST_SEEN = 1024
 #: After so many iterations a plan is made again from their times: the recorded iteration, one of the first, is slow.
 _TRIED = 3
+#: After so many iterations the begins of its copies stay as they are.
+_SETTLED = 16
 #: A plan that is slower than on demand by this share after that is not followed any more.
 _WORSE = 1.02
 
@@ -32,15 +34,17 @@ class Page:
         profile: The recorded iteration.
         pacer: Has the plan, and corrects it.
         demand_seconds: How long the recorded iteration took.
-        seconds: How long the iterations took that followed the plan.
+        iterations: How many have followed the plan.
+        seconds: How long the last of them took.
         peak_bytes: The most memory that was in use in each.
     """
 
     def __init__(self, profile: Profile, plan: Plan, demand_seconds: float) -> None:
         self.profile = profile
         self.demand_seconds = demand_seconds
-        self.seconds: list[float] = []
-        self.peak_bytes: list[int] = []
+        self.iterations = 0
+        self.seconds: deque[float] = deque(maxlen=64)
+        self.peak_bytes: deque[int] = deque(maxlen=64)
         self.keys = [step.key for step in profile.steps]
         self.pacer = Pacer(plan)
         self._least = list(profile.seconds)
@@ -53,10 +57,11 @@ class Page:
     @property
     def is_worse(self) -> bool:
         """Whether on demand was faster."""
-        return len(self.seconds) >= _TRIED and min(self.seconds) > _WORSE * self.demand_seconds
+        return self.iterations >= _TRIED and min(self.seconds) > _WORSE * self.demand_seconds
 
     def finish(self, measured: Measured, peak_bytes: int, step_seconds: Sequence[float]) -> None:
         """Take note of an iteration that has followed the plan."""
+        self.iterations += 1
         self.seconds.append(measured.seconds)
         self.peak_bytes.append(peak_bytes)
         self.pacer.update(measured)
@@ -91,6 +96,11 @@ class PlanBook:
     def __len__(self) -> int:
         """The number of plans."""
         return len(self.pages)
+
+    @property
+    def is_settling(self) -> bool:
+        """Whether what the next iterations measure is still of use."""
+        return any(page.iterations < _SETTLED for page in self.pages.values())
 
     def wants(self, signature: str) -> bool:
         """Tell whether a graph that has been recorded, and has no plan, is to be planned.
@@ -179,7 +189,7 @@ class PlanBook:
         if measured is not None:
             page = self.pages[done[0]]
             page.finish(measured, peak_bytes, step_seconds)
-            if system is not None and len(page.seconds) == _TRIED:
+            if system is not None and page.iterations == _TRIED:
                 page.plan_again(system)
         return done[0]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chainer_ooc.swap import ranks
-from chainer_ooc.swap.observing import Observer, Span
+from chainer_ooc.swap.observing import Copied, Observer, Span
 from chainer_ooc.swap.storage import Storage
 
 __all__ = ["Trace"]
@@ -61,12 +61,12 @@ class Trace(Observer):
         where = "" if thread is threading.main_thread() else f" ({thread.name})"
         self._keep(_Event(f"compute{where}", category, label, *span, {"device": device}))
 
-    def copied(self, storage: Storage, out: bool, span: Span) -> None:
+    def copied(self, copied: Copied, span: Span) -> None:
         """Keep a copy."""
-        device = storage.manager.device.name
-        track, category = ("copies out", "copy out") if out else ("copies in", "copy in")
-        args = {"device": device, "bytes": storage.nbytes, "storage": storage.sequence}
-        self._keep(_Event(f"{track}, {device}", category, storage.label, *span, args))
+        device = copied.device
+        track, category = ("copies out", "copy out") if copied.out else ("copies in", "copy in")
+        args = {"device": device, "bytes": copied.nbytes, "storage": copied.sequence}
+        self._keep(_Event(f"{track}, {device}", category, copied.label, *span, args))
 
     def remade(self, storage: Storage, span: Span) -> None:
         """Keep what was run again."""

@@ -12,7 +12,7 @@ from typing import Any
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap import verify
 from chainer_ooc.swap.devices.base import Copy, Device, Transfer
-from chainer_ooc.swap.observing import Observer, Span
+from chainer_ooc.swap.observing import Copied, Observer, Span
 from chainer_ooc.swap.recipe import Recipe
 from chainer_ooc.swap.storage import State, Storage
 from chainer_ooc.swap.use_order import Forward
@@ -90,6 +90,7 @@ class Mover:
         self._landed = self._released = 0
         self._busy_until = 0.0
         self._links = _Link(), _Link()  # in, out
+        self._copies: deque[tuple[Copied, Transfer]] = deque()  # whose times are not known yet
         # The resident storages by the identity of their owner, which lives as long as it is here.
         self._by_owner: dict[int, weakref.ref[Storage]] = {}
         # The storages that live, by state and sequence number, and how many bytes they are.
@@ -107,6 +108,7 @@ class Mover:
 
     def bandwidth(self, out: bool) -> float | None:
         """Return the bytes per second of the copies in one direction, ``None`` if nobody knows yet."""
+        self._take_times()
         link = self._links[out]
         return link.nbytes / link.seconds if link.seconds > 0 else None
 
@@ -247,7 +249,6 @@ class Mover:
             self._join_arrival(storage)
         finally:
             self.stalled("late" if storage.ahead else "fetch", start)
-        storage.waited += time.perf_counter() - start
 
     def taint(self, storage: Storage) -> None:
         """BOTH -> RESIDENT: somebody who may write has the array, so that its copy is worth nothing."""
@@ -333,16 +334,28 @@ class Mover:
         self.nbytes[before] -= storage.nbytes
         self._enter(storage)
 
-    def _copied(self, storage: Storage, transfer: Transfer, out: bool) -> Span | None:
-        span = transfer.span()
-        if span is not None:
+    def _copied(self, storage: Storage, transfer: Transfer, out: bool) -> None:
+        name, sequence = self.device.name, storage.sequence
+        copied = Copied(name, storage.label, sequence, storage.nbytes, out)
+        self._copies.append((copied, transfer))
+        self._take_times()
+
+    def _take_times(self) -> None:
+        """Take note of when copies began and ended, once that is known: a stream may be behind."""
+        while self._copies:
+            copied, transfer = self._copies[0]
+            span = transfer.span()
+            if span is None and not transfer.done():
+                return
+            self._copies.popleft()
+            if span is None:
+                continue
             # Transfers overlap each other: the time in which any was under way.
             self.counters.copy_seconds += max(span[1] - max(span[0], self._busy_until), 0)
             self._busy_until = max(self._busy_until, span[1])
-            self._links[out].note(storage.nbytes, span)
+            self._links[copied.out].note(copied.nbytes, span)
             for observer in self.observers:
-                observer.copied(storage, out, span)
-        return span
+                observer.copied(copied, span)
 
     def _copy_out(self, storage: Storage) -> Transfer:
         verify.check_unchanged(self.device, storage)
@@ -367,8 +380,8 @@ class Mover:
             raise
         storage.transfer = None
         self._move(storage, State.BOTH)
-        span = self._copied(storage, transfer, out=False)
-        storage.arrived = span[1] if span else time.perf_counter()
+        storage.arrival = transfer.arrival()
+        self._copied(storage, transfer, out=False)
 
     def _let_go(self, storage: Storage) -> None:
         self._by_owner.pop(id(storage.owner), None)

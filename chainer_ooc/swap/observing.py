@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from chainer_ooc.swap.storage import Storage
 
-__all__ = ["Observer", "Span"]
+__all__ = ["Copied", "Observer", "Span"]
 
 #: When something began and ended (seconds of :func:`time.perf_counter`).
 Span = tuple[float, float]
+
+
+class Copied(NamedTuple):
+    """What was copied.
+
+    Attributes:
+        device: The name of the device.
+        label: The function that saved it first.
+        sequence: The number of the storage.
+        nbytes: Its size.
+        out: Whether it was copied out, or back in.
+    """
+
+    device: str
+    label: str
+    sequence: int
+    nbytes: int
+    out: bool
 
 
 class Observer:
@@ -19,7 +37,7 @@ class Observer:
     def ran(self, device: str, label: str, backward: bool, span: Span) -> None:
         """Tell that a function of the graph has run, forward or backward, without what it waited for before."""
 
-    def copied(self, storage: Storage, out: bool, span: Span) -> None:
+    def copied(self, copied: Copied, span: Span) -> None:
         """Tell that a storage has been copied out, or back in."""
 
     def remade(self, storage: Storage, span: Span) -> None:

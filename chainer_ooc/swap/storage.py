@@ -80,8 +80,7 @@ class Storage:
         rank: The highest rank of these functions in the graph: backward runs by falling rank.
         forward: What it was saved with, in a row, and ``number``, its place there.
         ahead: It was fetched before it was asked for, and has not been used since.
-        arrived: When it came in last (seconds of :func:`time.perf_counter`), 0 if it never did.
-        waited: How long was waited for it in all (seconds).
+        arrival: The moment at which it came in last, for the device; ``None`` if it never did.
         recipe: How its bytes can be computed again, or ``None``.
         dependents: Storages that are out without a copy, whose recipes need this one.
         checksum: Of its bytes when it was last looked at, or ``None`` where nobody asks for it.
@@ -91,7 +90,7 @@ class Storage:
     __slots__ = (
         "__weakref__",
         "ahead",
-        "arrived",
+        "arrival",
         "checksum",
         "copy",
         "dependents",
@@ -111,7 +110,6 @@ class Storage:
         "tainted",
         "transfer",
         "verified",
-        "waited",
     )
 
     def __init__(
@@ -133,7 +131,7 @@ class Storage:
         self.forward: Forward
         self.number = 0
         self.ahead = False
-        self.arrived = self.waited = 0.0
+        self.arrival: Any = None
         self.checksum: int | None = None
         self.verified = False
         self.recipe: Recipe | None = None

@@ -24,6 +24,8 @@ The rules, and where they are from:
   ``cudaEventRecord``, ``cudaStreamWaitEvent``). It must be recorded on a stream of the GPU that it was made
   for; waiting, and copying, on a stream of another GPU than the current one is allowed (Programming Guide,
   "Multi-Device System", "Stream and Event Behavior").
+* The time between two events can be had when both have ended and were made to take times
+  (``cudaEventElapsedTime``: ``cudaErrorNotReady``, ``cudaErrorInvalidResourceHandle``).
 * A stream or event that is destroyed does its work first (``cudaStreamDestroy``, ``cudaEventDestroy``), and
   the driver may give its number to the next stream.
 * Asynchronous copies of the host's memory need it page-locked (``cudaMemcpyAsync``, ``cudaHostRegister``);
@@ -125,6 +127,7 @@ class SimulatedCuda(Schedule):
             MemoryPool=self._pool_type,
             Stream=self.new_stream,
             Event=lambda disable_timing=False: Event(self, disable_timing),
+            get_elapsed_time=lambda start, end: start.milliseconds_to(end),
             Device=self.device,
             alloc=lambda nbytes: self._get_allocator()(nbytes),
             get_allocator=self._get_allocator,

@@ -90,7 +90,7 @@ class Stream:
             merge(queue.clock, schedule.host_clock)
             schedule.tick(queue)
             event.clock = dict(queue.clock)
-            event.place = (queue, schedule.enqueue(queue, lambda: None))
+            event.place = (queue, schedule.enqueue(queue, event.pass_by))
         return event
 
     def wait_event(self, event: Event) -> None:
@@ -138,6 +138,26 @@ class Event:
         self.clock: Clock = {}
         self.place: tuple[Queue, int] | None = None
         self._schedule = schedule
+        self._times = not disable_timing
+        self._time = 0
+
+    def pass_by(self) -> None:
+        """Note that the stream comes by."""
+        self._time = self._schedule.time
+
+    def milliseconds_to(self, later: Event) -> float:
+        """Return the time on the GPU from this event to another one.
+
+        Raises:
+            CUDARuntimeError: If one of them takes no times or was never recorded, or has not ended.
+        """
+        with self._schedule.lock:
+            for event in (self, later):
+                if not event._times or event.place is None:
+                    raise CUDARuntimeError("cudaErrorInvalidResourceHandle: the event has no time")
+                if event.place[0].executed <= event.place[1]:
+                    raise CUDARuntimeError("cudaErrorNotReady: the event has not ended")
+        return (later._time - self._time) / 1000
 
     @property
     def done(self) -> bool:
@@ -184,6 +204,7 @@ class Schedule:
         self.host_clock: Clock = {}
         self.accesses = Accesses()
         self.eager = False
+        self.time = 0  # a microsecond for each thing that is done
         self._random = random.Random(seed)
         self.eagerness = self._random.choice((0.0, 0.0, 0.1, 0.6))
         self._local = threading.local()
@@ -343,6 +364,7 @@ class Schedule:
         while queue.executed <= index:
             item = queue.items.popleft()
             queue.executed += 1
+            self.time += 1
             if isinstance(item, tuple):
                 self.run(*item)
             else:

@@ -58,6 +58,9 @@ class Transfer(Protocol):
     def span(self) -> Span | None:
         """Return when it began and ended (seconds of :func:`time.perf_counter`), ``None`` if nobody knows yet."""
 
+    def arrival(self) -> Any:
+        """Return the moment of its end for :meth:`Device.seconds`, ``None`` if the host has waited for it."""
+
 
 class Device(Protocol):
     """The memory of one device and the way out of it and back."""
@@ -65,6 +68,7 @@ class Device(Protocol):
     name: str
     stand_in: Any  #: an array of the device without elements
     asks_for_room: bool  #: its allocator asks the manager for room itself
+    runs_behind: bool  #: calls return before what they compute is there
 
     def locate(self, array: Any) -> Location | None:
         """Return where ``array`` lies, or ``None`` for an array that must stay where it is."""
@@ -113,6 +117,15 @@ class Device(Protocol):
 
     def total_bytes(self) -> int:
         """Return the bytes that a limit of 1.0 means."""
+
+    def mark(self) -> Any:
+        """Return this moment in the order of what is computed, for :meth:`seconds`."""
+
+    def seconds(self, earlier: Any, later: Any) -> float:
+        """Return the time between two moments (seconds), negative if they come the other way round.
+
+        They are what :meth:`mark` and :meth:`Transfer.arrival` gave. Waits until both have been.
+        """
 
     def tiers(self) -> list[tuple[str, int | None, bool]]:
         """Return where copies go, the first choice first.

@@ -93,6 +93,8 @@ class CudaDevice:
         pool: Returns the pool that arrays are allocated from. Left out: CuPy's default one.
     """
 
+    runs_behind = True
+
     def __init__(
         self,
         cupy: Any,
@@ -156,10 +158,10 @@ class CudaDevice:
                 return DiskTransfer(on_disk, self.disk.write(on_disk, address, after), owner)
             try:
                 after = self.streams.computed()
-                copy.written = self.streams.copy_out(copy.address, address, nbytes, after)
+                begin, copy.written = self.streams.copy_out(copy.address, address, nbytes, after)
             except OSError as error:
                 return FailedTransfer(copy, error)
-        return StreamTransfer(self.streams, copy, copy.written, owner)
+        return StreamTransfer(self.streams, copy, begin, copy.written, owner)
 
     def copy_in(self, copy: Any, nbytes: int, phase: int) -> tuple[Any, int, Transfer]:
         """Allocate memory on the current stream and begin to copy a storage into it.
@@ -177,10 +179,10 @@ class CudaDevice:
                 return owner, origin, DiskTransfer(copy, futures, owner)
             after.append(copy.written)
             try:
-                copy.read = self.streams.copy_in(address, copy.address, nbytes, after)
+                begin, copy.read = self.streams.copy_in(address, copy.address, nbytes, after)
             except OSError as error:
                 return owner, origin, FailedTransfer(copy, error)
-        return owner, origin, StreamTransfer(self.streams, copy, copy.read, owner)
+        return owner, origin, StreamTransfer(self.streams, copy, begin, copy.read, owner)
 
     def adopt(self, array: Any, layout: Layout, nbytes: int, phase: int) -> tuple[Any, int]:
         """Return the owner and the origin of a storage that ``array`` fills. All memory is aligned alike."""
@@ -211,6 +213,14 @@ class CudaDevice:
 
     def hold(self, nbytes: int) -> None:
         """Do nothing: CuPy's pool has a limit of its own."""
+
+    def mark(self) -> Any:
+        """Return an event of all that has been computed until now."""
+        return self.streams.mark()
+
+    def seconds(self, earlier: Any, later: Any) -> float:
+        """Return the time on the GPU between two events. Waits for them."""
+        return self.streams.seconds(earlier, later)
 
     def tiers(self) -> list[tuple[str, int | None, bool]]:
         """Return page-locked memory, a stream each way, and the swap file."""

@@ -8,6 +8,7 @@ import errno
 import functools
 import queue
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,7 @@ from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap.devices.cuda_streams import CopyStreams
 from chainer_ooc.swap.disk import ALIGNMENT as PAGE
 from chainer_ooc.swap.disk import SwapFile
+from chainer_ooc.swap.observing import Span
 from chainer_ooc.swap.pinned import PinnedSlab
 
 __all__ = ["DiskCopy", "DiskTier", "HostTier", "PinnedCopy"]
@@ -130,11 +132,11 @@ class DiskTier:
         self._prepare()
         return DiskCopy(self.file, nbytes)
 
-    def write(self, copy: DiskCopy, device: int, after: list[Any]) -> list[Future[None]]:
+    def write(self, copy: DiskCopy, device: int, after: list[Any]) -> list[Future[Span]]:
         """Begin to copy a storage at address ``device`` out, after some events."""
         return self._start(self._write_piece, copy, device, after)
 
-    def read(self, copy: DiskCopy, device: int, after: list[Any]) -> list[Future[None]]:
+    def read(self, copy: DiskCopy, device: int, after: list[Any]) -> list[Future[Span]]:
         """Begin to copy a storage to address ``device``, after some events."""
         return self._start(self._read_piece, copy, device, after)
 
@@ -166,7 +168,7 @@ class DiskTier:
 
     def _start(
         self, move: Any, copy: DiskCopy, device: int, after: list[Any]
-    ) -> list[Future[None]]:
+    ) -> list[Future[Span]]:
         pool = self._pool
         if pool is None:
             raise OSError(errno.EBADF, "the swap file is closed", self.file.directory)
@@ -186,17 +188,22 @@ class DiskTier:
 
     def _write_piece(
         self, file: SwapFile, offset: int, device: int, nbytes: int, after: list[Any]
-    ) -> None:
+    ) -> Span:
         with self._staged() as (host, memory):
-            self._streams.copy_out(host, device, nbytes, after).synchronize()
+            begin, end = self._streams.copy_out(host, device, nbytes, after)
+            end.synchronize()
+            start = self._streams.host_time(begin)
             file.write(offset, memory[: _whole_pages(nbytes)])
+        return start, time.perf_counter()
 
     def _read_piece(
         self, file: SwapFile, offset: int, device: int, nbytes: int, after: list[Any]
-    ) -> None:
+    ) -> Span:
         with self._staged() as (host, memory):
+            start = time.perf_counter()
             file.read(offset, memory[: _whole_pages(nbytes)])
-            self._streams.copy_in(device, host, nbytes, after).synchronize()
+            self._streams.copy_in(device, host, nbytes, after)[1].synchronize()
+        return start, time.perf_counter()
 
     @contextlib.contextmanager
     def _staged(self) -> Any:

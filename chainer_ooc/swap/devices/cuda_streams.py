@@ -22,6 +22,7 @@ import contextlib
 import errno
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +31,8 @@ __all__ = ["CopyStreams"]
 #: Computing streams that nobody else refers to are forgotten when there are more than this.
 _MOST_STREAMS = 8
 _PER_THREAD = 2  # cudaStreamPerThread
+#: After this time (seconds) device times are related to the host's clock anew.
+_RENEWED = 300
 
 
 class CopyStreams:
@@ -51,6 +54,7 @@ class CopyStreams:
         with self.on_device():
             self._out = self._cuda.Stream(non_blocking=True)
             self._back = self._cuda.Stream(non_blocking=True)
+            self._origin = self._new_origin()  # an event, and when it was by the host's clock
             self.note_current()
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
@@ -87,8 +91,10 @@ class CopyStreams:
         """Return the event of all that the current stream has been given until now."""
         return [self._record(self.note_current())]
 
-    def copy_out(self, host: int, device: int, nbytes: int, after: Iterable[Any]) -> Any:
-        """Begin a copy to the host after some events. Returns its own event.
+    def copy_out(
+        self, host: int, device: int, nbytes: int, after: Iterable[Any]
+    ) -> tuple[Any, Any]:
+        """Begin a copy to the host after some events. Returns the events of its begin and its end.
 
         Args:
             host: Address in page-locked memory.
@@ -102,8 +108,8 @@ class CopyStreams:
         kind = self._runtime.memcpyDeviceToHost
         return self._copy(self._out, host, device, nbytes, kind, after)
 
-    def copy_in(self, device: int, host: int, nbytes: int, after: Iterable[Any]) -> Any:
-        """Begin a copy to the GPU after some events. Returns its own event.
+    def copy_in(self, device: int, host: int, nbytes: int, after: Iterable[Any]) -> tuple[Any, Any]:
+        """Begin a copy to the GPU after some events. Returns the events of its begin and its end.
 
         Raises:
             OSError: If the driver refuses.
@@ -138,24 +144,51 @@ class CopyStreams:
 
     def _copy(
         self, stream: Any, target: int, source: int, nbytes: int, kind: int, after: Iterable[Any]
-    ) -> Any:
+    ) -> tuple[Any, Any]:
         for event in after:
             stream.wait_event(event)
+        begin = self._record(stream, timed=True)
         try:
             self._runtime.memcpyAsync(target, source, nbytes, kind, stream.ptr)
         except self._runtime.CUDARuntimeError as error:
             raise OSError(
                 errno.EIO, f"the copy of {nbytes} bytes cannot be begun: {error}"
             ) from error
-        return self._record(stream)
+        return begin, self._record(stream, timed=True)
+
+    def mark(self) -> Any:
+        """Return an event of all that the current stream has been given until now, which takes the time."""
+        with self.on_device():
+            return self._record(self.note_current(), timed=True)
+
+    def seconds(self, earlier: Any, later: Any) -> float:
+        """Return the time on the GPU between two timed events. The host waits until both have been."""
+        for event in (earlier, later):
+            event.synchronize()
+        return float(self._cuda.get_elapsed_time(earlier, later)) / 1e3
+
+    def host_time(self, event: Any) -> float:
+        """Return when a timed event, which has been, was (seconds of :func:`time.perf_counter`)."""
+        # Elapsed times are single precision: the origin must not be too long ago.
+        if time.perf_counter() - self._origin[1] > _RENEWED:
+            with self.on_device():
+                if self._out.done:
+                    self._origin = self._new_origin()
+        origin, then = self._origin
+        return then + float(self._cuda.get_elapsed_time(origin, event)) / 1e3
 
     def _wait_for_copies(self, stream: Any) -> None:
         for copies in (self._out, self._back):
             if not copies.done:
                 stream.wait_event(self._record(copies))
 
-    def _record(self, stream: Any) -> Any:
-        return stream.record(self._cuda.Event(disable_timing=True))
+    def _new_origin(self) -> tuple[Any, float]:
+        origin = self._record(self._out, timed=True)
+        origin.synchronize()
+        return origin, time.perf_counter()
+
+    def _record(self, stream: Any, timed: bool = False) -> Any:
+        return stream.record(self._cuda.Event(disable_timing=not timed))
 
     def _forget_idle(self) -> None:
         table = self._compute

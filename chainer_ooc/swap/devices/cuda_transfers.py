@@ -16,9 +16,12 @@ __all__ = ["DiskTransfer", "FailedTransfer", "StreamTransfer"]
 class StreamTransfer:
     """A copy on a stream, between the GPU and page-locked memory."""
 
-    def __init__(self, streams: CopyStreams, copy: Copy, event: Any, owner: Any) -> None:
+    def __init__(
+        self, streams: CopyStreams, copy: Copy, begin: Any, event: Any, owner: Any
+    ) -> None:
         self.copy = copy
         self._streams = streams
+        self._begin = begin
         self._event = event
         # The pool would hand the memory out again while it is still read or written.
         self._owner = owner
@@ -41,16 +44,23 @@ class StreamTransfer:
         self._owner = None
 
     def span(self) -> Span | None:
-        """Return ``None``: events without timing are the faster ones."""
-        return None
+        """Return when it began and ended on its stream, ``None`` if it has not ended yet."""
+        if not self._event.done:
+            return None
+        return self._streams.host_time(self._begin), self._streams.host_time(self._event)
+
+    def arrival(self) -> Any:
+        """Return the event of its end."""
+        return self._event
 
 
 class DiskTransfer:
     """Pieces that threads carry between the GPU and the swap file."""
 
-    def __init__(self, copy: DiskCopy, futures: list[Future[None]], owner: Any) -> None:
+    def __init__(self, copy: DiskCopy, futures: list[Future[Span]], owner: Any) -> None:
         self.copy: Copy = copy
         self._futures = futures
+        self._span: Span | None = None
         self._owner = owner
 
     def done(self) -> bool:
@@ -65,8 +75,10 @@ class DiskTransfer:
         self.wait()
         # An error holds the frames it passes, this one too, and a future its error: no cycle.
         futures, self._futures = self._futures[::-1], []
+        spans = []
         while futures:
-            futures.pop().result()
+            spans.append(futures.pop().result())
+        self._span = min(start for start, _ in spans), max(end for _, end in spans)
 
     def wait(self) -> None:
         """Wait for all pieces, well or badly ended."""
@@ -75,8 +87,11 @@ class DiskTransfer:
         self._owner = None
 
     def span(self) -> Span | None:
-        """Return ``None``: nobody takes the time."""
-        return None
+        """Return when the first piece began and the last ended, once it was waited for."""
+        return self._span
+
+    def arrival(self) -> None:
+        """Return ``None``: the host has waited for it."""
 
 
 class FailedTransfer:
@@ -100,3 +115,6 @@ class FailedTransfer:
     def span(self) -> Span | None:
         """Return ``None``: it never began."""
         return None
+
+    def arrival(self) -> None:
+        """Return ``None``: it never does."""

@@ -108,6 +108,11 @@ class FileTransfer:
         starts, ends = zip(*(future.result() for future in self._futures), strict=True)
         return min(starts), max(ends)
 
+    def arrival(self) -> float | None:
+        """Return when the last piece ended."""
+        span = self.span()
+        return span[1] if span else None
+
 
 class _Patience:
     """How many attempts to skip: after each that was in vain twice as many, up to 31."""
@@ -143,7 +148,7 @@ class RamDevice:
     """
 
     name = "RAM"
-    asks_for_room = False
+    asks_for_room = runs_behind = False
     stand_in = np.empty(0, np.uint8)
 
     def __init__(self, directory: str) -> None:
@@ -272,6 +277,14 @@ class RamDevice:
     def total_bytes(self) -> int:
         """Return this process's share of the memory there is (bytes)."""
         return process_memory.physical_bytes() // ranks_of_this_node()
+
+    def mark(self) -> float:
+        """Return the time."""
+        return time.perf_counter()
+
+    def seconds(self, earlier: float, later: float) -> float:
+        """Return the time between two moments (seconds)."""
+        return later - earlier
 
     def tiers(self) -> list[tuple[str, int | None, bool]]:
         """Return the swap file: the same threads read and write it."""

@@ -26,6 +26,7 @@ class Rig:
         self.cupy = SimulatedCuda(seed, **{"total": 32 * unit, **given})
         self.settings = Settings(limit=limit, min_bytes=1)
         self.device = CudaDevice(self.cupy, 0, str(directory), host_limit)
+        self.cupy.calls.clear()  # the host waits once, to relate the clocks
         self.manager = SwapManager(self.device, lambda: self.settings, is_trusted=lambda: True)
         self.cupy.label = lambda address: storage_at(self.manager, address, lambda owner: owner.ptr)
         self.pool = self.cupy.get_default_memory_pool()

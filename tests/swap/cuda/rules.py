@@ -32,7 +32,10 @@ class Bench:
 
     def __init__(self, cupy, spin, add):
         self.cupy, self.spin, self.add = cupy, spin, add
+        self.cuda = cupy.cuda
         self.runtime = cupy.cuda.runtime
+        self.cuda_event = cupy.cuda.Event
+        self.elapsed = cupy.cuda.get_elapsed_time
 
     def stream(self):
         return self.cupy.cuda.Stream(non_blocking=True)
@@ -444,3 +447,37 @@ def streams_are_current_on_their_gpu_alone(bench):
         with bench.cupy.cuda.Device(1):
             assert bench.cupy.cuda.get_current_stream().ptr != stream.ptr
         assert bench.cupy.cuda.get_current_stream().ptr == stream.ptr
+
+
+def refused(bench, call):
+    """The error of the runtime that a call raises."""
+    with pytest.raises(bench.runtime.CUDARuntimeError) as caught:
+        call()
+    return str(caught.value)
+
+
+@rule
+def the_time_between_events_is_known_when_both_have_ended(bench):
+    stream, other = bench.stream(), bench.stream()
+    first, last = bench.cuda_event(), bench.cuda_event()
+    stream.record(first)
+    bench.spin(stream)
+    stream.record(last)
+    assert "NotReady" in refused(bench, lambda: bench.elapsed(first, last))
+    last.synchronize()
+    assert bench.elapsed(first, last) > 0 > bench.elapsed(last, first)
+    elsewhere = bench.cuda_event()
+    other.record(elsewhere)
+    elsewhere.synchronize()
+    assert bench.elapsed(last, elsewhere) > 0  # on another stream of the same GPU
+
+
+@rule
+def events_made_to_take_no_times_have_none(bench):
+    stream = bench.stream()
+    with_time, without = bench.cuda_event(), bench.cuda.Event(disable_timing=True)
+    for event in (with_time, without):
+        stream.record(event)
+        event.synchronize()
+    assert "Handle" in refused(bench, lambda: bench.elapsed(with_time, without))
+    assert "Handle" in refused(bench, lambda: bench.elapsed(with_time, bench.cuda_event()))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import itertools
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -16,6 +18,7 @@ from chainer_ooc.swap.devices.cuda import CudaDevice, new_slab
 from chainer_ooc.swap.devices.cuda import _abandoned as abandoned
 from chainer_ooc.swap.devices.cuda_host import THREADS
 from chainer_ooc.swap.devices.cuda_transfers import FailedTransfer
+from chainer_ooc.swap.observing import Observer
 from chainer_ooc.swap.pinned import CHUNK
 from chainer_ooc.swap.storage import Layout
 from chainer_ooc.testing.adopted_arrays import AdoptedArrays
@@ -513,3 +516,50 @@ def test_a_forked_child_has_nothing_and_destroys_nothing(make_rig, tmp_path):
     assert all(reference() is not None for reference in kept)
     abandoned.pop()
     rig.cupy.pinned.clear()
+
+
+def test_when_copies_began_and_ended_is_known_later_and_the_host_waits_for_nothing(rig):
+    transfers = [rig.device.copy_out(rig.owner(float(n)), 0, UNIT) for n in range(3)]
+    before = time.perf_counter()
+    for transfer in transfers:
+        transfer.join()
+    assert rig.cupy.calls["synchronize"] == 0
+    while not all(transfer.done() for transfer in transfers):
+        transfers[-1].wait()
+    spans = [transfer.span() for transfer in transfers]
+    starts, ends = zip(*spans, strict=True)
+    assert all(start < end for start, end in spans)
+    assert list(starts) == sorted(starts) and ends[0] <= starts[1]
+    assert abs(starts[0] - before) < 5
+    for transfer in transfers:
+        transfer.copy.free()
+
+
+def test_what_is_computed_is_timed_on_the_gpu(rig):
+    marks = [rig.device.mark()]
+    for _ in range(3):
+        rig.array(1.0)
+        marks.append(rig.device.mark())
+    seconds = [rig.device.seconds(a, b) for a, b in itertools.pairwise(marks)]
+    assert all(one > 0 for one in seconds)
+    assert rig.device.seconds(marks[0], marks[-1]) == pytest.approx(sum(seconds))
+    assert rig.device.seconds(marks[-1], marks[0]) < 0
+
+
+def test_copies_whose_end_nobody_waited_for_are_counted_when_they_are_known(rig):
+    told = []
+
+    class Watch(Observer):
+        def copied(self, copied, span):
+            told.append((copied.label, copied.out, copied.nbytes))
+
+    rig.manager._observers.append(Watch())
+    saved = [rig.save(float(n)) for n in range(3)]
+    rig.manager.move_all_out()
+    rig.manager.fetch(saved, trusted=True)
+    rig.device.streams.synchronize()
+    out, back = rig.manager.bandwidths(0.0)
+    assert out > 0 and back > 0
+    expected = [(f"f{float(n)}", out, UNIT) for out in (True, False) for n in range(3)]
+    assert sorted(told) == sorted(expected)
+    assert rig.manager.counters.copy_seconds > 0
