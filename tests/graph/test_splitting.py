@@ -184,7 +184,7 @@ def test_a_blas_whose_sums_depend_on_the_cut_is_found_out(monkeypatch):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(400))
 def test_random_convolutions_have_the_same_bits(split, seed):
     random_state = np.random.RandomState(seed)
     images, channels, outs = (int(random_state.randint(*r)) for r in ((2, 70), (1, 80), (1, 70)))
@@ -221,3 +221,39 @@ def test_a_network_whose_largest_function_does_not_fit_stays_under_the_limit(run
     assert pieces[1] == whole[1] == in_core[1]
     assert pieces[0] <= 1.02 * int(limit)
     assert pieces[2] == 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(30))
+def test_cut_products_have_the_same_bits(seed):
+    random_state = np.random.RandomState(seed)
+    done = 0
+    while done < 15:
+        side, dtype = (
+            random_state.choice(["rows", "columns"]),
+            np.dtype(random_state.choice(list("fd"))),
+        )
+        each = int(random_state.choice([1, 9, 25, 49, 121, 169, 196, 289, 784, 1024, 1369]))
+        units = int(random_state.randint(2, max(3, 5000 // each)))
+        depth, other = int(random_state.randint(2, 1500)), int(random_state.randint(2, 300))
+        product = gemm.Product(side, each, depth, other, dtype)
+        grain = product.grain
+        cut = -(-product.least // grain) * grain
+        cut += grain * random_state.randint(4)
+        if units - cut < product.least or units * each * max(depth, other) > 4e6:
+            continue
+        if not product.can_be_split(units):
+            continue
+        done += 1
+        order = random_state.choice(["C", "F"])
+        free = random(units * each, depth, dtype=dtype)
+        fixed = np.array(random(other, depth, dtype=dtype), order=random_state.choice(["C", "F"]))
+        cut *= each
+        parts = [np.array(part, order=order) for part in (free, free[:cut], free[cut:])]
+        if side == "rows":
+            whole, *parts = (np.dot(part, fixed.T) for part in parts)
+        else:
+            whole, *parts = (np.dot(fixed, part.T).T for part in parts)
+        assert_same_bits(
+            np.concatenate(parts), whole, f"{product} of {units}, cut at {cut}, {order}"
+        )
