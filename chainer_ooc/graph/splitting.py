@@ -111,16 +111,19 @@ def _steps(work: Work, manager: SwapManager | None, exact: bool) -> list[tuple[i
     """Return the pieces: none if the whole fits, or if it cannot be split with the same bits."""
     if manager is None or manager.busy or work.units < 2:
         return []
-    room = _room(manager, work)
-    if room is None:
-        return []
-    size = max(room // max(work.unit_bytes, 1), 1)
     grain = least = 1
     if exact and work.product is not None:
         grain, least = work.product.grain, work.product.least
-        if not work.product.can_be_split(work.units):
-            return []
-    size = max(size // grain * grain, math.ceil(least / grain) * grain)
+    smallest = math.ceil(least / grain) * grain
+    if work.units - smallest < least:
+        return []  # before room is made: stock Chainer may need less than is reckoned here
+    room = _room(manager, work)
+    if room is None:
+        return []
+    if exact and work.product is not None and not work.product.can_be_split(work.units):
+        return []
+    size = max(room // max(work.unit_bytes, 1), 1)
+    size = max(size // grain * grain, smallest)
     starts = list(range(0, work.units, size))
     if len(starts) > 1 and work.units - starts[-1] < least:
         starts.pop()  # too little for a product of its own
