@@ -121,8 +121,8 @@ def enable(
         recompute: Run cheap functions again in backward instead of moving their results.
         plan: Record an iteration, plan it, and move ahead of need as planned from the next one on. Default: yes.
         split: CPU only: convolutions and poolings whose temporaries do not fit under the limit run in pieces:
-            ``"exact"`` (default) where the results are the same bits, ``"always"`` also where they may be
-            rounded differently, ``"never"``.
+            ``"exact"`` where the results are the same bits, ``"always"`` also where they may be
+            rounded differently, ``"never"`` (default).
         verify: Check that what comes back is what went out, and report what is modified in place after it was
             saved. Slow: for finding errors.
         trace: Write a trace of functions, copies, waits and memory to this file, for Perfetto or

@@ -192,7 +192,7 @@ class Settings:
     single_backward: bool = False
     recompute: bool = False
     plan: bool = True
-    split: str = "exact"
+    split: str = "never"
     verify: bool = False
     trace: str | None = None
 

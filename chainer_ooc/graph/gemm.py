@@ -62,7 +62,7 @@ class Product(NamedTuple):
             return True
         if self.dtype.char not in "fd" or self.depth < 2 or self.other < 2:
             return False  # a product with a vector
-        if self.dtype.char == "d" and (units * self.each % _TILE or self.other % _TILE):
+        if units * self.each % _TILE or self.other % _TILE:
             return False  # sums in a last tile that is not a whole one depend on where its neighbours end
         size = _TILE * math.ceil(_LEAST / (_TILE * min(self.depth, 4096) * self.other))
         return _keeps_bits(

@@ -124,6 +124,9 @@ def _steps(work: Work, manager: SwapManager | None, exact: bool) -> list[tuple[i
         return []
     size = max(room // max(work.unit_bytes, 1), 1)
     size = max(size // grain * grain, smallest)
+    # As many pieces, about as large as each other: none is left too small.
+    even = math.ceil(work.units / math.ceil(work.units / size))
+    size = max(math.ceil(even / grain) * grain, smallest)
     starts = list(range(0, work.units, size))
     if len(starts) > 1 and work.units - starts[-1] < least:
         starts.pop()  # too little for a product of its own

@@ -34,6 +34,7 @@ def split(monkeypatch):
 
     def call(function, share=0.3, **settings):
         count[0] = 0
+        settings.setdefault("split", "exact")
         monkeypatch.setattr(
             splitting, "_room", lambda manager, work: int(share * work.units * work.unit_bytes)
         )
@@ -97,7 +98,7 @@ def test_convolutions_and_their_gradients_have_the_same_bits(split, name, dtype,
     actual, count = split(run)
     assert_same_bits(actual[0], expected[0])
     assert actual[1] == expected[1]
-    if dtype is np.float32:
+    if dtype is np.float32 and w[0] % 16 == 0 and "odd" not in name and "cover" not in name:
         assert count
 
 
@@ -217,7 +218,7 @@ def test_a_network_whose_largest_function_does_not_fit_stays_under_the_limit(run
     whole = run(limit, "split=never")
     assert whole[0] > 1.1 * int(limit)
     assert whole[2] == 1
-    pieces = run(limit)
+    pieces = run(limit, "split=exact")
     assert pieces[1] == whole[1] == in_core[1]
     assert pieces[0] <= 1.02 * int(limit)
     assert pieces[2] == 0
