@@ -98,6 +98,7 @@ def enable(
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
     plan: bool = _UNSET,
+    split: str = _UNSET,
     verify: bool = _UNSET,
     trace: str | os.PathLike[str] | None = _UNSET,
 ) -> None:
@@ -119,6 +120,9 @@ def enable(
         single_backward: Backward runs once per graph: arrays are dropped after their last use.
         recompute: Run cheap functions again in backward instead of moving their results.
         plan: Record an iteration, plan it, and move ahead of need as planned from the next one on. Default: yes.
+        split: CPU only: convolutions and poolings whose temporaries do not fit under the limit run in pieces:
+            ``"exact"`` where the results are the same bits, ``"always"`` also where they may be
+            rounded differently, ``"never"`` (default).
         verify: Check that what comes back is what went out, and report what is modified in place after it was
             saved. Slow: for finding errors.
         trace: Write a trace of functions, copies, waits and memory to this file, for Perfetto or
@@ -155,6 +159,7 @@ def out_of_core_mode(
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
     plan: bool = _UNSET,
+    split: str = _UNSET,
     verify: bool = _UNSET,
     trace: str | os.PathLike[str] | None = _UNSET,
     async_: bool = True,
@@ -179,6 +184,7 @@ def out_of_core_mode(
         single_backward: See :func:`enable`.
         recompute: See :func:`enable`.
         plan: See :func:`enable`.
+        split: See :func:`enable`.
         verify: See :func:`enable`.
         trace: See :func:`enable`.
         async_: Accepted for programs written for IBM's out-of-core Chainer (there spelled ``async``, a
@@ -222,6 +228,7 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
         "single_backward",
         "recompute",
         "plan",
+        "split",
         "verify",
         "trace",
     )

@@ -22,6 +22,7 @@ __all__ = ["Settings", "parse_bytes", "parse_limit"]
 _IN_MEMORY = ("tmpfs", "ramfs")
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
+_SPLITS = ("exact", "always", "never")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 Limit = int | float | None
@@ -86,6 +87,12 @@ def _parse_flag(name: str, value: Any) -> bool:
         if value.strip().lower() in _FALSE:
             return False
     raise SettingError(f"{name}={value!r} is not allowed; give True or False")
+
+
+def _parse_split(name: str, value: Any) -> str:
+    if value not in _SPLITS:
+        raise SettingError(f"{name}={value!r} is not allowed; give one of {_SPLITS}")
+    return str(value)
 
 
 def _parse_directory(name: str, value: Any) -> str:
@@ -166,6 +173,9 @@ class Settings:
             fewer bytes each way, more computation.
         plan: From the third iteration on, what moves ahead of need is planned: an iteration is recorded, simulated,
             and played by the plan that takes the least time, as long as that is faster than on demand.
+        split: CPU only: convolutions and poolings whose temporaries do not fit under the limit run in pieces:
+            ``"exact"`` where the results are the same bits, ``"always"`` also where they may be rounded
+            differently, ``"never"``.
         verify: Take checksums of what is saved: what comes back must be what went out, or
             :class:`~chainer_ooc.errors.CorruptCopyError` is raised; what is modified in place after it was
             saved is reported with the function that saved it. Slow: for finding errors.
@@ -182,6 +192,7 @@ class Settings:
     single_backward: bool = False
     recompute: bool = False
     plan: bool = True
+    split: str = "never"
     verify: bool = False
     trace: str | None = None
 
@@ -237,6 +248,7 @@ _PARSERS = {
     "single_backward": _parse_flag,
     "recompute": _parse_flag,
     "plan": _parse_flag,
+    "split": _parse_split,
     "verify": _parse_flag,
     "trace": _optional(_parse_file),
 }

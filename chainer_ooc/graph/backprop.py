@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from chainer_ooc import mode
-from chainer_ooc.graph import attributes, nodes, recompute
+from chainer_ooc.graph import attributes, nodes, recompute, splitting
 from chainer_ooc.graph.following import Follower, follower_of
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.manager import SwapManager
@@ -74,6 +74,7 @@ def install() -> None:
             return
         nodes.install(_stand_in, _before_hooks)
         recompute.install()
+        splitting.install()
         attributes.saved_attributes(batch_normalization.BatchNormalization, ["_impl"])
         attributes.saved_attributes(batch_normalization.BatchNormalizationGrad, ["_impl"])
         _stock["config"] = chainer.config

@@ -1,0 +1,303 @@
+"""Functions whose temporaries do not fit below the limit run in pieces, with the bits of the whole.
+
+On NumPy a convolution makes one matrix of all its patches (im2col), far larger than its input and output. When
+that does not fit, stock Chainer's own code is called for a few images at a time (for the gradient of the
+weights: a few input channels, since there the images are summed over), and writes into an array laid out
+as stock Chainer would have laid it out.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from chainer_ooc import mode
+from chainer_ooc.graph import gemm
+from chainer_ooc.swap.manager import SwapManager
+
+__all__ = ["install"]
+
+_Arrays = tuple[np.ndarray, ...]
+
+
+class Work(NamedTuple):
+    """What a function has to do, in units of which any number can be done at a time.
+
+    Attributes:
+        units: How many there are.
+        unit_bytes: Temporaries of one unit (bytes).
+        out_bytes: What the whole results take (bytes).
+        run: Does the units from a start to a stop; returns their results.
+        axis: The axis of the results along which the units lie.
+        product: The matrix product it is one of; ``None``: no element depends on the others' number.
+    """
+
+    units: int
+    unit_bytes: int
+    out_bytes: int
+    run: Callable[[int, int], _Arrays]
+    axis: int = 0
+    product: gemm.Product | None = None
+
+
+def install() -> None:
+    """Patch Chainer's convolutions and poolings, once."""
+    from chainer.functions.connection import (
+        convolution_2d,
+        convolution_nd,
+        deconvolution_2d,
+        deconvolution_nd,
+    )
+    from chainer.functions.pooling import average_pooling_2d, max_pooling_nd
+
+    two, several = "_forward_cpu_core", "_forward_xp_core"
+    _patch(convolution_2d.Convolution2DFunction, two, _convolution)
+    _patch(convolution_nd.ConvolutionND, several, _convolution)
+    _patch(deconvolution_2d.Deconvolution2DFunction, two, _deconvolution)
+    _patch(deconvolution_nd.DeconvolutionND, several, _deconvolution)
+    _patch(convolution_2d.Convolution2DGradW, two, _weight_gradient)
+    _patch(convolution_nd.ConvolutionNDGradW, several, _weight_gradient)
+    _patch(max_pooling_nd.MaxPoolingND, "forward_cpu", _max_pooling)
+    _patch(max_pooling_nd.MaxPoolingNDGrad, "forward_cpu", _max_pooling_gradient)
+    _patch(average_pooling_2d.AveragePooling2D, "forward_cpu", _average_pooling)
+    _patch(average_pooling_2d.AveragePooling2DGrad, "forward_cpu", _average_pooling_gradient)
+
+
+def _patch(cls: Any, name: str, rule: Any) -> None:
+    stock = getattr(cls, name)
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any) -> Any:
+        settings = mode.current()
+        # Below the low-water mark allocations are not announced, and nothing is looked at.
+        if settings is None or not mode.local.hooked or settings.split == "never":
+            return stock(self, *args)
+        arrays = args[0] if isinstance(args[0], tuple) else args
+        if any(type(one) is not np.ndarray for one in arrays[:2]) or _uses_ideep(self):
+            return stock(self, *args)
+        work = rule(stock, self, *args)
+        steps = work and _steps(work, mode.manager_for(arrays[0]), settings.split == "exact")
+        if not steps:
+            return stock(self, *args)
+        results = _run(work, steps)
+        if rule is _max_pooling:
+            self._in_shape, self._in_dtype = arrays[0].shape, arrays[0].dtype
+            self.indexes = results[1]
+        return results[:1]
+
+    setattr(cls, name, forward)
+
+
+def _uses_ideep(func: Any) -> bool:
+    from chainer.backends import intel64
+
+    return getattr(func, "_use_ideep", False) or bool(intel64.should_use_ideep(">=auto"))
+
+
+def _room(manager: SwapManager, work: Work) -> int | None:
+    """Return the bytes there are for temporaries when all that can move has moved; ``None``: enough."""
+    if manager.make_room(work.units * work.unit_bytes + work.out_bytes):
+        return None
+    return manager.marks.high - manager.marks.used_bytes() - work.out_bytes
+
+
+def _steps(work: Work, manager: SwapManager | None, exact: bool) -> list[tuple[int, int]]:
+    """Return the pieces: none if the whole fits, or if it cannot be split with the same bits."""
+    if manager is None or manager.busy or work.units < 2:
+        return []
+    grain = least = 1
+    if exact and work.product is not None:
+        grain, least = work.product.grain, work.product.least
+    smallest = math.ceil(least / grain) * grain
+    if work.units - smallest < least:
+        return []  # before room is made: stock Chainer may need less than is reckoned here
+    room = _room(manager, work)
+    if room is None:
+        return []
+    if exact and work.product is not None and not work.product.can_be_split(work.units):
+        return []
+    size = max(room // max(work.unit_bytes, 1), 1)
+    size = max(size // grain * grain, smallest)
+    # As many pieces, about as large as each other: none is left too small.
+    even = math.ceil(work.units / math.ceil(work.units / size))
+    size = max(math.ceil(even / grain) * grain, smallest)
+    starts = list(range(0, work.units, size))
+    if len(starts) > 1 and work.units - starts[-1] < least:
+        starts.pop()  # too little for a product of its own
+    return list(zip(starts, [*starts[1:], work.units], strict=True)) if len(starts) > 1 else []
+
+
+def _run(work: Work, steps: list[tuple[int, int]]) -> _Arrays:
+    wholes: list[np.ndarray] = []
+    for start, stop in steps:
+        pieces = work.run(start, stop)
+        if not wholes:
+            wholes = [_whole(piece, work.axis, work.units) for piece in pieces]
+        for whole, piece in zip(wholes, pieces, strict=True):
+            whole[(slice(None),) * work.axis + (slice(start, stop),)] = piece
+        del pieces, piece  # before the next piece is made
+    return tuple(wholes)
+
+
+def _whole(piece: np.ndarray, axis: int, units: int) -> np.ndarray:
+    """Return an empty array for all units, in the memory order of ``piece``, a crop where that is one."""
+    owner = piece.base
+    if (
+        owner is None
+        or owner.ndim != piece.ndim
+        or owner.shape == piece.shape
+        or not owner.flags.c_contiguous
+    ):
+        shape = tuple(units if n == axis else size for n, size in enumerate(piece.shape))
+        if axis:
+            return np.empty(shape, piece.dtype)
+        # An image is dense, and the next one follows; a piece of one image may have any stride there.
+        flat = np.empty(math.prod(shape), piece.dtype)
+        strides = (flat.nbytes // units, *piece.strides[1:])
+        return np.ndarray(shape, piece.dtype, flat, 0, strides)
+    # col2im cuts the padding off: its result lies in a larger array.
+    offset = piece.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
+    starts = np.unravel_index(offset // piece.itemsize, owner.shape)
+    whole = np.empty((units, *owner.shape[1:]), piece.dtype)
+    crop = zip(starts[1:], piece.shape[1:], strict=True)
+    return whole[(slice(None), *(slice(int(start), int(start) + n) for start, n in crop))]
+
+
+# What each function does. ``stock`` is Chainer's own code, which they call with fewer images or channels.
+
+
+def _convolution(stock: Any, self: Any, x: Any, W: Any, b: Any, *xp: Any) -> Work:
+    outs = _out_sizes(self, x, W.shape[2:])
+    dtype = np.result_type(x, W)
+    rows, depth, columns = math.prod(outs), math.prod(W.shape[1:]), len(W)
+    return Work(
+        len(x),
+        # The padded image, its patches, those in order, and the result.
+        _frame(self, x.shape) * x.itemsize
+        + rows * (2 * depth * x.itemsize + columns * 2 * dtype.itemsize),
+        len(x) * rows * columns * x.itemsize,
+        lambda i, j: stock(self, x[i:j], W, b, *xp),
+        product=gemm.Product("rows", rows, depth, columns, dtype),
+    )
+
+
+def _deconvolution(stock: Any, self: Any, x: Any, W: Any, b: Any, *xp: Any) -> Work:
+    columns, depth, rows = math.prod(x.shape[2:]), len(W), math.prod(W.shape[1:])
+    dtype = np.result_type(x, W)
+    outs = (self.outh, self.outw) if hasattr(self, "outh") else self.outs
+    stride, pad = _window(self)
+    frame = zip(outs, pad, stride, strict=True)
+    out = W.shape[1] * math.prod(n + 2 * p + s - 1 for n, p, s in frame) * x.itemsize
+    return Work(
+        len(x),
+        columns * (rows * 2 * dtype.itemsize + depth * x.itemsize) + 2 * out,
+        len(x) * out,
+        lambda i, j: stock(self, x[i:j], W, b, *xp),
+        product=gemm.Product("columns", columns, depth, rows, dtype),
+    )
+
+
+def _weight_gradient(stock: Any, self: Any, x: Any, gy: Any, *xp: Any) -> Work:
+    kernel = (self.kh, self.kw) if hasattr(self, "kh") else self.ksize
+    taps, depth = math.prod(kernel), len(gy) * math.prod(gy.shape[2:])
+    dtype = np.result_type(x, gy)
+    return Work(
+        x.shape[1],
+        len(x) * _frame(self, x.shape) // x.shape[1] * x.itemsize + 2 * depth * taps * x.itemsize,
+        gy.shape[1] * x.shape[1] * taps * dtype.itemsize + gy.nbytes,
+        lambda i, j: stock(self, x[:, i:j], gy, *xp),
+        axis=1,
+        product=gemm.Product("columns", taps, depth, gy.shape[1], dtype),
+    )
+
+
+def _max_pooling(stock: Any, self: Any, inputs: Any) -> Work:
+    (x,) = inputs
+    outs = x.shape[1] * math.prod(_out_sizes(self, x, self.ksize))
+
+    def run(i: int, j: int) -> _Arrays:
+        node = _stripped(self)
+        return (*stock(node, (x[i:j],)), node.indexes)
+
+    each = x.itemsize + np.dtype(np.intp).itemsize
+    # The padded image, its patches, those in the order in which argmax looks, and both results.
+    taps = 2 * math.prod(self.ksize)
+    temporary = _frame(self, x.shape) * x.itemsize + outs * (taps * x.itemsize + each)
+    return Work(len(x), temporary, len(x) * outs * each, run)
+
+
+def _max_pooling_gradient(stock: Any, self: Any, inputs: Any) -> Work | None:
+    (gy,) = inputs
+    func = self.func
+    indexes = func.indexes
+    if type(indexes) is not np.ndarray:
+        return None
+
+    def run(i: int, j: int) -> _Arrays:
+        part = _stripped(func)
+        part.indexes, part._in_shape = indexes[i:j], (j - i, *func._in_shape[1:])
+        return stock(SimpleNamespace(func=part), (gy[i:j],))
+
+    out = _frame(func, func._in_shape) * gy.itemsize
+    each = math.prod(func.ksize) * gy.itemsize + 3 * indexes.itemsize + gy.itemsize
+    return Work(len(gy), gy[0].size * each + out, len(gy) * out, run)
+
+
+def _average_pooling(stock: Any, self: Any, inputs: Any) -> Work:
+    (x,) = inputs
+    kernel = (self.kh, self.kw)
+    stride, pad = _window(self)
+    sizes = zip(x.shape[2:], kernel, stride, pad, strict=True)
+    outs = x.shape[1] * math.prod((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
+
+    def run(i: int, j: int) -> _Arrays:
+        return stock(_stripped(self), (x[i:j],))
+
+    self._in_shape, self._in_dtype = x.shape, x.dtype
+    temporary = _frame(self, x.shape) + outs * (math.prod(kernel) + 2)
+    return Work(len(x), temporary * x.itemsize, len(x) * outs * x.itemsize, run)
+
+
+def _average_pooling_gradient(stock: Any, self: Any, inputs: Any) -> Work:
+    (gy,) = inputs
+    out = _frame(self, self._in_shape) * gy.itemsize
+    return Work(
+        len(gy),
+        gy[0].nbytes * self.kh * self.kw + out,
+        len(gy) * out,
+        lambda i, j: stock(self, (gy[i:j],)),
+    )
+
+
+def _stripped(func: Any) -> Any:
+    """Return what has the numbers of a function, and takes what it notes of a piece."""
+    return SimpleNamespace(**copy.copy(func.__dict__))
+
+
+def _window(func: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the strides and the paddings."""
+    if hasattr(func, "sy"):
+        return (func.sy, func.sx), (func.ph, func.pw)
+    return func.stride, func.pad
+
+
+def _out_sizes(func: Any, x: Any, kernel: Any) -> list[int]:
+    from chainer.utils.conv import get_conv_outsize
+
+    stride, pad = _window(func)
+    dilate = (func.dy, func.dx) if hasattr(func, "dy") else getattr(func, "dilate", None)
+    dilate = dilate or (1,) * len(stride)
+    numbers = zip(x.shape[2:], kernel, stride, pad, dilate, strict=True)
+    return [get_conv_outsize(n, k, s, p, func.cover_all, d) for n, k, s, p, d in numbers]
+
+
+def _frame(func: Any, shape: tuple[int, ...]) -> int:
+    stride, pad = _window(func)
+    sizes = zip(shape[2:], stride, pad, strict=True)
+    return shape[1] * math.prod(n + 2 * p + s - 1 for n, s, p in sizes)

@@ -1,0 +1,265 @@
+"""Functions in pieces have the bits, the strides and the attributes of the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import chainer
+import chainer.functions as F
+import numpy as np
+import pytest
+
+import chainer_ooc
+from chainer_ooc import mode
+from chainer_ooc.errors import SettingError
+from chainer_ooc.graph import gemm, splitting
+from chainer_ooc.testing.equality import assert_same_bits
+
+CHILD = Path(__file__).with_name("splitting_child.py")
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Return a function that runs another with temporaries limited to a share; and how many were split."""
+    count = [0]
+    run = splitting._run
+
+    def counted(work, steps):
+        count[0] += 1
+        assert steps[0][0] == 0
+        assert steps[-1][1] == work.units
+        return run(work, steps)
+
+    monkeypatch.setattr(splitting, "_run", counted)
+
+    def call(function, share=0.3, **settings):
+        count[0] = 0
+        settings.setdefault("split", "exact")
+        monkeypatch.setattr(
+            splitting, "_room", lambda manager, work: int(share * work.units * work.unit_bytes)
+        )
+        with chainer_ooc.out_of_core_mode(**settings):
+            mode.hook_allocations()
+            return function(), count[0]
+
+    return call
+
+
+def gradients(function, *arrays, double=False):
+    """Return outputs, gradients and, where asked for, gradients of these; and the strides of all."""
+    variables = [chainer.Variable(array) for array in arrays]
+    y = function(*variables)
+    y.grad = np.random.RandomState(1).standard_normal(y.shape).astype(y.dtype)
+    y.backward(enable_double_backprop=double, retain_grad=True)
+    found = [y.array, *(v.grad for v in variables)]
+    if double:
+        firsts = [v.grad_var for v in variables]
+        for v in variables:
+            v.cleargrad()
+        sum(F.sum(g * g) for g in firsts).backward()
+        found += [v.grad for v in variables]
+    return found, [(a.strides, a.dtype) for a in found if a is not None]
+
+
+def random(*shape, dtype=np.float32):
+    return np.random.standard_normal(shape).astype(dtype)
+
+
+CONVOLUTIONS = {
+    "plain": (F.convolution_2d, (7, 32, 32, 32), (48, 32, 3, 3), {"pad": 1}),
+    "no padding, odd sizes": (F.convolution_2d, (65, 32, 11, 13), (17, 32, 3, 3), {}),
+    "stride": (F.convolution_2d, (50, 32, 17, 17), (32, 32, 5, 5), {"stride": 2, "pad": 2}),
+    "dilate": (F.convolution_2d, (8, 32, 24, 24), (40, 32, 3, 3), {"pad": 2, "dilate": 2}),
+    "cover all": (
+        F.convolution_2d,
+        (33, 32, 18, 18),
+        (24, 32, 3, 3),
+        {"stride": 2, "cover_all": True},
+    ),
+    "up": (F.deconvolution_2d, (8, 32, 16, 16), (32, 24, 4, 4), {"stride": 2, "pad": 1}),
+    "three dimensions": (F.convolution_nd, (6, 32, 8, 16, 8), (32, 32, 3, 3, 3), {"pad": 1}),
+    "three, up": (F.deconvolution_nd, (6, 32, 4, 8, 8), (32, 24, 2, 2, 2), {"stride": 2}),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_and_their_gradients_have_the_same_bits(split, name, dtype, bias):
+    function, x, w, arguments = CONVOLUTIONS[name]
+    arrays = [random(*x, dtype=dtype), random(*w, dtype=dtype)]
+    if bias:
+        arrays.append(random(w[1] if "up" in name else w[0], dtype=dtype))
+
+    def run():
+        return gradients(lambda *a: function(*a, **arguments), *arrays)
+
+    expected = run()
+    actual, count = split(run)
+    assert_same_bits(actual[0], expected[0])
+    assert actual[1] == expected[1]
+    if dtype is np.float32 and w[0] % 16 == 0 and "odd" not in name and "cover" not in name:
+        assert count
+
+
+def test_half_precision_is_split_too(split):
+    arrays = random(3, 4, 6, 6, dtype="e"), random(5, 4, 3, 3, dtype="e")
+
+    def run():
+        return gradients(F.convolution_2d, *arrays)
+
+    expected = run()
+    actual, count = split(run)
+    assert_same_bits(actual[0], expected[0])
+    assert actual[1] == expected[1]
+    assert count == 3
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("size", [1, 2, 9])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: F.max_pooling_2d(x, 2),
+        lambda x: F.max_pooling_2d(x, 3, stride=2, pad=1),
+        lambda x: F.average_pooling_2d(x, 3, stride=1, pad=1),
+        lambda x: F.average_pooling_2d(x, x.shape[2]),
+        lambda x: F.max_pooling_nd(F.reshape(x, (*x.shape[:2], x.shape[2], 3, -1)), 3, pad=1),
+    ],
+)
+def test_poolings_have_the_same_bits(split, pool, size, dtype):
+    x = random(5, 40, 3 * size, 3 * size, dtype=dtype)
+
+    def run():
+        return gradients(pool, x, double=True)
+
+    expected = run()
+    actual, count = split(run)
+    assert_same_bits(actual[0], expected[0])
+    assert actual[1] == expected[1]
+    assert count >= 2
+
+
+def test_double_backprop_has_the_same_bits(split):
+    arrays = random(6, 32, 16, 16), random(32, 32, 3, 3), random(32)
+
+    def run():
+        return gradients(lambda *a: F.convolution_2d(*a, pad=1), *arrays, double=True)
+
+    expected = run()
+    actual, count = split(run)
+    assert_same_bits(actual[0], expected[0])
+    assert count > 3
+
+
+def test_what_would_not_have_the_same_bits_is_split_only_on_request(split):
+    arrays = random(5, 3, 15, 15), random(1, 3, 3, 3)
+
+    def run():
+        return gradients(F.convolution_2d, *arrays)
+
+    expected = run()
+    (actual, _), count = split(run)
+    assert not count
+    assert_same_bits(actual, expected[0])
+    (actual, strides), count = split(run, split="always")
+    assert count == 3
+    assert strides == expected[1]
+    for a, b in zip(actual, expected[0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert not split(run, split="never")[1]
+    with pytest.raises(SettingError, match="split='some' is not allowed"):
+        chainer_ooc.enable(split="some")
+
+
+def test_a_blas_whose_sums_depend_on_the_cut_is_found_out(monkeypatch):
+    product = gemm.Product("rows", 1024, 288, 32, np.dtype("f"))
+    assert product.can_be_split(7)
+    gemm._keeps_bits.cache_clear()
+    dot = np.dot
+    monkeypatch.setattr(np, "dot", lambda a, b: dot(a, b) * np.float32(1 + 1e-6 * (len(a) > 250)))
+    try:
+        assert not product.can_be_split(7)
+    finally:
+        gemm._keeps_bits.cache_clear()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(400))
+def test_random_convolutions_have_the_same_bits(split, seed):
+    random_state = np.random.RandomState(seed)
+    images, channels, outs = (int(random_state.randint(*r)) for r in ((2, 70), (1, 80), (1, 70)))
+    kernel, size = int(random_state.choice([1, 3, 5, 7])), int(random_state.randint(7, 33))
+    stride = int(random_state.randint(1, 3))
+    dtype = random_state.choice(["f", "d"])
+    if images * channels * kernel**2 * size**2 > 2e7:
+        pytest.skip("large")
+    x = random(images, channels, size, size, dtype=dtype)
+    w = random(outs, channels, kernel, kernel, dtype=dtype)
+
+    def run():
+        return gradients(lambda *a: F.convolution_2d(*a, stride=stride, pad=kernel // 2), x, w)
+
+    expected = run()
+    (actual, strides), _ = split(run, share=random_state.uniform(0.05, 0.6))
+    assert_same_bits(actual, expected[0])
+    assert strides == expected[1]
+
+
+def test_a_network_whose_largest_function_does_not_fit_stays_under_the_limit(run_python):
+    def run(*arguments):
+        done = run_python(CHILD, *arguments, timeout=300)
+        assert done.returncode == 0, done.stderr
+        peak, digest, warned = done.stdout.split()
+        return int(peak), digest, int(warned)
+
+    in_core = run("none")
+    limit = str(240 << 20)
+    whole = run(limit, "split=never")
+    assert whole[0] > 1.1 * int(limit)
+    assert whole[2] == 1
+    pieces = run(limit, "split=exact")
+    assert pieces[1] == whole[1] == in_core[1]
+    assert pieces[0] <= 1.02 * int(limit)
+    assert pieces[2] == 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(30))
+def test_cut_products_have_the_same_bits(seed):
+    random_state = np.random.RandomState(seed)
+    done = 0
+    while done < 6:
+        side, dtype = (
+            random_state.choice(["rows", "columns"]),
+            np.dtype(random_state.choice(list("fd"))),
+        )
+        each = int(random_state.choice([1, 9, 25, 49, 121, 169, 196, 289, 784, 1024, 1369]))
+        units = int(random_state.randint(2, max(3, 5000 // each)))
+        depth, other = int(random_state.randint(2, 900)), int(random_state.randint(2, 200))
+        if dtype.char == "d":
+            other, units = (
+                16 * random_state.randint(1, 13),
+                16 * random_state.randint(1, max(2, 300 // each)),
+            )
+        product = gemm.Product(side, each, depth, other, dtype)
+        grain = product.grain
+        cut = -(-product.least // grain) * grain
+        cut += grain * random_state.randint(4)
+        if units - cut < product.least or units * each * max(depth, other) > 2e6:
+            continue
+        if not product.can_be_split(units):
+            continue
+        done += 1
+        order = random_state.choice(["C", "F"])
+        free = random(units * each, depth, dtype=dtype)
+        fixed = np.array(random(other, depth, dtype=dtype), order=random_state.choice(["C", "F"]))
+        cut *= each
+        parts = [np.array(part, order=order) for part in (free, free[:cut], free[cut:])]
+        if side == "rows":
+            whole, *parts = (np.dot(part, fixed.T) for part in parts)
+        else:
+            whole, *parts = (np.dot(fixed, part.T).T for part in parts)
+        assert_same_bits(
+            np.concatenate(parts), whole, f"{product} of {units}, cut at {cut}, {order}"
+        )
