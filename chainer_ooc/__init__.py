@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "PlanReport",
     "Stats",
     "disable",
     "enable",
@@ -40,6 +41,7 @@ _install_import_hook()
 _LAZY = dict.fromkeys(__all__, "chainer_ooc.api") | {
     "estimate": "chainer_ooc.estimating.estimator",
     "explain": "chainer_ooc.reporting.holders",
+    "PlanReport": "chainer_ooc.reporting.plans",
     "plans": "chainer_ooc.reporting.plans",
     "recomputable": "chainer_ooc.graph.recompute",
     "saved_attributes": "chainer_ooc.graph.attributes",

@@ -46,6 +46,7 @@ def write_report(
         _section("Time", _time(figures)),
         _section("Memory", _memory(summary)),
         _section("Out of core", _out_of_core(summary)),
+        _section("Plan, rank 0", _plan(chainer_ooc.plans() if chainer_ooc.is_enabled() else [])),
         _section("Configuration", configuration.items()),
         _section("Versions", versions.items()),
         "".join(f"![{picture.stem}]({picture.name})\n" for picture in pictures),
@@ -132,6 +133,37 @@ def _out_of_core(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, int | float) and field.name not in ("peak_bytes", "limit_bytes"):
             rows.append((f"{field.name}, rank 0", _quantity(field.name, value)))
     return rows
+
+
+def _plan(plans: Sequence[chainer_ooc.PlanReport]) -> list[tuple[str, str | None]]:
+    """Returns what was planned for the graph that was trained last, and what came of it."""
+    if not plans:
+        return []
+    plan = plans[0]
+    rows: list[tuple[str, str | None]] = [
+        (name, f"{count} arrays, {gibibytes(nbytes)}")
+        for name, count, nbytes in (
+            ("kept in memory", plan.storages_kept, plan.bytes_kept),
+            ("swapped", plan.storages_swapped, plan.bytes_swapped),
+            ("computed again", plan.storages_recomputed, plan.bytes_recomputed),
+        )
+    ]
+    measured = plan.measured_seconds
+    rows += [
+        ("iteration on demand", f"{plan.on_demand_seconds:.3g} s"),
+        (
+            "iteration, foreseen",
+            f"{plan.seconds:.3g} s; no schedule below {plan.bound_seconds:.3g} s",
+        ),
+        (
+            "iteration, measured",
+            f"{min(measured):.3g} s, the best of {len(measured)}" if measured else None,
+        ),
+        ("peak, foreseen", gibibytes(plan.peak_bytes)),
+    ]
+    if measured:
+        rows.append(("peak, measured", gibibytes(max(plan.measured_peak_bytes))))
+    return [*rows, ("followed", "yes" if plan.followed else "no: on demand was faster")]
 
 
 def _quantity(name: str, value: float) -> str:
