@@ -62,11 +62,11 @@ class Follower:
     def __init__(self, manager: SwapManager) -> None:
         self.manager = manager
         self.book = PlanBook()
+        self._lock = threading.RLock()
         self._thread = 0
         self._iteration = self._number = -1  # no function of an iteration has run yet
-        self._backward = (
-            False  # backward has run: the next function that runs forward begins an iteration
-        )
+        # Whether backward has run: the next function that runs forward begins an iteration.
+        self._backward = False
         self._to_record = WARY  # iterations, at most
         self._keys: list[str] = []
         self._clocks: list[float] = []
@@ -86,44 +86,46 @@ class Follower:
 
     def forward(self, func: Any, inputs: Iterable[Any], settings: Settings) -> None:
         """Tell that a function is about to run forward."""
-        if not self._is_mine():
-            return
-        described = tuple(self._describe(x) for x in inputs if x is not None)
-        if self._backward or self._is_over(key_of(FORWARD, func._impl_name, described)):
-            self._begin(settings)
-        elif self._number < 0:
-            return
-        self._step(func._impl_name, FORWARD, described)
-        func.__dict__[STEP] = self._iteration, self._number
+        with self._lock:
+            if not self._is_mine():
+                return
+            described = tuple(self._describe(x) for x in inputs if x is not None)
+            if self._backward or self._is_over(key_of(FORWARD, func._impl_name, described)):
+                self._begin(settings)
+            elif self._number < 0:
+                return
+            self._step(func._impl_name, FORWARD, described)
+            func.__dict__[STEP] = self._iteration, self._number
 
     def saved(self, func: Any, group: Iterable[Saved]) -> None:
         """Tell what a function has saved that has run forward just now."""
-        step = func.__dict__.get(STEP)
-        if step is None or step != (self._iteration, self._number):
-            return
-        numbers = []
-        makers = {
-            id(node.__dict__.get("_data")): node._creator_node
-            for node in func.inputs
-            if node is not None
-        }
-        for saved in group:
-            storage = saved.storage
-            if storage.manager is not self.manager:
-                continue
-            number = self._numbers.get(storage.sequence)
-            if number is None:
-                number = self._numbers[storage.sequence] = len(self._storages)
-                self._storages.append(weakref.ref(storage))
-                if self._recorder is not None:
-                    maker = self._step_of(makers.get(id(saved)))
-                    self._recorder.made(storage.nbytes, maker)
-                    self._held.append((weakref.ref(storage), number))
-            numbers.append(number)
-        if self._recorder is not None:
-            self._recorder.saved(numbers)
+        with self._lock:
+            step = func.__dict__.get(STEP)
+            if step is None or step != (self._iteration, self._number):
+                return
+            numbers = []
+            makers = {
+                id(node.__dict__.get("_data")): node._creator_node
+                for node in func.inputs or ()
+                if node is not None
+            }
             for saved in group:
-                self._note_recipe(saved.storage)
+                storage = saved.storage
+                if storage.manager is not self.manager:
+                    continue
+                number = self._numbers.get(storage.sequence)
+                if number is None:
+                    number = self._numbers[storage.sequence] = len(self._storages)
+                    self._storages.append(weakref.ref(storage))
+                    if self._recorder is not None:
+                        maker = self._step_of(makers.get(id(saved)))
+                        self._recorder.made(storage.nbytes, maker)
+                        self._held.append((weakref.ref(storage), number))
+                numbers.append(number)
+            if self._recorder is not None:
+                self._recorder.saved(numbers)
+                for saved in group:
+                    self._note_recipe(saved.storage)
 
     def _note_recipe(self, storage: Storage) -> None:
         """Note how a storage can be made again, if that is from storages of this iteration, by its functions."""
@@ -138,25 +140,27 @@ class Follower:
 
     def backward(self, func: Any) -> None:
         """Tell that a function is about to run backward."""
-        if not self._is_mine():
-            return
-        self._backward = True
-        if self._number < 0:  # it began before anybody looked
-            return
-        self._step(func._impl_name, BACKWARD, (), self._step_of(func))
+        with self._lock:
+            if not self._is_mine():
+                return
+            self._backward = True
+            if self._number < 0:  # it began before anybody looked
+                return
+            self._step(func._impl_name, BACKWARD, (), self._step_of(func))
 
     def fetched(self, group: Iterable[Saved]) -> None:
         """Tell that what a function needs in backward is there."""
-        if self._marks is None or not self._is_mine():
-            return
-        if self._player is not None:
-            for saved in group:
-                storage = saved.storage
-                number = self._numbers.get(storage.sequence)
-                if number is not None and storage.arrival is not None:
-                    self._arrivals.setdefault(number, (self._asked, storage.arrival))
-        if self._marks:
-            self._marks[-1] = self.manager.device.mark()  # what it waited for does not count
+        with self._lock:
+            if self._marks is None or not self._is_mine():
+                return
+            if self._player is not None:
+                for saved in group:
+                    storage = saved.storage
+                    number = self._numbers.get(storage.sequence)
+                    if number is not None and storage.arrival is not None:
+                        self._arrivals.setdefault(number, (self._asked, storage.arrival))
+            if self._marks:
+                self._marks[-1] = self.manager.device.mark()  # what it waited for does not count
 
     def ran(self, peak: int) -> None:
         """Tell that a function has run.
@@ -164,16 +168,17 @@ class Follower:
         Args:
             peak: The highest :meth:`~chainer_ooc.swap.manager.SwapManager.grown_to` meanwhile (bytes).
         """
-        if not self._is_mine():
-            return
-        self._ended_clock = self._clock()
-        if self._marks is not None and len(self._marks) % 2:
-            self._marks.append(self.manager.device.mark())
-        self._peak = max(self._peak, self.manager.marks.last_used)
-        if self._recorder is not None:
-            used = self.manager.grown_to(self.manager.marks.used_bytes())
-            self._recorder.end(max(peak, used))
-            self._ended_used = used
+        with self._lock:
+            if not self._is_mine():
+                return
+            self._ended_clock = self._clock()
+            if self._marks is not None and len(self._marks) % 2:
+                self._marks.append(self.manager.device.mark())
+            self._peak = max(self._peak, self.manager.marks.last_used)
+            if self._recorder is not None:
+                used = self.manager.grown_to(self.manager.marks.used_bytes())
+                self._recorder.end(max(peak, used))
+                self._ended_used = used
 
     def _is_mine(self) -> bool:
         thread = threading.get_ident()
@@ -306,21 +311,18 @@ class Follower:
 
     def _describe(self, x: Any) -> str:
         node = getattr(x, "node", None)
-        array = getattr(x, "raw_array", x)
+        array = getattr(x, "raw_array", x)  # what is no array gets Chainer's own error
+        dtype, shape = getattr(array, "dtype", None), getattr(array, "shape", ())
         maker = None if node is None else node._creator_node
-        return describe_input(array.dtype, array.shape, self._step_of(maker))
+        return describe_input(dtype, shape, self._step_of(maker))
 
     def _step_of(self, func: Any) -> int:
         iteration, number = (-1, -1) if func is None else func.__dict__.get(STEP, (-1, -1))
         return number if iteration == self._iteration else -1
 
 
-_followers: weakref.WeakKeyDictionary[SwapManager, Follower] = weakref.WeakKeyDictionary()
-
-
 def follower_of(manager: SwapManager) -> Follower:
     """Return what follows the iterations of a device."""
-    found = _followers.get(manager)
-    if found is None:
-        found = _followers[manager] = Follower(manager)
+    found: Follower = manager.__dict__.setdefault("follower", None) or Follower(manager)
+    manager.__dict__["follower"] = found
     return found

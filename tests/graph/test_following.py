@@ -6,6 +6,7 @@ import contextlib
 import gc
 import threading
 import time
+import unittest.mock
 
 import chainer
 import chainer.functions as F
@@ -404,3 +405,26 @@ def test_what_comes_late_begins_earlier_the_next_time(device, monkeypatch):
             training.step()
             begins += [sum(step for step, _ in p.plan.copy_in) for p in pages().values()]
     assert begins[-1] < begins[4]
+
+
+def test_threads_that_train_at_the_same_time_are_right(device):
+    def program(training):
+        return [training.step() for _ in range(6)] + training.state()
+
+    found = {}
+
+    def work(number):
+        with chainer_ooc.out_of_core_mode(limit=OTHER + 700 * KIB, min_bytes=1):
+            found[number] = program(trainings[number])
+
+    # Dropout draws from the one random state: each thread's model and data are its own, its masks are not.
+    trainings = [Training() for _ in range(2)]
+    with unittest.mock.patch.object(F, "dropout", lambda h, ratio: h * 0.8):
+        expected = program(Training())
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number in range(2):
+        assert_same_bits(found[number], expected)
