@@ -11,6 +11,7 @@ IMAGENET = (
     "densenet169",
     "densenet201",
     "googlenet",
+    "googlenet_torch7",
     "googlenetbn",
     "nin",
     "ninbn",

@@ -5,7 +5,7 @@ import numpy
 import pytest
 from datasets import digits
 from datasets.labeled import LabeledImages, read_image, read_list
-from datasets.preprocessed import BadExample, EpochOrder, PreprocessedImages
+from datasets.preprocessed import BadExample, EpochOrder, PreprocessedImages, generator
 from errors import InputError
 from PIL import Image
 from transforms import CropAndNormalize, load_mean
@@ -202,3 +202,9 @@ def test_digits_are_real_and_complete(tmp_path):
     both = [numpy.asarray(small.convert("L")).ravel(), images[index].ravel()]
     assert numpy.corrcoef(both)[0, 1] > 0.9
     assert [p.name for p in tmp_path.iterdir()] == ["digits"]  # nothing half-written is left
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 0, 1, 5, 77), (2**32 - 1, 3), (2**32, 3), (2**40, 0)])
+def test_generators_are_numpys(seeds):
+    expected = numpy.random.default_rng(seeds).bit_generator.state
+    assert generator(seeds).bit_generator.state == expected

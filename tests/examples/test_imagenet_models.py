@@ -91,6 +91,7 @@ MINIMUM = {
     "densenet121": 32,
     "densenet_bc100_12": 4,
     "googlenet": 224,
+    "googlenet_torch7": 63,
     "googlenetbn": 43,
     "nin": 39,
     "overfeat": 71,
@@ -175,6 +176,24 @@ def test_torch7_networks_count_as_their_definitions(shapes_only):
     vgg_a = TORCHVISION["vgg11"] - fc(25088, 4096, 4096, 1000)
     assert count("vggbn") == TORCHVISION["vgg11"] + 4 * 4096
     assert count("vggbnv2") == vgg_a + 2 * 512 + fc(512, 1000)
+
+
+def test_torch7_googlenet_counts_as_its_definition(shapes_only):
+    # 1x1; 1x1 and 3x3; 1x1 and twice 3x3; 1x1 after the pooling
+    modules = [
+        (192, 64, 64, 64, 64, 96, 32), (256, 64, 64, 96, 64, 96, 64), (320, 0, 128, 160, 64, 96, 0),
+        (576, 224, 64, 96, 96, 128, 128), (576, 192, 96, 128, 96, 128, 128),
+        (576, 160, 128, 160, 128, 160, 96), (576, 96, 128, 192, 160, 192, 96),
+        (576, 0, 128, 192, 192, 256, 0),
+        (1024, 352, 192, 320, 160, 224, 128), (1024, 352, 192, 320, 192, 224, 128),
+    ]  # fmt: skip
+    n = conv(3, 64, 7) + conv(64, 64, 1) + conv(64, 192, 3)
+    for size, single, a, b, c, d, projected in modules:
+        n += conv(size, a, 1) + conv(a, b, 3) + conv(size, c, 1) + conv(c, d, 3) + conv(d, d, 3)
+        n += conv(size, single, 1) + conv(size, projected, 1)
+    n += conv(576, 576, 2) + conv(1024, 1024, 2) + conv(1024, 1000, 1)
+    n += conv(576, 128, 1) + conv(2048, 768, 1) + conv(768, 1000, 1)
+    assert count("googlenet_torch7") == count("googlenet_torch7", 63) == n
 
 
 @pytest.mark.parametrize("depth", [110, 290, 470, 650, 1001])

@@ -232,6 +232,10 @@ def test_snapshot_policies(train, lists, tmp_path, policy):
     [
         ["--optimizer", "adam", "--iterator", "thread", "-j", "2", "--weight-decay", "0.001"],
         ["--optimizer", "rmsprop_warmup", "--dtype", "mixed16", "--label-smoothing", "0.1"],
+        ["--optimizer", "srsgd", "--restarts", "3", "--dtype", "mixed16", "--ooc", "--ooc-limit",
+         "1MiB"],
+        ["--optimizer", "radam", "--dtype", "mixed16"],
+        ["--optimizer", "adamw", "--dtype", "mixed16", "--ooc", "--ooc-limit", "1MiB"],
         ["--optimizer", "rmsprop", "--iterator", "process", "-j", "2", "--loadtype", "custom"],
         ["--lars", "--lr", "5", "--lr-schedule", "polynomial", "--lr-warmup", "1", "--ooc",
          "--ooc-limit", "1MiB"],

@@ -1,7 +1,7 @@
 """Data sets by name: what the settings mean, and what does not go together."""
 
 import pytest
-from config import Config
+from config import Config, parse_args
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,11 @@ def test_usual_settings_of_a_data_set(dataset, classes, augmentation):
     assert (config.n_classes, config.augmentation_name) == (classes, augmentation)
     assert config.digits == (dataset is None)
     assert Config(dataset=dataset, augmentation="torch7").augmentation_name == "torch7"
+
+
+def test_none_is_an_augmentation():
+    config = parse_args(["a.txt", "b.txt", "--augmentation", "none"])
+    assert config.augmentation_name == "none"
 
 
 def test_lists_are_files():

@@ -133,7 +133,10 @@ def _parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) ->
     if len(lists) > 2:
         parser.error(f"{lists[2]}: more than two list files; give TRAIN and VAL only")
     flags.update(zip(("train", "val"), lists, strict=False))
+    words = {name for name, field in Config.model_fields.items() if "none" in choices(field)}
     for name, value in flags.items():
+        if value == "none" and name in words:
+            continue  # one of the values that this flag takes
         if isinstance(value, str) and value.lower() in ("none", "null"):
             flags[name] = None  # takes back what the file says
     return flags

@@ -16,7 +16,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 SMOKE_INSIZE = {
     "alexnet": 63,
     "cifar_vgg": 32,
-    "googlenet": 43,
+    "googlenet_torch7": 63,
+    "googlenetbn": 43,
     "nin": 39,
     "overfeat": 71,
 }
@@ -67,13 +68,20 @@ def load(name: str, smoke: bool = False) -> tuple[dict[str, Any], dict[str, str]
 def small(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns a recipe's settings for a few iterations on the bundled digits.
 
-    The learning rate drops, and the restart period moves on, after each iteration.
+    The learning rate is as much smaller as the batch is; it drops, and the restart period moves on,
+    after each iteration.
     """
     kept = {k: v for k, v in settings.items() if k not in (*_DATA, *_LENGTH)}
     arch = settings.get("arch", "nin")
     usual = 8 if arch in CIFAR else 32
     insize = next((n for start, n in SMOKE_INSIZE.items() if arch.startswith(start)), usual)
     drops = settings.get("lr_drops", ())
+    # in proportion to the batch, or some networks diverge at once
+    factor = _BATCHSIZE / settings.get("batchsize", _BATCHSIZE)
+    if "lr" in settings:
+        kept["lr"] = settings["lr"] * factor
+    if "regime" in settings:
+        kept["regime"] = [[epoch, lr * factor, decay] for epoch, lr, decay in settings["regime"]]
     kept.update(
         dataset="digits",
         insize=insize,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import zlib
 from multiprocessing.sharedctypes import RawArray
 
@@ -54,7 +55,7 @@ class ArrayImages:
     @property
     def pixels(self) -> numpy.ndarray:
         """The array of all images, uint8."""
-        size = int(numpy.prod(self._shape))
+        size = math.prod(self._shape)
         return numpy.frombuffer(self._memory, numpy.uint8, size).reshape(self._shape)
 
     def __len__(self) -> int:

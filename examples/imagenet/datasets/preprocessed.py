@@ -50,6 +50,14 @@ class Transform(Protocol):
         """
 
 
+def generator(seeds: tuple[int, ...]) -> numpy.random.Generator:
+    """Returns ``numpy.random.default_rng(seeds)``, sooner if all seeds have 32 bits."""
+    # Integers become words one by one; an array of words is taken as it is.
+    if max(seeds) < 2**32:
+        return numpy.random.default_rng(numpy.array(seeds, dtype=numpy.uint32))
+    return numpy.random.default_rng(seeds)
+
+
 class PreprocessedImages:
     """Images ready for a network.
 
@@ -81,7 +89,7 @@ class PreprocessedImages:
         def rng() -> numpy.random.Generator | None:
             if self.seed is None:
                 return None
-            return numpy.random.default_rng((*self.seed, visit, position))
+            return generator((*self.seed, visit, position))
 
         need = None
         at_least = getattr(self.transform, "at_least", None)

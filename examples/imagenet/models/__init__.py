@@ -17,6 +17,7 @@ from models import cifar, densenet, resnet, vgg
 from models.alex import Alex
 from models.alexnets import AlexNet, AlexNetBN, AlexNetOWT, AlexNetOWTBN
 from models.googlenet import GoogLeNet
+from models.googlenet_torch7 import GoogLeNetTorch7
 from models.googlenetbn import GoogLeNetBN
 from models.nin import NIN
 from models.ninbn import NINBN
@@ -30,6 +31,7 @@ _ALL: dict[str, type[chainer.Chain]] = {
     "alexnetowt": AlexNetOWT,
     "alexnetowtbn": AlexNetOWTBN,
     "googlenet": GoogLeNet,
+    "googlenet_torch7": GoogLeNetTorch7,
     "googlenetbn": GoogLeNetBN,
     "nin": NIN,
     "ninbn": NINBN,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import chainer
@@ -62,23 +64,18 @@ class ImageClassifier(chainer.Chain):
         return loss
 
     def classify_with_auxiliaries(
-        self, h: Variable, auxiliaries: tuple[Variable, Variable], t: Variable
+        self, h: Variable, auxiliaries: Sequence[Variable], t: Variable
     ) -> Variable:
-        """Like ``classify`` with GoogLeNet's two auxiliary scores, weighted 0.3 each."""
+        """Like ``classify`` with GoogLeNet's auxiliary scores, weighted 0.3 each.
+
+        Also reports the single losses: loss1 and so on, the last one's last.
+        """
         self._see(h)
-        loss1, loss2 = (softmax_cross_entropy(scores, t) for scores in auxiliaries)
-        loss3 = softmax_cross_entropy(h, t)
-        loss = 0.3 * (loss1 + loss2) + loss3
-        chainer.report(
-            {
-                "loss": loss,
-                "loss1": loss1,
-                "loss2": loss2,
-                "loss3": loss3,
-                "accuracy": F.accuracy(full_precision(h), t),
-            },
-            self,
-        )
+        losses = [softmax_cross_entropy(scores, t) for scores in (*auxiliaries, h)]
+        loss = 0.3 * functools.reduce(operator.add, losses[:-1]) + losses[-1]
+        report = {f"loss{i}": value for i, value in enumerate(losses, 1)}
+        report |= {"loss": loss, "accuracy": F.accuracy(full_precision(h), t)}
+        chainer.report(report, self)
         return loss
 
 

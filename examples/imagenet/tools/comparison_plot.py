@@ -18,6 +18,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     settings = results["settings"]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -36,12 +37,21 @@ def plot(results: dict[str, Any], path: Path) -> None:
         for drop in settings["drops"]:
             axes.axvline(drop + 0.5, color="0.7", lw=0.8, ls=":")
         axes.set_yscale("log")
+        if max(axes.get_ylim()) < 3 * min(axes.get_ylim()):
+            # less than a decade: numbers rather than powers of ten
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch (dotted: the learning rate drops)")
         axes.set_ylabel(title)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     seeds = settings["seeds"]
-    figure.suptitle(f"{settings['arch']}, {settings['data']} of {settings['side']} x "
-                    f"{settings['side']}; mean and deviation of {seeds} seeds", fontsize=10)  # fmt: skip
+    side = settings["side"]
+    size = f" of {side} x {side}" if settings.get("shrink", 1) > 1 else ""
+    figure.suptitle(
+        f"{settings['arch']}, {settings['data']}{size}; mean and deviation of {seeds} seeds",
+        fontsize=10,
+    )
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=120)

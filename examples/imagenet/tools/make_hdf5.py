@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from datasets.folders import read_folders
 from datasets.hdf5 import write_hdf5
 from datasets.labeled import Enlarged, LabeledImages, Source, read_lines, read_list
 from datasets.resizing import parse_size
@@ -26,13 +27,19 @@ def make_hdf5(args: Namespace) -> int:
     """Writes a file; returns the exit status."""
     parts: dict[str, Source] = {}
     n_classes = 0
+    names: list[str] | None = None
     for name, path in (("train", args.train), ("test", args.val)):
-        pairs = read_list(path)
+        if path.is_dir():
+            pairs, names = read_folders(path, names)
+            root = path
+        else:
+            pairs, root = read_list(path), args.root
         n_classes = max(n_classes, 1 + max(label for _, label in pairs))
-        parts[name] = LabeledImages(pairs, args.root)
+        parts[name] = LabeledImages(pairs, root)
         if args.size:
             parts[name] = Enlarged(parts[name], parse_size(args.size))
-    classes = read_lines(args.classes) if args.classes else [str(i) for i in range(n_classes)]
+    classes = read_lines(args.classes) if args.classes else names
+    classes = classes or [str(i) for i in range(n_classes)]
     write_hdf5(args.output, parts, classes, progress)
     print(f"{args.output}: {len(parts['train'])} training and {len(parts['test'])} test images of "
           f"{len(classes)} classes, {args.output.stat().st_size} bytes")  # fmt: skip
@@ -44,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
     # fmt: off
-    add("train", type=Path, help="list file of the training images")
-    add("val", type=Path, help="list file of the validation images, which become /test")
+    add("train", type=Path, help="list file of the training images, or folder with a folder for each class")
+    add("val", type=Path, help="the validation images likewise, which become /test")
     add("--output", "-o", type=Path, required=True, metavar="FILE", help="the file to write")
     add("--root", "-R", type=Path, default=Path("."), metavar="DIR",
         help="folder of the paths in the lists (default: here)")

@@ -39,6 +39,8 @@ from tools.quadratic_problem import (
 
 PAPER = (1000, 50000)
 """Unknowns and iterations of the published table."""
+FLOOR = 1e-30
+"""Smallest gap that is drawn: below it are rounding errors of the solution itself."""
 
 
 def figures(values: Any, digits: int = 3) -> str:
@@ -107,7 +109,7 @@ def plot(results: dict[str, Result], path: Path) -> None:
     for i, (name, result) in enumerate(results.items()):
         axes = figure.add_subplot(1, len(results), i + 1)
         for m, method in enumerate(METHODS):
-            curve = np.maximum(result.curves[:, m], 1e-16)
+            curve = np.maximum(result.curves[:, m], FLOOR)
             axes.semilogy(result.iterations, curve.mean(axis=1), lw=1.2, label=method)
             if curve.shape[1] > 1:
                 axes.fill_between(

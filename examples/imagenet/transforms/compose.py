@@ -58,7 +58,10 @@ class Compose:
                 image = step(image, _NO_RNG if rng is None else rng)
         except Unusable as e:
             raise InputError(f"image {name}: {e}") from e
-        return numpy.ascontiguousarray(numpy.moveaxis(image, -1, -3), dtype=numpy.float32)
+        n = image.ndim
+        return numpy.ascontiguousarray(
+            image.transpose(*range(n - 3), n - 1, n - 3, n - 2), dtype=numpy.float32
+        )
 
 
 AUGMENTATIONS = ("torch7", "resnet", "cifar", "none")
