@@ -19,44 +19,27 @@ from chainer_ooc import mode
 from chainer_ooc.graph.following import follower_of
 from chainer_ooc.planning import book, planner
 from chainer_ooc.planning.plan import Choice
-from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.disk import SwapFile
 from chainer_ooc.testing import assert_same_bits
 from chainer_ooc.testing.adopted_arrays import simulated_gpu
+from tests.swap.test_leaks import on_ram
 
 KIB, MIB = 1 << 10, 1 << 20
 #: What counts as used by something else: memory is always past the low-water mark.
 OTHER = 8 * MIB
 
 
-class CountedRam(RamDevice):
-    """RAM in which the saved arrays count against the limit, beside something else."""
-
-    def used_bytes(self):
-        mover = self.manager._mover
-        return OTHER + sum(s.nbytes for s in mover.members(*mover.nbytes) if s.owner is not None)
-
-
 @contextlib.contextmanager
-def on_ram(directory, monkeypatch):
-    device = CountedRam(directory)
-    device.manager = mode._make_manager(device)
-    monkeypatch.setitem(mode._managers, "ram", device.manager)
-    yield
-    device.close()
-
-
-@contextlib.contextmanager
-def on_gpu(directory, monkeypatch):
+def on_gpu(directory, monkeypatch, other):
     monkeypatch.setitem(mode._managers, "ram", None)
-    with simulated_gpu(3, directory, 8 * MIB, OTHER):
+    with simulated_gpu(3, directory, 8 * MIB, other):
         yield
 
 
 @pytest.fixture(params=[on_ram, on_gpu], ids=["RAM", "simulated GPU"])
 def device(request, tmp_path, monkeypatch):
     gc.collect()
-    with request.param(str(tmp_path), monkeypatch):
+    with request.param(str(tmp_path), monkeypatch, OTHER):
         yield mode._managers["ram"]
 
 

@@ -74,14 +74,19 @@ class Training:
 class CountedRam(RamDevice):
     """RAM in which the storages count against the limit, beside something else."""
 
+    other = OTHER
+
     def used_bytes(self):
         mover = self.manager._mover
-        return OTHER + sum(s.nbytes for s in mover.members(*mover.nbytes) if s.owner is not None)
+        return self.other + sum(
+            s.nbytes for s in mover.members(*mover.nbytes) if s.owner is not None
+        )
 
 
 @contextlib.contextmanager
-def on_ram(directory, monkeypatch):
+def on_ram(directory, monkeypatch, other=OTHER):
     device = CountedRam(directory)
+    device.other = other
     device.manager = mode._make_manager(device)
     monkeypatch.setitem(mode._managers, "ram", device.manager)
     yield lambda: {"file": device.file.allocated, "its size": device.file.size}

@@ -287,3 +287,23 @@ def test_no_leak_over_many_rounds(machine):
     assert machine.file.allocated == 0
     assert not machine.manager._mover._by_owner
     assert len(machine.manager._mover.leaving) <= 4
+
+
+def test_between_graphs_free_memory_is_kept_up_to_the_low_mark_only(machine):
+    """What others allocate then, as for a snapshot, is not announced."""
+    manager, held = machine.manager, []
+    machine.hold = held.append
+    saved = save(machine, 56)
+    manager.make_room(0)
+    assert held[-1] == manager.marks.high
+    del saved[8:]
+    gc.collect()
+    manager.make_room(0)
+    assert held[-1] == manager.marks.high  # a graph lives
+    saved.clear()
+    gc.collect()
+    manager.make_room(0)
+    assert held[-1] == manager.marks.low
+    saved = save(machine, 56)
+    manager.make_room(0)
+    assert held[-1] == manager.marks.high

@@ -13,6 +13,8 @@ import pytest
 from chainer_ooc.swap.devices import page_pool
 from chainer_ooc.swap.devices.numpy_allocator import AllocatorHook
 from chainer_ooc.swap.devices.page_pool import PAGE, PagePool
+from chainer_ooc.swap.devices.ram import RamDevice
+from chainer_ooc.swap.disk import SwapFile
 from chainer_ooc.swap.process_memory import ResidentMemory
 
 MIB = 1 << 20
@@ -307,3 +309,46 @@ def test_under_a_limit_of_address_space_there_is_no_pool(run_python, tmp_path):
     )
     done = run_python(script, env={"OMP_NUM_THREADS": "1"})
     assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_free_pages_do_not_count_as_used_and_go_where_they_are_too_many(tmp_path):
+    device = RamDevice(str(tmp_path))
+    pool = device.keep_pages()
+    before = device.used_bytes()
+    device.hold(before + 32 * MIB)
+    block = pool.allocate(64 * MIB)
+    fill(block, 64 * MIB)
+    assert device.used_bytes() - before > 60 * MIB
+    pool.free(block)
+    assert device.used_bytes() - before < 4 * MIB
+    assert 20 * MIB < pool.warm_bytes < 40 * MIB  # the others went back to the system
+    assert device.used_bytes() - before < 4 * MIB
+    device.hold(0)
+    assert pool.warm_bytes == 0
+    device.close()
+
+
+def test_copies_in_under_way_count_with_all_their_bytes(tmp_path, monkeypatch):
+    device = RamDevice(str(tmp_path))
+    device.keep_pages()
+    array = np.ones(32 * MIB, np.uint8)
+    out = device.copy_out(array, 0, array.nbytes)
+    out.join()
+    reading, may_end = threading.Event(), threading.Event()
+    read = SwapFile.read
+
+    def wait(file, offset, buffer):
+        reading.set()
+        may_end.wait(30)
+        read(file, offset, buffer)
+
+    monkeypatch.setattr(SwapFile, "read", wait)
+    before = device.used_bytes()
+    owner, origin, back = device.copy_in(out.copy, array.nbytes, address_of(array))
+    assert reading.wait(30)
+    assert device.used_bytes() - before > 30 * MIB  # though nothing has been touched
+    may_end.set()
+    back.join()
+    assert 30 * MIB < device.used_bytes() - before < 40 * MIB
+    assert (owner[origin:][: array.nbytes] == 1).all()
+    device.close()
