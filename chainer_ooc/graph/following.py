@@ -27,7 +27,7 @@ __all__ = ["Follower", "follower_of"]
 #: What a link is taken to carry until something was copied over it (bytes per second).
 ASSUMED_BANDWIDTH = 1e9
 #: After so many iterations that were known, the next are not recorded any more.
-WARY = 8
+WARY = 4
 #: What runs after backward: the update, the next batch.
 BETWEEN = "between iterations"
 

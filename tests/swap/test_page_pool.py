@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -352,3 +354,22 @@ def test_copies_in_under_way_count_with_all_their_bytes(tmp_path, monkeypatch):
     assert 30 * MIB < device.used_bytes() - before < 40 * MIB
     assert (owner[origin:][: array.nbytes] == 1).all()
     device.close()
+
+
+def test_what_others_take_unannounced_takes_the_place_of_free_pages(tmp_path):
+    device = RamDevice(str(tmp_path))
+    pool, memory = device.keep_pages(), ResidentMemory()
+    block = pool.allocate(64 * MIB)
+    fill(block, 64 * MIB)
+    pool.free(block)
+    limit = memory.bytes() + 4 * MIB
+    device.hold(limit)
+    others = []
+    for _ in range(16):  # of the system's memory, which no NumPy array is made of
+        others.append(mmap.mmap(-1, 2 * MIB))
+        others[-1][:] = bytes(2 * MIB)
+        time.sleep(0.05)
+    assert memory.bytes() < limit + 4 * MIB
+    assert 16 * MIB < pool.warm_bytes < 40 * MIB
+    device.close()
+    assert pool.warm_bytes == 0

@@ -44,6 +44,9 @@ class PagePool:
     Args:
         nbytes: The size of the address space that is reserved; it takes no memory.
 
+    Attributes:
+        keeps: Whether what is free is kept.
+
     Raises:
         MemoryError: If there is no address space, as under a limit of it (``RLIMIT_AS``).
     """
@@ -67,7 +70,7 @@ class PagePool:
         # Where one mapping of the kernel ends and the next begins, at least; it moves pages of one at a time.
         self._seams: list[int] = []
         self._moves = True
-        self._keeps = True
+        self.keeps = True
         self._taken: dict[int, int] = {}  # the blocks in use: address -> size
         self._freed: deque[int] = deque()
 
@@ -132,12 +135,12 @@ class PagePool:
     def free(self, address: int) -> None:
         """Take back a block."""
         self._freed.append(address)
-        if not self._keeps:
+        if not self.keeps:
             self.give_back(self._size)
 
     def keep(self, keeps: bool) -> None:
         """Keep what is free from now on, as in the beginning, or give it back to the system at once."""
-        self._keeps = keeps
+        self.keeps = keeps
         if not keeps:
             self.give_back(self._size)
 

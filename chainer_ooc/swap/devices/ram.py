@@ -30,6 +30,8 @@ THREADS, PIECE = 4, 16 << 20
 #: Freed arrays of this size (bytes) and more go back to the system at once, when memory has become short.
 #: NumPy asks for huge pages from this size on, so that taking them again is cheap.
 RETURNED = 4 << 20
+#: As often as this resident memory is looked at while free pages are kept (seconds).
+GUARDED = 0.01
 
 
 class FileCopy:
@@ -159,6 +161,7 @@ class RamDevice:
         self._lock = threading.Lock()
         self._memory_is_short = False
         self._ceiling = 0
+        self._is_guarded = False
         # Copies in, and how many bytes of what they fill the system does not count before.
         self._arriving: list[tuple[FileTransfer, int]] = []
         self._ordinary, self._desperate = _Patience(), _Patience()
@@ -253,16 +256,39 @@ class RamDevice:
 
     def hold(self, nbytes: int) -> None:
         """Keep free pages for the next allocation as long as resident memory is below ``nbytes``."""
-        before, self._ceiling = self._ceiling, nbytes
-        if self.pages is not None and (before > 0) is not (nbytes > 0):
+        self._ceiling = nbytes
+        if self.pages is not None and self.pages.keeps is not (nbytes > 0):
             self.pages.keep(nbytes > 0)
+        self._begin_to_guard()
 
     def keep_pages(self) -> PagePool | None:
         """Return where large arrays are to be allocated from now on, ``None`` if that cannot be had."""
         if self.pages is None:
             with contextlib.suppress(MemoryError):
                 self.pages = PagePool(4 * psutil.virtual_memory().total)
+        self._begin_to_guard()
         return self.pages
+
+    def _begin_to_guard(self) -> None:
+        with self._lock:
+            if self.pages is not None and self._ceiling > 0 and not self._is_guarded:
+                self._is_guarded = True
+                arguments = self.pages, self._resident
+                threading.Thread(
+                    target=self._guard, args=arguments, name="chainer_ooc-pages", daemon=True
+                ).start()
+
+    def _guard(self, pages: PagePool, memory: process_memory.ResidentMemory) -> None:
+        """Give free pages back as memory grows that nobody announces: snapshots, decoders, imports."""
+        while True:
+            time.sleep(GUARDED)
+            with self._lock:
+                if self.pages is not pages or self._ceiling <= 0:
+                    self._is_guarded = False
+                    return
+            excess = memory.bytes() - self._ceiling
+            if excess > 0 and pages.warm_bytes:
+                pages.give_back(excess)
 
     def peak_bytes(self) -> int:
         """Return the highest resident memory since the process began (bytes)."""
@@ -326,6 +352,7 @@ class RamDevice:
     def after_fork(self) -> None:
         """Start with no threads and with a file of one's own."""
         self._threads, self._lock, self.pages = None, threading.Lock(), None
+        self._is_guarded = False
         self.file.after_fork()
         self.file = SwapFile(self.file.directory)
 
@@ -335,6 +362,7 @@ class RamDevice:
             threads, self._threads = self._threads, None
         if threads:
             threads.shutdown()
+        self.hold(0)
         self.file.close()
 
     def _start(self, copy: FileCopy, jobs: list[Callable[[], Span]]) -> FileTransfer:
