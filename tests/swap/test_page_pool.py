@@ -293,7 +293,8 @@ def test_a_forked_child_leaves_its_parents_memory_alone(run_python, tmp_path):
         "assert array.sum() == other.sum() == 1 << 20\n"
         "print('done')\n"
     )
-    done = run_python(script)
+    # From Python 3.12 on, a fork beside threads is warned of.
+    done = run_python(script, env={"PYTHONWARNINGS": "ignore::DeprecationWarning"})
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
