@@ -1,5 +1,6 @@
 """What a run shows and leaves behind."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 import reports
 from imagenet_cli import IMAGENET, TINY, command, environment
 from PIL import Image
-from reports import plots, terminal
+from reports import final, plots, terminal
 from reports.history import History
 from reports.progress import Progress, fit
 from reports.table import COLUMNS, Table
@@ -26,6 +27,7 @@ from reports.units import duration, gibibytes
 from training import Stop
 
 import chainer_ooc  # noqa: F401
+from chainer_ooc import PlanReport
 
 
 def trainer_at(iteration: int, out: Path | None = None, **observation: float) -> SimpleNamespace:
@@ -321,3 +323,21 @@ def test_one_call_attaches_all_on_rank_0_and_the_exchange_on_others(tmp_path, ra
     made.attach(SimpleNamespace(extend=lambda extension, **k: added.append(extension)))
     assert len(added) == expected
     assert made.synchronize in added
+
+
+def test_the_report_tells_what_was_planned_and_what_came_of_it():
+    plan = PlanReport(
+        *("RAM", "abc", 12, 3, 2, 1, 3 << 20, 2 << 20, 1 << 20, 2 << 20, 2 << 20),
+        *(1.5, 2.0, 1.75, 900 << 20, 3.0, (2.5, 2.25), (800 << 20, 850 << 20), True),
+    )
+    rows = dict(final._plan([plan]))
+    assert rows["swapped"] == "2 arrays, 2 MiB"
+    assert rows["iteration, foreseen"] == "2 s; no schedule below 1.75 s"
+    assert rows["iteration, measured"] == "2.25 s, the best of 2"
+    assert (rows["peak, foreseen"], rows["peak, measured"]) == ("900 MiB", "850 MiB")
+    assert rows["followed"] == "yes"
+    # Below the floor no schedule exists, and so no bound of its time.
+    rows = dict(final._plan([dataclasses.replace(plan, bound_seconds=27.0, followed=False)]))
+    assert "does not fit below the limit" in rows["iteration, foreseen"]
+    assert rows["followed"] == "no: on demand was faster"
+    assert final._plan([]) == []

@@ -153,7 +153,12 @@ def _plan(plans: Sequence[chainer_ooc.PlanReport]) -> list[tuple[str, str | None
         ("iteration on demand", f"{plan.on_demand_seconds:.3g} s"),
         (
             "iteration, foreseen",
-            f"{plan.seconds:.3g} s; no schedule below {plan.bound_seconds:.3g} s",
+            f"{plan.seconds:.3g} s; "
+            + (
+                f"no schedule below {plan.bound_seconds:.3g} s"
+                if plan.bound_seconds <= plan.seconds
+                else "what one function needs does not fit below the limit"
+            ),
         ),
         (
             "iteration, measured",
