@@ -162,6 +162,8 @@ def test_a_recipe_is_taken_for_a_whole_resident_array_once(manager, tmp_path):
     died = manager.save(other[:], "died")
     assert not offered(manager, died)
     assert offered(manager, manager.save(other, "whole"))
+    backwards = np.zeros(5000)[::-1]
+    assert not offered(manager, manager.save(backwards, "backwards"))
     # Somebody else's storages.
     device = RamDevice(str(tmp_path))
     stranger = SwapManager(device, manager.settings).save(np.arange(5000.0), "x")
