@@ -97,6 +97,7 @@ def disable() -> None:
     global _enabled
     _enabled = None
     _unhook_allocations()
+    _keep_no_free_memory()  # nor for other threads
     if _gpus is not None:
         _gpus.disable()
     _write_traces()
@@ -247,11 +248,16 @@ def hook_allocations() -> None:
 
 
 def _unhook_allocations() -> None:
-    """Announce them no more, and keep nothing for them."""
+    """Announce the calling thread's no more, and keep no free memory for them."""
     if local.hooked and _hook is not None:
         _hook.uninstall()
-        _managers["ram"].device.hold(0)
+        _keep_no_free_memory()
     local.hooked = False
+
+
+def _keep_no_free_memory() -> None:
+    if (manager := _managers.get("ram")) is not None:
+        manager.device.hold(0)
 
 
 def _before_allocation(nbytes: int) -> bool:

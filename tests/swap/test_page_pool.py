@@ -374,3 +374,22 @@ def test_what_others_take_unannounced_takes_the_place_of_free_pages(tmp_path):
     assert 16 * MIB < pool.warm_bytes < 40 * MIB
     device.close()
     assert pool.warm_bytes == 0
+
+
+def test_disabling_gives_back_what_another_thread_left(run_python, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import threading, numpy as np, chainer_ooc\n"
+        "from chainer_ooc import mode\n"
+        "chainer_ooc.enable(limit='1GiB')\n"
+        "def work():\n"
+        "    mode.hook_allocations(); np.ones(1 << 22)\n"
+        "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
+        "pool = mode._managers['ram'].device.pages\n"
+        "assert pool.warm_bytes == 8 << 22\n"
+        "chainer_ooc.disable()\n"
+        "assert pool.warm_bytes == 0\n"
+        "print('done')\n"
+    )
+    done = run_python(script)
+    assert (done.stdout, done.stderr) == ("done\n", "")
