@@ -163,7 +163,7 @@ class RamDevice:
         self._ceiling = 0
         self._is_guarded = False
         # Copies in, and how many bytes of what they fill the system does not count before.
-        self._arriving: list[tuple[FileTransfer, int]] = []
+        self._arriving: dict[int, tuple[FileTransfer, int]] = {}
         self._ordinary, self._desperate = _Patience(), _Patience()
 
     def locate(self, array: Any) -> Location | None:
@@ -210,8 +210,9 @@ class RamDevice:
         tail = copy.head + copy.body
         memory[: copy.head], memory[tail:] = copy.ends
         transfer = self._start(copy, copy.pieces(memory, copy.file.read))
+        self._arriving_bytes()  # forgets those that have ended
         if untouched:
-            self._arriving = [*self._still_arriving(), (transfer, untouched)]
+            self._arriving[id(transfer)] = transfer, untouched
         return owner, origin, transfer
 
     def adopt(
@@ -242,8 +243,7 @@ class RamDevice:
         """
         resident = self._resident.bytes()
         if self._arriving:  # the system counts their pages when they are filled
-            self._arriving = self._still_arriving()
-            resident += sum(nbytes for _, nbytes in self._arriving)
+            resident += self._arriving_bytes()
         if self.pages is None:
             return resident
         warm = self.pages.warm_bytes
@@ -251,8 +251,14 @@ class RamDevice:
             self.pages.give_back(resident - self._ceiling)
         return resident - warm
 
-    def _still_arriving(self) -> list[tuple[FileTransfer, int]]:
-        return [one for one in self._arriving if not one[0].done()]
+    def _arriving_bytes(self) -> int:
+        total = 0
+        for key, (transfer, nbytes) in list(self._arriving.items()):  # other threads add to it
+            if transfer.done():
+                self._arriving.pop(key, None)
+            else:
+                total += nbytes
+        return total
 
     def hold(self, nbytes: int) -> None:
         """Keep free pages for the next allocation as long as resident memory is below ``nbytes``."""
@@ -352,7 +358,7 @@ class RamDevice:
     def after_fork(self) -> None:
         """Start with no threads and with a file of one's own."""
         self._threads, self._lock, self.pages = None, threading.Lock(), None
-        self._is_guarded = False
+        self._is_guarded, self._arriving = False, {}
         self.file.after_fork()
         self.file = SwapFile(self.file.directory)
 
