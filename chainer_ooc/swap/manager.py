@@ -272,7 +272,8 @@ class SwapManager:
 
     def bandwidths(self, otherwise: float) -> tuple[float, float]:
         """Return the bytes per second of copies out and in, as measured so far; ``otherwise`` if there were none."""
-        out, back = self._mover.bandwidth(out=True), self._mover.bandwidth(out=False)
+        with self._lock:
+            out, back = self._mover.bandwidth(out=True), self._mover.bandwidth(out=False)
         return out or back or otherwise, back or out or otherwise
 
     # Room.

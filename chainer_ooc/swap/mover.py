@@ -290,10 +290,8 @@ class Mover:
             forward.living -= 1
             del self._members[state][number]
             self.nbytes[state] -= nbytes
-            if state in (
-                State.OUT,
-                State.DROPPED,
-            ):  # had nothing moved, it would free its memory now
+            # Had nothing moved, it would free its memory now.
+            if state in (State.OUT, State.DROPPED):
                 self._released -= nbytes
         while self._recipes:
             self._need_no_more(self._recipes.popleft())
