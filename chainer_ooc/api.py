@@ -32,7 +32,7 @@ class Stats:
         bytes_forgone: Bytes that were given up with no copy, to be computed again.
         storages_remade: Allocations that were computed again.
         recompute_seconds: Time that took.
-        copy_seconds: Time in which copies were under way. On a GPU this is not measured: 0.
+        copy_seconds: Time in which copies were under way, as far as they are known to have ended.
         stall_fetch_seconds: Time that computing threads waited for arrays that were fetched when they were asked
             for. On a GPU, where the streams wait, this and the next are what the host waited.
         stall_late_seconds: Time that they waited for arrays that were fetched ahead, too late.
