@@ -7,6 +7,7 @@ import gc
 import numpy as np
 import pytest
 
+from chainer_ooc.errors import CorruptCopyError
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
@@ -184,3 +185,20 @@ def test_a_recipe_comes_too_late_for_what_has_a_copy(manager, state):
         manager._mover.release(saved.storage)
     assert saved.storage.state is state
     assert not offered(manager, saved)
+
+
+def test_other_bits_are_an_error_and_it_stays_out(manager):
+    _, y = save_pair(manager, lambda arrays: arrays[0] + 2)
+    manager.move_all_out()
+    with pytest.raises(CorruptCopyError, match="recompute=False"):
+        manager.read(y, trusted=True)
+    assert y.storage.forgone
+
+
+def test_what_was_made_again_is_known_by_its_memory(manager):
+    _, y = save_pair(manager)
+    manager.move_all_out()
+    array = manager.read(y, trusted=True)
+    assert y.storage.state is State.RESIDENT
+    assert manager._mover.moved_bytes() == 0  # two given up, two have come
+    assert manager.save(array, "again").storage is y.storage

@@ -157,6 +157,29 @@ def test_prefetching_goes_as_far_as_there_is_room(rig):
     del held
 
 
+def test_where_a_plan_decides_nothing_else_is_fetched_ahead(rig):
+    saved = [rig.save(float(i)) for i in range(3)]
+    rig.manager.move_all_out()
+    rig.manager.follows_plan = True
+    rig.manager.prefetch(saved[2:])
+    assert states(saved) == [State.OUT] * 3
+    rig.manager.follows_plan = False
+    rig.manager.prefetch(saved[2:])
+    assert states(saved[:2]) == [State.COMING_IN] * 2
+
+
+@pytest.mark.parametrize(
+    ("out", "back", "expected"),
+    [(2.0, 3.0, (2, 3)), (2.0, None, (2, 2)), (None, 3.0, (3, 3)), (None, None, (7, 7))],
+)
+def test_a_bandwidth_that_nobody_knows_is_that_of_the_other_way(
+    rig, monkeypatch, out, back, expected
+):
+    measured = {True: out, False: back}
+    monkeypatch.setattr(rig.manager._mover, "bandwidth", lambda out: measured[out])
+    assert rig.manager.bandwidths(7.0) == expected
+
+
 def test_prefetching_releases_what_has_been_used(rig):
     saved = [rig.save(float(i)) for i in range(6)]
     rig.manager.move_all_out()
