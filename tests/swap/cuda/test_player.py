@@ -1,0 +1,108 @@
+"""Player: the moves of a plan, one by one, and what becomes of those that are not possible."""
+
+from __future__ import annotations
+
+import pytest
+
+from chainer_ooc.planning.plan import Plan
+from chainer_ooc.swap.player import Player
+from chainer_ooc.swap.storage import State
+from tests.swap.cuda.conftest import UNIT
+
+
+@pytest.fixture
+def rig(make_rig):
+    return make_rig()
+
+
+def states(saved):
+    return [one.storage.state for one in saved]
+
+
+def player_of(saved, need=0, **moves):
+    """Return a player of these moves; the number of a storage is its place in the list."""
+    plan = Plan("graph", (), need_bytes=(need,) * 10, **moves)
+    return Player(plan, lambda number: saved[number] and saved[number].storage)
+
+
+def test_what_goes_out_is_released_once_its_copy_is_complete(rig):
+    rig.cupy.eagerness = 0
+    saved = [rig.save(float(i)) for i in range(3)]
+    player = player_of(saved, copy_out=((1, 0), (2, 1)))
+    rig.manager.play(player, 0)
+    assert states(saved) == [State.RESIDENT] * 3
+    rig.manager.play(player, 1)
+    rig.manager.play(player, 1)
+    assert states(saved) == [State.GOING_OUT, State.RESIDENT, State.RESIDENT]
+    rig.cupy.synchronize()
+    rig.manager.play(player, 2)
+    assert states(saved) == [State.OUT, State.GOING_OUT, State.RESIDENT]
+
+
+def test_what_is_held_goes_out_later_and_what_is_used_or_dead_does_not(rig):
+    saved = [rig.save(0.0), rig.save(1.0), None]
+    rig.manager.finish(saved[1:2], drop=False)
+    held = saved[0].get()
+    player = player_of(saved, copy_out=((0, 0), (0, 1), (0, 2)))
+    rig.manager.play(player, 0)
+    assert states(saved[:2]) == [State.RESIDENT] * 2
+    del held
+    rig.manager.play(player, 1)
+    assert states(saved[:2]) == [State.GOING_OUT, State.RESIDENT]
+
+
+def test_what_should_go_out_and_has_a_copy_is_released(rig):
+    saved = [rig.save(0.0)]
+    rig.manager._mover.begin_out(saved[0].storage)
+    rig.cupy.synchronize()
+    player = player_of(saved, copy_out=((0, 0),))
+    rig.manager.play(player, 0)
+    rig.manager.play(player, 1)
+    assert states(saved) == [State.OUT]
+
+
+def test_clean_ones_are_released_when_it_is_due(rig):
+    saved = [rig.save(float(i)) for i in range(2)]
+    rig.manager.move_all_out()
+    rig.manager.fetch(saved, trusted=True)
+    player = player_of(saved, release=((1, 0),))
+    rig.manager.play(player, 0)
+    assert states(saved) == [State.BOTH] * 2
+    rig.manager.play(player, 1)
+    assert states(saved) == [State.OUT, State.BOTH]
+
+
+def test_copies_in_begin_when_they_are_due_and_pass_over_what_needs_none(rig):
+    saved = [*(rig.save(float(i)) for i in range(5)), None]
+    rig.manager.move_all_out()
+    rig.manager.finish(saved[1:2], drop=False)
+    rig.manager.fetch(saved[2:3], trusted=True)
+    player = player_of(saved, copy_in=((0, 5), (0, 1), (0, 2), (0, 3), (1, 4)))
+    rig.manager.play(player, 0)
+    out, coming = State.OUT, State.COMING_IN
+    assert states(saved[:5]) == [out, out, State.BOTH, coming, out]
+    rig.manager.play(player, 1)
+    assert states(saved[:5]) == [out, out, State.BOTH, coming, coming]
+
+
+def test_copies_in_wait_for_room_and_keep_their_order(rig):
+    saved = [rig.save(0.0, 4 * UNIT), rig.save(1.0)]
+    rig.manager.move_all_out()
+    other = rig.array(0.0, 2 * UNIT)
+    player = player_of(saved, need=2 * UNIT, copy_in=((0, 0), (0, 1)))
+    rig.manager.play(player, 0)
+    assert states(saved) == [State.OUT] * 2
+    del other
+    rig.manager.play(player, 1)
+    assert states(saved) == [State.COMING_IN] * 2
+
+
+def test_copies_in_wait_for_what_is_going_out_still(rig):
+    saved = [rig.save(float(i)) for i in range(2)]
+    rig.manager.move_all_out()
+    rig.cupy.eagerness = 0
+    first = rig.save(2.0)
+    rig.manager._mover.begin_out(first.storage)
+    player = player_of([first, *saved], copy_in=((0, 0), (0, 1)))
+    rig.manager.play(player, 0)
+    assert states([first, *saved]) == [State.GOING_OUT, State.OUT, State.OUT]
