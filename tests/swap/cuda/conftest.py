@@ -16,6 +16,11 @@ from chainer_ooc.testing.simulated_cuda import SimulatedCuda
 UNIT = 64 << 10
 
 
+def states(saved):
+    """Return the states of the storages of saved arrays."""
+    return [one.storage.state for one in saved]
+
+
 class Rig:
     """A simulated GPU, its device, manager and allocator hook."""
 

@@ -16,16 +16,12 @@ from chainer_ooc.settings import Settings
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.observing import Observer
 from chainer_ooc.swap.storage import State
-from tests.swap.cuda.conftest import UNIT
+from tests.swap.cuda.conftest import UNIT, states
 
 
 @pytest.fixture
 def rig(make_rig):
     return make_rig()
-
-
-def states(saved):
-    return [one.storage.state for one in saved]
 
 
 def values(saved):

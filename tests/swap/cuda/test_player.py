@@ -7,16 +7,12 @@ import pytest
 from chainer_ooc.planning.plan import Plan
 from chainer_ooc.swap.player import Player
 from chainer_ooc.swap.storage import State
-from tests.swap.cuda.conftest import UNIT
+from tests.swap.cuda.conftest import UNIT, states
 
 
 @pytest.fixture
 def rig(make_rig):
     return make_rig()
-
-
-def states(saved):
-    return [one.storage.state for one in saved]
 
 
 def player_of(saved, need=0, **moves):
@@ -59,6 +55,16 @@ def test_what_should_go_out_and_has_a_copy_is_released(rig):
     rig.manager.play(player, 0)
     rig.manager.play(player, 1)
     assert states(saved) == [State.OUT]
+
+
+def test_what_was_out_when_it_should_go_and_came_back_since_stays(rig):
+    saved = [rig.save(0.0)]
+    rig.manager.move_all_out()
+    player = player_of(saved, copy_out=((0, 0),))
+    rig.manager.play(player, 0)
+    rig.manager.fetch(saved, trusted=True)
+    rig.manager.play(player, 1)
+    assert states(saved) == [State.BOTH]
 
 
 def test_clean_ones_are_released_when_it_is_due(rig):
