@@ -75,6 +75,8 @@ TELLING = {"stalled", "_copied", "ran", "explain_shortage", "__repr__"}
 TIMEOUT = 240
 #: Mutants in which nothing that can be observed is different, by how their names begin, and why.
 EQUIVALENT: dict[str, str] = {
+    "player.Player.play: True for self._come and": "_begin_in() asks again",
+    "player.Player.play: no self._come[0][0] <= step": "_begin_in() asks again",
     "manager.SwapManager.prefetch: no not self._mover.nbytes[State.OUT]": "saves time only",
     "reclaimer.Reclaimer.begin_ahead: True for room < storage.nbytes": "less than nothing is released",
     "manager.SwapManager.finish: no storage.resident": "taint() leaves what is not here as it is",

@@ -103,6 +103,16 @@ def test_copies_in_wait_for_room_and_keep_their_order(rig):
     assert states(saved) == [State.COMING_IN] * 2
 
 
+def test_what_has_come_already_asks_for_no_room(rig):
+    saved = [rig.save(0.0, 4 * UNIT), rig.save(1.0)]
+    rig.manager.move_all_out()
+    held = saved[0].get()
+    player = player_of(saved, need=2 * UNIT, copy_in=((0, 0), (0, 1)))
+    rig.manager.play(player, 0)
+    assert states(saved) == [State.BOTH, State.COMING_IN]
+    del held
+
+
 def test_copies_in_wait_for_what_is_going_out_still(rig):
     saved = [rig.save(float(i)) for i in range(2)]
     rig.manager.move_all_out()
