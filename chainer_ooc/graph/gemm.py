@@ -20,6 +20,9 @@ __all__ = ["Product"]
 _TILE = 16
 #: Parts have at least this many multiplications: OpenBLAS has other code below a million.
 _LEAST = 1_100_000
+#: A trial has at least so many rows and elements, whichever are fewer rows: the sums of an element may also depend on
+#: its place in the panels in which BLAS works (some 500 to 800 rows), and on how threads divide them.
+_TRIAL_ROWS, _TRIAL_ELEMENTS = 4096, 1 << 20
 
 
 class Product(NamedTuple):
@@ -78,16 +81,18 @@ class Product(NamedTuple):
 @functools.lru_cache(256)
 def _keeps_bits(side: str, size: int, depth: int, other: int, rest: int, char: str) -> bool:
     random = np.random.Generator(np.random.PCG64(0))  # not the global state, which is the user's
-    free = random.standard_normal((3 * size + rest, depth)).astype(char)
+    rows = max(3 * size, min(_TRIAL_ROWS, max(_TRIAL_ELEMENTS // depth, 1024)) // _TILE * _TILE)
+    free = random.standard_normal((rows + rest, depth)).astype(char)
     fixed = random.standard_normal((other, depth)).astype(char)
     for order in ("C", "F"):
-        parts = [free[:size], free[size:]]
 
         def multiply(part: np.ndarray, order: str = order) -> np.ndarray:
             part = np.array(part, order=order)  # type: ignore[call-overload]
             return np.dot(part, fixed.T) if side == "rows" else np.dot(fixed, part.T).T
 
         whole = multiply(free)
-        if not np.array_equal(whole, np.concatenate([multiply(part) for part in parts])):
-            return False
+        for cut in (size, size + _TILE, rows // 2 // _TILE * _TILE):
+            parts = [multiply(free[:cut]), multiply(free[cut:])]
+            if not np.array_equal(whole, np.concatenate(parts)):
+                return False
     return True
