@@ -178,7 +178,8 @@ class Reclaimer:
         while leaving:
             storage = leaving[0]()
             if storage is not None and storage.state is State.GOING_OUT:
-                if storage.transfer is not None and not storage.transfer.done():
+                assert storage.transfer is not None
+                if not storage.transfer.done():
                     return
                 self._mover.end_out(storage)
             leaving.popleft()

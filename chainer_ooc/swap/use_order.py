@@ -70,7 +70,7 @@ class Forward:
             storage = reference()
             if storage is not None:
                 ranks[number] = (-storage.rank, -number)
-        self._order = [number for number in learned if number in ranks]
+        self._order = list(learned)
         self._order += sorted(ranks.keys() - set(self._order), key=ranks.__getitem__)
         self._places = {number: place for place, number in enumerate(self._order)}
 

@@ -1,4 +1,4 @@
-"""What dying storages leave: their space is given back once nothing reads or writes it, and only once."""
+"""What dying storages leave: their space is given back once nothing reads or writes it, and only once. Bandwidth."""
 
 from __future__ import annotations
 
@@ -51,3 +51,17 @@ def test_waiting_for_the_graves_empties_them(mover):
     mover._graves.append((copies[1], None))
     mover.wait_for_graves()
     assert [copy.freed for copy in copies] == [1, 1]
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_nobody_knows_the_bandwidth_before_a_copy_took_time(mover, out):
+    assert mover.bandwidth(out) is None
+    mover._links[out].note(10, (1.0, 1.0))
+    assert mover.bandwidth(out) is None
+
+
+def test_bandwidth_is_over_the_time_in_which_any_copy_was_under_way(mover):
+    for span in ((0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (10.0, 11.0)):
+        mover._links[1].note(10, span)
+    assert mover.bandwidth(out=True) == 40 / 4
+    assert mover.bandwidth(out=False) is None

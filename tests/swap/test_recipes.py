@@ -187,6 +187,39 @@ def test_a_recipe_comes_too_late_for_what_has_a_copy(manager, state):
     assert not offered(manager, saved)
 
 
+def test_several_are_made_from_one(manager):
+    """Who may write to that gets it after all of them were made."""
+    x, y = save_pair(manager)
+    z = manager.save(np.arange(5000.0) * 2, "z")
+    looks = manager.look_at(z), (manager.look_at(x),)
+    double = lambda arrays: arrays[0] * 2  # noqa: E731
+    manager.give_recipe(z, Recipe((x,), double, z.layout, 0, *looks))
+    manager.move_all_out()
+    assert y.storage.forgone and z.storage.forgone
+    manager.read(x)[:] = 7
+    assert [manager.read(one, trusted=True)[10] for one in (y, z)] == [11, 20]
+
+
+def test_an_input_that_is_written_to_as_it_goes_out_is_no_input(manager):
+    """Its copy will be worth nothing."""
+    x, y = save_pair(manager)
+    manager._mover.begin_out(x.storage)
+    manager.read(x)  # by somebody who may write
+    assert x.storage.tainted
+    assert not y.storage.recipe.fits(manager.device, y.storage)
+    manager.settle()
+
+
+def test_what_is_dropped_as_it_is_here_needs_nothing_and_holds_nothing(manager):
+    x, y = save_pair(manager)
+    manager.finish([y], drop=True)
+    assert y.storage.state is State.DROPPED
+    assert x.storage.expected == 1
+    del x
+    gc.collect()
+    assert manager.storages() == [y.storage]
+
+
 def test_other_bits_are_an_error_and_it_stays_out(manager):
     _, y = save_pair(manager, lambda arrays: arrays[0] + 2)
     manager.move_all_out()

@@ -90,6 +90,37 @@ def test_what_was_begun_is_passed_over_until_it_is_out_again(graph):
     assert expected(graph.order, storages[3:]) == ["c", "b", "a"]
 
 
+def test_what_was_learned_holds_for_the_whole_backward(graph):
+    functions = [(name, 0) for name in "abcdef"]
+    storages = graph(functions)
+    for index in (4, 5, 0, 3):
+        graph.order.use([storages[index]])
+    del storages
+    storages = graph(functions)
+    graph.order.use([storages[4]])
+    assert expected(graph.order, [storages[5]]) == ["a", "d", "c", "b"]
+
+
+@pytest.mark.parametrize("turn", [1, -1], ids=["older first", "younger first"])
+def test_of_two_graphs_that_are_used_at_once_the_younger_goes_on(graph, turn):
+    one = graph([(name, rank) for rank, name in enumerate("abcd")])
+    graph.order.use(one[3:])
+    other = graph([(name, rank) for rank, name in enumerate("efgh")])
+    assert expected(graph.order, [one[0], other[3]][::turn]) == ["g", "f", "e"]
+
+
+def test_a_graph_of_many_that_live_is_one(graph):
+    storages = graph([(str(rank), rank) for rank in range(100)])
+    assert len(expected(graph.order, storages[-1:])) == 99
+
+
+def test_a_few_that_die_do_not_end_a_graph(graph):
+    storages = graph([("a", 0), ("b", 1), ("c", 2), ("d", 3)])
+    del storages[1:]
+    more = graph([("e", 4)])
+    assert expected(graph.order, more) == ["a"]
+
+
 def test_a_dead_storage_is_passed_over(graph):
     storages = graph([("a", 0), ("b", 1), ("c", 2)])
     del storages[1]

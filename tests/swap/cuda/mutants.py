@@ -37,11 +37,14 @@ TESTS = (
     "tests/swap/cuda/test_device.py",
     "tests/swap/cuda/test_engine.py",
     "tests/swap/cuda/test_player.py",
+    "tests/swap/cuda/test_reclaimer.py",
+    "tests/swap/cuda/test_verify.py",
     "tests/swap/test_manager.py",
     "tests/swap/cuda/test_allocator.py",
     "tests/swap/cuda/test_pinned.py",
     "tests/swap/cuda/test_schedules.py",
     "tests/swap/test_use_order.py",
+    "tests/swap/test_watermarks.py",
     "tests/swap/test_recipes.py",
     "tests/swap/test_page_pool.py",
     "tests/swap/test_settings.py",
@@ -60,15 +63,15 @@ FIRST = {
     "pinned": "pinned",
     "page_pool": "page_pool",
     "player": "player",
-    "reclaimer": "engine",
+    "reclaimer": "reclaimer",
     "recipe": "recipes",
     "storage": "engine",
     "use_order": "use_order",
     "verify": "verify",
-    "watermarks": "settings",
+    "watermarks": "watermarks",
 }
 #: Calls that only count and tell.
-TOLD = {"stalled", "copied", "_copied", "ran", "used"}
+TOLD = {"stalled", "copied", "_copied", "ran", "used", "remade"}
 #: Functions that only tell.
 TELLING = {"stalled", "_copied", "ran", "explain_shortage", "__repr__"}
 #: A mutant under which the tests take longer than this (seconds) hangs: it is noticed.

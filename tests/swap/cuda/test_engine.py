@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from chainer_ooc import errors
+from chainer_ooc.planning.plan import Plan
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.observing import Observer
+from chainer_ooc.swap.player import Player
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT, states
 
@@ -89,15 +91,44 @@ def test_graphs_that_are_never_used_are_forgotten(rig):
     assert len(rig.manager._order._forward._storages) < 200
 
 
-@pytest.mark.parametrize("ask", ["make_room", "move_all_out"])
-def test_space_of_the_dead_is_given_back_when_memory_is_short(rig, ask):
+ASKED = {
+    "memory is short": lambda rig, other: rig.manager.make_room(7 * UNIT),
+    "all goes out": lambda rig, other: rig.manager.move_all_out(),
+    "a plan goes on": lambda rig, other: rig.manager.play(Player(Plan("g", ()), lambda n: None), 0),
+    "another is dropped": lambda rig, other: rig.manager.finish([other], drop=True),
+}
+
+
+@pytest.mark.parametrize("when", ASKED)
+def test_space_of_the_dead_is_given_back_when(rig, when):
     saved = [rig.save(float(i)) for i in range(3)]
     rig.manager.move_all_out()
+    other = rig.save(3.0)
     rig.cupy.synchronize()
     saved.clear()
     gc.collect()
-    rig.manager.make_room(7 * UNIT) if ask == "make_room" else rig.manager.move_all_out()
-    assert rig.device.host.slab.allocated == 0
+    allocated = rig.device.host.slab.allocated
+    ASKED[when](rig, other)
+    assert allocated - rig.device.host.slab.allocated in (3 * UNIT, 2 * UNIT)
+
+
+@pytest.mark.parametrize("short", ["never", "of room", "all went out"])
+def test_less_is_held_between_graphs_once_memory_has_been_short(rig, monkeypatch, short):
+    held = []
+    low = [rig.manager.marks.low]
+    monkeypatch.setattr(rig.device, "hold", held.append)
+    if short == "of room":
+        rig.manager.make_room(8 * UNIT)
+    if short == "all went out":
+        rig.manager.move_all_out()
+    held.clear()
+    saved = rig.save(1.0)
+    rig.manager.make_room(0)
+    assert held == []
+    del saved
+    gc.collect()
+    rig.manager.make_room(0)
+    assert (held == low) == (short != "never")
 
 
 def test_hits_are_counted_once(rig):
@@ -139,6 +170,28 @@ def test_what_is_used_or_here_is_not_prefetched(rig):
     assert rig.manager.counters.prefetched == 2
     assert saved[1].storage.state is State.OUT
     assert kept.get()[0] == 2
+
+
+def test_prefetching_goes_by_falling_rank(rig):
+    saved = [rig.save(float(i)) for i in range(4)]
+    for rank, one in zip((3, 1, 2, 4), saved, strict=True):
+        rig.manager.expect([one], rank)
+        rig.manager.expect([one], 0)  # the highest counts
+    rig.manager.move_all_out()
+    held = [rig.array(0.0) for _ in range(5)]
+    rig.manager.fetch(saved[3:], trusted=True)
+    rig.manager.prefetch(saved[3:])
+    assert states(saved[:3]) == [State.COMING_IN, State.OUT, State.OUT]
+    del held
+
+
+def test_prefetching_asks_no_room_for_what_is_here(rig):
+    saved = [rig.save(0.0), rig.save(1.0, 4 * UNIT), rig.save(2.0)]
+    held = saved[1].get()
+    rig.manager.move_all_out()
+    rig.manager.prefetch(saved[2:])
+    assert states(saved) == [State.COMING_IN, State.RESIDENT, State.OUT]
+    del held
 
 
 def test_prefetching_goes_as_far_as_there_is_room(rig):
@@ -734,6 +787,20 @@ def test_a_storage_may_be_dropped_in_any_state(rig, state):
     assert saved.storage.state is State.DROPPED
     rig.manager.settle()
     assert host_bytes(rig) == rig.pool.used_bytes() == 0
+
+
+def test_what_was_dropped_with_a_copy_leaves_that_once(rig):
+    saved, calls = rig.save(1.0), []
+    rig.manager.move_all_out()
+    copy = saved.storage.copy
+    free = copy.free
+    copy.free = lambda: [calls.append(1), free()]
+    rig.manager.finish([saved], drop=True)
+    assert calls == [1]
+    del saved
+    gc.collect()
+    rig.manager.settle()
+    assert calls == [1]
 
 
 def test_illegal_transitions_raise(rig):

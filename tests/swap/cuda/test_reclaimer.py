@@ -1,0 +1,168 @@
+"""Reclaimer: what goes first, what is waited for, and what is tried last."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from chainer_ooc.swap.recipe import Recipe
+from chainer_ooc.swap.storage import State
+from tests.swap.cuda.conftest import UNIT, states
+
+
+@pytest.fixture
+def rig(make_rig):
+    return make_rig()
+
+
+@pytest.fixture
+def trims(rig, monkeypatch):
+    """The trims of the device: whether each was desperate."""
+    calls = []
+    monkeypatch.setattr(rig.device, "trim", calls.append)
+    return calls
+
+
+def value(saved):
+    return float(saved.get().get()[0])
+
+
+def with_recipe(rig, needed, workspace=0, seen=()):
+    """Save an array that is ``needed`` plus 1, with its recipe."""
+    array = rig.array(value(needed) + 1)
+    saved = rig.manager.save(array, "y")
+    rig.manager.expect([saved])
+
+    def run(arrays):
+        for look in seen:
+            look()
+        return rig.array(float(arrays[0].get()[0]) + 1)
+
+    looks = rig.manager.look_at(saved), (rig.manager.look_at(needed),)
+    rig.manager.give_recipe(saved, Recipe((needed,), run, saved.layout, workspace, *looks))
+    return saved
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["on demand", "by a plan"])
+def test_what_a_plan_sends_out_goes_before_what_has_a_copy(rig, chosen):
+    clean, leaving = rig.save(0.0), rig.save(1.0)
+    rig.manager._mover.begin_out(clean.storage)
+    rig.manager.settle()
+    rig.cupy.eagerness = 0
+    rig.manager._mover.begin_out(leaving.storage)
+    rig.manager._reclaimer.leaving_first = chosen
+    assert rig.manager.make_room(6 * UNIT)
+    goes, stays = (leaving, clean) if chosen else (clean, leaving)
+    assert goes.storage.state is State.OUT
+    assert stays.storage.state is not State.OUT
+
+
+def test_when_all_is_given_up_and_not_enough_the_system_is_asked_for_the_last(rig, trims):
+    held = rig.array(0.0, 6 * UNIT)
+    saved = rig.save(1.0)
+    assert not rig.manager.make_room(7 * UNIT)
+    assert saved.storage.state is State.OUT
+    assert trims == [False, False, True]
+    del held
+
+
+def test_when_the_last_resort_was_enough_nothing_more_is_asked(rig, trims):
+    saved = [rig.save(float(i)) for i in range(4)]
+    rig.manager.move_all_out()
+    rig.manager.fetch(saved[3:], trusted=True)
+    rig.manager.prefetch(saved[3:])
+    trims.clear()
+    assert rig.manager.make_room(6 * UNIT)
+    assert State.COMING_IN in states(saved)
+    assert True not in trims
+
+
+def test_only_so_many_that_leave_are_waited_for(rig):
+    rig.cupy.eagerness = 0
+    saved = [rig.save(float(i)) for i in range(3)]
+    for one in saved:
+        rig.manager._mover.begin_out(one.storage)
+    rig.manager._reclaimer._release_leaving(UNIT)
+    assert states(saved) == [State.OUT, State.GOING_OUT, State.GOING_OUT]
+
+
+def test_those_that_died_on_their_way_out_are_passed_over(rig):
+    dying, last = rig.save(1.0), rig.save(2.0)
+    for one in (dying, last):
+        rig.manager._mover.begin_out(one.storage)
+    del dying, one
+    gc.collect()
+    rig.manager._mover.begin_out(rig.save(3.0).storage)
+    assert rig.manager._reclaimer._release_leaving(2 * UNIT) == UNIT
+    assert last.storage.state is State.OUT
+
+
+def test_settling_what_has_ended_waits_for_nothing(rig):
+    rig.cupy.eagerness = 0
+    saved = rig.save(1.0)
+    rig.manager._mover.begin_out(saved.storage)
+    rig.manager._reclaimer.settle()
+    assert saved.storage.state is State.GOING_OUT
+    rig.cupy.synchronize()
+    rig.manager._reclaimer.settle()
+    assert saved.storage.state is State.BOTH
+
+
+def test_giving_up_what_can_be_made_again_needs_no_copy(rig):
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    assert rig.manager._reclaimer.give_up(y.storage) == UNIT
+    assert y.storage.forgone
+    assert value(y) == 2
+
+
+def test_what_somebody_holds_is_not_given_up(rig):
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    assert y.storage.recipe is not None
+    held = y.get()
+    assert rig.manager._reclaimer.give_up(y.storage) == 0
+    assert y.storage.state is State.RESIDENT
+    del held
+
+
+def test_what_has_a_copy_goes_for_that_although_it_could_be_made_again(rig):
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    rig.manager._mover.begin_out(y.storage)
+    rig.manager.settle()
+    assert rig.manager._reclaimer.give_up(y.storage) == UNIT
+    assert not y.storage.forgone
+    assert x.storage.expected == 1
+    assert rig.manager.counters.bytes_forgone == 0
+
+
+def test_what_has_neither_a_copy_nor_a_recipe_is_not_given_up(rig):
+    saved = rig.save(1.0)
+    assert rig.manager._reclaimer.give_up(saved.storage) == 0
+    assert saved.storage.state is State.RESIDENT
+
+
+def test_what_others_are_made_again_from_goes_with_a_copy(rig):
+    """Or making those again would need it made again first."""
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    z = with_recipe(rig, y)
+    assert rig.manager._reclaimer.give_up(z.storage) == UNIT
+    assert y.storage.dependents
+    assert rig.manager._reclaimer.give_up(y.storage) == 0
+    rig.manager.move_all_out()
+    assert y.storage.state is State.OUT and not y.storage.forgone
+    assert [value(one) for one in (z, y, x)] == [3, 2, 1]
+
+
+def test_room_is_made_for_what_a_recipe_takes_before_it_runs(rig):
+    x, used = rig.save(1.0), []
+    y = with_recipe(rig, x, 3 * UNIT, [lambda: used.append(rig.pool.used_bytes())])
+    rig.manager.move_all_out()
+    assert y.storage.forgone
+    others = [rig.save(float(i)) for i in range(6)]
+    assert value(y) == 2
+    assert used[0] + 4 * UNIT <= rig.manager.marks.high
+    assert State.OUT in states(others)

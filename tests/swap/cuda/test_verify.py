@@ -1,0 +1,99 @@
+"""Checks of what is saved: who is looked at, when, and what is worth a warning."""
+
+from __future__ import annotations
+
+import pytest
+
+from chainer_ooc.settings import Settings
+from chainer_ooc.swap import verify
+from chainer_ooc.swap.storage import State
+from tests.swap.cuda.conftest import UNIT
+
+pytestmark = pytest.mark.filterwarnings("error")
+ON = Settings(limit=8 * UNIT, min_bytes=1, verify=True)
+
+
+@pytest.fixture
+def rig(make_rig):
+    return make_rig()
+
+
+@pytest.fixture
+def looks(rig, monkeypatch):
+    """The checksums that are taken."""
+    taken, real = [], rig.device.checksum
+    monkeypatch.setattr(
+        rig.device, "checksum", lambda *args: taken.append(found := real(*args)) or found
+    )
+    return taken
+
+
+def write(rig, saved):
+    rig.manager.read(saved, trusted=False).add(1)
+
+
+def test_what_nobody_checks_is_never_looked_at(rig, looks):
+    saved = rig.save(1.0)
+    rig.manager.move_all_out()
+    rig.manager.fetch([saved], trusted=True)
+    assert looks == []
+    assert saved.storage.checksum is None
+
+
+def test_what_stays_as_it_is_is_worth_no_warning(rig, looks):
+    rig.settings = ON
+    saved = rig.save(1.0)
+    rig.manager.fetch([saved], trusted=True)
+    rig.manager.move_all_out()
+    rig.manager.fetch([saved], trusted=True)
+    assert len(looks) == 4  # when it was saved, when it was used, went out and came back
+
+
+def test_after_its_last_use_anybody_may_write(rig):
+    rig.settings = ON
+    saved = rig.save(1.0)
+    rig.manager.finish([saved], drop=False)
+    write(rig, saved)
+    rig.manager.move_all_out()
+    assert float(saved.get().get()[0]) == 2
+
+
+def test_a_look_without_verify_is_no_check(rig, looks):
+    saved = rig.save(1.0)
+    before = rig.manager.look_at(saved)
+    write(rig, saved)
+    assert rig.manager.look_at(saved) != before
+    write(rig, saved)
+    rig.manager.fetch([saved], trusted=True)
+    assert len(looks) == 2
+
+
+def test_a_look_at_what_has_a_copy_or_is_out_takes_none(rig, looks):
+    known, unknown = rig.save(1.0), rig.save(2.0)
+    found = rig.manager.look_at(known)
+    looks.clear()
+    for one in (known, unknown):
+        rig.manager._mover.begin_out(one.storage)
+    rig.manager.settle()
+    went_out = len(looks)  # the one that is known is looked at once more as it goes
+    assert unknown.storage.state is State.BOTH
+    assert (rig.manager.look_at(known), rig.manager.look_at(unknown)) == (found, None)
+    rig.manager.move_all_out()
+    rig.manager._reclaimer.release_clean(2 * UNIT)
+    assert unknown.storage.state is State.OUT
+    assert (rig.manager.look_at(known), rig.manager.look_at(unknown)) == (found, None)
+    assert len(looks) == went_out == 1
+
+
+def test_a_look_at_what_is_checked_checks_it(rig):
+    rig.settings = ON
+    saved = rig.save(1.0)
+    write(rig, saved)
+    with pytest.warns(RuntimeWarning, match="modified in place"):
+        rig.manager.look_at(saved)
+
+
+def test_a_storage_without_a_checksum_gets_none_by_being_checked(rig, looks):
+    saved = rig.save(1.0)
+    verify.check_unchanged(rig.device, saved.storage)
+    assert looks == [] and saved.storage.checksum is None
