@@ -114,9 +114,9 @@ def run(
     summary = json.loads((folder / "out" / "summary.json").read_text())
     print(f"in core {in_core >> 20} MiB, limit {limit >> 20}, peak {out_of_core >> 20} MiB,",
           f"moved {(summary['bytes_out'] + summary['bytes_in']) >> 20} MiB")  # fmt: skip
-    # The kernel counts resident memory in batches of pages for each thread.
-    assert out_of_core < limit * 1.02 + (8 << 20)
-    assert summary["peak_bytes"] == pytest.approx(out_of_core, rel=0.02)
+    unsure = 8 << 20  # the kernel counts resident memory in batches of pages for each thread
+    assert out_of_core < limit * 1.02 + unsure
+    assert summary["peak_bytes"] == pytest.approx(out_of_core, abs=unsure)
     assert summary["bytes_in"] > 0
     assert_same_parameters(*(parameters(folder / out, iterations) for out in ("in", "out")))
 

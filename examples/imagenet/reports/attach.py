@@ -131,9 +131,11 @@ class Reports:
         if self._world.rank != 0:
             return
         rate = updater.n_updates / updater.seconds if updater.seconds else None
+        limit = out_of_core.limit_bytes()
+        pictures = write_plots(self.history, self._out, limit, in_core_peak_bytes)
+        self.synchronize.note_peak()  # of the last snapshot and the plots, too
         summary = summarize(self.history, self.synchronize, self._world, rate, in_core_peak_bytes)
         write_summary(summary, self._out)
-        pictures = write_plots(self.history, self._out, summary["limit_bytes"], in_core_peak_bytes)
         write_report(
             self._out,
             summary,

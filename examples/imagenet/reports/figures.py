@@ -70,6 +70,10 @@ class Synchronize(training.Extension):
         self.total_images = self._iterations = 0
         self._logged = (0.0, 0.0, 0, 0)
 
+    def note_peak(self) -> None:
+        """Takes note of what this rank has held since the last iteration, by itself."""
+        self.peak_bytes = max(self.peak_bytes, devices.peak_bytes(self._gpu))
+
     def __call__(self, trainer: training.Trainer) -> None:
         """Exchanges the figures. Collective."""
         observation, updater = trainer.observation, trainer.updater
