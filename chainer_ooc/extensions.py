@@ -1,4 +1,4 @@
-"""A Trainer extension: what out-of-core mode does, iteration by iteration, for LogReport and PrintReport."""
+"""Trainer extensions: what out-of-core mode does, for LogReport and PrintReport; one plan for all ranks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,41 @@ from typing import Any
 from chainer.training import extension
 
 from chainer_ooc.api import Stats, stats
+from chainer_ooc.graph import agreement
 
-__all__ = ["OutOfCoreReport"]
+__all__ = ["AgreeOnPlans", "OutOfCoreReport"]
+
+#: The first plans are made before the third iteration, and again before the sixth.
+_FIRST = 4
+
+
+class AgreeOnPlans(extension.Extension):
+    """Lets all ranks of a ChainerMN run follow rank 0's plans.
+
+    Each rank plans for itself, from its own times: so ranks move different arrays at different times, and each
+    update waits for the slowest. With this extension, on all ranks, those whose graph, arrays and limit are the same as
+    rank 0's follow its plan; the others keep theirs. It is collective after the iterations 4, 8, 16, 32 and so on,
+    and does nothing after others.
+
+    >>> comm = chainermn.create_communicator("pure_nccl")
+    >>> trainer.extend(chainer_ooc.extensions.AgreeOnPlans(comm))
+
+    Args:
+        communicator: ChainerMN's.
+    """
+
+    trigger = (1, "iteration")
+    priority = extension.PRIORITY_READER
+
+    def __init__(self, communicator: Any) -> None:
+        self._communicator = communicator
+
+    def __call__(self, trainer: Any) -> None:
+        """Take rank 0's plans over, if it is time."""
+        iteration = trainer.updater.iteration
+        if iteration >= _FIRST and iteration & (iteration - 1) == 0:
+            mine = agreement.offers() if self._communicator.rank == 0 else None
+            agreement.adopt(self._communicator.bcast_obj(mine))
 
 
 class OutOfCoreReport(extension.Extension):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
@@ -47,7 +50,12 @@ class Page:
         self.peak_bytes: deque[int] = deque(maxlen=64)
         self.keys = [step.key for step in profile.steps]
         self.pacer = Pacer(plan)
+        # The least time of each step, and of all steps of one iteration.
         self._least = list(profile.seconds)
+        self._least_sum = math.fsum(self._least)
+        # What others have decided, until the next iteration begins, and from then on.
+        self._proposed: tuple[Plan | None] | None = None
+        self._given_up: bool | None = None
 
     @property
     def plan(self) -> Plan:
@@ -56,8 +64,30 @@ class Page:
 
     @property
     def is_worse(self) -> bool:
-        """Whether on demand was faster."""
+        """Whether on demand was faster, here or for those who decide for all."""
+        if self._given_up is not None:
+            return self._given_up
         return self.iterations >= _TRIED and min(self.seconds) > _WORSE * self.demand_seconds
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What a plan of it takes for granted (hexadecimal): the graph, and the storages by number."""
+        storages = [(s.nbytes, s.producer, s.uses) for s in self.profile.storages]
+        text = repr((self.profile.signature, self.keys, storages))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def propose(self, plan: Plan | None) -> None:
+        """Follow another plan from the next iteration on; ``None``: none, all is on demand."""
+        self._proposed = (plan,)
+
+    def take_proposed(self) -> None:
+        """Follow from now on what was proposed."""
+        if self._proposed is not None:
+            (plan,) = self._proposed
+            self._proposed = None
+            self._given_up = plan is None
+            if plan is not None and plan != self.plan:
+                self.pacer = Pacer(plan)
 
     def finish(self, measured: Measured, peak_bytes: int, step_seconds: Sequence[float]) -> None:
         """Take note of an iteration that has followed the plan."""
@@ -67,11 +97,19 @@ class Page:
         self.pacer.update(measured)
         if len(step_seconds) == len(self._least):
             self._least = [min(pair) for pair in zip(self._least, step_seconds, strict=True)]
+            self._least_sum = min(self._least_sum, math.fsum(step_seconds))
 
     def plan_again(self, system: System) -> None:
-        """Plan from the least times of all iterations so far."""
-        steps = zip(self.profile.steps, self._least, strict=True)
-        steps_now = tuple(dataclasses.replace(step, seconds=least) for step, least in steps)
+        """Plan from the least times of all iterations so far.
+
+        In no iteration is each step as fast as it can be: the times are such that all steps take as long as they did
+        in the fastest.
+        """
+        slower = self._least_sum / (math.fsum(self._least) or 1.0)
+        steps_now = tuple(
+            dataclasses.replace(step, seconds=least * slower)
+            for step, least in zip(self.profile.steps, self._least, strict=True)
+        )
         self.profile = dataclasses.replace(self.profile, steps=steps_now)
         self.pacer = Pacer(make_plan(self.profile, system))
 
@@ -137,6 +175,8 @@ class PlanBook:
 
     def begin(self) -> None:
         """Begin an iteration."""
+        for page in self.pages.values():
+            page.take_proposed()
         self._fitting = [
             signature for signature, page in reversed(self.pages.items()) if not page.is_worse
         ]

@@ -28,6 +28,8 @@ from snapshots import RankState, Snapshots
 from training import At, Stop, Updater
 from world import World
 
+from chainer_ooc.extensions import AgreeOnPlans
+
 
 class Run:
     """A run of the trainer on this rank.
@@ -198,6 +200,8 @@ class Run:
             every=lambda: At(every, self.stop),
         )
         self.reports.attach(trainer)
+        if config.ooc and world.comm is not None:
+            trainer.extend(AgreeOnPlans(world.comm))
         return trainer
 
     def _meta(self, images: Data) -> dict[str, Any]:

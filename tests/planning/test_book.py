@@ -99,3 +99,86 @@ def test_the_plan_not_followed_for_longest_is_forgotten():
     assert len(book) == 32
     assert run(book, profiles[0])[-1] == profiles[0].signature
     assert run(book, profiles[1])[-1] is None
+
+
+def finish(book, profile, seconds, step_seconds=()):
+    """Run an iteration that takes so long; return the page."""
+    run(book, profile)
+    book.finish(Took(seconds), 0, step_seconds)
+    return book.pages[profile.signature]
+
+
+class Took:
+    waits, slack = {}, {}
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.starts = [0.0] * 100
+
+
+def test_a_plan_is_made_again_for_the_fastest_iteration_as_a_whole():
+    """Each step by its least time is faster than any iteration ever is."""
+    profile = graph("float32[8]")
+    plan, its = planned(profile)
+    book = PlanBook()
+    book.add(profile, plan)
+    least = min(profile.seconds) / 2
+    for turn in range(3):
+        times = [3 * least if n % 3 == turn else least for n in range(len(profile.steps))]
+        run(book, profile)
+        book.finish(Took(sum(times)), 0, times, its)
+    (page,) = book.pages.values()
+    fastest = min(sum(3 if n % 3 == turn else 1 for n in range(len(times))) for turn in range(3))
+    assert sum(page.profile.seconds) == pytest.approx(fastest * least)
+    assert page.profile.seconds == pytest.approx([fastest * least / len(times)] * len(times))
+
+
+def test_what_the_others_follow_is_followed_from_the_next_iteration_on():
+    profile = graph("float32[8]")
+    plan, _ = planned(profile)
+    other = dataclasses.replace(plan, copy_out=(), copy_in=(), earliest=())
+    assert other != plan
+    book = PlanBook()
+    book.add(profile, plan)
+    (page,) = book.pages.values()
+    run(book, profile)
+    page.propose(other)
+    assert page.plan is plan
+    book.finish()
+    book.begin()
+    assert book.advance(profile.steps[0]) == (other, 0)
+
+
+def test_what_the_others_gave_up_is_given_up_until_they_follow_it_again():
+    profile = graph("float32[8]")
+    plan, _ = planned(profile)
+    book = PlanBook()
+    book.add(profile, plan, demand_seconds=1.0)
+    (page,) = book.pages.values()
+    page.propose(None)
+    assert set(run(book, profile)) == {None}
+    page.propose(plan)
+    assert set(run(book, profile)) == {profile.signature}
+    for _ in range(3):  # slower than on demand, here; the others are asked
+        finish(book, profile, 2.0)
+    assert set(run(book, profile)) == {profile.signature}
+
+
+def test_plans_are_for_a_graph_and_its_storages():
+    profile = graph("float32[8]")
+    plan, _ = planned(profile)
+
+    def identity(profile):
+        book = PlanBook()
+        book.add(profile, plan)
+        return book.pages[profile.signature].identity
+
+    def with_storage(**change):
+        first, *rest = profile.storages
+        return dataclasses.replace(profile, storages=(dataclasses.replace(first, **change), *rest))
+
+    slower = tuple(dataclasses.replace(step, seconds=7.0) for step in profile.steps)
+    assert identity(profile) == identity(dataclasses.replace(profile, steps=slower))
+    nbytes = profile.storages[0].nbytes + 1
+    assert identity(profile) != identity(with_storage(nbytes=nbytes))
+    assert identity(profile) != identity(with_storage(label="other", uses=()))
