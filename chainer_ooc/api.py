@@ -32,6 +32,7 @@ class Stats:
         bytes_forgone: Bytes that were given up with no copy, to be computed again.
         storages_remade: Allocations that were computed again.
         recompute_seconds: Time that took.
+        bytes_as_signs: Bytes that were given up for one bit for each element; they are in none of the above.
         copy_seconds: Time in which copies were under way, as far as they are known to have ended.
         stall_fetch_seconds: Time that computing threads waited for arrays that were fetched when they were asked
             for. On a GPU, where the streams wait, this and the next are what the host waited.
@@ -52,6 +53,7 @@ class Stats:
     bytes_forgone: int
     storages_remade: int
     recompute_seconds: float
+    bytes_as_signs: int
     copy_seconds: float
     stall_fetch_seconds: float
     stall_late_seconds: float
@@ -97,6 +99,7 @@ def enable(
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
+    sign_bits: bool = _UNSET,
     plan: bool = _UNSET,
     split: str = _UNSET,
     verify: bool = _UNSET,
@@ -119,6 +122,8 @@ def enable(
             does not fit under the limit, instead of one warning.
         single_backward: Backward runs once per graph: arrays are dropped after their last use.
         recompute: Run cheap functions again in backward instead of moving their results.
+        sign_bits: CPU only: where backward needs only the signs of what ReLU has returned, keep one bit for each
+            element instead of moving it; nobody else can read such an array from the graph then.
         plan: Record an iteration, plan it, and move ahead of need as planned from the next one on. Default: yes.
         split: CPU only: convolutions and poolings whose temporaries do not fit under the limit run in pieces:
             ``"exact"`` where the results are the same bits, ``"always"`` also where they may be
@@ -158,6 +163,7 @@ def out_of_core_mode(
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
+    sign_bits: bool = _UNSET,
     plan: bool = _UNSET,
     split: str = _UNSET,
     verify: bool = _UNSET,
@@ -183,6 +189,7 @@ def out_of_core_mode(
         strict: See :func:`enable`.
         single_backward: See :func:`enable`.
         recompute: See :func:`enable`.
+        sign_bits: See :func:`enable`.
         plan: See :func:`enable`.
         split: See :func:`enable`.
         verify: See :func:`enable`.
@@ -227,6 +234,7 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
         "strict",
         "single_backward",
         "recompute",
+        "sign_bits",
         "plan",
         "split",
         "verify",

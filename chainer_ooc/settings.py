@@ -171,6 +171,9 @@ class Settings:
         recompute: Functions that are cheap and give the same bits when they are run again (activations, batch
             normalization, additions and the like) are run again in backward, and their results not moved:
             fewer bytes each way, more computation.
+        sign_bits: CPU only: where backward needs nothing of what ReLU has returned but which elements are greater than
+            zero, keep one bit for each in memory instead of moving it. Nobody else can read such an array from
+            the graph then: that raises :class:`~chainer_ooc.errors.GraphReleasedError`.
         plan: From the third iteration on, what moves ahead of need is planned: an iteration is recorded, simulated,
             and played by the plan that takes the least time, as long as that is faster than on demand.
         split: CPU only: convolutions and poolings whose temporaries do not fit under the limit run in pieces:
@@ -191,6 +194,7 @@ class Settings:
     strict: bool = False
     single_backward: bool = False
     recompute: bool = False
+    sign_bits: bool = False
     plan: bool = True
     split: str = "never"
     verify: bool = False
@@ -247,6 +251,7 @@ _PARSERS = {
     "strict": _parse_flag,
     "single_backward": _parse_flag,
     "recompute": _parse_flag,
+    "sign_bits": _parse_flag,
     "plan": _parse_flag,
     "split": _parse_split,
     "verify": _parse_flag,

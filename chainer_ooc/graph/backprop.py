@@ -35,7 +35,7 @@ _WRITERS = frozenset(
 
 # Functions that have been applied and not been looked at yet, with their ``single_backward``, and whether
 # they may be run again: while memory is plenty nobody looks.
-_pending: deque[tuple[weakref.ref[Any], bool, bool]] = deque()
+_pending: deque[tuple[weakref.ref[Any], bool, bool, bool]] = deque()
 _most_pending = 4096
 _stock: dict[str, Any] = {}
 _install_lock = threading.Lock()
@@ -99,7 +99,9 @@ def _apply(self: Any, inputs: Any) -> Any:
     outputs = apply(self, inputs) if plenty else _run(self, inputs, manager, apply, self, inputs)
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
         recomputes = _recomputes(manager, settings)
-        _pending.append((weakref.ref(self), settings.single_backward, recomputes))
+        _pending.append(
+            (weakref.ref(self), settings.single_backward, recomputes, settings.sign_bits)
+        )
         if len(_pending) > _most_pending:
             _forget_dead()
     if not plenty:
@@ -264,12 +266,12 @@ def adopt() -> None:
     """Save what the functions keep that have been applied since the last time."""
     while True:
         try:
-            reference, drop, recomputes = _pending.popleft()
+            reference, *how = _pending.popleft()
         except IndexError:  # not asked for beforehand: other threads take from it too
             return
         func = reference()
         if func is not None and func.inputs is not None and _RECORD not in func.__dict__:
-            _save(func, drop, recomputes)
+            _save(func, *how)
 
 
 def _recomputes(manager: SwapManager, settings: Settings) -> bool:
@@ -277,7 +279,14 @@ def _recomputes(manager: SwapManager, settings: Settings) -> bool:
     return settings.recompute and manager.has_been_short
 
 
-def _save(func: Any, drop: bool, recomputes: bool) -> None:
+def _needs_signs(func: Any) -> bool:
+    """Tell whether all that a function needs in backward is which elements of its result are greater than zero."""
+    from chainer.functions.activation.relu import ReLU
+
+    return type(func) is ReLU and not func._use_cudnn
+
+
+def _save(func: Any, drop: bool, recomputes: bool, sign_bits: bool) -> None:
     label = func._impl_name
 
     def save(array: Any) -> Saved | None:
@@ -292,8 +301,9 @@ def _save(func: Any, drop: bool, recomputes: bool) -> None:
         return
     func.__dict__[_RECORD] = Record(group, drop)
     used = func.__dict__.pop(_USED, False)
+    signs = sign_bits and _needs_signs(func)
     for owner, saved in _by_manager(group):
-        owner.expect(saved, func.rank)
+        owner.expect(saved, func.rank, signs)
         if used:
             owner.finish(saved, drop)
 

@@ -35,6 +35,7 @@ class Counters:
     prefetched: int = 0
     prefetch_hits: int = 0
     bytes_forgone: int = 0
+    bytes_as_signs: int = 0
     storages_remade: int = 0
     recompute_seconds: float = 0.0
     copy_seconds: float = 0.0
@@ -186,6 +187,8 @@ class Mover:
         if not storage.used:
             storage.forward.look_again_at(storage)
         storage.ahead = False
+        if storage.goes_as_signs and storage.copy is not None:
+            storage.lossy, storage.verified, storage.checksum = True, False, None
         self._let_go(storage)
 
     def moved_bytes(self) -> int:
@@ -197,6 +200,7 @@ class Mover:
         assert storage.recipe is not None
         for needed in storage.recipe.storages():
             needed.expected += 1
+            needed.wants_values = True
             if needed.dependents is None:
                 needed.dependents = weakref.WeakSet()
             needed.dependents.add(storage)
@@ -232,8 +236,9 @@ class Mover:
         self._by_owner[id(owner)] = weakref.ref(storage)
         self._move(storage, State.COMING_IN)
         self._landed += storage.nbytes
-        self.counters.bytes_in += storage.nbytes
-        self.counters.storages_in += 1
+        if not storage.lossy:
+            self.counters.bytes_in += storage.nbytes
+            self.counters.storages_in += 1
 
     def end_in(self, storage: Storage) -> None:
         """COMING_IN -> BOTH. Waits.
@@ -357,9 +362,13 @@ class Mover:
 
     def _copy_out(self, storage: Storage) -> Transfer:
         verify.check_unchanged(self.device, storage)
+        bytes_of = storage.owner, storage.origin, storage.nbytes
+        if storage.goes_as_signs:
+            assert self.device.copy_signs is not None
+            self.counters.bytes_as_signs += storage.nbytes
+            return self.device.copy_signs(*bytes_of, storage.signs)
         transfer: Transfer = self._again_with_room(
-            storage.nbytes,
-            lambda: self.device.copy_out(storage.owner, storage.origin, storage.nbytes),
+            storage.nbytes, lambda: self.device.copy_out(*bytes_of)
         )
         self.counters.bytes_out += storage.nbytes
         self.counters.storages_out += 1

@@ -187,6 +187,14 @@ def test_a_recipe_comes_too_late_for_what_has_a_copy(manager, state):
     assert not offered(manager, saved)
 
 
+def test_a_look_at_what_is_nowhere_tells_what_it_was(manager):
+    _, y = save_pair(manager)
+    before = manager.look_at(y)
+    manager.move_all_out()
+    assert y.storage.forgone
+    assert manager.look_at(y) == before
+
+
 def test_several_are_made_from_one(manager):
     """Who may write to that gets it after all of them were made."""
     x, y = save_pair(manager)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from chainer_ooc.swap.observing import Span
@@ -82,6 +83,14 @@ class Device(Protocol):
         Raises:
             SwapSpaceError: If there is no space for it outside.
             OSError: If it cannot be begun.
+        """
+
+    @property
+    def copy_signs(self) -> Callable[[Any, int, int, Any], Transfer] | None:
+        """Keep which elements of a storage are greater than zero; ``None`` if it cannot be done.
+
+        :meth:`copy_in` makes an array from that which is greater than zero in the same places. It takes what
+        :meth:`copy_out` takes, and the dtype of the elements.
         """
 
     def copy_in(self, copy: Any, nbytes: int, phase: int) -> tuple[Any, int, Transfer]:

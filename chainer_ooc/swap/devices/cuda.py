@@ -94,6 +94,7 @@ class CudaDevice:
     """
 
     runs_behind = True
+    copy_signs = None
 
     def __init__(
         self,

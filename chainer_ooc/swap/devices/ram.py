@@ -18,6 +18,7 @@ import xxhash
 from chainer_ooc.swap import process_memory
 from chainer_ooc.swap.devices.base import Location
 from chainer_ooc.swap.devices.page_pool import PagePool
+from chainer_ooc.swap.devices.signs import SignCopy, SignTransfer
 from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
 from chainer_ooc.swap.observing import Span
 from chainer_ooc.swap.ranks import ranks_of_this_node
@@ -198,11 +199,22 @@ class RamDevice:
         copy.ends = (bytes(memory[: copy.head]), bytes(memory[tail:]))
         return self._start(copy, copy.pieces(memory, copy.file.write))
 
+    def copy_signs(
+        self, owner: np.ndarray, origin: int, nbytes: int, dtype: np.dtype
+    ) -> SignTransfer:
+        """Keep which elements of a storage are greater than zero."""
+        start = time.perf_counter()
+        return SignTransfer(SignCopy(_elements(owner, origin, nbytes, dtype)), start)
+
     def copy_in(
-        self, copy: FileCopy, nbytes: int, phase: int
-    ) -> tuple[np.ndarray, int, FileTransfer]:
+        self, copy: FileCopy | SignCopy, nbytes: int, phase: int
+    ) -> tuple[np.ndarray, int, FileTransfer | SignTransfer]:
         """Allocate memory at the same place in a page and begin to read a storage into it."""
+        start = time.perf_counter()
         owner, origin = _empty(nbytes, phase)
+        if isinstance(copy, SignCopy):
+            copy.fill(_elements(owner, origin, nbytes, copy.dtype))
+            return owner, origin, SignTransfer(copy, start)
         address = _address(owner)
         pooled = self.pages is not None and self.pages.owns(address)
         untouched = self.pages.untouched_bytes(address) if self.pages and pooled else nbytes
@@ -404,6 +416,10 @@ def _dense_order(owner: np.ndarray) -> np.ndarray:
 def _bytes_of(owner: np.ndarray) -> memoryview:
     flat: Any = _dense_order(owner).reshape(-1).view(np.uint8)
     return memoryview(flat)
+
+
+def _elements(owner: np.ndarray, origin: int, nbytes: int, dtype: np.dtype) -> np.ndarray:
+    return np.frombuffer(_bytes_of(owner)[origin : origin + nbytes], dtype)
 
 
 def _address(owner: np.ndarray) -> int:
