@@ -318,13 +318,15 @@ def test_an_array_that_lies_as_it_lay_is_taken_as_it_is(rig):
     assert rig.device.adopt(array, LAYOUT, UNIT, 0) == (array.data.mem, 0)
 
 
-@pytest.mark.parametrize("differs", ["strides", "offset", "allocator"])
+@pytest.mark.parametrize("differs", ["strides", "offset", "size", "allocator"])
 def test_an_array_that_lies_otherwise_than_it_lay_is_copied(make_rig, monkeypatch, differs):
     rig = make_rig(devices=2)
     if differs == "strides":
         array = matrix(rig, strides=(4, 4 * ROWS))
     elif differs == "offset":
         array = matrix(rig, rig.cupy.cuda.MemoryPointer(rig.owner(1.0, 2 * UNIT), 512))
+    elif differs == "size":
+        array = matrix(rig, rig.cupy.cuda.MemoryPointer(rig.owner(1.0, 2 * UNIT), 0))
     else:
         array = matrix(rig)
         monkeypatch.setattr(array.data.mem, "identity", "ManagedMemory")
