@@ -10,6 +10,7 @@ import pytest
 from chainer_ooc import errors
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap import process_memory
+from chainer_ooc.swap.devices.cuda import new_slab
 from chainer_ooc.swap.devices.cuda_allocator import SMALL, out_of_memory_class
 from chainer_ooc.swap.devices.gpus import Gpus
 from chainer_ooc.swap.manager import SwapManager
@@ -354,6 +355,28 @@ def test_all_gpus_share_the_host_limit(mode, monkeypatch):
     mode.gpus.managers[0].device.close()
     with mode.cupy.cuda.Device(1):
         assert set(kept.get().get()) == {5.0}
+
+
+def test_memory_that_is_locked_already_is_part_of_a_given_limit_and_beside_what_is_free(
+    mode, monkeypatch
+):
+    monkeypatch.setattr(process_memory, "available_bytes", lambda: 1 << 30)
+    mode.enable(UNIT)
+    saved = mode.save(1.0, 0)
+    manager = saved.storage.manager
+    manager.move_all_out()
+    slab, staging = manager.device.host.slab, manager.device.staging_bytes
+    assert slab.size > 0
+
+    def limit_for(host_limit):
+        mode.on = mode.last = Settings(
+            limit=UNIT, min_bytes=1, host_limit=host_limit, swap_dir=mode.directory
+        )
+        mode.gpus.enable(mode.on)
+        return slab.limit
+
+    assert limit_for(9 * UNIT) == 9 * UNIT - staging
+    assert limit_for(None) == new_slab(mode.cupy, None).limit + slab.size - staging
 
 
 @pytest.fixture
