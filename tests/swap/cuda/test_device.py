@@ -301,41 +301,44 @@ def test_views_lie_where_they_lay(rig):
     assert (again.data.ptr, again.strides) == (view.data.ptr, (8,))
 
 
-ROWS = UNIT // 16
-LAYOUT = Layout(np.dtype("f4"), (ROWS, 4), (16, 4), 0, True)
+def layout_of(nbytes):
+    """Return the layout of an array that fills a storage of that size."""
+    return Layout(np.dtype("f4"), (nbytes // 16, 4), (16, 4), 0, True)
 
 
-def matrix(rig, pointer=None, strides=None):
+def numbers(layout):
+    return np.arange(np.prod(layout.shape)).reshape(layout.shape)
+
+
+def filled(rig, layout, pointer=None, strides=None):
     """Return an array of numbers that are all different."""
-    array = rig.cupy.ndarray(LAYOUT.shape, LAYOUT.dtype, pointer, strides)
+    array = rig.cupy.ndarray(layout.shape, layout.dtype, pointer, strides)
     rig.cupy.synchronize()  # the pool's first use of it
-    array.view()()[...] = np.arange(ROWS * 4).reshape(ROWS, 4)
+    array.view()()[...] = numbers(layout)
     return array
 
 
 def test_an_array_that_lies_as_it_lay_is_taken_as_it_is(rig):
-    array = matrix(rig)
-    assert rig.device.adopt(array, LAYOUT, UNIT, 0) == (array.data.mem, 0)
+    layout = layout_of(UNIT)
+    array = filled(rig, layout)
+    assert rig.device.adopt(array, layout, UNIT, 0) == (array.data.mem, 0)
 
 
 @pytest.mark.parametrize("differs", ["strides", "offset", "size", "allocator"])
 def test_an_array_that_lies_otherwise_than_it_lay_is_copied(make_rig, monkeypatch, differs):
     rig = make_rig(devices=2)
-    if differs == "strides":
-        array = matrix(rig, strides=(4, 4 * ROWS))
-    elif differs == "offset":
-        array = matrix(rig, rig.cupy.cuda.MemoryPointer(rig.owner(1.0, 2 * UNIT), 512))
-    elif differs == "size":
-        array = matrix(rig, rig.cupy.cuda.MemoryPointer(rig.owner(1.0, 2 * UNIT), 0))
-    else:
-        array = matrix(rig)
-        monkeypatch.setattr(array.data.mem, "identity", "ManagedMemory")
+    layout = layout_of(UNIT // 2 if differs == "offset" else UNIT)
+    memory = rig.owner(1.0, 2 * UNIT if differs == "size" else UNIT)
+    offset = UNIT // 2 if differs == "offset" else 0
+    strides = (4, UNIT // 4) if differs == "strides" else None
+    array = filled(rig, layout, rig.cupy.cuda.MemoryPointer(memory, offset), strides)
+    if differs == "allocator":
+        monkeypatch.setattr(memory, "identity", "ManagedMemory")
     with rig.cupy.cuda.Device(1):
-        owner, origin = rig.device.adopt(array, LAYOUT, UNIT, 0)
-    assert owner is not array.data.mem
+        owner, origin = rig.device.adopt(array, layout, UNIT, 0)
+    assert owner is not memory
     assert (owner.size, owner.device_id, origin) == (UNIT, 0, 0)
-    copy = rig.device.view(owner, 0, LAYOUT)
-    assert (copy.get() == np.arange(ROWS * 4).reshape(ROWS, 4)).all()
+    assert (rig.device.view(owner, 0, layout).get() == numbers(layout)).all()
 
 
 def test_the_other_gpu_may_be_current(make_rig):
