@@ -149,9 +149,9 @@ class Mode:
     def make(self, device):
         return SwapManager(device, lambda: self.on or self.last, is_trusted=lambda: True)
 
-    def enable(self, limit):
+    def enable(self, limit, host_limit=8 * UNIT):
         self.on = self.last = Settings(
-            limit=limit, min_bytes=1, host_limit=8 * UNIT, swap_dir=self.directory
+            limit=limit, min_bytes=1, host_limit=host_limit, swap_dir=self.directory
         )
         self.gpus.enable(self.on)
 
@@ -369,10 +369,7 @@ def test_memory_that_is_locked_already_is_part_of_a_given_limit_and_beside_what_
     assert slab.size > 0
 
     def limit_for(host_limit):
-        mode.on = mode.last = Settings(
-            limit=UNIT, min_bytes=1, host_limit=host_limit, swap_dir=mode.directory
-        )
-        mode.gpus.enable(mode.on)
+        mode.enable(UNIT, host_limit)
         return slab.limit
 
     assert limit_for(9 * UNIT) == 9 * UNIT - staging
@@ -448,12 +445,14 @@ def test_each_gpu_has_one_manager(mode):
 
 
 def test_a_forked_child_has_no_gpu(mode):
-    mode.enable(4 * UNIT)
+    mode.enable(4 * UNIT, host_limit=32 * UNIT)
     saved = [mode.save(1.0, device_id) for device_id in (0, 1)]
     for one in saved:
         one.storage.manager.move_all_out()
     pinned = dict(mode.cupy.pinned)
+    slab = mode.gpus.managers[0].device.host.slab
+    assert slab.allocate(1) is not None
     mode.gpus.after_fork()
-    assert mode.gpus.managers[0].device.host.slab.allocate(1) is None
+    assert slab.allocate(1) is None
     saved.clear()
     assert mode.cupy.pinned == pinned
