@@ -114,12 +114,11 @@ class PinnedSlab:
 
     def _grow_ahead(self) -> None:
         nbytes = self._next_chunk()
-        if nbytes:
-            self.size += nbytes
-            self._growing = threading.Thread(
-                target=self._make_ahead, args=(nbytes,), name="chainer_ooc-pin", daemon=True
-            )
-            self._growing.start()
+        self.size += nbytes
+        self._growing = threading.Thread(
+            target=self._make_ahead, args=(nbytes,), name="chainer_ooc-pin", daemon=True
+        )
+        self._growing.start()
 
     def _make_ahead(self, nbytes: int) -> None:
         chunk = self._make(nbytes)

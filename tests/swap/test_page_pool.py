@@ -38,19 +38,31 @@ def mappings():
 
 
 class Libc:
-    """The real one; its ``mremap`` is watched."""
+    """The real one, watched.
+
+    Attributes:
+        moves: How often ``mremap`` was called.
+        looks: How often ``mincore`` was called.
+        refused: The number of a call of ``mremap`` that fails, from 1 on; 0 for none.
+    """
 
     def __init__(self, libc):
         self._libc = libc
-        self.moves = 0
+        self.moves = self.looks = self.refused = 0
 
     def __getattr__(self, name):
         return getattr(self._libc, name)
+
+    def mincore(self, *arguments):
+        self.looks += 1
+        return self._libc.mincore(*arguments)
 
     def mremap(self, address, nbytes, *rest):
         # Before Linux 6.17 only pages of one mapping are moved at a time.
         assert any(first <= address < address + nbytes <= last for first, last in mappings())
         self.moves += 1
+        if self.moves == self.refused:
+            return page_pool._FAILED
         return self._libc.mremap(address, nbytes, *rest)
 
 
@@ -59,6 +71,16 @@ def libc(monkeypatch):
     libc = Libc(page_pool._libc())
     monkeypatch.setattr(page_pool, "_libc", lambda: libc)
     return libc
+
+
+def filled(pool, n):
+    """Return a block of ``n`` MiB of ones, put together of as many that lay apart."""
+    blocks = [pool.allocate(MIB) for _ in range(2 * n)]
+    for block in blocks:
+        fill(block, MIB)
+    for block in blocks[::2]:
+        pool.free(block)
+    return pool.allocate(n * MIB)
 
 
 def faults_of(action):
@@ -112,11 +134,36 @@ def test_what_is_given_back_is_not_resident_any_more(pool):
     assert pool.warm_bytes == 0
 
 
-def test_pages_that_nobody_touched_do_not_count_as_warm(pool):
+def test_pages_that_nobody_touched_do_not_count_as_warm():
+    pool = PagePool(4 * MIB)
     block = pool.allocate(4 * MIB)
     fill(block, MIB)
     pool.free(block)
     assert pool.warm_bytes == 0
+    assert pool.allocate(4 * MIB) == block  # and are not lost
+
+
+def test_what_is_made_of_used_pages_alone_is_not_looked_at_when_it_is_free(pool, libc):
+    large = filled(pool, 2)
+    assert libc.looks == 2  # at the two blocks that it was made of
+    pool.free(large)
+    assert pool.warm_bytes == 2 * MIB
+    assert libc.looks == 2
+
+
+def test_nothing_is_given_back_when_free_pages_go_on_being_kept(pool):
+    block = pool.allocate(MIB)
+    fill(block, MIB)
+    pool.free(block)
+    pool.keep(True)
+    assert pool.warm_bytes == MIB
+
+
+def test_memory_that_need_not_be_zero_is_not_touched(pool):
+    block = pool.allocate(MIB)
+    fill(block, MIB)
+    pool.free(block)
+    assert ctypes.string_at(pool.allocate(MIB), MIB) == b"\1" * MIB
 
 
 def test_cleared_memory_is_zero_on_used_pages_too(pool):
@@ -187,6 +234,102 @@ def test_without_moves_new_pages_are_taken(pool, libc, monkeypatch):
     pool.free(blocks[1])
     assert pool.allocate(3 * MIB) is not None
     assert libc.moves == 1  # it was tried once
+
+
+def test_a_move_that_fails_loses_no_address(libc):
+    pool = PagePool(8 * MIB)
+    libc.refused = 1
+    blocks = [pool.allocate(MIB) for _ in range(4)]
+    for block in blocks:
+        fill(block, MIB)
+    pool.free(blocks[0])
+    pool.free(blocks[2])
+    large = pool.allocate(2 * MIB)
+    for block in (blocks[1], blocks[3], large):
+        pool.free(block)
+    pool.give_back(8 * MIB)
+    assert pool.allocate(8 * MIB) is not None
+
+
+def test_a_move_that_fails_halfway_leaves_zeros(pool, libc):
+    block = filled(pool, 2)
+    pool.free(block)  # two mappings
+    libc.refused = libc.moves + 2
+    block = pool.allocate(3 * MIB, clear=True)
+    assert libc.moves == libc.refused
+    assert ctypes.string_at(block, 3 * MIB) == bytes(3 * MIB)
+
+
+def test_pages_are_moved_by_mappings_and_not_by_those_that_were_there_before(libc):
+    pool = PagePool(16 * MIB)
+    first, second, between = (pool.allocate(n * MIB) for n in (3, 2, 1))
+    for block, nbytes in ((first, 3 * MIB), (second, 2 * MIB)):
+        fill(block, nbytes)
+    pool.free(first)
+    pool.give_back(MIB)
+    pool.give_back(2 * MIB)  # there are two mappings now
+    pool.free(second)
+    block = pool.allocate(3 * MIB)
+    assert (block, libc.moves) == (first, 1)
+    fill(block, 3 * MIB)
+    pool.free(block)
+    assert pool.allocate(4 * MIB) > between
+    assert libc.moves == 1 + 2  # what was moved, and what was new
+
+
+def test_free_pages_stay_where_free_addresses_alone_are_in_too_many_mappings(pool, monkeypatch):
+    monkeypatch.setattr(page_pool, "MOST_SEAMS", 32)
+    blocks = [pool.allocate(nbytes) for nbytes in (MIB, PAGE, MIB, PAGE, 40 * PAGE, PAGE)]
+    for block in blocks[::2]:
+        fill(block, pool.size_of(block))
+    pool.free(blocks[4])
+    for _ in range(40):
+        pool.give_back(PAGE)
+    assert len(pool._seams) > 32
+    pool.free(blocks[0])
+    pool.free(blocks[2])
+    pool.allocate(3 * MIB // 2)
+    assert len(pool._seams) <= 16
+    assert pool.warm_bytes == MIB // 2
+
+
+def test_what_interrupts_the_pool_gets_nothing_of_it(pool, monkeypatch):
+    """A finalizer may allocate in the midst of anything."""
+    got = []
+    is_resident = page_pool._is_resident
+
+    def interrupted(*block):
+        got.append((pool.allocate(PAGE), pool.give_back(PAGE), pool.warm_bytes))
+        return is_resident(*block)
+
+    monkeypatch.setattr(page_pool, "_is_resident", interrupted)
+    block = pool.allocate(MIB)
+    fill(block, MIB)
+    pool.free(block)
+    assert pool.warm_bytes == MIB
+    assert got == [(None, 0, 0)]
+
+
+def test_a_child_gets_nothing_of_the_pool(pool, monkeypatch):
+    block = pool.allocate(MIB)
+    fill(block, MIB)
+    pool.free(block)
+    pid = page_pool.os.getpid()
+    with monkeypatch.context() as child:
+        child.setattr(page_pool.os, "getpid", lambda: pid + 1)
+        assert (pool.allocate(MIB), pool.give_back(MIB), pool.warm_bytes) == (None, 0, 0)
+    assert pool.warm_bytes == MIB
+
+
+def test_where_address_space_is_limited_there_is_none(monkeypatch):
+    monkeypatch.setattr(page_pool.resource, "getrlimit", lambda which: (1 << 40, 1 << 40))
+    with pytest.raises(MemoryError, match="limited"):
+        PagePool(MIB)
+
+
+def test_more_than_the_address_space_cannot_be_reserved():
+    with pytest.raises(MemoryError, match="mapped"):
+        PagePool(1 << 60)
 
 
 def test_a_full_address_space_is_none():

@@ -188,7 +188,12 @@ class CudaDevice:
     def adopt(self, array: Any, layout: Layout, nbytes: int, phase: int) -> tuple[Any, int]:
         """Return the owner and the origin of a storage that ``array`` fills. All memory is aligned alike."""
         location = self.arrays.locate(array)
-        if location is not None and array.strides == layout.strides and not location.offset:
+        if (
+            location is not None
+            and array.strides == layout.strides
+            and location.nbytes == nbytes
+            and not location.offset
+        ):
             return location.owner, 0
         with self.streams.on_device():
             owner, origin = self.arrays.allocate(nbytes, phase)

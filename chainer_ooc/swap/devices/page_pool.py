@@ -120,7 +120,7 @@ class PagePool:
             self._taken[address] = size
         finally:
             self._lock.release()
-        if clear and warm:
+        if clear:
             ctypes.memset(address, 0, min(warm, nbytes))
         return address
 

@@ -94,6 +94,10 @@ EQUIVALENT: dict[str, str] = {
     "reclaimer.Reclaimer.reclaim: False for missing <= 0": "less than nothing is given up",
     "cuda_streams.CopyStreams.on_device: False for": "saves time only",
     "cuda_streams.CopyStreams.note_current: True for len(": "streams are looked through more often",
+    "page_pool.PagePool.warm_bytes: no self._freed in": "saves time only",
+    "page_pool.PagePool.allocate: no self._as_freed_bytes in": "saves time only",
+    "pinned.PinnedSlab.close: no memory.close()": "it is unmapped when the list of chunks goes",
+    "pinned.PinnedSlab._make: no memory.close()": "it is unmapped when the function returns",
 }
 
 _KILLED, _SURVIVED, _BROKEN = 0, 1, 3

@@ -10,6 +10,7 @@ import pytest
 from chainer_ooc import errors
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap import process_memory
+from chainer_ooc.swap.devices.cuda import new_slab
 from chainer_ooc.swap.devices.cuda_allocator import SMALL, out_of_memory_class
 from chainer_ooc.swap.devices.gpus import Gpus
 from chainer_ooc.swap.manager import SwapManager
@@ -148,9 +149,9 @@ class Mode:
     def make(self, device):
         return SwapManager(device, lambda: self.on or self.last, is_trusted=lambda: True)
 
-    def enable(self, limit):
+    def enable(self, limit, host_limit=8 * UNIT):
         self.on = self.last = Settings(
-            limit=limit, min_bytes=1, host_limit=8 * UNIT, swap_dir=self.directory
+            limit=limit, min_bytes=1, host_limit=host_limit, swap_dir=self.directory
         )
         self.gpus.enable(self.on)
 
@@ -356,6 +357,25 @@ def test_all_gpus_share_the_host_limit(mode, monkeypatch):
         assert set(kept.get().get()) == {5.0}
 
 
+def test_memory_that_is_locked_already_is_part_of_a_given_limit_and_beside_what_is_free(
+    mode, monkeypatch
+):
+    monkeypatch.setattr(process_memory, "available_bytes", lambda: 1 << 30)
+    mode.enable(UNIT)
+    saved = mode.save(1.0, 0)
+    manager = saved.storage.manager
+    manager.move_all_out()
+    slab, staging = manager.device.host.slab, manager.device.staging_bytes
+    assert slab.size > 0
+
+    def limit_for(host_limit):
+        mode.enable(UNIT, host_limit)
+        return slab.limit
+
+    assert limit_for(9 * UNIT) == 9 * UNIT - staging
+    assert limit_for(None) == new_slab(mode.cupy, None).limit + slab.size - staging
+
+
 @pytest.fixture
 def asked(hooked, monkeypatch):
     """What the manager and the device are asked by the allocator."""
@@ -425,12 +445,14 @@ def test_each_gpu_has_one_manager(mode):
 
 
 def test_a_forked_child_has_no_gpu(mode):
-    mode.enable(4 * UNIT)
+    mode.enable(4 * UNIT, host_limit=32 * UNIT)
     saved = [mode.save(1.0, device_id) for device_id in (0, 1)]
     for one in saved:
         one.storage.manager.move_all_out()
     pinned = dict(mode.cupy.pinned)
+    slab = mode.gpus.managers[0].device.host.slab
+    assert slab.allocate(1) is not None
     mode.gpus.after_fork()
-    assert mode.gpus.managers[0].device.host.slab.allocate(1) is None
+    assert slab.allocate(1) is None
     saved.clear()
     assert mode.cupy.pinned == pinned

@@ -9,6 +9,7 @@ import itertools
 import threading
 import time
 import weakref
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap.devices.cuda import CudaDevice, new_slab
 from chainer_ooc.swap.devices.cuda import _abandoned as abandoned
 from chainer_ooc.swap.devices.cuda_host import THREADS
-from chainer_ooc.swap.devices.cuda_transfers import FailedTransfer
+from chainer_ooc.swap.devices.cuda_transfers import DiskTransfer, FailedTransfer
 from chainer_ooc.swap.observing import Observer
 from chainer_ooc.swap.pinned import CHUNK
 from chainer_ooc.swap.storage import Layout
@@ -300,6 +301,46 @@ def test_views_lie_where_they_lay(rig):
     assert (again.data.ptr, again.strides) == (view.data.ptr, (8,))
 
 
+def layout_of(nbytes):
+    """Return the layout of an array that fills a storage of that size."""
+    return Layout(np.dtype("f4"), (nbytes // 16, 4), (16, 4), 0, True)
+
+
+def numbers(layout):
+    return np.arange(np.prod(layout.shape)).reshape(layout.shape)
+
+
+def filled(rig, layout, pointer=None, strides=None):
+    """Return an array of numbers that are all different."""
+    array = rig.cupy.ndarray(layout.shape, layout.dtype, pointer, strides)
+    rig.cupy.synchronize()  # the pool's first use of it
+    array.view()()[...] = numbers(layout)
+    return array
+
+
+def test_an_array_that_lies_as_it_lay_is_taken_as_it_is(rig):
+    layout = layout_of(UNIT)
+    array = filled(rig, layout)
+    assert rig.device.adopt(array, layout, UNIT, 0) == (array.data.mem, 0)
+
+
+@pytest.mark.parametrize("differs", ["strides", "offset", "size", "allocator"])
+def test_an_array_that_lies_otherwise_than_it_lay_is_copied(make_rig, monkeypatch, differs):
+    rig = make_rig(devices=2)
+    layout = layout_of(UNIT // 2 if differs == "offset" else UNIT)
+    memory = rig.owner(1.0, 2 * UNIT if differs == "size" else UNIT)
+    offset = UNIT // 2 if differs == "offset" else 0
+    strides = (4, UNIT // 4) if differs == "strides" else None
+    array = filled(rig, layout, rig.cupy.cuda.MemoryPointer(memory, offset), strides)
+    if differs == "allocator":
+        monkeypatch.setattr(memory, "identity", "ManagedMemory")
+    with rig.cupy.cuda.Device(1):
+        owner, origin = rig.device.adopt(array, layout, UNIT, 0)
+    assert owner is not memory
+    assert (owner.size, owner.device_id, origin) == (UNIT, 0, 0)
+    assert (rig.device.view(owner, 0, layout).get() == numbers(layout)).all()
+
+
 def test_the_other_gpu_may_be_current(make_rig):
     rig = make_rig(devices=2)
     array = rig.array(2.0)
@@ -533,6 +574,16 @@ def test_when_copies_began_and_ended_is_known_later_and_the_host_waits_for_nothi
     assert abs(starts[0] - before) < 5
     for transfer in transfers:
         transfer.copy.free()
+
+
+def test_pieces_were_under_way_from_the_first_begin_to_the_last_end():
+    futures = [Future() for _ in range(3)]
+    for future, span in zip(futures, [(2.0, 5.0), (1.0, 3.0), (4.0, 4.5)], strict=True):
+        future.set_result(span)
+    transfer = DiskTransfer(None, futures, None)
+    assert transfer.span() is None
+    transfer.join()
+    assert transfer.span() == (1.0, 5.0)
 
 
 def test_what_is_computed_is_timed_on_the_gpu(rig):

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import random
 import threading
+import weakref
 
 import pytest
 
 from chainer_ooc.swap.free_blocks import FreeBlocks
 from chainer_ooc.swap.pinned import CHUNK, PinnedSlab
+from chainer_ooc.swap.pinned import _abandoned as abandoned
 
 MIB = 1 << 20
 
 
+AHEAD = "chainer_ooc-pin"
+
+
 class Registry:
-    """What is page-locked."""
+    """What is page-locked, up to ``most`` bytes. What is made ahead is held up until ``go``."""
 
     def __init__(self, most=1 << 40):
         self.regions = {}
         self.most = most
+        self.asked = []
         self.threads = []
+        self.go = threading.Event()
+        self.go.set()
 
     def register(self, address, nbytes):
+        if threading.current_thread().name == AHEAD:
+            self.go.wait(30)
+        self.asked.append(nbytes)
         if sum(self.regions.values()) + nbytes > self.most:
             raise RuntimeError("cudaErrorMemoryAllocation")
         self.regions[address] = nbytes
@@ -32,6 +43,17 @@ class Registry:
 
     def slab(self, limit):
         return PinnedSlab(limit, self.register, self.unregister)
+
+    def hold_until_waited_for(self, slab):
+        """Hold up what ``slab`` makes ahead until somebody waits for it."""
+        self.go.clear()
+        wait = slab.wait
+
+        def go_and_wait():
+            self.go.set()
+            wait()
+
+        slab.wait = go_and_wait
 
 
 def test_free_blocks_against_a_model():
@@ -109,11 +131,72 @@ def test_the_next_chunk_is_made_before_the_last_is_full_by_a_thread():
     slab.allocate(CHUNK * 3 // 4)
     slab.wait()
     assert sum(registry.regions.values()) == 2 * CHUNK
-    assert registry.threads[1] == "chainer_ooc-pin"
+    assert registry.threads[1] == AHEAD
     before = len(registry.threads)
     assert slab.allocate(CHUNK // 2) is not None
     assert "MainThread" not in registry.threads[before:]
     slab.close()
+
+
+def test_nothing_is_made_ahead_while_half_a_chunk_is_free():
+    registry = Registry()
+    slab = registry.slab(4 * CHUNK)
+    slab.allocate(CHUNK // 2)
+    slab.wait()
+    assert slab.size == CHUNK
+    assert registry.asked == [CHUNK]
+    slab.close()
+
+
+def test_one_chunk_after_the_other_is_made_ahead():
+    registry = Registry()
+    registry.go.clear()
+    slab = registry.slab(8 * CHUNK)
+    slab.allocate(CHUNK * 3 // 4)
+    slab.allocate(MIB)  # while one is being made
+    assert slab.size == 2 * CHUNK
+    registry.go.set()
+    slab.wait()
+    slab.allocate(CHUNK * 3 // 4)
+    slab.wait()
+    assert slab.size == 3 * CHUNK
+    assert registry.threads[1:] == [AHEAD, AHEAD]
+    slab.close()
+
+
+def test_who_needs_the_chunk_that_is_being_made_waits_for_it_and_makes_no_other():
+    registry = Registry()
+    slab = registry.slab(8 * CHUNK)
+    registry.hold_until_waited_for(slab)
+    slab.allocate(CHUNK * 3 // 4)
+    assert slab.allocate(CHUNK // 2) is not None
+    assert registry.threads == ["MainThread", AHEAD]
+    slab.close()
+
+
+def test_a_chunk_that_is_being_made_is_given_back_too_when_the_slab_is_closed():
+    registry = Registry()
+    slab = registry.slab(2 * CHUNK)
+    registry.hold_until_waited_for(slab)
+    slab.allocate(CHUNK * 3 // 4)
+    slab.close()
+    registry.go.set()
+    for thread in threading.enumerate():
+        if thread.name == AHEAD:
+            thread.join()
+    assert registry.asked == [CHUNK, CHUNK]
+    assert not registry.regions
+
+
+def test_a_closed_slab_has_nothing_and_may_be_used_again():
+    registry = Registry()
+    slab = registry.slab(CHUNK)
+    slab.allocate(MIB)
+    slab.close()
+    assert (slab.size, slab.allocated) == (0, 0)
+    assert slab.allocate(CHUNK) in registry.regions
+    slab.close()
+    assert not registry.regions
 
 
 @pytest.mark.parametrize("most", [0, CHUNK])
@@ -138,6 +221,45 @@ def test_less_is_taken_where_a_whole_chunk_is_refused():
     slab.close()
 
 
+def test_a_system_that_has_refused_a_chunk_ahead_is_not_asked_again():
+    registry = Registry(CHUNK)
+    slab = registry.slab(1 << 40)
+    slab.allocate(CHUNK * 3 // 4)
+    slab.wait()
+    assert slab.allocate(MIB) is not None
+    slab.wait()
+    assert slab.allocate(CHUNK) is None
+    assert registry.asked == [CHUNK, CHUNK]
+    slab.close()
+
+
+def test_more_than_the_address_space_is_refused():
+    registry = Registry()
+    slab = registry.slab(1 << 60)
+    assert slab.allocate(1 << 50) is None
+    assert (slab.size, registry.asked) == (0, [])
+
+
+def flags_of(address):
+    """The kernel's flags of the mapping that an address lies in."""
+    inside = False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            first, *rest = line.split()
+            if "-" in first:
+                start, end = (int(n, 16) for n in first.split("-"))
+                inside = start <= address < end
+            elif inside and first == "VmFlags:":
+                return rest
+    raise LookupError(hex(address))
+
+
+def test_the_memory_is_not_copied_to_forked_children():
+    slab = Registry().slab(CHUNK)
+    assert "dc" in flags_of(slab.allocate(MIB))
+    slab.close()
+
+
 def test_a_forked_child_has_nothing():
     registry = Registry()
     slab = registry.slab(4 * CHUNK)
@@ -145,12 +267,16 @@ def test_a_forked_child_has_nothing():
     slab.wait()
     before = dict(registry.regions)
     slab._lock.acquire()  # by a thread that the child does not have
+    chunk = weakref.ref(slab._chunks[0][1])
     slab.after_fork()
+    assert not slab._lock.locked()
+    assert chunk() is not None  # else it would be unmapped, whatever lies there now
     assert slab.allocate(1) is None
     slab.free(address, MIB)
     assert (slab.size, slab.allocated) == (0, 0)
     slab.close()
     assert registry.regions == before
+    abandoned.pop()
 
 
 def test_threads_share_it():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from chainer_ooc.swap.devices import cuda_streams
 from chainer_ooc.swap.devices.cuda import CudaDevice
 from chainer_ooc.swap.storage import Layout
 from chainer_ooc.testing.simulated_cuda import CUDARuntimeError, SimulatedCuda
@@ -248,3 +250,48 @@ def test_the_default_stream_of_a_thread_that_is_new_waits_for_copies_begun_befor
     assert set(np.frombuffer(_bytes(rig, out.copy), "f4")) == {1}
     assert not [race for race in rig.cupy.races if race.startswith("a fill")]
     rig.cupy.races.clear()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The host's clock: its ``now`` is what it says (seconds)."""
+    clock = types.SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(cuda_streams, "time", clock)
+    return clock
+
+
+def passed(rig):
+    """Return an event that has just been."""
+    event = rig.device.mark()
+    event.synchronize()
+    return event
+
+
+def test_when_events_were_is_known_by_the_hosts_clock(clock, make_rig):
+    rig = make_rig(devices=2)
+    clock.now = 300
+    before = rig.cupy.calls["synchronize"]
+    assert rig.device.streams.host_time(passed(rig)) == pytest.approx(0, abs=0.1)
+    assert rig.cupy.calls["synchronize"] == before + 1  # the test's
+    clock.now = 301
+    with rig.cupy.cuda.Device(1):  # related anew
+        assert rig.device.streams.host_time(passed(rig)) == pytest.approx(301, abs=0.1)
+
+
+def test_the_clocks_are_not_related_anew_while_something_is_copied(clock, make_rig):
+    rig = make_rig()
+    rig.cupy.eagerness = 0
+    out = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
+    event = passed(rig)
+    clock.now = 301
+    assert rig.device.streams.host_time(event) == pytest.approx(0, abs=0.1)
+    assert not out.done()
+    out.wait()
+    assert rig.device.streams.host_time(event) == pytest.approx(301, abs=0.1)
+
+
+def test_what_is_marked_was_given_to_its_own_gpu(make_rig):
+    rig = make_rig(devices=2)
+    with rig.cupy.cuda.Device(1):
+        assert rig.device.mark().device_id == 0
