@@ -81,6 +81,8 @@ EQUIVALENT: dict[str, str] = {
     "player.Player.play: True for self._come and": "_begin_in() asks again",
     "player.Player.play: no self._come[0][0] <= step": "_begin_in() asks again",
     "manager.SwapManager.prefetch: no not self._mover.nbytes[State.OUT]": "saves time only",
+    "reclaimer.outside: no storage.recipe is not None": "what has neither a copy nor a recipe is not out",
+    "recipe.Recipe.fits: no needed.state is State.RESIDENT": "what has no memory counts as held",
     "reclaimer.Reclaimer.begin_ahead: True for room < storage.nbytes": "less than nothing is released",
     "manager.SwapManager.finish: no storage.resident": "taint() leaves what is not here as it is",
     "manager.SwapManager.make_room: no used > self.marks.low": "less than nothing is written behind",

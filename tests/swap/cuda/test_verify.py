@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from chainer_ooc.settings import Settings
@@ -9,13 +11,13 @@ from chainer_ooc.swap import verify
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT
 
-pytestmark = pytest.mark.filterwarnings("error")
 ON = Settings(limit=8 * UNIT, min_bytes=1, verify=True)
 
 
 @pytest.fixture
 def rig(make_rig):
-    return make_rig()
+    with warnings.catch_warnings(action="error"):
+        yield make_rig()
 
 
 @pytest.fixture
