@@ -96,6 +96,18 @@ def googlenet() -> Batch:
     return _classifier(Vision(L.GoogLeNet(pretrained_model=None), "loss3_fc"), (8, 3, 224, 224))
 
 
+def vgg16() -> Batch:
+    """The convolutions of VGG-16 at 224 x 224, and one linear layer."""
+    body = chainer.Sequential()
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            body.append(L.Convolution2D(None, width, 3, pad=1))
+            body.append(F.relu)
+        body.append(lambda h: F.max_pooling_2d(h, 2))
+    body.append(L.Linear(None, 10))
+    return _classifier(body, (2, 3, 224, 224))
+
+
 def resnet50() -> Batch:
     """ResNet-50 at 224 x 224."""
     return _classifier(Vision(L.ResNet50Layers(pretrained_model=None), "fc6"), (8, 3, 224, 224))
@@ -128,5 +140,6 @@ def _classifier(body: chainer.Link, shape: tuple[int, ...]) -> Batch:
 
 
 NETS: dict[str, Callable[[], Batch]] = {
-    function.__name__: function for function in (convnet, googlenet, resnet50, unet3d, lstm, mlp)
+    function.__name__: function
+    for function in (convnet, googlenet, vgg16, resnet50, unet3d, lstm, mlp)
 }

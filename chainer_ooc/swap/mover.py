@@ -366,7 +366,11 @@ class Mover:
         if storage.goes_as_signs:
             assert self.device.copy_signs is not None
             self.counters.bytes_as_signs += storage.nbytes
-            return self.device.copy_signs(*bytes_of, storage.signs)
+            start = time.perf_counter()
+            made = self.device.copy_signs(*bytes_of, storage.signs)
+            for observer in self.observers:
+                observer.kept_signs(storage, (start, time.perf_counter()))
+            return made
         transfer: Transfer = self._again_with_room(
             storage.nbytes, lambda: self.device.copy_out(*bytes_of)
         )

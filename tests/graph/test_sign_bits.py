@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 
 import chainer
 import chainer.functions as F
@@ -218,6 +219,17 @@ def test_training_has_the_same_bits_and_moves_less(settings):
         moved[sign_bits] = after.bytes_out - before.bytes_out
         assert after.bytes_in > before.bytes_in
     assert moved[True] < 0.8 * moved[False]
+
+
+def test_it_is_in_the_trace(tmp_path):
+    path = tmp_path / "ooc.json"
+    both(lambda: gradient(lambda h: -F.relu(h), inputs()), packs=True, trace=str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    (told,) = [event for event in events if event.get("cat") == "signs"]
+    assert (told["name"], told["args"]["bytes"]) == ("ReLU", inputs().nbytes)
+    assert not [
+        e for e in events if e["name"] == "ReLU" and e.get("cat") in ("copy out", "copy in")
+    ]
 
 
 def test_bits_take_one_in_thirty_two():

@@ -71,7 +71,7 @@ FIRST = {
     "watermarks": "watermarks",
 }
 #: Calls that only count and tell.
-TOLD = {"stalled", "copied", "_copied", "ran", "used", "remade"}
+TOLD = {"stalled", "copied", "_copied", "ran", "used", "remade", "kept_signs"}
 #: Functions that only tell.
 TELLING = {"stalled", "_copied", "ran", "explain_shortage", "__repr__"}
 #: A mutant under which the tests take longer than this (seconds) hangs: it is noticed.
