@@ -1,4 +1,4 @@
-"""What takes bytes off the link: signs in place of values, running again, and both, against moving alone.
+"""What takes bytes off the link: signs in place of values, no zeros, running again, all, against moving alone.
 
     python benchmarks/fewer_bytes.py [--nets NAME ...] [--fraction F] [--repeat N] [--json FILE]
 
@@ -20,9 +20,11 @@ FOLLOWING = 6
 WAYS = {
     "move": {},
     "signs": {"sign_bits": True},
+    "no zeros": {"skip_zeros": True},
     "run again": {"recompute": True},
-    "both": {"sign_bits": True, "recompute": True},
+    "all": {"sign_bits": True, "skip_zeros": True, "recompute": True},
 }
+MOVED = ("bytes_out", "bytes_in", "bytes_skipped", "bytes_as_signs", "bytes_forgone")
 
 
 def zeros(net: str) -> list[str]:
@@ -118,7 +120,7 @@ def main() -> None:
                 },
             }
             results.append(row)
-            moved = [row[k] for k in ("bytes_out", "bytes_in", "bytes_as_signs", "bytes_forgone")]
+            moved = [row[k] for k in MOVED]
             rows.append(
                 [
                     net,
@@ -129,7 +131,7 @@ def main() -> None:
                     f"{row['peak_bytes'] / limit:.3f}",
                 ]
             )
-    header = ["net", "way", "MiB out", "in", "as signs", "run again"]
+    header = ["net", "way", "MiB out", "in", "less zeros", "as signs", "run again"]
     print_table([*header, "time/move", "of stock", "peak/limit"], rows)
     write(options.json, results)
 

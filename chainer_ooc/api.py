@@ -32,6 +32,7 @@ class Stats:
         bytes_forgone: Bytes that were given up with no copy, to be computed again.
         storages_remade: Allocations that were computed again.
         recompute_seconds: Time that took.
+        bytes_skipped: What copies, each way, were shorter than what they are of (bytes), zeros being left out.
         bytes_as_signs: Bytes that were given up for one bit for each element; they are in none of the above.
         copy_seconds: Time in which copies were under way, as far as they are known to have ended.
         stall_fetch_seconds: Time that computing threads waited for arrays that were fetched when they were asked
@@ -53,6 +54,7 @@ class Stats:
     bytes_forgone: int
     storages_remade: int
     recompute_seconds: float
+    bytes_skipped: int
     bytes_as_signs: int
     copy_seconds: float
     stall_fetch_seconds: float
@@ -100,6 +102,7 @@ def enable(
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
     sign_bits: bool = _UNSET,
+    skip_zeros: bool = _UNSET,
     plan: bool = _UNSET,
     split: str = _UNSET,
     verify: bool = _UNSET,
@@ -124,6 +127,7 @@ def enable(
         recompute: Run cheap functions again in backward instead of moving their results.
         sign_bits: CPU only: where backward needs only the signs of what ReLU has returned, keep one bit for each
             element instead of moving it; nobody else can read such an array from the graph then.
+        skip_zeros: CPU only: zeros are left out of copies, where that makes them shorter. For slow disks.
         plan: Record an iteration, plan it, and move ahead of need as planned from the next one on. Default: yes.
         split: CPU only: convolutions and poolings whose temporaries do not fit under the limit run in pieces:
             ``"exact"`` where the results are the same bits, ``"always"`` also where they may be
@@ -164,6 +168,7 @@ def out_of_core_mode(
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
     sign_bits: bool = _UNSET,
+    skip_zeros: bool = _UNSET,
     plan: bool = _UNSET,
     split: str = _UNSET,
     verify: bool = _UNSET,
@@ -190,6 +195,7 @@ def out_of_core_mode(
         single_backward: See :func:`enable`.
         recompute: See :func:`enable`.
         sign_bits: See :func:`enable`.
+        skip_zeros: See :func:`enable`.
         plan: See :func:`enable`.
         split: See :func:`enable`.
         verify: See :func:`enable`.
@@ -235,6 +241,7 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
         "single_backward",
         "recompute",
         "sign_bits",
+        "skip_zeros",
         "plan",
         "split",
         "verify",

@@ -195,7 +195,11 @@ class Net(chainer.Chain):
         return self.last(F.average(x, axis=(2, 3)))
 
 
-@pytest.mark.parametrize("settings", [{}, {"single_backward": True}, {"plan": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"single_backward": True}, {"plan": False}, {"skip_zeros": True}],
+    ids=str,
+)
 def test_training_has_the_same_bits_and_moves_less(settings):
     def program():
         net = Net()

@@ -8,7 +8,7 @@ from chainer_ooc.swap.mover import Mover
 
 
 class Copy:
-    freed = 0
+    freed = skipped_bytes = 0
 
     def free(self):
         self.freed += 1

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import xxhash
 
 from chainer_ooc.swap import process_memory
 from chainer_ooc.swap.devices.base import Location
+from chainer_ooc.swap.devices.file_copies import FileCopy, FileTransfer
 from chainer_ooc.swap.devices.page_pool import PagePool
 from chainer_ooc.swap.devices.signs import SignCopy, SignTransfer
 from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
@@ -26,95 +26,13 @@ from chainer_ooc.swap.storage import Layout
 
 __all__ = ["RamDevice"]
 
-#: Threads that copy, and the largest piece of a storage that one copies at a time (bytes).
-THREADS, PIECE = 4, 16 << 20
+#: Threads that copy.
+THREADS = 4
 #: Freed arrays of this size (bytes) and more go back to the system at once, when memory has become short.
 #: NumPy asks for huge pages from this size on, so that taking them again is cheap.
 RETURNED = 4 << 20
 #: As often as this resident memory is looked at while free pages are kept (seconds).
 GUARDED = 0.01
-
-
-class FileCopy:
-    """A storage's bytes: pages in the swap file, and the unaligned bytes before and after them in RAM.
-
-    Direct I/O moves only whole, aligned pages of memory. An allocation begins and ends somewhere in a
-    page: those ends, less than two pages, are kept here.
-    """
-
-    def __init__(self, file: SwapFile, nbytes: int, phase: int) -> None:
-        self.head = min(-phase % ALIGNMENT, nbytes)
-        self.body = (nbytes - self.head) // ALIGNMENT * ALIGNMENT
-        self.ends: tuple[bytes, bytes] = (b"", b"")
-        self.file = file
-        self.offset = file.allocate(self.body) if self.body else -1
-
-    def free(self) -> None:
-        """Give the block back to the file."""
-        if self.offset >= 0:
-            self.file.free(self.offset, self.body)
-            self.offset = -1
-
-    def pieces(
-        self, memory: memoryview, move: Callable[[int, memoryview], None]
-    ) -> list[Callable[[], Span]]:
-        """Return the calls that move the body between the file and ``memory``, the storage's bytes.
-
-        Each returns when it began and ended.
-        """
-        return [
-            functools.partial(
-                _move,
-                move,
-                self.offset + start,
-                memory[self.head + start : self.head + min(start + PIECE, self.body)],
-            )
-            for start in range(0, self.body, PIECE)
-        ]
-
-
-def _move(move: Callable[[int, memoryview], None], offset: int, piece: memoryview) -> Span:
-    start = time.perf_counter()
-    # Released here, before the transfer counts as done: whoever then asks who holds the storage's
-    # memory must not find a thread that is about to let go.
-    with piece:
-        move(offset, piece)
-    return start, time.perf_counter()
-
-
-class FileTransfer:
-    """Pieces of a :class:`FileCopy` that threads are writing or reading."""
-
-    def __init__(self, copy: FileCopy, futures: list[Future[Span]]) -> None:
-        self.copy = copy
-        self._futures = futures
-
-    def done(self) -> bool:
-        """Tell whether all pieces have ended."""
-        return all(future.done() for future in self._futures)
-
-    def wait(self) -> None:
-        """Wait for all pieces, well or badly ended."""
-        for future in self._futures:
-            future.exception()
-
-    def join(self) -> None:
-        """Wait for all pieces; raise the first error."""
-        self.wait()
-        for future in self._futures:
-            future.result()
-
-    def span(self) -> Span | None:
-        """Return when the first piece began and the last ended."""
-        if not self._futures or any(not f.done() or f.exception() for f in self._futures):
-            return None
-        starts, ends = zip(*(future.result() for future in self._futures), strict=True)
-        return min(starts), max(ends)
-
-    def arrival(self) -> float | None:
-        """Return when the last piece ended."""
-        span = self.span()
-        return span[1] if span else None
 
 
 class _Patience:
@@ -147,6 +65,7 @@ class RamDevice:
 
     Attributes:
         file: The swap file.
+        skips_zeros: What is written next leaves out zeros.
         pages: Where large arrays are allocated, once memory may get short.
     """
 
@@ -156,6 +75,7 @@ class RamDevice:
 
     def __init__(self, directory: str) -> None:
         self.file = SwapFile(directory)
+        self.skips_zeros = False
         self.pages: PagePool | None = None
         self._resident = process_memory.ResidentMemory()
         self._threads: ThreadPoolExecutor | None = None
@@ -194,10 +114,8 @@ class RamDevice:
     def copy_out(self, owner: np.ndarray, origin: int, nbytes: int) -> FileTransfer:
         """Begin to write a storage to the swap file."""
         memory = _bytes_of(owner)[origin : origin + nbytes]
-        copy = FileCopy(self.file, nbytes, _address(owner) + origin)
-        tail = copy.head + copy.body
-        copy.ends = (bytes(memory[: copy.head]), bytes(memory[tail:]))
-        return self._start(copy, copy.pieces(memory, copy.file.write))
+        copy = FileCopy(self.file, nbytes, _address(owner) + origin, self.skips_zeros)
+        return self._start(copy, copy.write(memory))
 
     def copy_signs(
         self, owner: np.ndarray, origin: int, nbytes: int, dtype: np.dtype
@@ -219,9 +137,7 @@ class RamDevice:
         pooled = self.pages is not None and self.pages.owns(address)
         untouched = self.pages.untouched_bytes(address) if self.pages and pooled else nbytes
         memory = _bytes_of(owner)[origin : origin + nbytes]
-        tail = copy.head + copy.body
-        memory[: copy.head], memory[tail:] = copy.ends
-        transfer = self._start(copy, copy.pieces(memory, copy.file.read))
+        transfer = self._start(copy, copy.read(memory))
         self._arriving_bytes()  # forgets those that have ended
         if untouched:
             self._arriving[id(transfer)] = transfer, untouched

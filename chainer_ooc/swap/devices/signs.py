@@ -22,6 +22,8 @@ class SignCopy:
         elements: The array, of one dimension.
     """
 
+    skipped_bytes = 0  # nothing goes over a link
+
     def __init__(self, elements: np.ndarray[Any, Any]) -> None:
         self.dtype = elements.dtype
         with np.errstate(invalid="ignore"):  # NaN is not greater than zero
