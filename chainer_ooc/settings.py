@@ -174,9 +174,9 @@ class Settings:
         sign_bits: CPU only: where backward needs nothing of what ReLU has returned but which elements are greater than
             zero, keep one bit for each in memory instead of moving it. Nobody else can read such an array from
             the graph then: that raises :class:`~chainer_ooc.errors.GraphReleasedError`.
-        skip_zeros: CPU only: of what goes to the swap file, words of 32 bits that are zero are left out, and one bit for
-            each word put in, where that is less: half of what ReLU returns. It costs computation, and pays where the
-            disk is slow.
+        skip_zeros: CPU only: of what goes to the swap file, words of 32 bits that are zero are left out, and one bit
+            for each word is put in, where that is less: half of what ReLU returns. It costs computation, and pays
+            where the disk is slow.
         plan: From the third iteration on, what moves ahead of need is planned: an iteration is recorded, simulated,
             and played by the plan that takes the least time, as long as that is faster than on demand.
         split: CPU only: convolutions and poolings whose temporaries do not fit under the limit run in pieces:
