@@ -189,7 +189,7 @@ class Mover:
         if not storage.used:
             storage.forward.look_again_at(storage)
         storage.ahead = False
-        if storage.goes_as_signs and storage.copy is not None:
+        if storage.goes_as_signs:
             storage.lossy, storage.verified, storage.checksum = True, False, None
         self._let_go(storage)
 

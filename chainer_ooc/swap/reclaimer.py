@@ -153,10 +153,14 @@ class Reclaimer:
         return True
 
     def give_up(self, storage: Storage) -> int:
-        """Give up a storage that can be had again: for its copy, or to be made again. Returns bytes."""
-        if storage.state is State.RESIDENT and not storage.held and self._can_be_remade(storage):
-            self._mover.forgo(storage)
-            return storage.nbytes
+        """Give up a storage that can be had again: for its copy, or its signs, or to be made again. Returns bytes."""
+        if storage.state is State.RESIDENT and not storage.held:
+            if storage.goes_as_signs:
+                self._mover.begin_out(storage)
+                self._mover.end_out(storage)
+            elif self._can_be_remade(storage):
+                self._mover.forgo(storage)
+                return storage.nbytes
         return self.release_unless_held(storage)
 
     def release_unless_held(self, storage: Storage) -> int:
@@ -168,7 +172,7 @@ class Reclaimer:
 
     def _can_be_remade(self, storage: Storage) -> bool:
         recipe = storage.recipe
-        if recipe is None or storage.dependents:
+        if recipe is None or storage.dependents or storage.goes_as_signs:
             return False
         return recipe.fits(self._mover.device, storage)
 

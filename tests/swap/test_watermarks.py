@@ -73,3 +73,12 @@ def test_under_other_settings_it_is_asked_at_once(memory):
     assert not memory.are_far(100)
     assert memory.device.asked == 2
     assert memory.device.held == 98
+
+
+def test_what_is_free_is_asked_once(memory):
+    """Later it would be less by what was taken."""
+    free = iter([5000, 1000])
+    memory.device.capacity = lambda: next(free)
+    for limit in (None, 700, None):
+        memory.settings = Settings(limit=limit)
+        assert memory.marks.limit == (limit or 5000)

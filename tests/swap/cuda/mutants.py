@@ -45,6 +45,7 @@ TESTS = (
     "tests/swap/cuda/test_schedules.py",
     "tests/swap/test_use_order.py",
     "tests/swap/test_watermarks.py",
+    "tests/swap/test_signs.py",
     "tests/swap/test_recipes.py",
     "tests/swap/test_page_pool.py",
     "tests/swap/test_settings.py",
