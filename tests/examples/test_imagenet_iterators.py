@@ -131,6 +131,28 @@ if __name__ == "__main__":
     ], done.stdout + done.stderr
 
 
+def test_loader_processes_leave_ctrl_c_to_the_training_process_from_their_first_moment(
+    run_python, tmp_path
+):
+    script = tmp_path / "script.py"
+    script.write_text(
+        SETUP
+        + """
+import multiprocessing, signal
+def show():
+    print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
+if __name__ == "__main__":
+    start_worker_server()
+    print(signal.getsignal(signal.SIGINT) == signal.default_int_handler, flush=True)
+    process = multiprocessing.Process(target=show)
+    process.start()
+    process.join()
+"""
+    )
+    done = run_python(script, timeout=60)
+    assert done.stdout.split() == ["True", "True"], done.stdout + done.stderr
+
+
 @pytest.mark.mpi
 def test_loader_processes_under_mpi(lists, run_python, tmp_path):
     script = tmp_path / "script.py"
