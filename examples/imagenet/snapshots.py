@@ -38,6 +38,10 @@ def _persistents(model: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]
             yield f"{path}/{name}", link, name
 
 
+class Damaged(InputError):
+    """A snapshot is not as it was written."""
+
+
 class RankState:
     """What differs from rank to rank, in the form of Chainer's serializers.
 
@@ -167,7 +171,12 @@ class Snapshots(training.Extension):
                 on every rank.
         """
         with self._world.together():
-            self._check(path)
+            try:
+                self._check(path)
+            except Damaged as e:
+                raise InputError(
+                    f"{e}; continue from another snapshot, or with --resume auto"
+                ) from e
             load_npz(path / "trainer.npz", trainer, "--resume")
             load_npz(path / f"rank_{self._world.rank}.npz", self._state, "--resume")
         self._reseed_gpu(trainer.updater.iteration)
@@ -210,20 +219,20 @@ class Snapshots(training.Extension):
                 f"--resume {path}: not a snapshot; give a folder snapshot_iter_N of a result, or auto"
             ) from e
         except ValueError as e:
-            raise InputError(f"--resume {path}: {MANIFEST} in it is damaged") from e
+            raise Damaged(f"--resume {path}: {MANIFEST} in it is damaged") from e
         if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-            raise InputError(f"--resume {path}: {MANIFEST} in it is damaged")
+            raise Damaged(f"--resume {path}: {MANIFEST} in it is damaged")
         return manifest
 
     def _verify(self, path: Path) -> None:
-        """Raises InputError when what this rank needs is not as it was written."""
+        """Raises Damaged when what this rank needs is not as it was written."""
         files = self._manifest(path)["files"]
         for name in ("trainer.npz", f"rank_{self._world.rank}.npz"):
             try:
                 if name in files and fingerprint(path / name) != files[name]:
-                    raise InputError(f"--resume {path / name}: damaged")
+                    raise Damaged(f"--resume {path / name}: damaged")
             except OSError as e:
-                raise InputError(f"--resume {path / name}: damaged ({e.strerror})") from e
+                raise Damaged(f"--resume {path / name}: damaged ({e.strerror})") from e
 
     def _check(self, path: Path) -> None:
         """Raises InputError when the snapshot is of another run or damaged."""

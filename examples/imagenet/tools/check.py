@@ -103,7 +103,9 @@ def check(args: Namespace) -> int:
     root = require_folder(args.root, "--root")
     entries, problems = read_entries(args.list, args.classes)
     if not entries and not problems:
-        raise InputError(f"list file {args.list}: no images in it")
+        raise InputError(
+            f"list file {args.list}: no images in it; give a file with a path and a label on each line"
+        )
     journal = Journal(args.list.with_name(args.list.name + ".checked"), root)
 
     def examine(entry: Entry) -> list[int]:
