@@ -263,6 +263,7 @@ def test_bad_input_is_one_line_and_status_2(train, lists, tmp_path, ranks):
     assert "config.resolved.yaml: cannot be written" in error(*lists.args, *TINY)
     if ranks == 2:
         return
+    assert "--batchsize 1000000000000: so many" in error(*lists.args, *TINY, "-B", 10**12)
     model = error(*lists.args, *TINY, "--initmodel", lists.train)
     assert "train.txt: damaged, or not a file of this model (not an archive of arrays)" in model
     empty = tmp_path / "empty.txt"
