@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class TensorBoard(training.Extension):
     def __init__(self, out: Path, iterations: int, figures: Synchronize) -> None:
         from tensorboardX import SummaryWriter
 
+        # Of a loss that is no number Progress says more.
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         self._make_writer = SummaryWriter
         self._folder = out / "tensorboard"
         self._every = max(1, iterations // MAX_POINTS)
