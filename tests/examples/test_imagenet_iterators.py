@@ -210,6 +210,22 @@ def test_images_in_memory_are_those_of_the_files(lists):
         memory.image(0)[:] = 0
 
 
+@pytest.mark.parametrize("error", [InputError("damaged"), KeyboardInterrupt()])
+def test_an_error_ends_the_decoding_into_memory_at_once(lists, error):
+    class Source(LabeledImages):
+        decoded = 0
+
+        def image(self, i, need=None):
+            if i == 1:
+                raise error
+            Source.decoded += 1
+            return super().image(i, need)
+
+    with pytest.raises(type(error)):
+        InMemory(Source(read_list(lists.train) * 10, lists.root), workers=2)
+    assert Source.decoded < 20  # of 200
+
+
 def test_custom_loading_decodes_once_and_augments_as_randomly(lists, monkeypatch):
     original, custom = share(lists), share(lists, loadtype="custom", workers=2)
     for name in lists.root.glob("*.jpg"):
