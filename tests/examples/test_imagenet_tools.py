@@ -226,6 +226,7 @@ def test_check_lists_every_problem(photos, tmp_path, capsys):
     assert "2     china/cut.jpg        0      cannot be decoded" in out
     path.write_text("china/china 0.jpg 0\nflower/flower 0.jpg 1\n")
     assert run(check, *args) == 0
+    assert "all of 120x90 pixels" in capsys.readouterr().out
     assert run(check, *args, "--insize", 91) == 1
     assert "120x90 is less than --insize" in capsys.readouterr().out
 
