@@ -117,12 +117,20 @@ class Snapshots(training.Extension):
         Raises:
             InputError: It cannot be written, for instance because the disk is full.
         """
-        world = self._world
-        iteration = trainer.updater.iteration
-        final = self._out / f"snapshot_iter_{iteration}"
+        final = self._out / f"snapshot_iter_{trainer.updater.iteration}"
         if final == self.latest:
             return
         partial = self._out / f".{final.name}.partial"
+        try:
+            self._write(trainer, partial, final)
+        except InputError:
+            if self._world.rank == 0:  # a disk that is full has room again for the reports
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _write(self, trainer: training.Trainer, partial: Path, final: Path) -> None:
+        """Writes a snapshot as ``partial``, and renames it when it is complete. Collective."""
+        world, iteration = self._world, trainer.updater.iteration
         self._reseed_gpu(iteration)
         mine: dict[str, list[int]] = {}
         with world.together():
@@ -133,7 +141,7 @@ class Snapshots(training.Extension):
                 if world.rank == 0:
                     mine["trainer.npz"] = write_npz(partial / "trainer.npz", trainer)
             except OSError as e:
-                raise InputError(f"--out {self._out}: cannot write a snapshot ({e})") from e
+                raise InputError(self._cannot_write(e)) from e
         files = {name: f for part in world.gather(mine) for name, f in part.items()}
         with world.together():
             if world.rank == 0:
@@ -158,10 +166,16 @@ class Snapshots(training.Extension):
             partial.rename(final)
             sync_folder(self._out)
         except OSError as e:
-            raise InputError(f"--out {self._out}: cannot write a snapshot ({e})") from e
+            raise InputError(self._cannot_write(e)) from e
         self._written.append(final)
         while self._keep and len(self._written) > self._keep:
             remove(self._written.pop(0))
+
+    def _cannot_write(self, e: OSError) -> str:
+        return (
+            f"--out {self._out}: cannot write a snapshot ({e.strerror or e}); free space or correct "
+            f"the folder, and run the same command with --resume auto"
+        )
 
     def load(self, trainer: training.Trainer, path: Path) -> None:
         """Continues from the snapshot ``path``. Collective.

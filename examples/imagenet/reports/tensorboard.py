@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -76,4 +77,5 @@ class TensorBoard(training.Extension):
     def finalize(self) -> None:
         """Writes what is still in memory."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # it must not hide the error that ended the run
+                self._writer.close()
