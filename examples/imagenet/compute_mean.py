@@ -10,26 +10,22 @@ as that of ten, and does not depend on the number of workers. An interrupted run
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-import launcher
 import numpy
 from datasets.labeled import Enlarged, LabeledImages, Source, read_list
 from datasets.resizing import parse_size
 from datasets.statistics import collect, save_mean
 from errors import InputError
 from files import write_text
-from tools.common import integer, progress
+from tools.common import Parser, progress
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2: an input cannot be used)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("dataset", help="list file: a path and a label on each line")
@@ -40,9 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--per-channel", action="store_true",
         help="write one value per channel, shape (3,); the images may have any sizes")
     add("--stats", metavar="FILE", help="write mean and standard deviation of each channel (JSON)")
-    add("--workers", "-j", type=integer(1), default=launcher.usable_cores(), metavar="N",
-        help="threads (default: all cores, %(default)s)")
     # fmt: on
+    parser.add_workers()
     args = parser.parse_args(argv)
     output = Path(args.output)
     try:

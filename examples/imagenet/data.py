@@ -11,8 +11,12 @@ from datasets import digits
 from datasets.build import Data, build
 from datasets.iterators import make_iterator
 from datasets.preprocessed import PreprocessedImages
+from errors import InputError
+from reports import gibibytes
 from tqdm import tqdm
 from world import World
+
+from chainer_ooc.swap.process_memory import physical_bytes
 
 
 def load(config: Config, world: World, say: Callable[[str], None]) -> Data:
@@ -24,8 +28,11 @@ def load(config: Config, world: World, say: Callable[[str], None]) -> Data:
         say: Prints a line on rank 0.
 
     Raises:
-        InputError: A list, the mean or one of the first images cannot be used.
+        InputError: A list, the mean or one of the first images cannot be used, or no memory of
+            this machine holds a batch.
     """
+    with world.together():
+        _check_batch(config, world)
     if config.dataset not in (None, "files"):
         options: dict[str, Any] = {"dataset": config.dataset, "data_root": config.data_root}
         source = (
@@ -64,6 +71,18 @@ def load(config: Config, world: World, say: Callable[[str], None]) -> Data:
     return data
 
 
+def _check_batch(config: Config, world: World) -> None:
+    """Raises InputError when the images of a batch alone are more than there is memory."""
+    size = config.batchsize * 3 * config.insize**2 * 4
+    room = physical_bytes() // world.intra_size
+    if size > room:
+        raise InputError(
+            f"--batchsize {config.batchsize}: so many images of {config.insize}x{config.insize} "
+            f"pixels take {gibibytes(size)}, more than the {gibibytes(room)} of memory that there "
+            f"is for a rank; choose fewer"
+        )
+
+
 def _paths(config: Config, world: World) -> tuple[Path, Path, Path, Path]:
     """Returns train list, val list, mean and root; writes the digits when needed (rank 0)."""
     if not config.digits:
@@ -81,7 +100,7 @@ def iterator(config: Config, world: World, dataset: PreprocessedImages, repeat: 
     """Returns the iterator of training (``repeat``) or validation images."""
     return make_iterator(
         dataset,
-        config.batchsize if repeat else config.val_batchsize,
+        config.batchsize if repeat else min(config.val_batchsize, max(len(dataset), 1)),
         iterator=config.iterator_name,
         workers=max(config.loaderjob, 1),
         repeat=repeat,

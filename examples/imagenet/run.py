@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,19 @@ class Run:
             raise InputError(
                 f"--out {self.config.out}: cannot make this folder ({e.strerror}); choose another"
             ) from e
+        try:
+            with tempfile.TemporaryFile(dir=self.config.out):
+                pass
+        except OSError as e:
+            raise InputError(
+                f"--out {self.config.out}: cannot write into this folder ({e.strerror}); choose another"
+            ) from e
 
     def _save_provenance(self) -> None:
-        if self.world.rank == 0:
-            self.environment = provenance.environment(self.world, self.gpu)
-            provenance.save(self.config, self.environment, self.config.out)
+        with self.world.together():
+            if self.world.rank == 0:
+                self.environment = provenance.environment(self.world, self.gpu)
+                provenance.save(self.config, self.environment, self.config.out)
 
     # -- model and trainer -----------------------------------------------------------------------
 

@@ -77,11 +77,19 @@ def load_npz(path: Path, target: Any, option: str) -> None:
         InputError: The file is missing, damaged or of another model.
     """
     try:
+        # What is no archive numpy.load would unpickle, which runs whatever it contains.
+        with open(path, "rb") as f:
+            if not zipfile.is_zipfile(f):
+                raise zipfile.BadZipFile("not an archive of arrays")
         chainer.serializers.load_npz(str(path), target)
-    except FileNotFoundError as e:
-        raise InputError(f"{option} {path}: no such file") from e
+    except (FileNotFoundError, IsADirectoryError) as e:
+        raise InputError(f"{option} {path}: no such file; give one such as model_iter_N") from e
     except KeyError as e:
-        raise InputError(f"{option} {path}: is of another model: it has no {e}") from e
+        missing = str(e.args[0]).removesuffix(" is not a file in the archive")
+        raise InputError(
+            f"{option} {path}: is of another model: it has no {missing}; use the network that it "
+            f"was made with"
+        ) from e
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{option} {path}: damaged, or not a file of this model ({reason})") from e

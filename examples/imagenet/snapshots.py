@@ -38,6 +38,10 @@ def _persistents(model: chainer.Link) -> Iterator[tuple[str, chainer.Link, str]]
             yield f"{path}/{name}", link, name
 
 
+class Damaged(InputError):
+    """A snapshot is not as it was written."""
+
+
 class RankState:
     """What differs from rank to rank, in the form of Chainer's serializers.
 
@@ -113,12 +117,20 @@ class Snapshots(training.Extension):
         Raises:
             InputError: It cannot be written, for instance because the disk is full.
         """
-        world = self._world
-        iteration = trainer.updater.iteration
-        final = self._out / f"snapshot_iter_{iteration}"
+        final = self._out / f"snapshot_iter_{trainer.updater.iteration}"
         if final == self.latest:
             return
         partial = self._out / f".{final.name}.partial"
+        try:
+            self._write(trainer, partial, final)
+        except InputError:
+            if self._world.rank == 0:  # a disk that is full has room again for the reports
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _write(self, trainer: training.Trainer, partial: Path, final: Path) -> None:
+        """Writes a snapshot as ``partial``, and renames it when it is complete. Collective."""
+        world, iteration = self._world, trainer.updater.iteration
         self._reseed_gpu(iteration)
         mine: dict[str, list[int]] = {}
         with world.together():
@@ -129,7 +141,7 @@ class Snapshots(training.Extension):
                 if world.rank == 0:
                     mine["trainer.npz"] = write_npz(partial / "trainer.npz", trainer)
             except OSError as e:
-                raise InputError(f"--out {self._out}: cannot write a snapshot ({e})") from e
+                raise InputError(self._cannot_write(e)) from e
         files = {name: f for part in world.gather(mine) for name, f in part.items()}
         with world.together():
             if world.rank == 0:
@@ -154,10 +166,16 @@ class Snapshots(training.Extension):
             partial.rename(final)
             sync_folder(self._out)
         except OSError as e:
-            raise InputError(f"--out {self._out}: cannot write a snapshot ({e})") from e
+            raise InputError(self._cannot_write(e)) from e
         self._written.append(final)
         while self._keep and len(self._written) > self._keep:
             remove(self._written.pop(0))
+
+    def _cannot_write(self, e: OSError) -> str:
+        return (
+            f"--out {self._out}: cannot write a snapshot ({e.strerror or e}); free space or correct "
+            f"the folder, and run the same command with --resume auto"
+        )
 
     def load(self, trainer: training.Trainer, path: Path) -> None:
         """Continues from the snapshot ``path``. Collective.
@@ -167,7 +185,12 @@ class Snapshots(training.Extension):
                 on every rank.
         """
         with self._world.together():
-            self._check(path)
+            try:
+                self._check(path)
+            except Damaged as e:
+                raise InputError(
+                    f"{e}; continue from another snapshot, or with --resume auto"
+                ) from e
             load_npz(path / "trainer.npz", trainer, "--resume")
             load_npz(path / f"rank_{self._world.rank}.npz", self._state, "--resume")
         self._reseed_gpu(trainer.updater.iteration)
@@ -210,20 +233,20 @@ class Snapshots(training.Extension):
                 f"--resume {path}: not a snapshot; give a folder snapshot_iter_N of a result, or auto"
             ) from e
         except ValueError as e:
-            raise InputError(f"--resume {path}: {MANIFEST} in it is damaged") from e
+            raise Damaged(f"--resume {path}: {MANIFEST} in it is damaged") from e
         if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-            raise InputError(f"--resume {path}: {MANIFEST} in it is damaged")
+            raise Damaged(f"--resume {path}: {MANIFEST} in it is damaged")
         return manifest
 
     def _verify(self, path: Path) -> None:
-        """Raises InputError when what this rank needs is not as it was written."""
+        """Raises Damaged when what this rank needs is not as it was written."""
         files = self._manifest(path)["files"]
         for name in ("trainer.npz", f"rank_{self._world.rank}.npz"):
             try:
                 if name in files and fingerprint(path / name) != files[name]:
-                    raise InputError(f"--resume {path / name}: damaged")
+                    raise Damaged(f"--resume {path / name}: damaged")
             except OSError as e:
-                raise InputError(f"--resume {path / name}: damaged ({e.strerror})") from e
+                raise Damaged(f"--resume {path / name}: damaged ({e.strerror})") from e
 
     def _check(self, path: Path) -> None:
         """Raises InputError when the snapshot is of another run or damaged."""

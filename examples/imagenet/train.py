@@ -7,6 +7,7 @@
 The first form needs no data: it trains on real handwritten digits. See docs/imagenet.md.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -74,6 +75,17 @@ def main() -> int:
         if rank == 0:
             sys.stdout.flush()
             print(f"train.py: error: {e}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"train.py: error: --out {config.out}: {e.strerror}; free space and continue with "
+            f"--resume auto",
+            file=sys.stderr,
+            flush=True,
+        )
+        world_module.abort(2)  # the other ranks may be waiting
         return 2
     except KeyboardInterrupt:
         # Before the training takes over Ctrl-C, or pressed twice: other ranks may be waiting.

@@ -282,6 +282,13 @@ def test_dry_run_writes_nothing_and_shows_what_would_be_written(site, capsys):
     assert shown.replace("/results/TIME", f"/results/{script.parent.name}") == script.read_text()
 
 
+def test_null_is_no_file_of_modules(site, capsys):
+    configure(site, S1)
+    assert f"source {shlex.quote(str(site / 'modules.sh'))}" in make(capsys, "--dry-run")
+    configure(site, {**S1, "modules": None})
+    assert "source" not in make(capsys, "--dry-run")
+
+
 def test_nothing_is_overwritten(site, capsys, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda form: "20300101-000000")
     monkeypatch.setattr(preprocess, "copy_code", lambda *folders: None)

@@ -131,6 +131,28 @@ if __name__ == "__main__":
     ], done.stdout + done.stderr
 
 
+def test_loader_processes_leave_ctrl_c_to_the_training_process_from_their_first_moment(
+    run_python, tmp_path
+):
+    script = tmp_path / "script.py"
+    script.write_text(
+        SETUP
+        + """
+import multiprocessing, signal
+def show():
+    print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
+if __name__ == "__main__":
+    start_worker_server()
+    print(signal.getsignal(signal.SIGINT) == signal.default_int_handler, flush=True)
+    process = multiprocessing.Process(target=show)
+    process.start()
+    process.join()
+"""
+    )
+    done = run_python(script, timeout=60)
+    assert done.stdout.split() == ["True", "True"], done.stdout + done.stderr
+
+
 @pytest.mark.mpi
 def test_loader_processes_under_mpi(lists, run_python, tmp_path):
     script = tmp_path / "script.py"
@@ -186,6 +208,22 @@ def test_images_in_memory_are_those_of_the_files(lists):
         assert memory.label(i) == source.label(i)
     with pytest.raises(ValueError, match="read-only"):
         memory.image(0)[:] = 0
+
+
+@pytest.mark.parametrize("error", [InputError("damaged"), KeyboardInterrupt()])
+def test_an_error_ends_the_decoding_into_memory_at_once(lists, error):
+    class Source(LabeledImages):
+        decoded = 0
+
+        def image(self, i, need=None):
+            if i == 1:
+                raise error
+            Source.decoded += 1
+            return super().image(i, need)
+
+    with pytest.raises(type(error)):
+        InMemory(Source(read_list(lists.train) * 10, lists.root), workers=2)
+    assert Source.decoded < 20  # of 200
 
 
 def test_custom_loading_decodes_once_and_augments_as_randomly(lists, monkeypatch):

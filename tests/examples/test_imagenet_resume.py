@@ -1,6 +1,7 @@
 """Snapshots survive ranks that die at any moment, and a run continues from them bit for bit."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -53,6 +54,42 @@ class Trained:
 
 class Death(BaseException):
     """Stands for SIGKILL: nothing of the process runs after it."""
+
+
+def test_a_full_disk_keeps_the_snapshot_before_and_gets_its_room_back(tmp_path, monkeypatch):
+    run = Trained(tmp_path)
+    run.update(1)
+    run.snapshots(run.trainer)
+    run.update(1)
+
+    def write(path, target):
+        path.write_bytes(b"as much as there is room for")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(snapshots, "write_npz", write)
+    with pytest.raises(
+        InputError, match=r"\(No space left on device\); free space .*--resume auto"
+    ):
+        run.snapshots(run.trainer)
+    assert os.listdir(tmp_path) == ["snapshot_iter_1"]
+
+
+def test_a_full_disk_elsewhere_is_one_line(tmp_path, monkeypatch, capsys):
+    import train
+
+    class Run:
+        def __init__(self, *args):
+            pass
+
+        def main(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.argv", ["train.py", "-g", "-1", "-o", str(tmp_path)])
+    monkeypatch.setattr(train, "Run", Run)
+    assert train.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: error: --out {tmp_path}: No space left on device; free")
+    assert error.count("\n") == 1
 
 
 def test_death_at_any_step_of_writing_leaves_a_complete_snapshot(tmp_path, monkeypatch):

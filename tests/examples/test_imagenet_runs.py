@@ -95,6 +95,27 @@ def test_initmodel_starts_from_the_file(train, lists, tmp_path):
     assert re.fullmatch(r"train.py: error: --initmodel \S+: is of another model.*\n", done.stderr)
 
 
+def test_validation_says_the_same_on_any_number_of_ranks(train, lists, tmp_path):
+    # Half of the labels are not those of the colours, so that no figure is 0 or 1.
+    lines = [f"val {i}.jpg {label}\n" for i in range(6) for label in (i % 3, i)]
+    lists.val.write_text("".join(lines))
+    train(*lists.args, *TINY, "--nclasses", 7, "-i", 5, "-o", tmp_path / "model")
+    # A step that is zero in float32: all validate the same parameters.
+    same = ["--initmodel", tmp_path / "model" / "model_iter_5", "--lr", 1e-300, "-i", 1]
+    results = []
+    for ranks in (1, 2, 4):
+        out = tmp_path / f"{ranks}"
+        train(*lists.args, *TINY, "--nclasses", 7, *same, "-o", out, ranks=ranks)
+        assert_same_parameters(parameters(tmp_path / "model", 5), parameters(out, 1))
+        log = json.loads((out / "log").read_text())
+        results.append({k: v for k, v in log[-1].items() if k.startswith("validation/")})
+    names = {"loss", "accuracy", "top5", "mAP"}
+    assert results[0].keys() == {f"validation/main/{name}" for name in names}
+    assert 0.1 < results[0]["validation/main/mAP"] < 0.9
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=1e-6)
+
+
 def start(args, ranks, tmp_path):
     """Starts an endless run and waits until it trains; returns the process and its ranks."""
     log = tmp_path / "log.txt"
@@ -230,14 +251,26 @@ def test_bad_input_is_one_line_and_status_2(train, lists, tmp_path, ranks):
     out = ["-o", tmp_path / "out"]
 
     def error(*args):
-        lines = train(*args, *out, ranks=ranks, status=2).stderr.splitlines()
+        lines = train(*out, *args, ranks=ranks, status=2).stderr.splitlines()
         assert len([line for line in lines if line.startswith("train.py: error:")]) == 1
         return "\n".join(lines)
 
     missing = [str(lists.train), str(tmp_path / "none.txt"), *lists.args[2:]]
     assert "none.txt: No such file" in error(*missing, *TINY)
+    assert "--out /proc: cannot write into this folder" in error(*lists.args, *TINY, "-o", "/proc")
+    taken = tmp_path / "out" / "config.resolved.yaml"  # which rank 0 alone writes
+    taken.mkdir(parents=True)
+    assert "config.resolved.yaml: cannot be written" in error(*lists.args, *TINY)
     if ranks == 2:
         return
+    assert "--batchsize 1000000000000: so many" in error(*lists.args, *TINY, "-B", 10**12)
+    model = error(*lists.args, *TINY, "--initmodel", lists.train)
+    assert "train.txt: damaged, or not a file of this model (not an archive of arrays)" in model
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert "empty.txt: no images in it; give" in error(lists.train, empty, *lists.args[2:], *TINY)
+    lines = error(*lists.args[:4], "-m", lists.train, *TINY)
+    assert "train.txt: not a .npy file of numbers; make one with compute_mean.py" in lines
     assert "nin takes 39 or more" in error(*lists.args, *TINY, "-is", 38)
     assert "45x45 pixels are less than --insize 46" in error(*lists.args, *TINY, "-is", 46)
     assert "not a snapshot" in error(*lists.args, *TINY, "-r", tmp_path)
@@ -254,7 +287,7 @@ def test_resuming_another_run_is_an_error(train, lists, tmp_path):
     with open(snapshot / "trainer.npz", "r+b") as f:
         f.truncate(1000)
     done = train(*lists.args, *TINY, "-r", snapshot, "-o", tmp_path, status=2)
-    assert "trainer.npz: damaged" in done.stderr
+    assert "trainer.npz: damaged; continue from another snapshot" in done.stderr
 
 
 def test_out_of_core_ranks_end_with_the_same_parameters(train, lists, tmp_path):

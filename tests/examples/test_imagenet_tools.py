@@ -226,6 +226,7 @@ def test_check_lists_every_problem(photos, tmp_path, capsys):
     assert "2     china/cut.jpg        0      cannot be decoded" in out
     path.write_text("china/china 0.jpg 0\nflower/flower 0.jpg 1\n")
     assert run(check, *args) == 0
+    assert "all of 120x90 pixels" in capsys.readouterr().out
     assert run(check, *args, "--insize", 91) == 1
     assert "120x90 is less than --insize" in capsys.readouterr().out
 
@@ -304,3 +305,12 @@ def test_compute_mean_enlarges_and_writes_the_statistics(photos, tmp_path, capsy
     numpy.testing.assert_allclose(values["std"], numpy.std(images, axis=(0, 1, 2)), rtol=1e-12)
     assert run(compute_mean, *args, "--per-channel") == 0
     assert numpy.load(output).shape == (3,)
+
+
+def test_compute_mean_says_in_one_line_what_is_wrong_with_its_command_line(capsys):
+    with pytest.raises(SystemExit) as info:
+        compute_mean.main(["train.txt", "-j", "0"])
+    assert info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.endswith("error: argument --workers/-j: '0' is not an integer of at least 1\n")
+    assert error.count("\n") == 1

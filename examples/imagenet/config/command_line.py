@@ -12,7 +12,7 @@ import launcher
 from errors import InputError
 
 from config import defaults, files, recipes
-from config.job import Job
+from config.job import NULLS, Job
 from config.messages import choices, kinds_of, suggestion, validate
 from config.schema import Config
 
@@ -191,7 +191,7 @@ def resolve(
         values = {**defaults.for_digits(set(values)), **values}
     if "epoch" in flags and "iteration" not in flags:
         values.pop("iteration", None)  # the later word on the length counts
-    job = {key: value for key, value in job.items() if value is not None}
+    job = {key: value for key, value in job.items() if value is not None or key in NULLS}
     return validate(Config, values, origins), validate(Job, job, names)
 
 

@@ -70,6 +70,8 @@ def read(path: Path, option: str = "--config") -> dict[str, Any]:
         values = parse(text)
     except _Duplicate as e:
         raise InputError(f"{path}: {e}; remove one") from e
+    except RecursionError:
+        raise InputError(f"{path}: lists or mappings in it are nested too deeply") from None
     except (ValueError, yaml.YAMLError) as e:
         reason = " ".join(str(e).split())
         kind = "JSON" if path.suffix == ".json" else "YAML"

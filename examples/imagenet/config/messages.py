@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from errors import InputError
@@ -47,7 +48,8 @@ def _range(constraints: Iterable[Any]) -> str:
         for item in getattr(constraint, "metadata", [constraint]):
             for name, phrase in words.items():
                 if getattr(item, name, None) is not None:
-                    bounds.append(f"{phrase} {getattr(item, name):g}")
+                    bound = getattr(item, name)
+                    bounds.append(f"{phrase} {bound if isinstance(bound, int) else f'{bound:g}'}")
     return f" of {' and '.join(bounds)}" if bounds else ""
 
 
@@ -66,8 +68,14 @@ def _allowed(model: type[BaseModel], name: str, error: Any) -> str:
         hint = suggestion(str(error["input"]), allowed)
         return f"is not allowed{hint}; allowed are {', '.join(allowed)}"
     kinds = kinds_of(field.annotation)
+    if error["type"] == "finite_number":
+        return "is not a finite number"
     if kinds[0] in (int, float):
         return f"is not {_number(kinds[0], field.metadata)}"
+    if kinds[0] in (str, Path):
+        return f"is not {'text' if kinds[0] is str else 'a path'}"
+    if get_origin(kinds[0]) is dict and error["type"] == "dict_type":
+        return "is not a mapping; allowed are lines `key: value` below it"
     if get_origin(kinds[0]) is tuple:
         item = get_args(kinds[0])[0]
         if hasattr(item, "__metadata__"):
@@ -100,6 +108,9 @@ def validate(model: type[Model], values: Mapping[str, Any], origins: Mapping[str
     Raises:
         InputError: A value is not allowed, or some exclude each other.
     """
+    for name, value in values.items():
+        if value == "":  # a variable of a shell that is not set; as a path it would mean here
+            raise InputError(f"{origins.get(name, name)}: is empty; give a value or leave it out")
     try:
         _refuse_switches(model, values)
         return model.model_validate(dict(values))

@@ -84,7 +84,7 @@ def _option(
 class Config(BaseModel):
     """The settings of a training run; each field's description says what it means."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # fmt: off
     # -- data ------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Config(BaseModel):
     iteration: int = _option(0, "training", "iterations to train; 0: by epochs",
         short="-i", metavar="N", ge=0)
     seed: int = _option(0, "training", "seed of initialization, order and augmentation",
-        metavar="N", ge=0)
+        metavar="N", ge=0, lt=2**32)
     test: bool = _option(False, "training",
         "validate and log every 10 iterations instead of every epoch")
     debug: bool = _option(False, "training", "Chainer's debug mode: check for NaN", short="-d")

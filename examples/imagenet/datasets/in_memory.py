@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from multiprocessing.sharedctypes import RawArray
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import psutil
 from errors import InputError
+from parallel import in_parallel
 
 from datasets.decoding import Need, Size
 from datasets.labeled import Source
+
+Result = TypeVar("Result")
+
+
+def _results(function: Callable[[int], Result], n: int, workers: int) -> Iterator[Result]:
+    """Yields the result of each index; an error ends it at once, and not after all the others."""
+    for _, result in in_parallel(function, range(n), workers):
+        if isinstance(result, InputError):
+            raise result
+        yield result
 
 
 class InMemory:
@@ -37,24 +48,24 @@ class InMemory:
         n = len(source)
         self._labels = numpy.array([source.label(i) for i in range(n)], dtype=numpy.int32)
         self._names = [source.name(i) for i in range(n)]
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
-            shapes = [(h, w, 3) for w, h in pool.map(source.image_size, range(n))]
-            self._shapes = numpy.array(shapes, dtype=numpy.int64).reshape(-1, 3)
-            self._starts = numpy.cumsum([0, *self._shapes.prod(axis=1)], dtype=numpy.int64)
-            total = int(self._starts[-1])
-            available = psutil.virtual_memory().available // ranks
-            if total > available:
-                raise InputError(
-                    f"loadtype custom: the {n} images of this rank take {total / 2**30:.1f} GiB "
-                    f"decoded, and {available / 2**30:.1f} GiB of memory are free for it; use loadtype "
-                    f"original, more ranks, or smaller images"
-                )
-            self._memory = RawArray(ctypes.c_uint8, max(total, 1))
-            loaded: Any = pool.map(lambda i: self._load(source, i), range(n))
-            if progress is not None:
-                loaded = progress(loaded, total=n, desc="decoding into memory", unit="image")
-            for _ in loaded:
-                pass
+        workers = max(workers, 1)
+        shapes = [(h, w, 3) for w, h in _results(source.image_size, n, workers)]
+        self._shapes = numpy.array(shapes, dtype=numpy.int64).reshape(-1, 3)
+        self._starts = numpy.cumsum([0, *self._shapes.prod(axis=1)], dtype=numpy.int64)
+        total = int(self._starts[-1])
+        available = psutil.virtual_memory().available // ranks
+        if total > available:
+            raise InputError(
+                f"loadtype custom: the {n} images of this rank take {total / 2**30:.1f} GiB "
+                f"decoded, and {available / 2**30:.1f} GiB of memory are free for it; use loadtype "
+                f"original, more ranks, or smaller images"
+            )
+        self._memory = RawArray(ctypes.c_uint8, max(total, 1))
+        loaded: Any = _results(lambda i: self._load(source, i), n, workers)
+        if progress is not None:
+            loaded = progress(loaded, total=n, desc="decoding into memory", unit="image")
+        for _ in loaded:
+            pass
 
     def _load(self, source: Source, i: int) -> None:
         self._view(i)[:] = source.image(i)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+from multiprocessing import forkserver
 from typing import Any
 
 from chainer import iterators
@@ -35,7 +37,14 @@ def start_worker_server() -> None:
     multiprocessing.set_forkserver_preload(["chainer_ooc", "chainer", "datasets.iterators"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    # The server and all that it forks inherit that Ctrl-C is for the training process alone: a
+    # worker that gets it before it runs would die, and a batch with it.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, handler)
         process = multiprocessing.Process()
         process.start()
         process.join()

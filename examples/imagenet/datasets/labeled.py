@@ -99,7 +99,9 @@ def read_list(path: str | Path, n_classes: int | None = None) -> list[Pair]:
             )
         pairs.append((name, label))
     if not pairs:
-        raise InputError(f"list file {path}: no images in it")
+        raise InputError(
+            f"list file {path}: no images in it; give a file with a path and a label on each line"
+        )
     return pairs
 
 

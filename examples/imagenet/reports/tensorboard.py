@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ class TensorBoard(training.Extension):
     def __init__(self, out: Path, iterations: int, figures: Synchronize) -> None:
         from tensorboardX import SummaryWriter
 
+        # Of a loss that is no number Progress says more.
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         self._make_writer = SummaryWriter
         self._folder = out / "tensorboard"
         self._every = max(1, iterations // MAX_POINTS)
@@ -73,4 +77,5 @@ class TensorBoard(training.Extension):
     def finalize(self) -> None:
         """Writes what is still in memory."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # it must not hide the error that ended the run
+                self._writer.close()

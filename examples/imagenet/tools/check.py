@@ -103,7 +103,9 @@ def check(args: Namespace) -> int:
     root = require_folder(args.root, "--root")
     entries, problems = read_entries(args.list, args.classes)
     if not entries and not problems:
-        raise InputError(f"list file {args.list}: no images in it")
+        raise InputError(
+            f"list file {args.list}: no images in it; give a file with a path and a label on each line"
+        )
     journal = Journal(args.list.with_name(args.list.name + ".checked"), root)
 
     def examine(entry: Entry) -> list[int]:
@@ -159,6 +161,9 @@ def _summarize(args: Namespace, entries: list[Entry], n_good: int, sizes: set[Si
         print(f"{len(missing)} classes have no image, first: {', '.join(map(str, missing[:8]))}")
     if sizes:
         widths, heights = zip(*sizes, strict=True)
+        if len(sizes) == 1:
+            print(f"all of {widths[0]}x{heights[0]} pixels")
+            return
         print(f"{len(sizes)} different sizes, {min(widths)} to {max(widths)} wide, "
               f"{min(heights)} to {max(heights)} high")  # fmt: skip
 

@@ -29,9 +29,9 @@ def load_mean(path: str | Path, insize: int) -> numpy.ndarray:
             f"mean file {path}: no such file; make it with compute_mean.py or give --mean/-m"
         ) from e
     except (OSError, ValueError, EOFError) as e:
-        raise InputError(f"mean file {path}: not a .npy file of numbers") from e
+        raise InputError(_no_numbers(path)) from e
     if not isinstance(mean, numpy.ndarray) or mean.dtype.kind not in "fiu":
-        raise InputError(f"mean file {path}: not a .npy file of numbers")
+        raise InputError(_no_numbers(path))
     if mean.shape == (3,):
         mean = mean.reshape(3, 1, 1)
     if mean.ndim != 3 or mean.shape[0] != 3:
@@ -45,6 +45,10 @@ def load_mean(path: str | Path, insize: int) -> numpy.ndarray:
             f"--insize {insize}; use larger images or a smaller --insize"
         )
     return mean.astype(numpy.float32)
+
+
+def _no_numbers(path: str | Path) -> str:
+    return f"mean file {path}: not a .npy file of numbers; make one with compute_mean.py"
 
 
 class CropAndNormalize:
