@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import pickle
@@ -14,7 +15,7 @@ import time
 
 import numpy
 import pytest
-from datasets import datum
+from datasets import cifar, datum
 from datasets.build import build
 from datasets.cifar import load_cifar
 from datasets.folders import read_folders
@@ -462,6 +463,51 @@ def test_a_missing_set_names_its_files_and_checksums(tmp_path):
         assert f"{file} (md5 {md5})" in str(info.value)
         assert "nothing is downloaded" in str(info.value)
         assert "\n" not in str(info.value)
+
+
+def test_files_that_are_not_the_published_ones_are_named_and_used(tmp_path, monkeypatch):
+    files, _, _ = cifar_files("cifar10", "python")
+    write_files(tmp_path, files)
+    form = cifar.FORMS["cifar10"][0]
+    batch = files[form.train[0].name]
+    right = form.train[0]._replace(md5=hashlib.md5(batch).hexdigest())
+    unknown = form.train[1]._replace(md5="")
+    changed = form._replace(train=(right, unknown, *form.train[2:]))
+    monkeypatch.setitem(cifar.FORMS, "cifar10", (changed, cifar.FORMS["cifar10"][1]))
+    said = []
+    train, _, _ = open_dataset("cifar10", data_root=tmp_path, warn=said.append)
+    assert len(train) == 20
+    (line,) = said
+    assert line.startswith("not as published, and used as they are; get them again unless")
+    assert "data_batch_1 " not in line and "data_batch_2 " not in line
+    md5 = hashlib.md5(files[form.train[2].name]).hexdigest()
+    assert f"{tmp_path / form.train[2].name} (md5 {md5}, published {form.train[2].md5})" in line
+    assert "\n" not in line
+    said.clear()
+    open_dataset("cifar10", data_root=tmp_path)  # without `warn` nothing is compared
+
+
+def test_archives_and_mnist_are_compared_as_they_were_published(tmp_path):
+    files, _, _ = cifar_files("cifar100", "binary")
+    archive = tmp_path / "cifar-100-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as f:
+        for file, data in files.items():
+            member = tarfile.TarInfo(file)
+            member.size = len(data)
+            f.addfile(member, io.BytesIO(data))
+    said = []
+    load_cifar("cifar100", tmp_path, said.append)
+    assert [f"{archive} (md5 " in line for line in said] == [True]
+    said.clear()
+    for name, array in mnist_files().items():
+        (tmp_path / name).write_bytes(idx(array))
+    load_mnist(tmp_path, said.append)
+    assert not said  # checksums are published of the compressed files alone
+    for name, array in mnist_files().items():
+        (tmp_path / name).unlink()
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+    load_mnist(tmp_path, said.append)
+    assert said[0].count(".gz (md5 ") == 4
 
 
 class Evil:

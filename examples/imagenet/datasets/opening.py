@@ -15,6 +15,7 @@ from datasets.hdf5 import Hdf5Images
 from datasets.labeled import LabeledImages, Source, read_list
 from datasets.lmdb_images import LmdbImages, data_file
 from datasets.mnist import load_mnist
+from datasets.originals import Warn
 
 DATASETS = ("files", "imagenet", "cifar10", "cifar100", "mnist", "digits")
 """``files``: the paths given. The others are looked for in the data root; the digits are bundled."""
@@ -38,6 +39,7 @@ def open_dataset(
     root: str | Path = ".",
     data_root: str | Path = "data",
     n_classes: int | None = None,
+    warn: Warn | None = None,
 ) -> Opened:
     """Opens a data set.
 
@@ -49,6 +51,8 @@ def open_dataset(
         root: Folder of the paths in list files.
         data_root: Folder of the original files of the others.
         n_classes: Number of classes; None: as many as the data have.
+        warn: Is told of files of CIFAR and MNIST that are not the published ones; None: they are
+            not compared.
 
     Raises:
         InputError: It is missing, damaged, or not what it should be.
@@ -61,9 +65,9 @@ def open_dataset(
     if dataset == "imagenet":
         return _open_imagenet(folder, n_classes)
     if dataset in ("cifar10", "cifar100"):
-        both = load_cifar(dataset, folder)
+        both = load_cifar(dataset, folder, warn)
     elif dataset == "mnist":
-        both = load_mnist(folder)
+        both = load_mnist(folder, warn)
     elif dataset == "digits":
         both = _digits()
     else:
