@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import pickle
 import random
 import signal
@@ -325,6 +326,18 @@ def test_hdf5_of_others(photos, tmp_path, layout):
             lambda f: (f.pop("train/images"), f.__setitem__("train/images", numpy.zeros((8, 9)))),
             r"is float64 \(8, 9\); expected uint8",
         ),
+        (
+            lambda f: (f.pop("train/labels"), f.__setitem__("train/labels", [0.0, 1.5] * 4)),
+            "/train/labels has 1.5, which is no integer",
+        ),
+        (
+            lambda f: (f.pop("train/labels"), f.__setitem__("train/labels", [math.nan] * 8)),
+            "/train/labels has nan, which is no integer",
+        ),
+        (
+            lambda f: (f.pop("train/classes"), f.create_group("train/classes")),
+            "/train/classes is no list of names",
+        ),
     ],
 )
 def test_wrong_hdf5_layouts(photos, tmp_path, change, message):
@@ -644,7 +657,10 @@ def test_what_a_path_is_shows_in_its_contents(photos, database, tmp_path):
     path = tmp_path / "a.h5"
     lists = [tmp_path / "train.txt"] * 2
     assert run(make_hdf5, *lists, "-R", photos.root, "-o", path) == 0
+    caffes = tmp_path / "new" / "ilsvrc12_train_lmdb"  # its folder is made; no suffix tells
+    assert run(make_lmdb, *lists[:1], "-R", photos.root, "-o", caffes, "--format", "datum") == 0
     paths = {
+        "caffe": (caffes, caffes),
         "list": (tmp_path / "train.txt", tmp_path / "train.txt"),
         "folder": (photos.root, photos.root),
         "lmdb": (database, database),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy
@@ -119,7 +120,7 @@ def _open_files(train: Path, val: Path | None, root: Path, n_classes: int | None
             kind = "list file" if path.suffix == ".txt" else "data"
             raise InputError(f"{kind} {path}: No such file or directory; correct the path")
         source: Source
-        if data_file(path).is_file() and (path.is_dir() or path.suffix in (".lmdb", ".mdb")):
+        if _is_lmdb(path):
             source = LmdbImages(path, n_classes)
         elif path.is_dir():
             pairs, classes = read_folders(path, classes)
@@ -140,8 +141,21 @@ def _n_classes(source: Source) -> int:
 
 
 def _is_hdf5(path: Path) -> bool:
+    return path.suffix in (".h5", ".hdf5") or _begins(path, b"\x89HDF\r\n\x1a\n")
+
+
+def _is_lmdb(path: Path) -> bool:
+    if path.is_dir():
+        return data_file(path).is_file()
+    # its first page has a header of 16 bytes, and then the magic number in the machine's order
+    magic = (0xBEEFC0DE).to_bytes(4, sys.byteorder)
+    return path.suffix in (".lmdb", ".mdb") or _begins(path, magic, 16)
+
+
+def _begins(path: Path, magic: bytes, offset: int = 0) -> bool:
     try:
         with open(path, "rb") as f:
-            return path.suffix in (".h5", ".hdf5") or f.read(8) == b"\x89HDF\r\n\x1a\n"
+            f.seek(offset)
+            return f.read(len(magic)) == magic
     except OSError:
         return False
