@@ -226,6 +226,17 @@ def test_a_truncated_lmdb_is_an_error_not_a_crash(database, part):
         LmdbImages(database)
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_overwritten_pages_of_an_lmdb_are_an_error(database, indexed):
+    data = bytearray(database.read_bytes())
+    data[8192:] = bytes(len(data) - 8192)  # behind the two pages that say what there is
+    database.write_bytes(data)
+    if not indexed:
+        index_path(database).unlink()
+    with pytest.raises(InputError, match=r"LMDB .*train.lmdb: damaged .*; copy or make it again"):
+        LmdbImages(database).image(0)
+
+
 def test_other_damage_to_a_database(database, tmp_path, photos):
     import lmdb
 
