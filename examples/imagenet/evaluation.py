@@ -49,6 +49,8 @@ class Evaluator(extensions.Evaluator):
 
     Attributes:
         piece: Most images that are computed at once, None before a batch did not fit.
+        confusion: Of the last validation: how many images of each class (row) were taken for each
+            class (column), int64; None if the model does not show its scores.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Evaluator(extensions.Evaluator):
         self._world = world
         self._save = save
         self.piece: int | None = None
+        self.confusion: numpy.ndarray | None = None
         self._scores: list[tuple[numpy.ndarray, numpy.ndarray]] | None = None
 
     def __call__(self, trainer: training.Trainer | None = None) -> dict[str, float]:
@@ -82,6 +85,8 @@ class Evaluator(extensions.Evaluator):
         n_classes = getattr(self.get_target("main"), "n_classes", 0)
         (n_images,) = self._world.sum([len(iterator.dataset)])
         self._scores = [] if 0 < n_images * n_classes <= MOST_SCORES else None
+        shows = isinstance(self.get_target("main"), ImageClassifier)
+        self.confusion = numpy.zeros((n_classes, n_classes), numpy.int64) if shows else None
         iterator.reset()
         with self._progress(len(iterator.dataset)) as progress:
             for batch in iterator if len(iterator.dataset) else ():
@@ -95,6 +100,9 @@ class Evaluator(extensions.Evaluator):
         means = dict(zip(KEYS, (value / count for value in sums), strict=True))
         if n_classes <= 5:  # all of them are among the first five
             del means["top5"]
+        if self.confusion is not None:
+            counts = self._world.sum(self.confusion.ravel())
+            self.confusion = counts.astype(numpy.int64).reshape(self.confusion.shape)
         if self._scores is not None:
             means["mAP"] = self._mean_average_precision(n_classes)
         return {f"{self.name}/main/{key}": value for key, value in means.items()}
@@ -169,6 +177,8 @@ class Evaluator(extensions.Evaluator):
             send = chainer.get_device("@numpy").send
             scores, labels = send(seen[0].array).astype(numpy.float32), send(t)
             right_in_five = metrics.top_k(scores, labels, 5) * n
+            assert self.confusion is not None
+            self.confusion += metrics.confusion(scores, labels)
             if self._scores is not None:
                 self._scores.append((scores, labels))
         # The numbers of right answers are whole; as float32 means they were rounded.

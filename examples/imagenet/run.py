@@ -22,7 +22,7 @@ from datasets.build import Data
 from errors import InputError
 from evaluation import AverageStatistics, Evaluator
 from files import whole_file
-from reports import megabytes
+from reports import KeepConfusion, megabytes
 from snapshot_files import find_snapshots, load_npz
 from snapshots import RankState, Snapshots
 from training import At, Stop, Updater
@@ -185,6 +185,8 @@ class Run:
             trainer.extend(AverageStatistics(model, world), trigger=At(every, self.stop))
         evaluator = Evaluator(val_iter, model, self.device, world, self.snapshots)
         trainer.extend(evaluator, trigger=At(every, self.stop))
+        if world.rank == 0:
+            trainer.extend(KeepConfusion(config.out, evaluator), trigger=At(every, self.stop))
         trainer.extend(
             self.snapshots, trigger=At(self._snapshot_period(), self.stop, on_signal=True)
         )

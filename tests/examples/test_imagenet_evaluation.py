@@ -158,19 +158,22 @@ def test_top_five_and_mean_average_precision_are_those_of_all_images_however_div
     }
     assert 0.1 < expected["mAP"] < expected["top5"] < 1
     for model in (Scored(), Scored(most=3)):
-        result, _ = evaluate(model, data, 20)
+        result, evaluator = evaluate(model, data, 20)
         for key, value in expected.items():
             assert result[f"validation/main/{key}"] == pytest.approx(value)
+        numpy.testing.assert_array_equal(evaluator.confusion, metrics.confusion(scores, labels))
     # The other rank has the images from the 30th on.
     model = Scored()
     others = [numpy.array([23]), None]
     rest = iterators.SerialIterator(data[30:], 23, repeat=False, shuffle=False)
     other = Evaluator(rest, model, CPU, World(), lambda trainer: None)
     other.name, other._scores = "validation", []
+    other.confusion = numpy.zeros((7, 7), numpy.int64)
     reporter = chainer.Reporter()
     reporter.add_observer("validation/main", model)
     with reporter:
         others[1] = other._sums(data[30:])
+    others.append(other.confusion.ravel())
     iterator = iterators.SerialIterator(data[:30], 20, repeat=False, shuffle=False)
     world = TwoRanks(others, other._scores[0])
     evaluator = Evaluator(iterator, model, CPU, world, lambda trainer: None)
@@ -178,6 +181,8 @@ def test_top_five_and_mean_average_precision_are_those_of_all_images_however_div
     result = evaluator()
     for key, value in expected.items():
         assert result[f"validation/main/{key}"] == pytest.approx(value)
+    numpy.testing.assert_array_equal(evaluator.confusion, metrics.confusion(scores, labels))
+    assert evaluate(Small(9), examples(9, (3,), 4), 5)[1].confusion is None  # shows no scores
 
 
 def test_large_sets_and_few_classes_have_no_figures_that_say_nothing(monkeypatch):

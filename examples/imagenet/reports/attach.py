@@ -13,6 +13,7 @@ from chainer.training import extensions as chainer_extensions
 from training import Stop
 from world import World
 
+from reports.confusion import draw_confusions
 from reports.figures import Synchronize
 from reports.final import write_report
 from reports.history import History
@@ -134,6 +135,7 @@ class Reports:
         summary = summarize(self.history, self.synchronize, self._world, rate, in_core_peak_bytes)
         write_summary(summary, self._out)
         pictures = write_plots(self.history, self._out, summary["limit_bytes"], in_core_peak_bytes)
+        pictures += draw_confusions(self._out)
         write_report(
             self._out,
             summary,
