@@ -9,7 +9,9 @@ import models
 import numpy
 import pytest
 from chainer import iterators
-from evaluation import AverageStatistics, Evaluator
+from datasets.preprocessed import BadExample
+from errors import InputError
+from evaluation import AverageStatistics, Evaluator, RecomputeStatistics
 from models.common import ImageClassifier
 from world import World
 
@@ -119,6 +121,59 @@ def test_statistics_are_averaged_and_counts_are_not():
     assert model[1].N == 7
     assert model[1].avg_var.dtype == numpy.float32
     AverageStatistics(chainer.Sequential(L.Linear(2, 2)), Two())()
+
+
+class Normalized(ImageClassifier):
+    """A network with batch normalization and dropout that has memory for so many images only."""
+
+    def __init__(self, most=1000):
+        super().__init__(1, 7)
+        self.most = most
+        self.dropped = False
+        with self.init_scope():
+            self.bn = L.BatchNormalization(7)
+
+    def forward(self, x, t):
+        h = self.bn(x)
+        if len(x) > self.most:
+            raise MemoryError
+        self.dropped |= not numpy.array_equal(F.dropout(h, 0.5).array, h.array)
+        return self.classify(h, t)
+
+
+def recompute(model, data, n, batchsize, save=lambda trainer: None):
+    RecomputeStatistics(model, data, n, batchsize, CPU, World(), save)(None)
+
+
+@pytest.mark.parametrize("most", [1000, 3])
+def test_statistics_are_made_anew_of_training_images(most):
+    data = examples(54, (7,), 7)
+    x = numpy.stack([image for image, _ in data[:48]])
+    model = Normalized(most)
+    model.bn.avg_var.fill(numpy.inf)  # as of a training that has gone wrong
+    decay = model.bn.decay
+    with chainer.using_config("train", True):
+        recompute(model, data, 48, 16)
+        assert chainer.config.train
+    numpy.testing.assert_allclose(model.bn.avg_mean, x.mean(axis=0), rtol=1e-5, atol=1e-6)
+    size = 16 if most > 16 else 2  # halved until it fits
+    parts = x.reshape(-1, size, 7)
+    expected = parts.var(axis=1, ddof=1).mean(axis=0)
+    numpy.testing.assert_allclose(model.bn.avg_var, expected, rtol=1e-5)
+    assert not model.dropped
+    assert model.bn.decay == decay
+    recompute(model, data, 1000, 54)  # no more than there are
+    x = numpy.stack([image for image, _ in data])
+    numpy.testing.assert_allclose(model.bn.avg_mean, x.mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_without_normalization_or_of_a_bad_image():
+    recompute(Scored(), [BadExample("never looked at")], 1, 1)
+    saved = []
+    data = [*examples(3, (7,), 7), BadExample("image x.jpg: cannot be decoded")]
+    with pytest.raises(InputError, match=r"x\.jpg: cannot be decoded"):
+        recompute(Normalized(), data, 4, 2, saved.append)
+    assert saved == [None]
 
 
 class Scored(ImageClassifier):

@@ -121,16 +121,15 @@ def test_unknown_recipe():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_every_small_form_runs(train, tmp_path, name):
-    """Every second one out of core; training losses are numbers."""
+    """Every second one out of core; all losses are numbers."""
     ooc = ("--ooc",) if NAMES.index(name) % 2 else ()
     done = train("--recipe", name, "--smoke", *ooc, "-o", tmp_path / "out")
     assert f"model: {settings(name).arch}, " in done.stdout
     assert ("out of core" in done.stdout) == bool(ooc)
     entry = json.loads((tmp_path / "out" / "log").read_text())[-1]
     assert math.isfinite(entry["main/loss"])
-    # After five iterations the running statistics of 150 layers and more are still far off, so the
-    # validation loss of these may overflow.
-    assert "validation/main/loss" in entry
+    # With the running statistics of five iterations those of 150 layers and more would overflow.
+    assert entry["validation/main/loss"] < 20
 
 
 @pytest.mark.slow
