@@ -578,6 +578,8 @@ def test_damaged_binary_files_and_archives(tmp_path):
     with pytest.raises(InputError, match=r"data_batch_3.bin: .*are not records of 3073"):
         load_cifar("cifar10", tmp_path)
     (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=f"CIFAR-10 is not all there, {name} is missing; nothing"):
+        load_cifar("cifar10", tmp_path)
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"\x1f\x8b text")
     with pytest.raises(InputError, match=r"cifar-10-binary.tar.gz: damaged"):
         load_cifar("cifar10", tmp_path)
@@ -637,7 +639,7 @@ def test_damaged_mnist(tmp_path):
             load_mnist(tmp_path)
     file.write_bytes(whole)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(InputError, match="MNIST is not there"):
+    with pytest.raises(InputError, match="not all there, t10k-labels-idx1-ubyte is missing; noth"):
         load_mnist(tmp_path)
 
 

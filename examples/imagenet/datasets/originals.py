@@ -37,11 +37,16 @@ def missing(what: str, root: Path, forms: Sequence[tuple[str, Sequence[Expected]
         forms: For each accepted form what it is called, with a place to get it, and its files.
     """
     lines = []
+    gap = "is not there"
     for form, files in forms:
+        single = [f.name.removesuffix(".gz") for f in files if not f.name.endswith(".tar.gz")]
+        absent = [name for name in single if find(root, name) is None]
+        if 0 < len(absent) < len(single):
+            gap = f"is not all there, {', '.join(absent)} is missing"
         names = "; ".join(f"{f.name}" + (f" (md5 {f.md5})" if f.md5 else "") for f in files)
         lines.append(f"{form}: {names}")
     return InputError(
-        f"--data-root {root}: {what} is not there; nothing is downloaded, so put the files of one "
+        f"--data-root {root}: {what} {gap}; nothing is downloaded, so put the files of one "
         f"of these forms there: " + " | ".join(lines)
     )
 
