@@ -21,6 +21,7 @@ from imagenet_cli import IMAGENET, TINY, command, environment
 from PIL import Image
 from reports import final, plots, terminal
 from reports.confusion import draw_confusions
+from reports.divergence import WarnOfDivergence
 from reports.history import History
 from reports.progress import Progress, fit
 from reports.table import COLUMNS, Table
@@ -267,6 +268,15 @@ def test_ranks_out_of_core_leave_every_report_once(train, lists, tmp_path):
     assert (out / "loss.png").is_file()
 
 
+def test_one_warning_when_the_loss_is_no_number_any_more(capsys):
+    warn = WarnOfDivergence()
+    for iteration, loss in enumerate((2.5, numpy.float32("nan"), float("inf")), start=1):
+        updater = SimpleNamespace(iteration=iteration)
+        warn(SimpleNamespace(observation={"main/loss": loss}, updater=updater))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: the training loss is nan in iteration 2; stop it with Ctrl-C")
+
+
 def test_the_confusion_matrix_of_each_validation_is_kept_and_drawn_once(tmp_path):
     assert draw_confusions(tmp_path) == []
     validation = SimpleNamespace(confusion=None)
@@ -283,7 +293,8 @@ def test_the_confusion_matrix_of_each_validation_is_kept_and_drawn_once(tmp_path
     with numpy.load(folder / "iter_5.npz") as f:
         numpy.testing.assert_array_equal(f["confusion"], 5 * numpy.eye(3))
     times = [(folder / f"iter_{n}.png").stat().st_mtime_ns for n in (5, 10)]
-    os.utime(folder / "iter_10.npz")  # as of a new run in the same folder
+    later = max(times) + 1
+    os.utime(folder / "iter_10.npz", ns=(later, later))  # as of a new run in the same folder
     draw_confusions(tmp_path)
     again = [(folder / f"iter_{n}.png").stat().st_mtime_ns for n in (5, 10)]
     assert again[0] == times[0] and again[1] > times[1]
@@ -330,7 +341,7 @@ def test_on_a_terminal_no_line_is_wider_than_it(lists, tmp_path):
     assert max(map(len, states)) < 64
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(0, 8), (1, 1)])
+@pytest.mark.parametrize(("rank", "expected"), [(0, 9), (1, 1)])
 def test_one_call_attaches_all_on_rank_0_and_the_exchange_on_others(tmp_path, rank, expected):
     pytest.importorskip("tensorboardX")
     added = []
