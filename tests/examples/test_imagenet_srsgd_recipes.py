@@ -129,7 +129,7 @@ def test_every_small_form_runs(train, tmp_path, name):
     entry = json.loads((tmp_path / "out" / "log").read_text())[-1]
     assert math.isfinite(entry["main/loss"])
     # With the running statistics of five iterations those of 150 layers and more would overflow.
-    assert entry["validation/main/loss"] < 20
+    assert entry["validation/main/loss"] < 100
 
 
 @pytest.mark.slow
