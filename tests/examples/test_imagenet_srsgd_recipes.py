@@ -5,7 +5,7 @@ import math
 
 import models
 import pytest
-from config import recipes, resolve
+from config import parse_args, recipes, resolve
 from errors import InputError
 
 NAMES = recipes.names()
@@ -109,6 +109,19 @@ def check_small_form(name):
 def test_the_command_line_counts_more():
     config, _ = resolve({"epoch": "3"}, None, "sgd-cifar10-preresnet110")
     assert (config.epoch, config.lr) == (3, 0.1)
+
+
+def test_the_command_line_takes_another_schedule():
+    torch7 = ["--recipe", "torch7-imagenet-alexnet"]
+    config = parse_args([*torch7, "--lr", "0.02", "--weight-decay", "5e-4"])
+    assert (config.lr, config.regime, config.weight_decay) == (0.02, (), 5e-4)
+    assert parse_args([*torch7, "--lr-schedule", "cosine"]).regime == ()
+    assert parse_args([*torch7, "--lr-schedule", "regime"]).regime[1][0] == 19
+    srsgd = ["--recipe", "srsgd-cifar10-preresnet110-linear"]
+    config = parse_args([*srsgd, "--lr-schedule", "cosine"])
+    assert (config.lr_drops, config.restarts) == ((), (30, 60, 90, 120))
+    config = parse_args([*srsgd, "--restarts", "none", "--lr-drops", "none", "--optimizer", "adam"])
+    assert (config.lr_drops, config.restarts, config.optimizer) == ((), (), "adam")
 
 
 def test_unknown_recipe():
