@@ -142,7 +142,7 @@ def depth(figure: Any, results: list[Result], args: Namespace) -> None:
     axes = figure.add_subplot()
     titles = ("depth", "validation error, %")
     draw(axes, points, *titles)
-    points_table(points, *titles)
+    shown = dict(points)
     if args.published:
         for colour, (name, line) in zip(
             ("0.5", "black"), PUBLISHED[args.published].items(), strict=True
@@ -151,6 +151,8 @@ def depth(figure: Any, results: list[Result], args: Namespace) -> None:
                 list(line), list(line.values()), "s--", ms=3, lw=1, color=colour,
                 label=f"{name}, published ({args.published})",
             )  # fmt: skip
+            shown[f"{name}, published"] = {depth: [error] for depth, error in line.items()}
+    points_table(shown, *titles)
 
 
 def loss(figure: Any, results: list[Result], args: Namespace) -> None:
