@@ -43,7 +43,7 @@ def load(config: Config, world: World, say: Callable[[str], None]) -> Data:
         options = {"train": train, "val": val, "root": root, "mean": mean}
         source = f"{train} and {val}" + (" (handwritten digits)" if config.digits else "")
 
-    def make() -> Data:
+    def make(warn: Callable[[str], None] | None) -> Data:
         return build(
             **options,
             insize=config.insize,
@@ -59,14 +59,15 @@ def load(config: Config, world: World, say: Callable[[str], None]) -> Data:
             size=world.size,
             ranks_here=world.intra_size,
             progress=tqdm if world.rank == 0 else None,
+            warn=warn,
         )
 
     if config.normalization == "data" and world.size > 1:
         with world.together():
             if world.rank == 0:
-                make()  # leaves the statistics where the other ranks find them
+                make(None)  # leaves the statistics where the other ranks find them
     with world.together():
-        data = make()
+        data = make((lambda text: say(f"warning: {text}")) if world.rank == 0 else None)
     say(f"data: {data.n_train} training and {data.n_val} validation images of {source}")
     return data
 

@@ -7,10 +7,12 @@ import sys
 from typing import Any
 
 import chainer
+import chainer.links as L
 import metrics
 import numpy
 from chainer import training
 from chainer.training import extensions
+from datasets.preprocessed import PreprocessedImages
 from errors import InputError
 from models.common import ImageClassifier
 from reports import terminal
@@ -49,6 +51,8 @@ class Evaluator(extensions.Evaluator):
 
     Attributes:
         piece: Most images that are computed at once, None before a batch did not fit.
+        confusion: Of the last validation: how many images of each class (row) were taken for each
+            class (column), int64; None if the model does not show its scores.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Evaluator(extensions.Evaluator):
         self._world = world
         self._save = save
         self.piece: int | None = None
+        self.confusion: numpy.ndarray | None = None
         self._scores: list[tuple[numpy.ndarray, numpy.ndarray]] | None = None
 
     def __call__(self, trainer: training.Trainer | None = None) -> dict[str, float]:
@@ -82,6 +87,8 @@ class Evaluator(extensions.Evaluator):
         n_classes = getattr(self.get_target("main"), "n_classes", 0)
         (n_images,) = self._world.sum([len(iterator.dataset)])
         self._scores = [] if 0 < n_images * n_classes <= MOST_SCORES else None
+        shows = isinstance(self.get_target("main"), ImageClassifier)
+        self.confusion = numpy.zeros((n_classes, n_classes), numpy.int64) if shows else None
         iterator.reset()
         with self._progress(len(iterator.dataset)) as progress:
             for batch in iterator if len(iterator.dataset) else ():
@@ -95,6 +102,9 @@ class Evaluator(extensions.Evaluator):
         means = dict(zip(KEYS, (value / count for value in sums), strict=True))
         if n_classes <= 5:  # all of them are among the first five
             del means["top5"]
+        if self.confusion is not None:
+            counts = self._world.sum(self.confusion.ravel())
+            self.confusion = counts.astype(numpy.int64).reshape(self.confusion.shape)
         if self._scores is not None:
             means["mAP"] = self._mean_average_precision(n_classes)
         return {f"{self.name}/main/{key}": value for key, value in means.items()}
@@ -134,7 +144,7 @@ class Evaluator(extensions.Evaluator):
         while start < len(batch):
             piece = batch[start : start + (self.piece or len(batch))]
             try:
-                with self._limited(len(piece)):
+                with _limited(len(piece)):
                     totals += self._forward(piece)
             except MemoryError:  # that of CuPy and of the engine, too
                 if len(piece) == 1:
@@ -143,12 +153,6 @@ class Evaluator(extensions.Evaluator):
                 continue
             start += len(piece)
         return totals
-
-    def _limited(self, size: int) -> contextlib.AbstractContextManager[None]:
-        """Makes more memory than the limit an error, if there is something left to divide."""
-        if not chainer_ooc.is_enabled() or size == 1:
-            return contextlib.nullcontext()
-        return chainer_ooc.out_of_core_mode(strict=True)
 
     def _forward(self, piece: list[Any]) -> numpy.ndarray:
         observation: dict[str, Any] = {}
@@ -169,6 +173,8 @@ class Evaluator(extensions.Evaluator):
             send = chainer.get_device("@numpy").send
             scores, labels = send(seen[0].array).astype(numpy.float32), send(t)
             right_in_five = metrics.top_k(scores, labels, 5) * n
+            assert self.confusion is not None
+            self.confusion += metrics.confusion(scores, labels)
             if self._scores is not None:
                 self._scores.append((scores, labels))
         # The numbers of right answers are whole; as float32 means they were rounded.
@@ -177,6 +183,121 @@ class Evaluator(extensions.Evaluator):
     def serialize(self, serializer: Any) -> None:
         """Saves or loads the size of the pieces, so that a run that continues has the same."""
         self.piece = int(serializer("piece", self.piece or 0)) or None
+
+
+def _limited(size: int) -> contextlib.AbstractContextManager[None]:
+    """Makes more memory than the limit an error, if there is something left to divide."""
+    if not chainer_ooc.is_enabled() or size == 1:
+        return contextlib.nullcontext()
+    return chainer_ooc.out_of_core_mode(strict=True)
+
+
+class RecomputeStatistics(training.Extension):
+    """Makes the statistics of batch normalization anew of some training images, before validation.
+
+    The running ones lag behind the parameters, and hold what they began with: after five
+    iterations more than half of it, which 150 layers raise to a power.
+
+    The images are the first ones of this rank's share, with an augmentation that no epoch has. A
+    batch that does not fit into memory makes all of them smaller.
+
+    Args:
+        model: The model.
+        images: This rank's training images.
+        n_images: How many of them to take.
+        batchsize: How many at once.
+        device: This rank's device.
+        world: The ranks.
+        save: Saves a snapshot.
+    """
+
+    priority = training.extension.PRIORITY_WRITER + 2  # before the average over the ranks
+    name = "RecomputeStatistics"
+
+    def __init__(
+        self,
+        model: chainer.Chain,
+        images: PreprocessedImages,
+        n_images: int,
+        batchsize: int,
+        device: chainer.backend.Device,
+        world: World,
+        save: Save,
+    ) -> None:
+        self._model = model
+        self._images = images
+        self._n = min(n_images, len(images))
+        self._batchsize = batchsize
+        self._device = device
+        self._world = world
+        self._save = save
+        links = model.links()
+        self._links = [link for link in links if isinstance(link, L.BatchNormalization)]
+
+    def __call__(self, trainer: training.Trainer) -> None:
+        """Changes the statistics. Collective.
+
+        Raises:
+            InputError: On any rank an image cannot be used; a snapshot is saved first.
+        """
+        if not self._links:
+            return
+        decays = [link.decay for link in self._links]
+        error = None
+        while True:
+            try:
+                error = self._recompute()
+                break
+            except MemoryError:  # that of CuPy and of the engine, too
+                if self._batchsize == 1:
+                    raise
+                self._batchsize = (self._batchsize + 1) // 2
+            finally:
+                for link, decay in zip(self._links, decays, strict=True):
+                    link.decay = decay
+        try:
+            self._world.agree(error)
+        except InputError:
+            self._save(trainer)
+            raise
+
+    def _recompute(self) -> str | None:
+        for link in self._links:
+            link.avg_mean.fill(0)
+            link.avg_var.fill(1)
+        reporter = chainer.Reporter()  # what is reported here is nobody's result
+        reporter.add_observer("recompute", self._model)
+        for start in range(0, self._n, self._batchsize):
+            batch = [self._images[i] for i in range(start, min(start + self._batchsize, self._n))]
+            error = first_error(batch)
+            if error is not None:
+                return error
+            x, t = to_arrays(batch, self._device)
+            for link in self._links:
+                link.decay = start / (start + len(batch))  # the mean over all images so far
+            with (
+                reporter.scope({}),
+                chainer.using_config("train", False),  # no dropout
+                chainer.no_backprop_mode(),
+                _BatchStatistics(),
+                _limited(len(batch)),
+            ):
+                self._model(x, t)
+        return None
+
+
+class _BatchStatistics(chainer.LinkHook):
+    """Lets batch normalization, and nothing else, act as in training."""
+
+    name = "BatchStatistics"
+
+    def forward_preprocess(self, args: Any) -> None:
+        if isinstance(args.link, L.BatchNormalization):
+            chainer.config.train = True
+
+    def forward_postprocess(self, args: Any) -> None:
+        if isinstance(args.link, L.BatchNormalization):
+            chainer.config.train = False
 
 
 class AverageStatistics(training.Extension):

@@ -15,11 +15,14 @@ from errors import InputError
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path whose file takes the name ``path`` when the block ends well.
 
+    The folder is made if it is missing.
+
     Raises:
         InputError: The file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
     except OSError as e:

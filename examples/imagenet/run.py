@@ -21,9 +21,9 @@ from chainer import training
 from config import Config
 from datasets.build import Data
 from errors import InputError
-from evaluation import AverageStatistics, Evaluator
+from evaluation import AverageStatistics, Evaluator, RecomputeStatistics
 from files import whole_file
-from reports import megabytes
+from reports import KeepConfusion, megabytes
 from snapshot_files import find_snapshots, load_npz
 from snapshots import RankState, Snapshots
 from training import At, Stop, Updater
@@ -192,10 +192,23 @@ class Run:
         )
         trainer = training.Trainer(updater, self.stop, config.out)
         every = (10, "iteration") if config.test else (1, "epoch")
+        if config.recompute_bn:
+            recompute = RecomputeStatistics(
+                model,
+                images.train,
+                config.recompute_bn,
+                config.val_batchsize,
+                self.device,
+                world,
+                self.snapshots,
+            )
+            trainer.extend(recompute, trigger=At(every, self.stop))
         if config.average_bn and world.size > 1:
             trainer.extend(AverageStatistics(model, world), trigger=At(every, self.stop))
         evaluator = Evaluator(val_iter, model, self.device, world, self.snapshots)
         trainer.extend(evaluator, trigger=At(every, self.stop))
+        if world.rank == 0:
+            trainer.extend(KeepConfusion(config.out, evaluator), trigger=At(every, self.stop))
         trainer.extend(
             self.snapshots, trigger=At(self._snapshot_period(), self.stop, on_signal=True)
         )

@@ -9,7 +9,9 @@ import models
 import numpy
 import pytest
 from chainer import iterators
-from evaluation import AverageStatistics, Evaluator
+from datasets.preprocessed import BadExample
+from errors import InputError
+from evaluation import AverageStatistics, Evaluator, RecomputeStatistics
 from models.common import ImageClassifier
 from world import World
 
@@ -121,6 +123,59 @@ def test_statistics_are_averaged_and_counts_are_not():
     AverageStatistics(chainer.Sequential(L.Linear(2, 2)), Two())()
 
 
+class Normalized(ImageClassifier):
+    """A network with batch normalization and dropout that has memory for so many images only."""
+
+    def __init__(self, most=1000):
+        super().__init__(1, 7)
+        self.most = most
+        self.dropped = False
+        with self.init_scope():
+            self.bn = L.BatchNormalization(7)
+
+    def forward(self, x, t):
+        h = self.bn(x)
+        if len(x) > self.most:
+            raise MemoryError
+        self.dropped |= not numpy.array_equal(F.dropout(h, 0.5).array, h.array)
+        return self.classify(h, t)
+
+
+def recompute(model, data, n, batchsize, save=lambda trainer: None):
+    RecomputeStatistics(model, data, n, batchsize, CPU, World(), save)(None)
+
+
+@pytest.mark.parametrize("most", [1000, 3])
+def test_statistics_are_made_anew_of_training_images(most):
+    data = examples(54, (7,), 7)
+    x = numpy.stack([image for image, _ in data[:48]])
+    model = Normalized(most)
+    model.bn.avg_var.fill(numpy.inf)  # as of a training that has gone wrong
+    decay = model.bn.decay
+    with chainer.using_config("train", True):
+        recompute(model, data, 48, 16)
+        assert chainer.config.train
+    numpy.testing.assert_allclose(model.bn.avg_mean, x.mean(axis=0), rtol=1e-5, atol=1e-6)
+    size = 16 if most > 16 else 2  # halved until it fits
+    parts = x.reshape(-1, size, 7)
+    expected = parts.var(axis=1, ddof=1).mean(axis=0)
+    numpy.testing.assert_allclose(model.bn.avg_var, expected, rtol=1e-5)
+    assert not model.dropped
+    assert model.bn.decay == decay
+    recompute(model, data, 1000, 54)  # no more than there are
+    x = numpy.stack([image for image, _ in data])
+    numpy.testing.assert_allclose(model.bn.avg_mean, x.mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_without_normalization_or_of_a_bad_image():
+    recompute(Scored(), [BadExample("never looked at")], 1, 1)
+    saved = []
+    data = [*examples(3, (7,), 7), BadExample("image x.jpg: cannot be decoded")]
+    with pytest.raises(InputError, match=r"x\.jpg: cannot be decoded"):
+        recompute(Normalized(), data, 4, 2, saved.append)
+    assert saved == [None]
+
+
 class Scored(ImageClassifier):
     """A network whose scores are its input's."""
 
@@ -158,19 +213,22 @@ def test_top_five_and_mean_average_precision_are_those_of_all_images_however_div
     }
     assert 0.1 < expected["mAP"] < expected["top5"] < 1
     for model in (Scored(), Scored(most=3)):
-        result, _ = evaluate(model, data, 20)
+        result, evaluator = evaluate(model, data, 20)
         for key, value in expected.items():
             assert result[f"validation/main/{key}"] == pytest.approx(value)
+        numpy.testing.assert_array_equal(evaluator.confusion, metrics.confusion(scores, labels))
     # The other rank has the images from the 30th on.
     model = Scored()
     others = [numpy.array([23]), None]
     rest = iterators.SerialIterator(data[30:], 23, repeat=False, shuffle=False)
     other = Evaluator(rest, model, CPU, World(), lambda trainer: None)
     other.name, other._scores = "validation", []
+    other.confusion = numpy.zeros((7, 7), numpy.int64)
     reporter = chainer.Reporter()
     reporter.add_observer("validation/main", model)
     with reporter:
         others[1] = other._sums(data[30:])
+    others.append(other.confusion.ravel())
     iterator = iterators.SerialIterator(data[:30], 20, repeat=False, shuffle=False)
     world = TwoRanks(others, other._scores[0])
     evaluator = Evaluator(iterator, model, CPU, world, lambda trainer: None)
@@ -178,6 +236,8 @@ def test_top_five_and_mean_average_precision_are_those_of_all_images_however_div
     result = evaluator()
     for key, value in expected.items():
         assert result[f"validation/main/{key}"] == pytest.approx(value)
+    numpy.testing.assert_array_equal(evaluator.confusion, metrics.confusion(scores, labels))
+    assert evaluate(Small(9), examples(9, (3,), 4), 5)[1].confusion is None  # shows no scores
 
 
 def test_large_sets_and_few_classes_have_no_figures_that_say_nothing(monkeypatch):

@@ -2,8 +2,10 @@
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
+import math
 import pickle
 import random
 import signal
@@ -14,7 +16,7 @@ import time
 
 import numpy
 import pytest
-from datasets import datum
+from datasets import cifar, datum
 from datasets.build import build
 from datasets.cifar import load_cifar
 from datasets.folders import read_folders
@@ -224,6 +226,17 @@ def test_a_truncated_lmdb_is_an_error_not_a_crash(database, part):
         LmdbImages(database)
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_overwritten_pages_of_an_lmdb_are_an_error(database, indexed):
+    data = bytearray(database.read_bytes())
+    data[8192:] = bytes(len(data) - 8192)  # behind the two pages that say what there is
+    database.write_bytes(data)
+    if not indexed:
+        index_path(database).unlink()
+    with pytest.raises(InputError, match=r"LMDB .*train.lmdb: damaged .*; copy or make it again"):
+        LmdbImages(database).image(0)
+
+
 def test_other_damage_to_a_database(database, tmp_path, photos):
     import lmdb
 
@@ -323,6 +336,18 @@ def test_hdf5_of_others(photos, tmp_path, layout):
         (
             lambda f: (f.pop("train/images"), f.__setitem__("train/images", numpy.zeros((8, 9)))),
             r"is float64 \(8, 9\); expected uint8",
+        ),
+        (
+            lambda f: (f.pop("train/labels"), f.__setitem__("train/labels", [0.0, 1.5] * 4)),
+            "/train/labels has 1.5, which is no integer",
+        ),
+        (
+            lambda f: (f.pop("train/labels"), f.__setitem__("train/labels", [math.nan] * 8)),
+            "/train/labels has nan, which is no integer",
+        ),
+        (
+            lambda f: (f.pop("train/classes"), f.create_group("train/classes")),
+            "/train/classes is no list of names",
         ),
     ],
 )
@@ -464,6 +489,51 @@ def test_a_missing_set_names_its_files_and_checksums(tmp_path):
         assert "\n" not in str(info.value)
 
 
+def test_files_that_are_not_the_published_ones_are_named_and_used(tmp_path, monkeypatch):
+    files, _, _ = cifar_files("cifar10", "python")
+    write_files(tmp_path, files)
+    form = cifar.FORMS["cifar10"][0]
+    batch = files[form.train[0].name]
+    right = form.train[0]._replace(md5=hashlib.md5(batch).hexdigest())
+    unknown = form.train[1]._replace(md5="")
+    changed = form._replace(train=(right, unknown, *form.train[2:]))
+    monkeypatch.setitem(cifar.FORMS, "cifar10", (changed, cifar.FORMS["cifar10"][1]))
+    said = []
+    train, _, _ = open_dataset("cifar10", data_root=tmp_path, warn=said.append)
+    assert len(train) == 20
+    (line,) = said
+    assert line.startswith("not as published, and used as they are; get them again unless")
+    assert "data_batch_1 " not in line and "data_batch_2 " not in line
+    md5 = hashlib.md5(files[form.train[2].name]).hexdigest()
+    assert f"{tmp_path / form.train[2].name} (md5 {md5}, published {form.train[2].md5})" in line
+    assert "\n" not in line
+    said.clear()
+    open_dataset("cifar10", data_root=tmp_path)  # without `warn` nothing is compared
+
+
+def test_archives_and_mnist_are_compared_as_they_were_published(tmp_path):
+    files, _, _ = cifar_files("cifar100", "binary")
+    archive = tmp_path / "cifar-100-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as f:
+        for file, data in files.items():
+            member = tarfile.TarInfo(file)
+            member.size = len(data)
+            f.addfile(member, io.BytesIO(data))
+    said = []
+    load_cifar("cifar100", tmp_path, said.append)
+    assert [f"{archive} (md5 " in line for line in said] == [True]
+    said.clear()
+    for name, array in mnist_files().items():
+        (tmp_path / name).write_bytes(idx(array))
+    load_mnist(tmp_path, said.append)
+    assert not said  # checksums are published of the compressed files alone
+    for name, array in mnist_files().items():
+        (tmp_path / name).unlink()
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+    load_mnist(tmp_path, said.append)
+    assert said[0].count(".gz (md5 ") == 4
+
+
 class Evil:
     def __reduce__(self):
         return exec, ("open('evil', 'w')",)
@@ -508,6 +578,8 @@ def test_damaged_binary_files_and_archives(tmp_path):
     with pytest.raises(InputError, match=r"data_batch_3.bin: .*are not records of 3073"):
         load_cifar("cifar10", tmp_path)
     (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=f"CIFAR-10 is not all there, {name} is missing; nothing"):
+        load_cifar("cifar10", tmp_path)
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"\x1f\x8b text")
     with pytest.raises(InputError, match=r"cifar-10-binary.tar.gz: damaged"):
         load_cifar("cifar10", tmp_path)
@@ -567,7 +639,7 @@ def test_damaged_mnist(tmp_path):
             load_mnist(tmp_path)
     file.write_bytes(whole)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(InputError, match="MNIST is not there"):
+    with pytest.raises(InputError, match="not all there, t10k-labels-idx1-ubyte is missing; noth"):
         load_mnist(tmp_path)
 
 
@@ -598,7 +670,10 @@ def test_what_a_path_is_shows_in_its_contents(photos, database, tmp_path):
     path = tmp_path / "a.h5"
     lists = [tmp_path / "train.txt"] * 2
     assert run(make_hdf5, *lists, "-R", photos.root, "-o", path) == 0
+    caffes = tmp_path / "new" / "ilsvrc12_train_lmdb"  # its folder is made; no suffix tells
+    assert run(make_lmdb, *lists[:1], "-R", photos.root, "-o", caffes, "--format", "datum") == 0
     paths = {
+        "caffe": (caffes, caffes),
         "list": (tmp_path / "train.txt", tmp_path / "train.txt"),
         "folder": (photos.root, photos.root),
         "lmdb": (database, database),

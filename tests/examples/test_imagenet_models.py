@@ -1,6 +1,7 @@
 """The networks take every allowed input size and have the published numbers of parameters."""
 
 import itertools
+import math
 
 import chainer
 import models
@@ -259,6 +260,19 @@ def test_smallest_input_trains_and_one_less_is_an_error(arch):
 )
 def test_wide_networks_train(cls):
     train_once(cls(8, 5), 8)
+
+
+@pytest.mark.parametrize(
+    ("arch", "insize", "weight"), [("squeezenet", 32, 1), ("googlenet_torch7", 63, 1.3)]
+)
+def test_loss_begins_with_that_of_guessing(arch, insize, weight):
+    """Without normalization, activations that grow would make it tens or hundreds, and then NaN."""
+    numpy.random.seed(0)
+    model = models.create(arch, insize, 1000)
+    x = numpy.random.default_rng(0).standard_normal((2, 3, insize, insize), dtype=numpy.float32)
+    with chainer.no_backprop_mode():
+        loss = float(model(x, numpy.array([1, 2], numpy.int32)).array)
+    assert loss == pytest.approx(weight * math.log(1000), rel=0.05)
 
 
 def test_ninbn_trains_at_any_size():

@@ -1,6 +1,7 @@
 """The plots that compare runs, from folders as the trainer leaves them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -89,8 +90,36 @@ def test_restarts(tmp_path, capsys):
     ]
     assert plots.main(["restarts", *made, "-o", str(tmp_path / "r.png")]) == 0
     found = rows(capsys.readouterr().out)
-    assert ["SRSGD,", "preresnet290", "40", "1", "4.25", "-"] in found
+    assert ["SRSGD", "40", "1", "4.25", "-"] in found
     assert is_png(tmp_path / "r.png")
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_lines_of_their_own(tmp_path):
+    def result(name, *args, **options):
+        return read(Path(write_result(tmp_path / name, *args, **options)))
+
+    def names(*args):
+        return {name: [r.folder.name for r in runs] for name, runs in plots.lines(*args).items()}
+
+    linear = result("linear", "preresnet110", "srsgd", [5.0] * 4, restarts=[30, 60])
+    again = result("again", "preresnet110", "srsgd", [6.0] * 4, restarts=[30, 60])
+    exponential = result("exponential", "preresnet110", "srsgd", [4.0] * 4, restarts=[40, 50])
+    deep = result("deep", "preresnet290", "srsgd", [4.0] * 4, restarts=[30, 60])
+    short = result("short", "preresnet110", "srsgd", [7.0] * 2, restarts=[30, 60])
+    sgd = result("sgd", "preresnet110", "momentum_sgd", [5.5] * 4)
+    assert names([linear, again, sgd], "arch") == {
+        "SRSGD": ["linear", "again"], "SGD + momentum": ["sgd"]
+    }  # fmt: skip
+    assert names([linear, exponential, deep], "arch") == {
+        "SRSGD, restarts 30 60": ["linear", "deep"], "SRSGD, restarts 40 50": ["exponential"]
+    }  # fmt: skip
+    assert names([linear, short, deep], "epoch", "lr_drops") == {
+        "SRSGD, preresnet110": ["linear", "short"], "SRSGD, preresnet290": ["deep"]
+    }  # fmt: skip
+    assert names([linear, short], "arch") == {
+        "SRSGD, 4 epochs": ["linear"], "SRSGD, 2 epochs": ["short"]
+    }  # fmt: skip
+    assert names([linear, exponential], "restarts") == {"SRSGD": ["linear", "exponential"]}
 
 
 def test_published_alone(tmp_path):

@@ -20,6 +20,8 @@ import reports
 from imagenet_cli import IMAGENET, TINY, command, environment
 from PIL import Image
 from reports import final, plots, terminal
+from reports.confusion import draw_confusions
+from reports.divergence import WarnOfDivergence
 from reports.history import History
 from reports.progress import Progress, fit
 from reports.table import COLUMNS, Table
@@ -261,7 +263,7 @@ def test_ranks_out_of_core_leave_every_report_once(train, lists, tmp_path):
     assert re.search(r"\| storages_in, rank 0 \| [1-9]", report)
     for picture in re.findall(r"!\[\w+\]\((\S+)\)", report):
         assert (out / picture).is_file()
-    assert report.count("![") == 5
+    assert report.count("![") == 6  # the last is the confusion matrix
 
     # The same plots from the snapshot alone, as for a run that was killed.
     (out / "loss.png").unlink()
@@ -275,6 +277,38 @@ def test_ranks_out_of_core_leave_every_report_once(train, lists, tmp_path):
         str(out / f"{name}.png") for name in ("loss", "accuracy", "lr", "memory", "time")
     ], drawn.stderr
     assert (out / "loss.png").is_file()
+
+
+def test_one_warning_when_the_loss_is_no_number_any_more(capsys):
+    warn = WarnOfDivergence()
+    for iteration, loss in enumerate((2.5, numpy.float32("nan"), float("inf")), start=1):
+        updater = SimpleNamespace(iteration=iteration)
+        warn(SimpleNamespace(observation={"main/loss": loss}, updater=updater))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: the training loss is nan in iteration 2; stop it with Ctrl-C")
+
+
+def test_the_confusion_matrix_of_each_validation_is_kept_and_drawn_once(tmp_path):
+    assert draw_confusions(tmp_path) == []
+    validation = SimpleNamespace(confusion=None)
+    keep = reports.KeepConfusion(tmp_path, validation)
+    trainer = SimpleNamespace(updater=SimpleNamespace(iteration=5))
+    keep(trainer)  # of a model that does not show its scores
+    assert draw_confusions(tmp_path) == []
+    for iteration in (5, 10):
+        trainer.updater.iteration = iteration
+        validation.confusion = iteration * numpy.eye(3, dtype=numpy.int64)
+        keep(trainer)
+    folder = tmp_path / "confusion"
+    assert draw_confusions(tmp_path) == [folder / "iter_10.png"]
+    with numpy.load(folder / "iter_5.npz") as f:
+        numpy.testing.assert_array_equal(f["confusion"], 5 * numpy.eye(3))
+    times = [(folder / f"iter_{n}.png").stat().st_mtime_ns for n in (5, 10)]
+    later = max(times) + 1
+    os.utime(folder / "iter_10.npz", ns=(later, later))  # as of a new run in the same folder
+    draw_confusions(tmp_path)
+    again = [(folder / f"iter_{n}.png").stat().st_mtime_ns for n in (5, 10)]
+    assert again[0] == times[0] and again[1] > times[1]
 
 
 def test_plots_of_no_result_are_an_error(tmp_path):
@@ -318,7 +352,7 @@ def test_on_a_terminal_no_line_is_wider_than_it(lists, tmp_path):
     assert max(map(len, states)) < 64
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(0, 8), (1, 1)])
+@pytest.mark.parametrize(("rank", "expected"), [(0, 9), (1, 1)])
 def test_one_call_attaches_all_on_rank_0_and_the_exchange_on_others(tmp_path, rank, expected):
     pytest.importorskip("tensorboardX")
     added = []

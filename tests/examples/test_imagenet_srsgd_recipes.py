@@ -5,7 +5,7 @@ import math
 
 import models
 import pytest
-from config import recipes, resolve
+from config import parse_args, recipes, resolve
 from errors import InputError
 
 NAMES = recipes.names()
@@ -111,6 +111,19 @@ def test_the_command_line_counts_more():
     assert (config.epoch, config.lr) == (3, 0.1)
 
 
+def test_the_command_line_takes_another_schedule():
+    torch7 = ["--recipe", "torch7-imagenet-alexnet"]
+    config = parse_args([*torch7, "--lr", "0.02", "--weight-decay", "5e-4"])
+    assert (config.lr, config.regime, config.weight_decay) == (0.02, (), 5e-4)
+    assert parse_args([*torch7, "--lr-schedule", "cosine"]).regime == ()
+    assert parse_args([*torch7, "--lr-schedule", "regime"]).regime[1][0] == 19
+    srsgd = ["--recipe", "srsgd-cifar10-preresnet110-linear"]
+    config = parse_args([*srsgd, "--lr-schedule", "cosine"])
+    assert (config.lr_drops, config.restarts) == ((), (30, 60, 90, 120))
+    config = parse_args([*srsgd, "--restarts", "none", "--lr-drops", "none", "--optimizer", "adam"])
+    assert (config.lr_drops, config.restarts, config.optimizer) == ((), (), "adam")
+
+
 def test_unknown_recipe():
     with pytest.raises(InputError, match=r"--recipe srsgd-cifar10: no such recipe.*`ls "):
         resolve({}, None, "srsgd-cifar10")
@@ -121,16 +134,15 @@ def test_unknown_recipe():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_every_small_form_runs(train, tmp_path, name):
-    """Every second one out of core; training losses are numbers."""
+    """Every second one out of core; all losses are numbers."""
     ooc = ("--ooc",) if NAMES.index(name) % 2 else ()
     done = train("--recipe", name, "--smoke", *ooc, "-o", tmp_path / "out")
     assert f"model: {settings(name).arch}, " in done.stdout
     assert ("out of core" in done.stdout) == bool(ooc)
     entry = json.loads((tmp_path / "out" / "log").read_text())[-1]
     assert math.isfinite(entry["main/loss"])
-    # After five iterations the running statistics of 150 layers and more are still far off, so the
-    # validation loss of these may overflow.
-    assert "validation/main/loss" in entry
+    # With the running statistics of five iterations those of 150 layers and more would overflow.
+    assert entry["validation/main/loss"] < 100
 
 
 @pytest.mark.slow

@@ -137,7 +137,8 @@ def _parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) ->
     for name, value in flags.items():
         if value == "none" and name in words:
             continue  # one of the values that this flag takes
-        if isinstance(value, str) and value.lower() in ("none", "null"):
+        word = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(word, str) and word.lower() in ("none", "null"):
             flags[name] = None  # takes back what the file says
     return flags
 
@@ -191,6 +192,10 @@ def resolve(
         values = {**defaults.for_digits(set(values)), **values}
     if "epoch" in flags and "iteration" not in flags:
         values.pop("iteration", None)  # the later word on the length counts
+    if (flags.get("lr") or flags.get("lr_schedule")) and flags.get("lr_schedule") != "regime":
+        values.pop("regime", None)  # the later word on the learning rate
+    if flags.get("lr_schedule") not in (None, "step") and "lr_drops" not in flags:
+        values.pop("lr_drops", None)
     job = {key: value for key, value in job.items() if value is not None or key in NULLS}
     return validate(Config, values, origins), validate(Job, job, names)
 

@@ -87,6 +87,7 @@ def small(settings: dict[str, Any]) -> dict[str, Any]:
         insize=insize,
         batchsize=_BATCHSIZE,
         val_batchsize=60,
+        recompute_bn=120,  # the running statistics are far off after so few iterations
         iteration=len(drops) + 3,
     )
     if drops:

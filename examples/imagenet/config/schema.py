@@ -145,6 +145,9 @@ class Config(BaseModel):
         short="-i", metavar="N", ge=0)
     seed: int = _option(0, "training", "seed of initialization, order and augmentation",
         metavar="N", ge=0, lt=2**32)
+    recompute_bn: int = _option(0, "training",
+        "before validation make the statistics of batch normalization anew of that many training "
+        "images per rank; 0: the running ones", metavar="N", ge=0)
     test: bool = _option(False, "training",
         "validate and log every 10 iterations instead of every epoch")
     debug: bool = _option(False, "training", "Chainer's debug mode: check for NaN", short="-d")

@@ -15,6 +15,7 @@ from datasets.decoding import Size
 from datasets.in_memory import InMemory
 from datasets.labeled import Enlarged, Source, Subset, shard_indices
 from datasets.opening import open_dataset
+from datasets.originals import Warn
 from datasets.preprocessed import PreprocessedImages, Transform
 from datasets.statistics import channel_statistics
 
@@ -67,6 +68,7 @@ def build(
     size: int = 1,
     ranks_here: int = 1,
     progress: Any = None,
+    warn: Warn | None = None,
 ) -> Data:
     """Opens the training and validation set; reads the first image of each to find mistakes early.
 
@@ -97,6 +99,7 @@ def build(
         size: Number of ranks.
         ranks_here: Number of ranks on this machine.
         progress: Such as ``tqdm``, shows how far reading has got; None shows nothing.
+        warn: See ``open_dataset``.
 
     Raises:
         InputError: An argument, a file or one of the first images cannot be used.
@@ -105,7 +108,13 @@ def build(
     _check("augmentation", augmentation, ALL_AUGMENTATIONS)
     _check("normalization", normalization, NORMALIZATIONS)
     *sources, n_classes = open_dataset(
-        dataset, train=train, val=val, root=root, data_root=data_root, n_classes=n_classes
+        dataset,
+        train=train,
+        val=val,
+        root=root,
+        data_root=data_root,
+        n_classes=n_classes,
+        warn=warn,
     )
     if enlarge is None and isinstance(sources[0], ArrayImages):
         # All have one size, which is seldom the network's.

@@ -11,7 +11,9 @@ import numpy
 from datasets.arrays import ArrayImages
 from datasets.originals import (
     Expected,
+    Warn,
     broken,
+    compare_checksums,
     find,
     missing,
     read,
@@ -107,33 +109,34 @@ FORMS = {
 N_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
-def load_cifar(name: str, root: Path) -> tuple[ArrayImages, ArrayImages]:
+def load_cifar(name: str, root: Path, warn: Warn | None = None) -> tuple[ArrayImages, ArrayImages]:
     """Returns the training and test set, usually 50,000 and 10,000 images of 32 x 32 pixels.
 
     Args:
         name: ``cifar10`` or ``cifar100``.
         root: Folder that has the unpacked folder, the archive, or ``cifar10.npz`` (arrays x_train,
             y_train, x_test, y_test; images uint8, channels first or last).
+        warn: Is told of files that are not the published ones; None: they are not compared.
 
     Raises:
         InputError: A file is missing or damaged.
     """
     for form in FORMS[name]:
         files = (*form.train, *form.test, form.names)
-        paths = [find(root, f.name) for f in files]
-        if all(paths):
-            contents = {
-                f.name: (read(path), str(path))
-                for f, path in zip(files, paths, strict=True)
-                if path is not None
-            }
-            return _from_files(name, form, contents)
+        found = {f: path for f in files if (path := find(root, f.name)) is not None}
+        if len(found) == len(files):
+            contents = {f.name: (read(path), str(path)) for f, path in found.items()}
+            sets = _from_files(name, form, contents)
+            compare_checksums([(path, f) for f, path in found.items()], warn)
+            return sets
         archive = root / form.archive.name
         if archive.is_file():
-            found = read_archive(archive, [f.name for f in files])
-            return _from_files(
-                name, form, {n: (data, f"{n} in {archive}") for n, data in found.items()}
+            members = read_archive(archive, [f.name for f in files])
+            sets = _from_files(
+                name, form, {n: (data, f"{n} in {archive}") for n, data in members.items()}
             )
+            compare_checksums([(archive, form.archive)], warn)
+            return sets
     npz = root / f"{name}.npz"
     if npz.is_file():
         arrays = read_npz(npz, channels_first=True)

@@ -71,10 +71,7 @@ class Hdf5Images:
                 f"{images.name} is {images.dtype} {images.shape}; expected uint8 (n, height, "
                 f"width), (n, height, width, 3) or (n, 3, height, width)"
             )
-        try:
-            self.labels = group["labels"][...].astype(numpy.int32).reshape(-1)
-        except (TypeError, ValueError, OSError) as e:
-            raise self._wrong(f"{group.name}/labels cannot be read as integers ({e})") from e
+        self.labels = self._integers(group["labels"])
         if len(self.labels) != images.shape[0] or not len(self.labels):
             raise self._wrong(f"{len(self.labels)} labels for {images.shape[0]} images")
         self.classes = self._names(group)
@@ -91,9 +88,23 @@ class Hdf5Images:
             f"with images, labels and classes"
         )
 
+    def _integers(self, dataset: Any) -> numpy.ndarray:
+        try:
+            values = dataset[...].reshape(-1)
+            with numpy.errstate(invalid="ignore"):
+                labels = values.astype(numpy.int32)
+        except (TypeError, ValueError, OSError) as e:
+            raise self._wrong(f"{dataset.name} cannot be read as integers ({e})") from e
+        bad = labels != values
+        if bad.any():
+            raise self._wrong(f"{dataset.name} has {values[bad][0]}, which is no integer")
+        return labels
+
     def _names(self, group: Any) -> list[str]:
         if "classes" not in group:
             return [str(i) for i in range(int(self.labels.max()) + 1)]
+        if getattr(group["classes"], "shape", ()) == ():
+            raise self._wrong(f"{group.name}/classes is no list of names")
         values = group["classes"][...]
         if values.dtype == numpy.uint8 and values.ndim == 2:
             return [bytes(row).split(b"\0")[0].decode("ascii", "replace") for row in values]

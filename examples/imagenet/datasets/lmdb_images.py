@@ -13,6 +13,7 @@ import json
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class Database:
         except ImportError as e:
             raise InputError(f"{path}: needs the package lmdb; run `pip install lmdb`") from e
         self._env: Any = None
+        self._path = path
         self._pid = os.getpid()
         file = data_file(path)
         if not file.is_file():
@@ -74,9 +76,22 @@ class Database:
                 f"least {needed}; copy or make it again"
             )
 
-    def begin(self) -> Any:
-        """Begins a transaction that reads; values are views of the database."""
-        return self._env.begin(buffers=True)
+    @contextlib.contextmanager
+    def begin(self) -> Iterator[Any]:
+        """Begins a transaction that reads; values are views of the database.
+
+        Raises:
+            InputError: A page of the database that is needed is damaged.
+        """
+        import lmdb
+
+        try:
+            with self._env.begin(buffers=True) as txn:
+                yield txn
+        except lmdb.Error as e:
+            raise InputError(
+                f"LMDB {self._path}: damaged ({' '.join(str(e).split())}); copy or make it again"
+            ) from e
 
     def __del__(self) -> None:
         if self._env is not None and self._pid == os.getpid():

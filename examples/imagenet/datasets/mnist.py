@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy
 
 from datasets.arrays import ArrayImages
-from datasets.originals import Expected, broken, find, missing, read, read_npz
+from datasets.originals import (
+    Expected,
+    Warn,
+    broken,
+    compare_checksums,
+    find,
+    missing,
+    read,
+    read_npz,
+)
 
 FILES = {
     "train": (
@@ -47,11 +56,12 @@ def read_idx(data: bytes, path: Path | str) -> numpy.ndarray:
     return numpy.frombuffer(data, numpy.uint8, offset=header).reshape(shape)
 
 
-def load_mnist(root: Path) -> tuple[ArrayImages, ArrayImages]:
+def load_mnist(root: Path, warn: Warn | None = None) -> tuple[ArrayImages, ArrayImages]:
     """Returns the training and test set: 60,000 and 10,000 images of 28 x 28 pixels.
 
     Args:
         root: Folder of the files, or one that has them in ``mnist``, ``MNIST`` or ``MNIST/raw``.
+        warn: Is told of files that are not the published ones; None: they are not compared.
 
     Raises:
         InputError: A file is missing or damaged.
@@ -61,11 +71,17 @@ def load_mnist(root: Path) -> tuple[ArrayImages, ArrayImages]:
         if npz is not None:
             arrays = read_npz(npz, channels_first=False)
             parts = {p: (arrays[f"x_{p}"], arrays[f"y_{p}"]) for p in FILES}
+            used = [(npz, NPZ)]
             break
-        names = [f.name.removesuffix(".gz") for files in FILES.values() for f in files]
-        paths = [find(folder, name) for name in names]
-        if all(paths):
-            values = [read_idx(read(path), path) for path in paths if path is not None]
+        found = [
+            (path, f)
+            for files in FILES.values()
+            for f in files
+            if (path := find(folder, f.name.removesuffix(".gz"))) is not None
+        ]
+        if len(found) == 4:
+            used = found
+            values = [read_idx(read(path), path) for path, _ in found]
             parts = {"train": tuple(values[:2]), "test": tuple(values[2:])}
             break
     else:
@@ -78,4 +94,5 @@ def load_mnist(root: Path) -> tuple[ArrayImages, ArrayImages]:
             ],
         )
     train, test = (ArrayImages(*parts[p], f"MNIST's {p} set", CLASSES) for p in FILES)
+    compare_checksums(used, warn)
     return train, test

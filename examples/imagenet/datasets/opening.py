@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy
@@ -15,6 +16,7 @@ from datasets.hdf5 import Hdf5Images
 from datasets.labeled import LabeledImages, Source, read_list
 from datasets.lmdb_images import LmdbImages, data_file
 from datasets.mnist import load_mnist
+from datasets.originals import Warn
 
 DATASETS = ("files", "imagenet", "cifar10", "cifar100", "mnist", "digits")
 """``files``: the paths given. The others are looked for in the data root; the digits are bundled."""
@@ -38,6 +40,7 @@ def open_dataset(
     root: str | Path = ".",
     data_root: str | Path = "data",
     n_classes: int | None = None,
+    warn: Warn | None = None,
 ) -> Opened:
     """Opens a data set.
 
@@ -49,6 +52,8 @@ def open_dataset(
         root: Folder of the paths in list files.
         data_root: Folder of the original files of the others.
         n_classes: Number of classes; None: as many as the data have.
+        warn: Is told of files of CIFAR and MNIST that are not the published ones; None: they are
+            not compared.
 
     Raises:
         InputError: It is missing, damaged, or not what it should be.
@@ -61,9 +66,9 @@ def open_dataset(
     if dataset == "imagenet":
         return _open_imagenet(folder, n_classes)
     if dataset in ("cifar10", "cifar100"):
-        both = load_cifar(dataset, folder)
+        both = load_cifar(dataset, folder, warn)
     elif dataset == "mnist":
-        both = load_mnist(folder)
+        both = load_mnist(folder, warn)
     elif dataset == "digits":
         both = _digits()
     else:
@@ -115,7 +120,7 @@ def _open_files(train: Path, val: Path | None, root: Path, n_classes: int | None
             kind = "list file" if path.suffix == ".txt" else "data"
             raise InputError(f"{kind} {path}: No such file or directory; correct the path")
         source: Source
-        if data_file(path).is_file() and (path.is_dir() or path.suffix in (".lmdb", ".mdb")):
+        if _is_lmdb(path):
             source = LmdbImages(path, n_classes)
         elif path.is_dir():
             pairs, classes = read_folders(path, classes)
@@ -136,8 +141,21 @@ def _n_classes(source: Source) -> int:
 
 
 def _is_hdf5(path: Path) -> bool:
+    return path.suffix in (".h5", ".hdf5") or _begins(path, b"\x89HDF\r\n\x1a\n")
+
+
+def _is_lmdb(path: Path) -> bool:
+    if path.is_dir():
+        return data_file(path).is_file()
+    # its first page has a header of 16 bytes, and then the magic number in the machine's order
+    magic = (0xBEEFC0DE).to_bytes(4, sys.byteorder)
+    return path.suffix in (".lmdb", ".mdb") or _begins(path, magic, 16)
+
+
+def _begins(path: Path, magic: bytes, offset: int = 0) -> bool:
     try:
         with open(path, "rb") as f:
-            return path.suffix in (".h5", ".hdf5") or f.read(8) == b"\x89HDF\r\n\x1a\n"
+            f.seek(offset)
+            return f.read(len(magic)) == magic
     except OSError:
         return False

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import pickle
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,13 +37,50 @@ def missing(what: str, root: Path, forms: Sequence[tuple[str, Sequence[Expected]
         forms: For each accepted form what it is called, with a place to get it, and its files.
     """
     lines = []
+    gap = "is not there"
     for form, files in forms:
+        single = [f.name.removesuffix(".gz") for f in files if not f.name.endswith(".tar.gz")]
+        absent = [name for name in single if find(root, name) is None]
+        if 0 < len(absent) < len(single):
+            gap = f"is not all there, {', '.join(absent)} is missing"
         names = "; ".join(f"{f.name}" + (f" (md5 {f.md5})" if f.md5 else "") for f in files)
         lines.append(f"{form}: {names}")
     return InputError(
-        f"--data-root {root}: {what} is not there; nothing is downloaded, so put the files of one "
+        f"--data-root {root}: {what} {gap}; nothing is downloaded, so put the files of one "
         f"of these forms there: " + " | ".join(lines)
     )
+
+
+Warn = Callable[[str], None]
+
+
+def compare_checksums(files: Sequence[tuple[Path, Expected]], warn: Warn | None) -> None:
+    """Warns, in one line, of files that are not the published ones, which are used all the same.
+
+    Files without a published checksum, or compressed otherwise than published, are not compared.
+
+    Args:
+        files: Files that are there, and what was published.
+        warn: Takes the warning; None: nothing is compared.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
+    if warn is None:
+        return
+    wrong = []
+    for path, expected in files:
+        if expected.md5 and path.name == Path(expected.name).name:
+            try:
+                with open(path, "rb") as f:
+                    md5 = hashlib.file_digest(f, "md5").hexdigest()
+            except OSError as e:
+                raise broken(path, e) from e
+            if md5 != expected.md5:
+                wrong.append(f"{path} (md5 {md5}, published {expected.md5})")
+    if wrong:
+        warn(f"not as published, and used as they are; get them again unless you changed them on "
+             f"purpose: {'; '.join(wrong)}")  # fmt: skip
 
 
 def find(root: Path, name: str) -> Path | None:

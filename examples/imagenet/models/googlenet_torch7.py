@@ -1,7 +1,8 @@
 """GoogLeNet as in Torch7's ImageNet programs: the modules of arXiv:1502.03167 without normalization.
 
 Two 3x3 convolutions stand for the 5x5 one, 2x2 convolutions of stride 2 for two of the poolings, and
-there is one auxiliary classifier.
+there is one auxiliary classifier. The weights begin with variance 1 / fan-in, as in Caffe's GoogLeNet: with He's
+initialization the activations grow from module to module, and the loss begins at 400.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from chainer import Variable
 
 from models.common import ImageClassifier, global_average
 from models.googlenetbn import auxiliary_pool
-from models.layers import Stage, convolution
+from models.layers import Stage
 
 
 class ConvReLU(chainer.Chain):
@@ -22,7 +23,7 @@ class ConvReLU(chainer.Chain):
     def __init__(self, in_size: int, out_size: int, ksize: int) -> None:
         super().__init__()
         with self.init_scope():
-            self.conv = convolution(in_size, out_size, ksize, pad=ksize // 2, bias=True)
+            self.conv = L.Convolution2D(in_size, out_size, ksize, pad=ksize // 2)
 
     def forward(self, x: Variable) -> Variable:
         return F.relu(self.conv(x))
@@ -82,14 +83,14 @@ class GoogLeNetTorch7(ImageClassifier):
     def __init__(self, insize: int = 224, n_classes: int = 1000) -> None:
         super().__init__(insize, n_classes)
         with self.init_scope():
-            self.conv1 = convolution(3, 64, 7, 2, 3, bias=True)
+            self.conv1 = L.Convolution2D(3, 64, 7, 2, 3)
             self.conv2 = Stage(ConvReLU(64, 64, 1), ConvReLU(64, 192, 3))
             self.inc3 = Stage(
                 Module(192, 64, (64, 64), (64, 96), "avg", 32),
                 Module(256, 64, (64, 96), (64, 96), "avg", 64),
                 Module(320, 0, (128, 160), (64, 96), "max", 0),
             )
-            self.conv3 = convolution(576, 576, 2, 2, bias=True)
+            self.conv3 = L.Convolution2D(576, 576, 2, 2)
             self.inc4 = Stage(
                 Module(576, 224, (64, 96), (96, 128), "avg", 128),
                 Module(576, 192, (96, 128), (96, 128), "avg", 128),
@@ -97,14 +98,14 @@ class GoogLeNetTorch7(ImageClassifier):
                 Module(576, 96, (128, 192), (160, 192), "avg", 96),
             )
             self.inc4e = Module(576, 0, (128, 192), (192, 256), "max", 0)
-            self.conv4 = convolution(1024, 1024, 2, 2, bias=True)
+            self.conv4 = L.Convolution2D(1024, 1024, 2, 2)
             self.inc5 = Stage(
                 Module(1024, 352, (192, 320), (160, 224), "avg", 128),
                 Module(1024, 352, (192, 320), (192, 224), "max", 128),
             )
             self.fc = L.Linear(1024, n_classes)
 
-            self.auxiliary_conv = convolution(576, 128, 1, bias=True)
+            self.auxiliary_conv = L.Convolution2D(576, 128, 1)
             self.auxiliary_fc1 = L.Linear(128 * 4 * 4, 768)
             self.auxiliary_fc2 = L.Linear(768, n_classes)
 

@@ -1,13 +1,17 @@
-"""SqueezeNet 1.0 with simple bypass (Iandola et al. 2016, arXiv:1602.07360)."""
+"""SqueezeNet 1.0 with simple bypass (Iandola et al. 2016, arXiv:1602.07360).
+
+The weights begin as its authors' do: with variance 1 / fan-in, those of the last convolution 0.01 ** 2.
+"""
 
 from __future__ import annotations
 
 import chainer
 import chainer.functions as F
-from chainer import Variable
+import chainer.links as L
+from chainer import Variable, initializers
 
 from models.common import global_average
-from models.layers import ScoredClassifier, convolution
+from models.layers import ScoredClassifier
 
 
 class Fire(chainer.Chain):
@@ -22,9 +26,9 @@ class Fire(chainer.Chain):
     def __init__(self, in_size: int, squeeze: int, expand: int) -> None:
         super().__init__()
         with self.init_scope():
-            self.squeeze = convolution(in_size, squeeze, 1, bias=True)
-            self.expand1 = convolution(squeeze, expand, 1, bias=True)
-            self.expand3 = convolution(squeeze, expand, 3, pad=1, bias=True)
+            self.squeeze = L.Convolution2D(in_size, squeeze, 1)
+            self.expand1 = L.Convolution2D(squeeze, expand, 1)
+            self.expand3 = L.Convolution2D(squeeze, expand, 3, pad=1)
 
     def forward(self, x: Variable) -> Variable:
         h = F.relu(self.squeeze(x))
@@ -39,7 +43,7 @@ class SqueezeNet(ScoredClassifier):
     def __init__(self, insize: int = 224, n_classes: int = 1000) -> None:
         super().__init__(insize, n_classes)
         with self.init_scope():
-            self.conv1 = convolution(3, 96, 7, 2, bias=True)
+            self.conv1 = L.Convolution2D(3, 96, 7, 2)
             self.fire2 = Fire(96, 16, 64)
             self.fire3 = Fire(128, 16, 64)
             self.fire4 = Fire(128, 32, 128)
@@ -48,7 +52,7 @@ class SqueezeNet(ScoredClassifier):
             self.fire7 = Fire(384, 48, 192)
             self.fire8 = Fire(384, 64, 256)
             self.fire9 = Fire(512, 64, 256)
-            self.conv10 = convolution(512, n_classes, 1, bias=True)
+            self.conv10 = L.Convolution2D(512, n_classes, 1, initialW=initializers.Normal(0.01))
 
     def scores(self, x: Variable) -> Variable:
         h = F.max_pooling_2d(F.relu(self.conv1(x)), 3, stride=2)

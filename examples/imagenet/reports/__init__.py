@@ -1,6 +1,7 @@
 """What a run shows and leaves behind: table, progress bar, log, plots, TensorBoard, report."""
 
 from reports.attach import Reports, extensions
+from reports.confusion import KeepConfusion
 from reports.figures import Synchronize
 from reports.history import History
 from reports.plots import write_plots
@@ -13,6 +14,7 @@ __all__ = [
     "COLUMNS",
     "GIB",
     "History",
+    "KeepConfusion",
     "Progress",
     "Reports",
     "Synchronize",

@@ -13,6 +13,8 @@ from chainer.training import extensions as chainer_extensions
 from training import Stop
 from world import World
 
+from reports.confusion import draw_confusions
+from reports.divergence import WarnOfDivergence
 from reports.figures import Synchronize
 from reports.final import write_report
 from reports.history import History
@@ -92,6 +94,7 @@ class Reports:
         # Of equal priority, what was added first acts first: lr and history before their readers.
         trainer.extend(chainer_extensions.observe_lr(), trigger=(1, "iteration"))
         trainer.extend(self.history, trigger=(1, "iteration"))
+        trainer.extend(WarnOfDivergence(), trigger=(1, "iteration"))
         trainer.extend(
             chainer_extensions.LogReport(
                 trigger=self._every(), postprocess=self.synchronize.add_to_log
@@ -133,6 +136,8 @@ class Reports:
         rate = updater.n_updates / updater.seconds if updater.seconds else None
         limit = out_of_core.limit_bytes()
         pictures = write_plots(self.history, self._out, limit, in_core_peak_bytes)
+        if not self._stop.agreed:  # who has sent a signal does not wait for long
+            pictures += draw_confusions(self._out)
         self.synchronize.note_peak()  # of the last snapshot and the plots, too
         summary = summarize(self.history, self.synchronize, self._world, rate, in_core_peak_bytes)
         write_summary(summary, self._out)

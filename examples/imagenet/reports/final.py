@@ -33,7 +33,7 @@ def write_report(
         history: The course of the run.
         figures: Its figures.
         updater: The run's updater.
-        pictures: Plots, in ``out``.
+        pictures: Plots, in ``out`` or folders of it.
         configuration: The resolved configuration.
         versions: Versions of what the run used; what is None is left out.
 
@@ -49,7 +49,7 @@ def write_report(
         _section("Plan, rank 0", _plan(chainer_ooc.plans() if chainer_ooc.is_enabled() else [])),
         _section("Configuration", configuration.items()),
         _section("Versions", versions.items()),
-        "".join(f"![{picture.stem}]({picture.name})\n" for picture in pictures),
+        "".join(f"![{picture.stem}]({picture.relative_to(out)})\n" for picture in pictures),
     ]
     text = "\n".join(section for section in sections if section)
     path = out / "report.md"

@@ -34,8 +34,9 @@ import numpy as np
 from chainer.dataset import concat_examples
 from config import read_file
 from errors import InputError
-from files import whole_file, write_text
+from files import write_text
 from provenance import CONFIG_FILE
+from reports.confusion import draw_confusion
 from snapshot_files import load_npz
 from training import first_error
 from world import World
@@ -95,34 +96,6 @@ def evaluate(args: Namespace) -> dict[str, Any]:
         "loss": float(-np.mean(np.log(probabilities[np.arange(len(labels)), labels] + 1e-300))),
         "confusion": metrics.confusion(probabilities, labels),
     }
-
-
-def draw_confusion(matrix: np.ndarray, path: Path) -> None:
-    """Draws a confusion matrix in percent of each row's images."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    n = len(matrix)
-    share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    image = axes.imshow(share, vmin=0, vmax=100, cmap="Blues", interpolation="nearest")
-    figure.colorbar(image, label="% of the images of the class")
-    axes.set_xlabel("taken for class")
-    axes.set_ylabel("class")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    if n <= 20:
-        axes.set_xticks(range(n))
-        axes.set_yticks(range(n))
-        for i, j in np.argwhere(matrix):
-            axes.text(
-                j, i, str(matrix[i, j]), ha="center", va="center", fontsize=7,
-                color="white" if share[i, j] > 50 else "black",
-            )  # fmt: skip
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
 
 
 def main(argv: list[str] | None = None) -> int:

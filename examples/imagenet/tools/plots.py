@@ -9,7 +9,8 @@
 depth: validation error against the depth of the network. loss: training loss and validation error
 against the epoch. epochs: error against the number of epochs saved. restarts: error and training
 loss against SRSGD's first restart period. Runs that differ only in the seed become one point with
-their mean and standard deviation. The points are printed as well.
+their mean and standard deviation; other settings that differ make lines of their own, which the
+legend tells apart. The points are printed as well.
 """
 
 from __future__ import annotations
@@ -50,19 +51,65 @@ Points = dict[str, dict[float, list[float]]]
 
 NAMES = {"momentum_sgd": "SGD + momentum", "srsgd": "SRSGD"}
 
+DISTINCTIVE = (
+    "dataset", "arch", "insize", "epoch", "iteration", "restarts", "lr", "lr_drops", "lr_gamma", "lr_schedule",
+    "regime", "momentum", "weight_decay", "restart_period", "restart_shrink", "batchsize", "augmentation",
+    "normalization", "dtype", "nclasses", "label_smoothing", "lars",
+)  # fmt: skip
+"""Settings that make runs of one method different lines; those that tell most come first."""
 
-def label(result: Result) -> str:
-    """Returns the name of a run's line."""
-    return NAMES.get(result.method, result.method)
+
+def lines(results: list[Result], *along: str) -> dict[str, list[Result]]:
+    """Returns the runs of each line by its name.
+
+    Runs of one optimizer are on one line unless a setting of ``DISTINCTIVE`` differs. A setting is
+    named where it tells lines apart that those before it do not.
+
+    Args:
+        results: The runs.
+        along: Settings that may differ on a line.
+    """
+    methods: dict[str, list[Result]] = {}
+    for result in results:
+        methods.setdefault(NAMES.get(result.method, result.method), []).append(result)
+    found: dict[str, list[Result]] = {}
+    for method, runs in methods.items():
+        groups = {method: runs}
+        for key in DISTINCTIVE:
+            values = {_words(result.settings.get(key)) for result in runs}
+            if key in along or len(values) == 1:
+                continue
+            finer: dict[str, list[Result]] = {}
+            for name, group in groups.items():
+                for result in group:
+                    finer.setdefault(f"{name}, {_setting(key, result)}", []).append(result)
+            if len(finer) > len(groups):
+                groups = finer
+        found |= groups
+    return found
+
+
+def _setting(key: str, result: Result) -> str:
+    value = _words(result.settings.get(key))
+    return {"arch": value, "dataset": value, "epoch": f"{value} epochs"}.get(
+        key, f"{key.replace('_', ' ')} {value}"
+    )
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def collect(
-    results: list[Result], x: Callable[[Result], float], y: Callable[[Result], float]
+    groups: dict[str, list[Result]], x: Callable[[Result], float], y: Callable[[Result], float]
 ) -> Points:
-    """Returns y of the runs by optimizer and x."""
+    """Returns y of the runs of each line by x."""
     points: Points = {}
-    for result in results:
-        points.setdefault(label(result), {}).setdefault(x(result), []).append(y(result))
+    for name, runs in groups.items():
+        for result in runs:
+            points.setdefault(name, {}).setdefault(x(result), []).append(y(result))
     return points
 
 
@@ -73,6 +120,7 @@ def draw(axes: Any, points: Points, x_title: str, y_title: str) -> None:
         means = [float(np.mean(line[x])) for x in xs]
         spread = [float(np.std(line[x], ddof=1)) if len(line[x]) > 1 else 0.0 for x in xs]
         axes.errorbar(xs, means, spread, marker="o", ms=4, lw=1.3, capsize=3, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(x_title)
     axes.set_ylabel(y_title)
     axes.grid(alpha=0.3)
@@ -90,28 +138,29 @@ def points_table(points: Points, x_title: str, y_title: str) -> None:
 
 def depth(figure: Any, results: list[Result], args: Namespace) -> None:
     """Error against depth."""
-    points = collect(results, lambda r: r.depth, lambda r: r.error)
+    points = collect(lines(results, "arch"), lambda r: r.depth, lambda r: r.error)
     axes = figure.add_subplot()
     titles = ("depth", "validation error, %")
     draw(axes, points, *titles)
-    points_table(points, *titles)
+    shown = dict(points)
     if args.published:
-        for name, line in PUBLISHED[args.published].items():
+        for colour, (name, line) in zip(
+            ("0.5", "black"), PUBLISHED[args.published].items(), strict=True
+        ):
             axes.plot(
-                list(line), list(line.values()), "s--", ms=3, lw=1, alpha=0.7,
+                list(line), list(line.values()), "s--", ms=3, lw=1, color=colour,
                 label=f"{name}, published ({args.published})",
             )  # fmt: skip
+            shown[f"{name}, published"] = {depth: [error] for depth, error in line.items()}
+    points_table(shown, *titles)
 
 
 def loss(figure: Any, results: list[Result], args: Namespace) -> None:
     """Training loss and validation error against the epoch."""
     figure.set_size_inches(11, 4.2)
     left, right = figure.subplots(1, 2)
-    lines: dict[str, list[Result]] = {}
-    for result in results:
-        key = f"{label(result)}, {result.settings.get('arch')}, {result.epochs} epochs"
-        lines.setdefault(key, []).append(result)
-    for name, runs in lines.items():
+    groups = lines(results)
+    for name, runs in groups.items():
         for axes, key in ((left, "main/loss"), (right, "validation/main/accuracy")):
             shortest = min(len(r.series(key)[1]) for r in runs)
             values = np.array([r.series(key)[1][:shortest] for r in runs])
@@ -127,14 +176,15 @@ def loss(figure: Any, results: list[Result], args: Namespace) -> None:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3, which="both")
-    points = collect(results, lambda r: r.epochs, lambda r: r.training_loss)
+    points = collect(groups, lambda r: r.epochs, lambda r: r.training_loss)
     points_table(points, "epochs", "training loss")
 
 
 def epochs(figure: Any, results: list[Result], args: Namespace) -> None:
     """Error against the number of epochs saved, compared with the longest run."""
     longest = max(result.epochs for result in results)
-    points = collect(results, lambda r: longest - r.epochs, lambda r: r.error)
+    groups = lines(results, "epoch", "lr_drops")
+    points = collect(groups, lambda r: longest - r.epochs, lambda r: r.error)
     titles = ("epochs saved", "validation error, %")
     axes = figure.add_subplot()
     draw(axes, points, f"{titles[0]} (of {longest})", titles[1])
@@ -150,10 +200,7 @@ def restarts(figure: Any, results: list[Result], args: Namespace) -> None:
         (lambda r: r.error, lambda r: r.training_loss),
         strict=True,
     ):
-        points: Points = {}
-        for r in results:
-            name = f"SRSGD, {r.settings.get('arch')}"
-            points.setdefault(name, {}).setdefault(r.first_restart, []).append(value(r))
+        points = collect(lines(results, "restarts"), lambda r: r.first_restart, value)
         draw(axes, points, "first restart period F1, iterations", title)
         points_table(points, "F1", title)
 
