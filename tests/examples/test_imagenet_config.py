@@ -159,6 +159,8 @@ def test_errors_of_files_name_the_value_and_what_is_allowed(tmp_path, text, mess
     ("flags", "message"),
     [
         ("--momentum 0.5 --optimizer adam", "--momentum 0.5: adam has none"),
+        ("--beta1 0.5 --optimizer srsgd", "--beta1 0.5: srsgd has none; only adam, radam, adamw"),
+        ("--beta2 0.5 --optimizer radam", "--beta2 0.5: radam needs 2/3 or more"),
         ("--lars --optimizer adam", "--lars: only with --optimizer momentum_sgd"),
         ("--lars-coefficient 0.1", "--lars-coefficient 0.1: only with --lars"),
         ("--rmsprop-slope printed", "only with --optimizer rmsprop_warmup"),
@@ -259,5 +261,5 @@ def test_documentation_has_every_setting_and_no_other():
         off = f"--no-{name.replace('_', '-')}"
         assert any(f"`{f}" in page for f in (flag, off) for page in pages.values()), flag
     settings = pages["imagenet.md"].split("## Settings")[1].split("## Results")[0]
-    for flag in re.findall(r"`(--[a-z][a-z_-]+)", settings):
+    for flag in re.findall(r"`(--[a-z][a-z0-9_-]+)", settings):
         assert flag in options, flag

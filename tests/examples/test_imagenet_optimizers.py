@@ -54,14 +54,16 @@ class Momentum:
 
 
 class Adam:
-    def __init__(self):
+    def __init__(self, first=0.9, second=0.999):
         self.m, self.v, self.t = {}, {}, {}
+        self.betas = first, second
 
     def __call__(self, name, p, g, lr, epoch):
         t = self.t[name] = self.t.get(name, 0) + 1
-        self.m[name] = 0.9 * self.m.get(name, 0) + 0.1 * g
-        self.v[name] = 0.999 * self.v.get(name, 0) + 0.001 * g * g
-        step = lr * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        first, second = self.betas
+        self.m[name] = first * self.m.get(name, 0) + (1 - first) * g
+        self.v[name] = second * self.v.get(name, 0) + (1 - second) * g * g
+        step = lr * math.sqrt(1 - second**t) / (1 - first**t)
         return p - step * self.m[name] / (numpy.sqrt(self.v[name]) + 1e-8)
 
 
@@ -123,6 +125,18 @@ def follow(config, rule, lr, change=lambda p, g: g, steps=30, rtol=1e-12, device
 def test_rule_follows_its_formula(name):
     follow(settings(name, lr=0.02, lr_schedule="constant", lr_scaling="none"), RULES[name](),
            lambda epoch: 0.02)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_other_betas(name):
+    config = settings(name, lr=0.02, lr_scaling="none", beta1=0.5, beta2=0.7)
+    follow(config, Adam(0.5, 0.7), lambda epoch: 0.02)
+
+
+def test_radam_has_the_betas():
+    config = settings("radam", lr=0.02, beta1=0.5, beta2=0.7)
+    optimizer, _ = optimizers.create(config, 1, Points())
+    assert (optimizer.hyperparam.beta1, optimizer.hyperparam.beta2) == (0.5, 0.7)
 
 
 @pytest.mark.gpu

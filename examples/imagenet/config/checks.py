@@ -15,6 +15,7 @@ REMOVED_COMMUNICATORS = ("hierarchical", "two_dimensional", "single_node")
 _WARMUP = ("rmsprop_slope", "warmup_center", "warmup_period")
 _RESTARTS = ("restarts", "restart_period", "restart_shrink")
 _DECOUPLED = ("adamw", "radam")
+_WITH_BETAS = ("adam", "radam", "adamw")
 _WITH_MOMENTUM = ("momentum_sgd", "rmsprop_warmup")
 
 
@@ -53,6 +54,12 @@ def _optimizer_problem(config: Config, given: set[str]) -> str | None:
     name = config.optimizer
     if "momentum" in given and name not in _WITH_MOMENTUM:
         return f"--momentum {config.momentum}: {name} has none; only {' and '.join(_WITH_MOMENTUM)}"
+    for option in ("beta1", "beta2"):
+        if option in given and name not in _WITH_BETAS:
+            allowed = ", ".join(_WITH_BETAS)
+            return f"--{option} {getattr(config, option)}: {name} has none; only {allowed}"
+    if name == "radam" and config.beta2 < 2 / 3:
+        return f"--beta2 {config.beta2}: radam needs 2/3 or more"
     if config.lars and name != "momentum_sgd":
         return f"--lars: only with --optimizer momentum_sgd, not {name}"
     for option, owner, used in (

@@ -175,6 +175,10 @@ class Config(BaseModel):
         "rows of first epoch (from 1), learning rate, weight decay", flag=False)
     momentum: float = _option(0.9, "optimizer", "of momentum_sgd and rmsprop_warmup",
         metavar="X", ge=0, lt=1)
+    beta1: float = _option(0.9, "optimizer", "decay of the first moment, of adam, radam and adamw",
+        metavar="X", ge=0, lt=1)
+    beta2: float = _option(0.999, "optimizer", "of the second moment; of radam at least 2/3",
+        metavar="X", ge=0, lt=1)
     weight_decay: float = _option(0.0, "optimizer", "times the parameter is added to its gradient",
         metavar="X", ge=0)
     weight_decay_on: Literal["all", "weights"] = _option("all", "optimizer",

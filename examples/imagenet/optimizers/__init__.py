@@ -78,16 +78,17 @@ class Control:
 
 
 def _rule(config: Config, lr: float) -> Any:
+    betas = config.beta1, config.beta2
     if config.optimizer == "momentum_sgd":
         return MomentumSGD(lr, config.momentum)
     if config.optimizer == "adam":
-        return Adam(lr)
+        return Adam(lr, *betas)
     if config.optimizer == "rmsprop":
         return RMSprop(lr)
     if config.optimizer == "radam":
-        return RAdam(lr, weight_decay=config.weight_decay)
+        return RAdam(lr, *betas, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
-        return AdamW(lr, weight_decay=config.weight_decay)
+        return AdamW(lr, *betas, weight_decay=config.weight_decay)
     if config.optimizer == "srsgd":
         return SRSGD(
             lr,
