@@ -19,13 +19,14 @@ from world import World
 from chainer_ooc.swap.process_memory import physical_bytes
 
 
-def load(config: Config, world: World, say: Callable[[str], None]) -> Data:
+def load(config: Config, world: World, say: Callable[[str], None], ten_crop: bool = False) -> Data:
     """Reads the lists and takes this rank's share. Collective.
 
     Args:
         config: The run's settings.
         world: The ranks.
         say: Prints a line on rank 0.
+        ten_crop: Validation images are ten crops each.
 
     Raises:
         InputError: A list, the mean or one of the first images cannot be used, or no memory of
@@ -49,6 +50,7 @@ def load(config: Config, world: World, say: Callable[[str], None]) -> Data:
             insize=config.insize,
             n_classes=config.n_classes,
             augmentation=config.augmentation_name,
+            ten_crop=ten_crop,
             normalization=config.normalization,
             cache=config.out / "data",
             enlarge=config.enlarge,

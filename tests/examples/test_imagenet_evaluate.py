@@ -65,6 +65,37 @@ def test_clear_errors(arguments, message, result, capsys):
     assert err.count("\n") == 1
 
 
+def test_ten_crops_are_averaged(result, monkeypatch):
+    """The probabilities of an image are the means of its ten crops'."""
+    folder, model = result
+    file = folder / CONFIG_FILE
+    assert evaluate.main([str(folder), "--gpu", "-1", "--ten-crop"]) == 2  # mean_image has one
+    config = json.loads(file.read_text()) | {"augmentation": "none", "mean": None}
+    file.write_text(json.dumps(config))
+    seen = []
+    batches = []
+    real = evaluate.predict
+
+    def predict(model_, images, batchsize):
+        batches.append(batchsize)
+        seen.append((images, real(model_, images, batchsize)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(evaluate, "predict", predict)
+    assert evaluate.main([str(folder), "--gpu", "-1", "--ten-crop"]) == 0
+    assert evaluate.main([str(folder), "--gpu", "-1", "--ten-crop", "-b", "4"]) == 0
+    assert batches == [1, 4]
+    (images, (probabilities, labels)), (_, (same, _)) = seen
+    numpy.testing.assert_allclose(probabilities, same, rtol=1e-6)
+    for index in (0, 7):
+        crops, label = images[index]
+        assert crops.shape == (10, 3, 39, 39)
+        with chainer.using_config("train", False), chainer.no_backprop_mode():
+            each = chainer.functions.softmax(model.predict(crops)).array
+        numpy.testing.assert_allclose(probabilities[index], each.mean(axis=0), rtol=1e-5)
+        assert labels[index] == label
+
+
 def test_no_model(result, capsys):
     folder, _ = result
     for path in folder.glob("model_iter_*"):

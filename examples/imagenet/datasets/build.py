@@ -120,6 +120,11 @@ def build(
         # All have one size, which is seldom the network's.
         enlarge = None if sources[0].image_size(0) == (insize, insize) else (insize, insize)
     if augmentation == MEAN_IMAGE:
+        if ten_crop:
+            raise InputError(
+                f"ten crops: not with augmentation {MEAN_IMAGE}, which has one crop; train with one of "
+                f"{', '.join(AUGMENTATIONS)}"
+            )
         transforms: list[Transform] = [CropAndNormalize(load_mean(mean, insize), insize)] * 2
     else:
         if normalization == "data" or dataset == "digits":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Validates the model of a finished run: top-1, top-5, mAP and the confusion matrix.
 
-    python examples/imagenet/tools/evaluate.py result
+    python examples/imagenet/tools/evaluate.py result [--ten-crop]
 
 Writes evaluation.json, confusion.csv and confusion.png to the folder of the results.
 """
@@ -58,8 +58,11 @@ def latest_model(folder: Path) -> Path:
 
 
 def predict(model: chainer.Chain, images: Any, batchsize: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the probabilities (images, classes) and labels (images,) of a validation set."""
-    scores, labels = [], []
+    """Returns the probabilities (images, classes) and labels (images,) of a validation set.
+
+    Those of an image that is several crops are the means of theirs.
+    """
+    probabilities, labels = [], []
     with chainer.using_config("train", False), chainer.no_backprop_mode():
         n = len(images)
         for start in progress(range(0, n, batchsize), unit="batch"):
@@ -68,10 +71,12 @@ def predict(model: chainer.Chain, images: Any, batchsize: int) -> tuple[np.ndarr
             if error is not None:
                 raise InputError(error)
             x, t = concat_examples(batch, model.device)
-            scores.append(chainer.get_device("@numpy").send(model.predict(x).array))
+            n_crops = 1 if x.ndim == 4 else x.shape[1]
+            scores = model.predict(x.reshape(-1, *x.shape[-3:])).array
+            each = metrics.softmax(chainer.get_device("@numpy").send(scores).astype(np.float64))
+            probabilities.append(each.reshape(len(t), n_crops, -1).mean(axis=1))
             labels.append(chainer.get_device("@numpy").send(t))
-    probabilities = metrics.softmax(np.concatenate(scores).astype(np.float64))
-    return probabilities, np.concatenate(labels)
+    return np.concatenate(probabilities), np.concatenate(labels)
 
 
 def evaluate(args: Namespace) -> dict[str, Any]:
@@ -85,8 +90,11 @@ def evaluate(args: Namespace) -> dict[str, Any]:
     model = models.create(config.arch, config.insize, config.n_classes)
     load_npz(path, model, "--model")
     model.to_device(devices.device_name(args.gpu, World(), gpu))
-    images = data.load(config, World(), print).val
-    probabilities, labels = predict(model, images, args.val_batchsize or config.val_batchsize)
+    images = data.load(config, World(), print, ten_crop=args.ten_crop).val
+    batchsize = args.val_batchsize or config.val_batchsize
+    if args.ten_crop and args.val_batchsize is None:
+        batchsize = max(batchsize // 10, 1)
+    probabilities, labels = predict(model, images, batchsize)
     return {
         "model": str(path),
         "images": len(labels),
@@ -106,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     add("result", type=Path, help="folder of the results of train.py")
     add("--model", type=Path, metavar="FILE", help="the model (default: the latest one there)")
     add("--val_batchsize", "-b", type=int, metavar="N", help="images at once (default: the run's)")
+    add("--ten-crop", action="store_true", help="mean over ten crops: corners, middle, mirrored")
     add("--gpu", "-g", type=int, nargs=1, metavar="ID", help="-1: none (default: if there is one)")
     # fmt: on
     args = parser.parse_args(argv)
