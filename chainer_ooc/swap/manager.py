@@ -23,6 +23,8 @@ from chainer_ooc.swap.watermarks import MARGIN, Watermarks
 
 __all__ = ["SwapManager"]
 
+_WRITEABLE = 0x400  # NPY_ARRAY_WRITEABLE of numpy/ndarraytypes.h
+
 
 class SwapManager:
     """Moves the storages of one device.
@@ -116,7 +118,7 @@ class SwapManager:
                 array.shape,
                 array.strides,
                 location.offset - storage.origin,
-                getattr(array.flags, "writeable", True),
+                _is_writeable(array),
             )
             return Saved(storage, layout, array)
 
@@ -449,6 +451,12 @@ class SwapManager:
             f"{_mib(size[State.COMING_IN])} coming in; so far {_mib(counters.bytes_out)} out, "
             f"{_mib(counters.bytes_in)} in>"
         )
+
+
+def _is_writeable(array: Any) -> bool:
+    """Tell whether an array may be written to. NumPy's flag of that name warns about results of broadcast_arrays."""
+    bits = getattr(array.flags, "num", None)
+    return getattr(array.flags, "writeable", True) if bits is None else bool(bits & _WRITEABLE)
 
 
 def _mib(nbytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -157,6 +158,20 @@ def test_freed_memory_is_asked_back_ever_less_often_but_when_nothing_else_is_lef
     device.trim()
     assert len(calls) == before + 1
     device.close()
+
+
+def test_what_broadcast_arrays_returns_is_saved_without_its_warning(manager):
+    one, _ = np.broadcast_arrays(np.arange(3.0)[:, None], np.ones((1, 4)))
+    expected = one.copy()
+    with warnings.catch_warnings(action="error"):
+        saved = manager.save(one, "test")
+        del one
+        manager.move_all_out()
+        assert saved.storage.state is State.OUT
+        assert (saved.get() == expected).all()
+    assert saved.layout.writeable
+    fixed = np.broadcast_to(np.arange(3.0), (2, 3))
+    assert not manager.save(fixed, "test").layout.writeable
 
 
 def sparse(nbytes, share, seed=0):
