@@ -280,10 +280,14 @@ def _recomputes(manager: SwapManager, settings: Settings) -> bool:
 
 
 def _needs_signs(func: Any) -> bool:
-    """Tell whether all that a function needs in backward is which elements of its result are greater than zero."""
+    """Tell whether all that backward needs of a function's result is which elements are greater than zero.
+
+    Function hooks get the inputs of all functions in backward: where there are any, values are needed.
+    """
+    import chainer
     from chainer.functions.activation.relu import ReLU
 
-    return type(func) is ReLU and not func._use_cudnn
+    return type(func) is ReLU and not func._use_cudnn and not chainer.get_function_hooks()
 
 
 def _save(func: Any, drop: bool, recomputes: bool, sign_bits: bool) -> None:

@@ -136,6 +136,24 @@ def test_nobody_else_may_read_it():
     assert z.array is not None
 
 
+def test_function_hooks_get_values():
+    """They are given the inputs of all functions."""
+
+    class Look(chainer.FunctionHook):
+        def backward_preprocess(self, function, in_data, out_grad):
+            seen.extend(None if a is None else a.copy() for a in in_data)
+
+    def program():
+        seen.clear()
+        with Look(), chainer.function_hooks.TimerHook():
+            x = np.nan_to_num(inputs())
+            return gradient(lambda h: -F.average_pooling_2d(F.relu(h), 3), x), list(seen)
+
+    seen = []
+    both(program, packs=False)
+    assert any(a is not None and a.shape == (4, 6, 9, 9) for a in seen)
+
+
 def test_who_holds_it_may_read_it():
     with chainer_ooc.out_of_core_mode(**ON):
         x = inputs()
