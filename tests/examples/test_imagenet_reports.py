@@ -159,17 +159,6 @@ def test_progress_bar_fits_the_terminal(capsys, monkeypatch, width):
     assert ("data 25%" in states[-2]) == (width == 160)
 
 
-def test_a_loss_that_is_no_number_is_said_once(capsys, monkeypatch):
-    monkeypatch.setattr(terminal, "columns", lambda: None)
-    progress = Progress(Stop(1, 1000), 1, figures())
-    progress.initialize(trainer_at(0))
-    for i, loss in enumerate((2.5, float("nan"), float("inf")), 1):
-        progress(trainer_at(i, main_loss=loss))
-    lines = capsys.readouterr().out.splitlines()
-    warnings = [line for line in lines if "warning" in line]
-    assert [line.split(";")[0] for line in warnings] == ["warning: iteration 2: the loss is nan"]
-
-
 def test_what_fits():
     assert fit(["loss 1", "a long figure", "x"], 9) == "loss 1  x"
     assert fit(["loss 1"], 5) == ""

@@ -24,5 +24,6 @@ class WarnOfDivergence(training.Extension):
             self._warned = True
             tqdm.write(
                 f"warning: the training loss is {loss} in iteration {trainer.updater.iteration}; "
-                f"stop it with Ctrl-C, and begin again with a smaller --lr or a longer --lr-warmup"
+                f"stop it with Ctrl-C, and begin again with a smaller --lr, a longer --lr-warmup, or --debug, "
+                f"which says where it comes from"
             )

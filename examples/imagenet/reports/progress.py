@@ -131,7 +131,6 @@ class Progress(training.Extension):
         self._figures = figures
         self._limit = limit_bytes
         self._display: _Display | None = None
-        self._warned = False
 
     def initialize(self, trainer: training.Trainer) -> None:
         """Starts where the training is."""
@@ -142,13 +141,6 @@ class Progress(training.Extension):
         """Shows the iteration."""
         assert self._display is not None
         loss: Any = trainer.observation["main/loss"]
-        if not math.isfinite(loss) and not self._warned:
-            self._warned = True
-            tqdm.write(
-                f"warning: iteration {trainer.updater.iteration}: the loss is {loss}; begin again "
-                f"with a smaller --lr, or with --debug, which says where that comes from",
-                file=sys.stdout,
-            )
         self._display.show(trainer.updater.iteration, [f"loss {loss:.3f}", *self._costs()])
 
     def _costs(self) -> list[str]:

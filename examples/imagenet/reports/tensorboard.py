@@ -36,7 +36,7 @@ class TensorBoard(training.Extension):
     def __init__(self, out: Path, iterations: int, figures: Synchronize) -> None:
         from tensorboardX import SummaryWriter
 
-        # Of a loss that is no number Progress says more.
+        # Of a loss that is no number WarnOfDivergence says more.
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         self._make_writer = SummaryWriter
         self._folder = out / "tensorboard"
