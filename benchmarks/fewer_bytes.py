@@ -115,9 +115,7 @@ def main() -> None:
                 "seconds": seconds[way],
                 "stock_seconds": stock,
                 "move_seconds": seconds["move"],
-                **{
-                    k: last[k] for k in ("bytes_out", "bytes_in", "bytes_as_signs", "bytes_forgone")
-                },
+                **{k: last[k] for k in MOVED},
             }
             results.append(row)
             moved = [row[k] for k in MOVED]
