@@ -46,6 +46,7 @@ TESTS = (
     "tests/swap/test_use_order.py",
     "tests/swap/test_watermarks.py",
     "tests/swap/test_signs.py",
+    "tests/swap/test_ram.py",
     "tests/swap/test_recipes.py",
     "tests/swap/test_page_pool.py",
     "tests/swap/test_settings.py",
