@@ -142,8 +142,9 @@ import multiprocessing, signal
 def show():
     print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
 if __name__ == "__main__":
+    before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
     start_worker_server()
-    print(signal.getsignal(signal.SIGINT) == signal.default_int_handler, flush=True)
+    print(signal.getsignal(signal.SIGINT) == before, flush=True)
     process = multiprocessing.Process(target=show)
     process.start()
     process.join()

@@ -86,7 +86,12 @@ def test_a_full_disk_elsewhere_is_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("sys.argv", ["train.py", "-g", "-1", "-o", str(tmp_path)])
     monkeypatch.setattr(train, "Run", Run)
+    ended = []
+    monkeypatch.setattr(
+        train.world_module, "abort", ended.append
+    )  # MPI may have been imported here
     assert train.main() == 2
+    assert ended == [2]
     error = capsys.readouterr().err
     assert error.startswith(f"train.py: error: --out {tmp_path}: No space left on device; free")
     assert error.count("\n") == 1
