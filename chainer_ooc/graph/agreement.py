@@ -17,7 +17,7 @@ Case = tuple[int, str]
 def offers() -> dict[Case, str | None]:
     """Return the plans of this process as JSON; ``None`` for those that were slower than on demand."""
     return {
-        (manager.limit, page.identity): None if page.is_worse else page.plan.to_json()
+        (manager.limit, page.identity): None if page.is_slower else page.plan.to_json()
         for manager in mode.managers()
         for page in follower_of(manager).book.pages.values()
     }

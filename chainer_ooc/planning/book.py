@@ -64,9 +64,12 @@ class Page:
 
     @property
     def is_worse(self) -> bool:
-        """Whether on demand was faster, here or for those who decide for all."""
-        if self._given_up is not None:
-            return self._given_up
+        """Whether it is not followed: on demand was faster, here or for those who decide for all."""
+        return self.is_slower if self._given_up is None else self._given_up
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether on demand was faster here."""
         return self.iterations >= _TRIED and min(self.seconds) > _WORSE * self.demand_seconds
 
     @functools.cached_property

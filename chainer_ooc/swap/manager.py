@@ -141,9 +141,9 @@ class SwapManager:
 
     def _want_values(self, storage: Storage) -> None:
         """Take note that signs do not do; nor does a copy of them, if there is one already."""
-        storage.wants_values = True
-        if storage.signs is not None and not storage.lossy:
+        if storage.goes_as_signs and not storage.lossy:
             self._mover.taint(storage)
+        storage.wants_values = True
 
     def look_at(self, saved: Saved) -> int | None:
         """Return the checksum of what the storage of an array has now; ``None`` if nobody knows."""

@@ -98,9 +98,10 @@ def test_a_copy_of_signs_is_worth_nothing_to_who_wants_values(manager, state):
     assert (saved.get() == np.maximum(X, 0)).all()
 
 
-def test_a_whole_copy_stays_worth_what_it_is(manager):
+@pytest.mark.parametrize("signs", [(False,), (True, False)], ids=str)
+def test_a_whole_copy_stays_worth_what_it_is(manager, signs):
     """When one more wants values."""
-    saved = save(manager, False)
+    saved = save(manager, *signs)
     manager._mover.begin_out(saved.storage)
     manager.settle()
     manager.expect([saved])

@@ -121,18 +121,16 @@ class RamDevice:
         self, owner: np.ndarray, origin: int, nbytes: int, dtype: np.dtype
     ) -> SignTransfer:
         """Keep which elements of a storage are greater than zero."""
-        start = time.perf_counter()
-        return SignTransfer(SignCopy(_elements(owner, origin, nbytes, dtype)), start)
+        return SignTransfer(SignCopy(_elements(owner, origin, nbytes, dtype)))
 
     def copy_in(
         self, copy: FileCopy | SignCopy, nbytes: int, phase: int
     ) -> tuple[np.ndarray, int, FileTransfer | SignTransfer]:
         """Allocate memory at the same place in a page and begin to read a storage into it."""
-        start = time.perf_counter()
         owner, origin = _empty(nbytes, phase)
         if isinstance(copy, SignCopy):
             copy.fill(_elements(owner, origin, nbytes, copy.dtype))
-            return owner, origin, SignTransfer(copy, start)
+            return owner, origin, SignTransfer(copy)
         address = _address(owner)
         pooled = self.pages is not None and self.pages.owns(address)
         untouched = self.pages.untouched_bytes(address) if self.pages and pooled else nbytes

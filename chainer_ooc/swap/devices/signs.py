@@ -42,9 +42,9 @@ class SignCopy:
 class SignTransfer:
     """The making of a :class:`SignCopy`, or of an array from it: over when it is begun."""
 
-    def __init__(self, copy: SignCopy, start: float) -> None:
+    def __init__(self, copy: SignCopy) -> None:
         self.copy = copy
-        self._span = start, time.perf_counter()
+        self._end = time.perf_counter()
 
     def done(self) -> bool:
         """Return ``True``."""
@@ -62,7 +62,7 @@ class SignTransfer:
 
     def arrival(self) -> float:
         """Return when it was over."""
-        return self._span[1]
+        return self._end
 
 
 def _parts(elements: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
