@@ -74,6 +74,7 @@ def test_pooled_in_bits(dtype, shape, again):
         lambda h: F.average_pooling_2d(F.relu(h), 2),
         lambda h: F.concat([F.relu(h), F.relu(-h)]),
         lambda h: F.dropout(F.relu(h)),
+        lambda h: F.relu(h) + F.relu(-h),
         lambda h: -F.relu(F.transpose(h)),
     ],
 )
