@@ -136,7 +136,7 @@ class Follower:
         steps = [step[1] for step in recipe.functions if step and step[0] == self._iteration]
         if None not in reads and len(steps) == len(recipe.functions):
             known = [read for read in reads if read is not None]
-            self._recorder.can_remake(number, known, steps, recipe.workspace_bytes)
+            self._recorder.can_remake(number, known, steps)
 
     def backward(self, func: Any) -> None:
         """Tell that a function is about to run backward."""

@@ -160,7 +160,6 @@ def offer_recipes(func: Any) -> None:
                 inputs=tuple(leaves.saved),
                 run=_as_configured_now(expression),
                 layout=saved.layout,
-                workspace_bytes=2 * saved.storage.nbytes,
                 checksum=checksum,
                 input_checksums=tuple(leaves.checksums),
                 functions=tuple(leaves.steps),

@@ -23,7 +23,6 @@ class _Step:
     saved: tuple[int, ...] = ()
     rerun: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     by: tuple[int, ...] = ()  # the steps that run again for that, if not this one alone
-    rerun_bytes: int = 0
 
 
 @dataclasses.dataclass
@@ -102,21 +101,18 @@ class Recorder:
         """Note that the running step can be run again bit for bit, and what it reads and makes then."""
         self._steps[-1].rerun = tuple(sorted(set(reads))), tuple(sorted(set(writes)))
 
-    def can_remake(
-        self, storage: int, reads: Sequence[int], steps: Sequence[int], workspace_bytes: int
-    ) -> None:
+    def can_remake(self, storage: int, reads: Sequence[int], steps: Sequence[int]) -> None:
         """Note that a storage can be made again from others by running steps again.
 
         Args:
             storage: What is made.
             reads: The storages that are needed.
-            steps: The steps that run.
-            workspace_bytes: What that takes meanwhile, beside what it reads and makes.
+            steps: The steps that run. Meanwhile they take what they took together, but for the storage.
         """
         maker = self._steps[self.producer(storage)]
         if maker.rerun is None:
             maker.rerun = tuple(sorted(set(reads))), (storage,)
-            maker.by, maker.rerun_bytes = tuple(steps), workspace_bytes
+            maker.by = tuple(steps)
 
     def freed(self, storage: int) -> None:
         """Note that from the step on that runs next, or runs, nothing but the graph refers to a storage."""
@@ -181,10 +177,16 @@ class Recorder:
         rerun = None
         if step.rerun is not None and step.rerun[1]:
             reads, writes = step.rerun
-            # What nobody saved is part of the step's workspace; a re-run counts it by itself.
-            unsaved = sum(storages[i].nbytes for i in {*reads, *writes} if not storages[i].uses)
-            own = step.rerun_bytes if step.by else max(0, workspace - unsaved)
-            rerun = Rerun(sum(seconds[n] for n in step.by or (number,)), own, reads, writes)
+            if step.by:
+                again = [self._steps[n] for n in step.by]
+                taken = sum(max(0, one.peak_bytes - one.used_bytes) for one in again)
+                apart = sum(storages[i].nbytes for i in writes)
+            else:
+                # What nobody saved is part of the step's workspace; a re-run counts it by itself.
+                taken = workspace
+                apart = sum(storages[i].nbytes for i in {*reads, *writes} if not storages[i].uses)
+            spent = sum(seconds[n] for n in step.by or (number,))
+            rerun = Rerun(spent, max(0, taken - apart), reads, writes)
         return Step(
             step.label,
             step.phase,

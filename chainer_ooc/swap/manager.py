@@ -70,7 +70,7 @@ class SwapManager:
         self._order = UseOrder()
         self._lock = threading.RLock()
         self._sequence = 0
-        self._has_warned = False
+        self._has_warned = self._is_remaking = False
         self.has_been_short = False
         self.follows_plan = False
 
@@ -86,8 +86,8 @@ class SwapManager:
 
     @property
     def busy(self) -> bool:
-        """Whether the calling thread is inside one of these methods."""
-        return self._lock._is_owned()  # type: ignore[attr-defined]
+        """Whether the calling thread is inside one of these methods, but not in what a recipe runs."""
+        return self._lock._is_owned() and not self._is_remaking  # type: ignore[attr-defined]
 
     # What the graph asks.
 
@@ -366,9 +366,12 @@ class SwapManager:
         recipe = storage.recipe
         assert recipe is not None
         arrays = [self.read(saved, trusted=True) for saved in recipe.inputs]
-        self._reclaimer.reclaim(storage.nbytes + recipe.workspace_bytes)
         start = time.perf_counter()
-        self._mover.remake(storage, recipe.run(arrays))
+        self._is_remaking = True  # what is allocated for it asks for room, as in any function
+        try:
+            self._mover.remake(storage, recipe.run(arrays))
+        finally:
+            self._is_remaking = False
         end = time.perf_counter()
         self.counters.recompute_seconds += end - start
         for observer in self._observers:
@@ -376,8 +379,13 @@ class SwapManager:
 
     def _taint(self, storage: Storage) -> None:
         """Take note that somebody may write to a storage: what is made again from it is made now."""
-        for dependent in tuple(storage.dependents or ()):
-            self._bring_in(dependent)
+        if storage.dependents:
+            self._reclaimer.forgoes = False  # nothing more may be given up that is made from it
+            try:
+                for dependent in tuple(storage.dependents):
+                    self._bring_in(dependent)
+            finally:
+                self._reclaimer.forgoes = True
         self._mover.taint(storage)
 
     def _is_between_graphs(self) -> bool:

@@ -22,7 +22,6 @@ class Recipe:
         inputs: The saved arrays that it needs.
         run: Returns the array from theirs, in that order. It has no side effects.
         layout: How the array lies in the storage, which it fills.
-        workspace_bytes: What it takes for itself meanwhile, at most, beside the result.
         checksum: Of the result's bytes.
         input_checksums: Of the storages of the inputs, at the time.
         functions: What it runs, by whatever name the giver has for functions.
@@ -31,7 +30,6 @@ class Recipe:
     inputs: tuple[Saved, ...]
     run: Callable[[Sequence[Any]], Any]
     layout: Layout
-    workspace_bytes: int
     checksum: int
     input_checksums: tuple[int, ...]
     functions: tuple[Any, ...] = ()

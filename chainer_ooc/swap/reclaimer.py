@@ -28,10 +28,12 @@ class Reclaimer:
 
     Attributes:
         leaving_first: What is going out goes before what has a valid copy: a plan has chosen it.
+        forgoes: What can be made again is given up without a copy.
     """
 
     def __init__(self, mover: Mover, marks: Watermarks) -> None:
         self.leaving_first = False
+        self.forgoes = True
         self._mover = mover
         self._marks = marks
 
@@ -172,7 +174,7 @@ class Reclaimer:
 
     def _can_be_remade(self, storage: Storage) -> bool:
         recipe = storage.recipe
-        if recipe is None or storage.dependents or storage.goes_as_signs:
+        if not self.forgoes or recipe is None or storage.dependents or storage.goes_as_signs:
             return False
         return recipe.fits(self._mover.device, storage)
 

@@ -61,3 +61,23 @@ def test_smallest_storages_stay_where_they_are(min_bytes):
     recorder.begin("a", BACKWARD, 1.0, 100, function=0)
     profile = recorder.profile("one", "clock", recorder.seconds(2.0))
     assert len(profile.saved) == (min_bytes == 0)
+
+
+def test_running_again_a_chain_takes_what_its_steps_took():
+    """x is saved, a makes h from it (40 bytes, 90 of its own), b makes y from h (60 bytes, 20 of its own)."""
+    recorder = Recorder()
+    recorder.begin("input", FORWARD, 0.0, 0)
+    recorder.end(100)
+    x = recorder.made(100)
+    recorder.saved([x])
+    recorder.begin("a", FORWARD, 1.0, 100)
+    recorder.end(100 + 40 + 90)
+    recorder.begin("b", FORWARD, 3.0, 140)
+    recorder.end(140 + 60 + 20)
+    y = recorder.made(60)
+    recorder.saved([y])
+    recorder.can_remake(y, [x], [1, 2])
+    recorder.begin("b", BACKWARD, 6.0, 160, function=2)
+    recorder.end(160)
+    profile = recorder.profile("chain", "clock", recorder.seconds(7.0))
+    assert profile.steps[2].rerun == Rerun(5.0, 40 + 90 + 20, (x,), (y,))

@@ -29,7 +29,7 @@ def save_pair(manager, run=lambda arrays: arrays[0] + 1):
     for one in saved:
         manager.expect([one])
     looks = manager.look_at(saved[1]), (manager.look_at(saved[0]),)
-    manager.give_recipe(saved[1], Recipe((saved[0],), run, saved[1].layout, 0, *looks))
+    manager.give_recipe(saved[1], Recipe((saved[0],), run, saved[1].layout, *looks))
     return saved
 
 
@@ -107,7 +107,7 @@ def test_memory_lies_as_it_lay(manager):
     address, strides = y.__array_interface__["data"][0], y.strides
     looks = manager.look_at(saved[1]), (manager.look_at(saved[0]),)
     run = lambda arrays: arrays[0].copy()  # noqa: E731
-    manager.give_recipe(saved[1], Recipe((saved[0],), run, saved[1].layout, 0, *looks))
+    manager.give_recipe(saved[1], Recipe((saved[0],), run, saved[1].layout, *looks))
     expected = y.copy()
     del x, y
     manager.move_all_out()
@@ -123,7 +123,7 @@ def test_a_recipe_is_no_input_of_another(manager):
     z = manager.save(np.arange(5000.0) + 2, "z")
     looks = manager.look_at(z), (manager.look_at(y),)
     add = lambda arrays: arrays[0] + 1  # noqa: E731
-    manager.give_recipe(z, Recipe((y,), add, z.layout, 0, *looks))
+    manager.give_recipe(z, Recipe((y,), add, z.layout, *looks))
     manager.move_all_out()
     assert [one.storage.forgone for one in (x, y, z)] == [False, True, False]
     assert manager.read(z)[10] == 12
@@ -145,7 +145,7 @@ def test_what_it_is_made_from_is_fetched_ahead(manager):
 def offered(manager, saved, needed=None):
     """Offer a recipe that gives zeros; return whether it was taken."""
     needed = needed or manager.save(np.arange(5000.0), "x")
-    recipe = Recipe((needed,), lambda arrays: arrays[0] * 0, saved.layout, 0, 0, (0,))
+    recipe = Recipe((needed,), lambda arrays: arrays[0] * 0, saved.layout, 0, (0,))
     manager.give_recipe(saved, recipe)
     return saved.storage.recipe is recipe
 
@@ -201,7 +201,7 @@ def test_several_are_made_from_one(manager):
     z = manager.save(np.arange(5000.0) * 2, "z")
     looks = manager.look_at(z), (manager.look_at(x),)
     double = lambda arrays: arrays[0] * 2  # noqa: E731
-    manager.give_recipe(z, Recipe((x,), double, z.layout, 0, *looks))
+    manager.give_recipe(z, Recipe((x,), double, z.layout, *looks))
     manager.move_all_out()
     assert y.storage.forgone and z.storage.forgone
     manager.read(x)[:] = 7

@@ -138,7 +138,7 @@ def test_what_is_made_from_values_is_not_made_from_signs(manager, state):
     made = manager.save(y, "y")
     looks = manager.look_at(made), (manager.look_at(x),)
     add = lambda arrays: arrays[0] + 1  # noqa: E731
-    manager.give_recipe(made, Recipe((x,), add, made.layout, 0, *looks))
+    manager.give_recipe(made, Recipe((x,), add, made.layout, *looks))
     del y
     if state is State.BOTH:
         manager._mover.begin_out(x.storage)
@@ -160,7 +160,7 @@ def test_signs_are_cheaper_than_making_it_again(manager, ask):
     saved = save(manager, True, array=y)
     looks = manager.look_at(saved), (manager.look_at(x),)
     relu = lambda arrays: np.maximum(arrays[0], 0)  # noqa: E731
-    manager.give_recipe(saved, Recipe((x,), relu, saved.layout, 0, *looks))
+    manager.give_recipe(saved, Recipe((x,), relu, saved.layout, *looks))
     assert saved.storage.recipe is not None
     held = y
     del y

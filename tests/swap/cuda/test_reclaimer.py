@@ -28,7 +28,7 @@ def value(saved):
     return float(saved.get().get()[0])
 
 
-def with_recipe(rig, needed, workspace=0, seen=()):
+def with_recipe(rig, needed, seen=()):
     """Save an array that is ``needed`` plus 1, with its recipe."""
     array = rig.array(value(needed) + 1)
     saved = rig.manager.save(array, "y")
@@ -40,7 +40,7 @@ def with_recipe(rig, needed, workspace=0, seen=()):
         return rig.array(float(arrays[0].get()[0]) + 1)
 
     looks = rig.manager.look_at(saved), (rig.manager.look_at(needed),)
-    rig.manager.give_recipe(saved, Recipe((needed,), run, saved.layout, workspace, *looks))
+    rig.manager.give_recipe(saved, Recipe((needed,), run, saved.layout, *looks))
     return saved
 
 
@@ -157,12 +157,47 @@ def test_what_others_are_made_again_from_goes_with_a_copy(rig):
     assert [value(one) for one in (z, y, x)] == [3, 2, 1]
 
 
-def test_room_is_made_for_what_a_recipe_takes_before_it_runs(rig):
-    x, used = rig.save(1.0), []
-    y = with_recipe(rig, x, 3 * UNIT, [lambda: used.append(rig.pool.used_bytes())])
+def test_what_a_recipe_allocates_finds_room(rig):
+    rig.allocator.install()
+    blocks = []
+    y = with_recipe(rig, rig.save(1.0), [lambda: blocks.append(rig.array(0.0, 3 * UNIT))])
     rig.manager.move_all_out()
     assert y.storage.forgone
     others = [rig.save(float(i)) for i in range(6)]
     assert value(y) == 2
-    assert used[0] + 4 * UNIT <= rig.manager.marks.high
     assert State.OUT in states(others)
+    assert rig.pool.used_bytes() <= rig.manager.marks.high
+    assert rig.manager.busy is False
+
+
+def test_a_recipe_that_fails_leaves_no_trace(rig):
+    failures = [MemoryError("no")]
+
+    def fail():
+        if failures:
+            assert not rig.manager.busy
+            raise failures.pop()
+
+    y = with_recipe(rig, rig.save(1.0), [fail])
+    rig.manager.move_all_out()
+    with pytest.raises(MemoryError, match="no"):
+        value(y)
+    with rig.manager._lock:
+        assert rig.manager.busy
+    assert value(y) == 2
+
+
+def test_what_is_about_to_be_written_to_is_no_input_meanwhile(rig):
+    """Room for what is made from it at the last moment is not made by giving up more of that kind."""
+    rig.allocator.install()
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    rig.manager.move_all_out()
+    z = with_recipe(rig, x)
+    rest = [rig.array(0.0) for _ in range(5)]
+    rig.manager.read(x).fill(7)
+    assert [value(one) for one in (z, y, x)] == [2, 2, 7]
+    w = with_recipe(rig, x)
+    rig.manager.move_all_out()
+    assert w.storage.forgone
+    assert rest
