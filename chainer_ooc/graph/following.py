@@ -261,7 +261,7 @@ class Follower:
             Tier(name, out, back, capacity=capacity, one_queue=shared)
             for name, capacity, shared in self.manager.device.tiers()
         )
-        return System(self.manager.limit, tiers, settings.single_backward, chains=False)
+        return System(self.manager.limit, tiers, settings.single_backward)
 
     def _step(self, label: str, phase: str, inputs: tuple[str, ...], function: int = -1) -> None:
         """Begin a step: record it, and make the moves of the plan that are due."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from chainer_ooc.swap.recipe import Recipe
+from chainer_ooc import mode
+from chainer_ooc.swap.recipe import Constant, Recipe
 from chainer_ooc.swap.storage import Saved
 
 __all__ = ["STEP", "install", "offer_recipes", "recomputable"]
@@ -23,6 +25,9 @@ __all__ = ["STEP", "install", "offer_recipes", "recomputable"]
 _LONGEST = 4
 #: Arrays that are not saved, such as the scales of a normalization, are copied up to this size (bytes).
 _SMALL = 64 << 10
+#: Larger ones, such as the filters of a convolution, are copied when what needs them is given up, if they are this many
+#: times smaller.
+_SMALLER = 4
 #: What a node has that belongs to the graph.
 _SEEN = "_ooc_seen"
 #: The number of a function's step in its iteration, where iterations are followed: (iteration, number).
@@ -42,6 +47,7 @@ class _Rule(NamedTuple):
     rerun: Rerun
     when: Callable[[Any], bool]
     unused: Collection[str]
+    costly: bool
 
 
 _rules: dict[type, _Rule] = {}
@@ -52,11 +58,12 @@ def recomputable(
     rerun: Rerun | None = None,
     when: Callable[[Any], bool] | None = None,
     unused: Collection[str] = (),
+    costly: bool = False,
 ) -> None:
     """Let ``recompute`` run functions of class ``cls`` again instead of moving their outputs.
 
-    That must be cheap, give the same bits each time, and do nothing but return outputs and set attributes of
-    the function: no random numbers, no communication, no statistics kept elsewhere.
+    That must give the same bits each time, and do nothing but return outputs and set attributes of the function: no
+    random numbers, no communication, no statistics kept elsewhere.
 
     Args:
         cls: A subclass of :class:`chainer.FunctionNode`.
@@ -65,6 +72,7 @@ def recomputable(
             tuple of arrays.
         when: Tells of a function that has been applied whether it can be run again. Default: always.
         unused: Attributes that ``rerun`` does not need, and will not find.
+        costly: Run it again only where a plan finds that this takes less time than to move what it made.
 
     Raises:
         TypeError: If ``cls`` is not such a class.
@@ -73,22 +81,40 @@ def recomputable(
 
     if not (isinstance(cls, type) and issubclass(cls, chainer.FunctionNode)):
         raise TypeError(f"cls={cls!r} is not a subclass of chainer.FunctionNode")
-    _rules[cls] = _Rule(rerun or _forward, when or (lambda func: True), unused)
+    _rules[cls] = _Rule(rerun or _forward, when or (lambda func: True), unused, costly)
 
 
 def install() -> None:
     """Register Chainer's own functions."""
-    from chainer.functions.activation import clipped_relu, elu, leaky_relu, relu, sigmoid, tanh
+    from chainer.functions.activation import (
+        clipped_relu,
+        elu,
+        leaky_relu,
+        log_softmax,
+        relu,
+        sigmoid,
+        softmax,
+        tanh,
+    )
     from chainer.functions.array import cast, concat, expand_dims, reshape, squeeze, transpose
+    from chainer.functions.connection import (
+        convolution_2d,
+        convolution_nd,
+        deconvolution_2d,
+        deconvolution_nd,
+        linear,
+    )
     from chainer.functions.math import basic_math, square
     from chainer.functions.noise import dropout
     from chainer.functions.normalization import batch_normalization as bn
     from chainer.functions.normalization import local_response_normalization as lrn
     from chainer.functions.pooling import average_pooling_2d, average_pooling_nd, max_pooling_nd
+    from chainer.functions.rnn import lstm
 
     for cls in (
         *(relu.ReLU, clipped_relu.ClippedReLU, leaky_relu.LeakyReLU, elu.ELU),
-        *(sigmoid.Sigmoid, tanh.Tanh, square.Square),
+        *(sigmoid.Sigmoid, tanh.Tanh, square.Square, lstm.LSTM),
+        *(softmax.Softmax, log_softmax.LogSoftmax),
         *(basic_math.Add, basic_math.AddConstant, basic_math.MultiAdd, basic_math.Sub),
         *(basic_math.Mul, basic_math.MulConstant, basic_math.Neg),
         *(cast.Cast, concat.Concat, expand_dims.ExpandDims, reshape.Reshape),
@@ -98,6 +124,11 @@ def install() -> None:
         average_pooling_2d.AveragePooling2D,
     ):
         recomputable(cls)
+    for cls in (
+        *(convolution_2d.Convolution2DFunction, deconvolution_2d.Deconvolution2DFunction),
+        *(convolution_nd.ConvolutionND, deconvolution_nd.DeconvolutionND, linear.LinearFunction),
+    ):
+        recomputable(cls, when=_is_deterministic, costly=True)
     # With its mask, which it has after forward, dropout draws no random numbers; cuDNN keeps no mask.
     recomputable(dropout.Dropout, when=lambda func: not func._use_cudnn)
     recomputable(
@@ -109,16 +140,18 @@ def install() -> None:
 
 
 class _Leaves:
-    """The saved arrays from which something is made again, their checksums, and the steps that do it."""
+    """The arrays from which something is made again, checksums of the saved ones, and the steps that do it."""
 
     def __init__(self) -> None:
         self.saved: list[Saved] = []
         self.checksums: list[int] = []
+        self.constants: dict[int, Constant] = {}
         self.steps: list[Any] = []
+        self.costly = False
 
-    def add(self, saved: Saved, checksum: int | None) -> _Leaf | None:
+    def add(self, saved: Saved, checksum: Any) -> _Leaf | None:
         """Return what gives the array of ``saved``, ``None`` if its content at the time is not known."""
-        if checksum is None:
+        if type(checksum) is not int:
             return None
         self.saved.append(saved)
         self.checksums.append(checksum)
@@ -155,7 +188,10 @@ def offer_recipes(func: Any) -> None:
             continue
         manager = saved.storage.manager
         checksum = manager.look_at(saved)
-        if checksum is not None and leaves.saved:
+        constants = tuple(leaves.constants.values())
+        if sum(one.array.nbytes for one in constants) * _SMALLER > saved.storage.nbytes:
+            continue
+        if checksum is not None and (leaves.saved or constants):
             recipe = Recipe(
                 inputs=tuple(leaves.saved),
                 run=_as_configured_now(expression),
@@ -163,18 +199,45 @@ def offer_recipes(func: Any) -> None:
                 checksum=checksum,
                 input_checksums=tuple(leaves.checksums),
                 functions=tuple(leaves.steps),
+                constants=constants,
+                costly=leaves.costly,
             )
             manager.give_recipe(saved, recipe)
 
 
-def _look(func: Any) -> dict[Any, int | None]:
-    """Return the checksums of the saved arrays that a function has used: inputs by index, attributes by name."""
-    used = {index: node.__dict__.get("_data") for index, node in enumerate(func.inputs)}
-    return {
+def _look(func: Any) -> dict[Any, int | Constant | None]:
+    """Return the checksums of the saved arrays that a function has used: inputs by index, attributes by name.
+
+    For large inputs that are not saved, and have been made by no function, it is their :class:`Constant`.
+    """
+    used = {index: _data_of(node) for index, node in enumerate(func.inputs)}
+    seen: dict[Any, int | Constant | None] = {
         key: value.storage.manager.look_at(value)
         for key, value in (*used.items(), *func.__dict__.items())
         if type(value) is Saved
     }
+    most = max((_nbytes(node) for ref in func.outputs if (node := ref())), default=0) // _SMALLER
+    for index, array in used.items():
+        is_leaf = type(array) is not Saved and func.inputs[index]._creator_node is None
+        if is_leaf and array is not None and _SMALL < array.nbytes <= most:
+            manager = mode.manager_for(array)
+            location = None if manager is None else manager.device.locate(array)
+            if manager is not None and location is not None and array.flags.c_contiguous:
+                seen[index] = Constant(manager.device, array)
+    return seen
+
+
+def _data_of(node: Any) -> Any:
+    """Return the array of an input of a function, or what stands in for it; ``None`` if nobody has it."""
+    data = node.__dict__.get("_data")
+    if data is None and node._creator_node is None:
+        variable = node.get_variable_or_none()
+        data = None if variable is None else variable.array
+    return data
+
+
+def _nbytes(node: Any) -> int:
+    return math.prod(node.shape) * node.dtype.itemsize
 
 
 def _expression_of(node: Any, leaves: _Leaves, longest: int) -> _Expression | None:
@@ -194,6 +257,7 @@ def _expression_of(node: Any, leaves: _Leaves, longest: int) -> _Expression | No
     if attributes is None:
         return None
     leaves.steps.append(func.__dict__.get(STEP))
+    leaves.costly |= rule.costly
     index = next(i for i, output in enumerate(func.outputs) if output() is node)
     cls = type(func)
 
@@ -206,22 +270,24 @@ def _expression_of(node: Any, leaves: _Leaves, longest: int) -> _Expression | No
     return run
 
 
-def _source(node: Any, checksum: int | None, leaves: _Leaves, longest: int) -> _Expression | None:
-    """Return what gives an input: a saved array, a small constant, or what is computed itself."""
-    data = node.__dict__.get("_data")
+def _source(node: Any, seen: Any, leaves: _Leaves, longest: int) -> _Expression | None:
+    """Return what gives an input: a saved array, a constant, or what is computed itself."""
+    data = _data_of(node)
     if type(data) is Saved:
-        return leaves.add(data, checksum)
+        return leaves.add(data, seen)
     if data is None:
-        if node._creator_node is not None:
-            return _expression_of(node, leaves, longest)
-        variable = node.get_variable_or_none()
-        data = None if variable is None else variable.array
-    constant = None if data is None or data.nbytes > _SMALL else data.copy()
-    return None if constant is None else lambda arrays: constant
+        return None if node._creator_node is None else _expression_of(node, leaves, longest)
+    if data.nbytes <= _SMALL:
+        small = data.copy()
+        return lambda arrays: small
+    if type(seen) is not Constant:
+        return None
+    constant = leaves.constants.setdefault(id(seen.array), seen)
+    return lambda arrays: constant.array
 
 
 def _attributes(
-    func: Any, unused: Collection[str], seen: dict[Any, int | None], leaves: _Leaves
+    func: Any, unused: Collection[str], seen: dict[Any, Any], leaves: _Leaves
 ) -> dict[str, Any] | None:
     """Return the attributes of a function, with leaves for what is saved of them; ``None`` if that cannot be."""
     attributes = {}
@@ -257,6 +323,13 @@ def _as_configured_now(expression: _Expression) -> _Expression:
             return expression(arrays)
 
     return run
+
+
+def _is_deterministic(func: Any) -> bool:
+    """Tell whether a product gives the same bits each time: cuDNN's does where it is asked to."""
+    import chainer
+
+    return mode.gpu_array_type() is None or bool(chainer.config.cudnn_deterministic)
 
 
 def _forward(func: Any, inputs: list[Any]) -> Sequence[Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from chainer_ooc.planning.layout import Eviction, Memory, Needs, needs_of
 from chainer_ooc.planning.plan import Choice, Plan
 from chainer_ooc.planning.profile import Profile
+from chainer_ooc.planning.rerun import can_be_made_again
 from chainer_ooc.planning.system import System
 
 __all__ = ["Arranger"]
@@ -31,6 +32,8 @@ class Arranger:
         self.system = system
         pairs = zip(profile.workspace, profile.made_bytes, strict=True)
         self._need_bytes = tuple(workspace + made for workspace, made in pairs)
+        # What is dropped must be free, and what it is made again from, too: nobody may write to that.
+        self._drop_from = {i: self._free_from(i) for i in can_be_made_again(profile)}
         # Backward needs the oldest last: they have most time to go and to come.
         self.by_age = sorted(
             profile.saved,
@@ -46,12 +49,13 @@ class Arranger:
             headroom: What is left free at each step (bytes), so that copies may come in early.
         """
         profile, system = self.profile, self.system
-        gone = set(dropped)
+        gone = {i for i in dropped if self._drop_from[i] < profile.storages[i].uses[0]}
         evicted: set[Eviction] = set()
         for _ in range(_REPAIRS):
             needs = needs_of(profile, system, gone, evicted)
             memory = Memory(profile, system, needs)
             for i in gone:
+                memory.leave[i] = self._drop_from[i]
                 memory.remove(i)
             for i, after in evicted:
                 if after in needs.steps[i]:
@@ -61,6 +65,12 @@ class Arranger:
             if not self._repair(memory, needs, gone, set(swapped), evicted):
                 break
         return self._plan_of(memory, needs, gone, swapped, evicted)
+
+    def _free_from(self, i: int) -> int:
+        storages = self.profile.storages
+        rerun = self.profile.steps[self.profile.makers[i]].rerun
+        reads = () if rerun is None else rerun.reads
+        return max(storages[one].free_from for one in (i, *reads) if storages[one].uses)
 
     def _repair(
         self,

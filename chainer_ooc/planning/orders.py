@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Set as AbstractSet
 
 from chainer_ooc.planning.profile import Profile
 from chainer_ooc.planning.rerun import can_be_made_again, chain
@@ -29,42 +28,13 @@ def units_of(profile: Profile) -> Order:
     return [frozenset(group) for _, group in sorted(costs)]
 
 
-def are_independent(profile: Profile, dropped: AbstractSet[int]) -> bool:
-    """Tell whether no dropped storage is made again from another one."""
-    for i in dropped:
-        rerun = profile.steps[profile.makers[i]].rerun
-        if rerun is not None and any(read in dropped for read in rerun.reads):
-            return False
-    return True
-
-
-def orders(profile: Profile, units: Order, chains: bool = True) -> Iterator[Order]:
+def orders(profile: Profile, units: Order) -> Iterator[Order]:
     """Yield orders in which units may be dropped: the first so many of one of them are.
 
     Args:
         profile: The iteration.
         units: What can be made again, the cheapest per byte first.
-        chains: Whether one may be needed to make another again.
     """
-    if chains:
-        yield from _orders(profile, units)
-    else:
-        for order in _orders(profile, units):
-            yield _independent(profile, order)
-
-
-def _independent(profile: Profile, order: Order) -> Order:
-    """Leave out what is not independent of what comes before it in the order."""
-    chosen: Order = []
-    dropped: frozenset[int] = frozenset()
-    for unit in order:
-        if are_independent(profile, dropped | unit):
-            chosen.append(unit)
-            dropped |= unit
-    return chosen
-
-
-def _orders(profile: Profile, units: Order) -> Iterator[Order]:
     yield units
     for depth in (1, 2, 4):
         yield _chains(profile, units, depth)

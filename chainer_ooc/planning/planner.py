@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from chainer_ooc.planning.arrange import Arranger
 from chainer_ooc.planning.bound import lower_bound
-from chainer_ooc.planning.orders import Order, are_independent, orders, units_of
+from chainer_ooc.planning.orders import Order, orders, units_of
 from chainer_ooc.planning.pacing import Pacer
 from chainer_ooc.planning.plan import Plan
 from chainer_ooc.planning.policies import Planned
@@ -74,8 +74,6 @@ class Search:
     ) -> Trial:
         """Lay out and simulate one choice; when the effort is spent, return the best so far."""
         key = dropped, kept, headroom
-        if not self.system.chains and not are_independent(self.profile, dropped):
-            return self.best
         if key not in self.trials and not self.done:
             self.left -= 1
             self.trials[key] = trial = self._trial(*key)
@@ -104,7 +102,7 @@ class Search:
             return self.try_it(none.union(*order[:count])).cost
 
         screened = []
-        for place, order in enumerate(orders(self.profile, units, self.system.chains)):
+        for place, order in enumerate(orders(self.profile, units)):
             half = len(order) // 2
             costs = {count: cost(order, count) for count in (half, len(order))}
             best = min(costs, key=costs.__getitem__)

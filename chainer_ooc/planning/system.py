@@ -57,14 +57,12 @@ class System:
         tiers: Where copies go: the first that has room.
         single_backward: What backward has used for the last time is dropped, with no copy written.
         margin: The share of the limit that is left for what nobody announces.
-        chains: Whether what is made again may be made from what must be made again itself.
     """
 
     limit_bytes: int
     tiers: tuple[Tier, ...]
     single_backward: bool = True
     margin: float = MARGIN
-    chains: bool = True
 
     def __post_init__(self) -> None:
         if self.limit_bytes <= 0:

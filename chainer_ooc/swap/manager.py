@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
@@ -16,7 +17,7 @@ from chainer_ooc.swap.mover import Counters, Mover
 from chainer_ooc.swap.observing import Observer, Span
 from chainer_ooc.swap.player import Player
 from chainer_ooc.swap.recipe import Recipe, checksum_of
-from chainer_ooc.swap.reclaimer import EVERYTHING, Reclaimer, outside
+from chainer_ooc.swap.reclaimer import EVERYTHING, Reclaimer, outside, to_be_made
 from chainer_ooc.swap.storage import Layout, Saved, State, Storage
 from chainer_ooc.swap.use_order import UseOrder
 from chainer_ooc.swap.watermarks import MARGIN, Watermarks
@@ -73,6 +74,8 @@ class SwapManager:
         self._has_warned = self._is_remaking = False
         self.has_been_short = False
         self.follows_plan = False
+        # What is given up again once it has served to make others.
+        self._passing: weakref.WeakSet[Storage] = weakref.WeakSet()
 
     @property
     def counters(self) -> Counters:
@@ -225,6 +228,8 @@ class SwapManager:
                     self._begin_in(saved.storage)
                 elif saved.storage.verified:
                     verify.check_unchanged(self.device, saved.storage)
+            if any(saved.storage.forgone for saved in group):
+                self._make_again([s.storage for s in group if s.storage.forgone])
             return [arrays.get(id(s)) if id(s) in arrays else self.read(s, trusted) for s in group]
 
     def prefetch(self, group: Iterable[Saved]) -> None:
@@ -284,6 +289,7 @@ class SwapManager:
         """
         with self._lock:
             self.follows_plan = self._reclaimer.leaving_first = player is not None
+            self._passing = weakref.WeakSet(player.passing(step) if player else ())
             if player is not None:
                 self._mover.clear_graves()
                 player.play(step, self._mover, self._reclaimer, self.marks)
@@ -360,11 +366,26 @@ class SwapManager:
     def _bring_in(self, storage: Storage) -> None:
         """Make a storage resident. Waits, or computes."""
         self._begin_in(storage)
-        if not storage.forgone:
+        if storage.forgone:
+            self._make_again([storage])
+        else:
             self._mover.end_in(storage)
-            return
-        recipe = storage.recipe
-        assert recipe is not None
+
+    def _make_again(self, wanted: Collection[Storage]) -> None:
+        """Compute storages again, and before that what they are made from. Waits."""
+        order = to_be_made(wanted)
+        last = {needed: storage for storage, recipe in order for needed in recipe.storages()}
+        owners = []  # held: they do not make room for the next
+        for storage, recipe in order:
+            if storage.forgone:
+                self._run_again(storage, recipe)
+            if storage in wanted:
+                owners.append(storage.owner)
+            for needed in recipe.storages():
+                if needed in self._passing and last[needed] is storage:
+                    self._reclaimer.give_up(needed)
+
+    def _run_again(self, storage: Storage, recipe: Recipe) -> None:
         arrays = [self.read(saved, trusted=True) for saved in recipe.inputs]
         start = time.perf_counter()
         self._is_remaking = True  # what is allocated for it asks for room, as in any function

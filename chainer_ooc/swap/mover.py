@@ -200,6 +200,8 @@ class Mover:
     def forgo(self, storage: Storage) -> None:
         """RESIDENT -> OUT without a copy: its recipe makes it again. Its inputs are used once more for that."""
         assert storage.recipe is not None
+        for constant in storage.recipe.constants:
+            constant.keep()
         for needed in storage.recipe.storages():
             needed.expected += 1
             needed.wants_values = True

@@ -35,8 +35,12 @@ class Player:
         self._come = deque(plan.copy_in)
         self._release = deque(plan.release)
         self._drop = deque(plan.drop)
-        # Those that are held still; those that go out, and are released then.
+        self._pass_by: dict[int, list[int]] = {}
+        for step, number in plan.pass_by:
+            self._pass_by.setdefault(step, []).append(number)
+        # Those that are held still, or made from what is; those that go out, and are released then.
         self._waiting: list[Storage] = []
+        self._staying: list[Storage] = []
         self._leaving: list[Storage] = []
 
     def play(self, step: int, mover: Mover, reclaimer: Reclaimer, marks: Watermarks) -> None:
@@ -45,8 +49,12 @@ class Player:
         self._leaving = [one for one in self._leaving if not _has_left(one, reclaimer)]
         for storage in self._due(self._release, step):
             reclaimer.release_unless_held(storage)
-        for storage in self._due(self._drop, step):
-            reclaimer.give_up(storage)
+        staying, self._staying = self._staying + self._due(self._drop, step), []
+        for storage in staying:
+            if storage.state is State.RESIDENT and not storage.used and _is_held(storage):
+                self._staying.append(storage)
+            else:
+                reclaimer.give_up(storage)
         waiting, self._waiting = self._waiting + self._due(self._out, step), []
         for storage in waiting:
             if storage.state is State.RESIDENT and not storage.used:
@@ -58,6 +66,11 @@ class Player:
                 self._leaving.append(storage)
         if self._come and self._come[0][0] <= step:
             self._begin_in(step, reclaimer, marks.high - self.plan.need_bytes[step])
+
+    def passing(self, step: int) -> list[Storage]:
+        """Return what a step needs only for its re-runs: it is given up as soon as they have read it."""
+        found = (self._find(number) for number in self._pass_by.get(step, ()))
+        return [storage for storage in found if storage is not None]
 
     def _due(self, moves: deque[tuple[int, int]], step: int) -> list[Storage]:
         due = []
@@ -77,6 +90,12 @@ class Player:
                 if storage.state is State.OUT and not reclaimer.begin_ahead(storage, most):
                     return
             self._come.popleft()
+
+
+def _is_held(storage: Storage) -> bool:
+    """Tell whether somebody refers to a storage, or to one that it is to be made again from."""
+    inputs = () if storage.recipe is None else storage.recipe.storages()
+    return storage.held or any(one.state is State.RESIDENT and one.held for one in inputs)
 
 
 def _has_left(storage: Storage, reclaimer: Reclaimer) -> bool:

@@ -9,9 +9,53 @@ from typing import TYPE_CHECKING, Any
 from chainer_ooc.swap.storage import Layout, Saved, State, Storage
 
 if TYPE_CHECKING:
-    from chainer_ooc.swap.devices.base import Device
+    from chainer_ooc.swap.devices.base import Device, Location
 
-__all__ = ["Recipe", "checksum_of"]
+__all__ = ["Constant", "Recipe", "checksum_of"]
+
+
+class Constant:
+    """An array that is not saved, such as a parameter, as it is now.
+
+    Args:
+        device: Whose memory it lies in, in one piece.
+        array: The array. It may be written to later: :meth:`keep` it as it is before that.
+
+    Attributes:
+        array: What has its elements as long as :meth:`is_unchanged`.
+        is_kept: Whether ``array`` is a copy that nobody else has.
+    """
+
+    __slots__ = ("_checksum", "_device", "array", "is_kept")
+
+    def __init__(self, device: Device, array: Any) -> None:
+        self.array = array
+        self.is_kept = False
+        self._device = device
+        self._checksum = self._look()
+
+    def is_unchanged(self) -> bool:
+        """Tell whether it has the elements that it had at first."""
+        return self.is_kept or self._look() == self._checksum
+
+    def keep(self) -> None:
+        """Have a copy of one's own, at the same place in a page."""
+        if not self.is_kept:
+            array, place = self.array, self._place()
+            layout = Layout(array.dtype, array.shape, array.strides, 0, True)
+            phase = place.address + place.offset
+            own = self._device.duplicate(array, layout, array.nbytes, phase)
+            self.array = self._device.view(*own, layout)
+            self.is_kept = True
+
+    def _look(self) -> int:
+        place = self._place()
+        return self._device.checksum(place.owner, place.offset, self.array.nbytes)
+
+    def _place(self) -> Location:
+        place = self._device.locate(self.array)
+        assert place is not None
+        return place
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,6 +69,8 @@ class Recipe:
         checksum: Of the result's bytes.
         input_checksums: Of the storages of the inputs, at the time.
         functions: What it runs, by whatever name the giver has for functions.
+        constants: What else it needs.
+        costly: It is for plans, which know what it costs.
     """
 
     inputs: tuple[Saved, ...]
@@ -33,18 +79,30 @@ class Recipe:
     checksum: int
     input_checksums: tuple[int, ...]
     functions: tuple[Any, ...] = ()
+    constants: tuple[Constant, ...] = ()
+    costly: bool = False
 
-    def storages(self) -> set[Storage]:
-        """Return the storages of the inputs."""
-        return {saved.storage for saved in self.inputs}
+    def storages(self) -> tuple[Storage, ...]:
+        """Return the storages of the inputs, each once."""
+        return tuple(dict.fromkeys(saved.storage for saved in self.inputs))
 
-    def fits(self, device: Device, storage: Storage) -> bool:
+    def bytes_to_keep(self) -> int:
+        """Return the size of the constants that are not kept yet (bytes)."""
+        return sum(one.array.nbytes for one in self.constants if not one.is_kept)
+
+    def fits(self, device: Device, storage: Storage, planned: bool = False) -> bool:
         """Tell whether it makes what ``storage`` has now, whenever it is asked to.
 
         It does if neither that nor the inputs have been written to, and if nobody can write to the inputs
-        unnoticed: they have a valid copy, or will, or nobody else refers to them. What has only a recipe itself is
-        refused: re-runs would need re-runs.
+        unnoticed: they have a valid copy, or will, or nobody else refers to them.
+
+        Args:
+            device: Whose memory it is.
+            storage: What it makes.
+            planned: A plan asks, which has reckoned with what it costs, and with re-runs that need re-runs.
         """
+        if self.costly and not planned:
+            return False
         for saved, checksum in zip(self.inputs, self.input_checksums, strict=True):
             needed = saved.storage
             if needed.goes_as_signs and needed.state is not State.RESIDENT:
@@ -54,10 +112,14 @@ class Recipe:
                 found = needed.checksum
             elif needed.state is State.RESIDENT and not needed.held:
                 found = checksum_of(device, needed)
+            elif planned and needed.forgone and needed.recipe is not None:
+                found = needed.recipe.checksum
             else:
                 return False
             if found != checksum:
                 return False
+        if not all(one.is_unchanged() for one in self.constants):
+            return False
         return checksum_of(device, storage) == self.checksum
 
 

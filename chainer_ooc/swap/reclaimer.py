@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterable
 
 from chainer_ooc.swap.mover import Mover
+from chainer_ooc.swap.recipe import Recipe
 from chainer_ooc.swap.storage import State, Storage
 from chainer_ooc.swap.watermarks import Watermarks
 
-__all__ = ["EVERYTHING", "Reclaimer", "outside"]
+__all__ = ["EVERYTHING", "Reclaimer", "outside", "to_be_made"]
 
 #: Most bytes on their way out at a time.
 IN_FLIGHT = 256 << 20
@@ -140,12 +143,14 @@ class Reclaimer:
             Whether it was begun.
         """
         mover = self._mover
+        wanted = outside(storage)
+        nbytes = sum(one.nbytes for one in wanted)
         room = most - self._marks.used_bytes()
-        if room < storage.nbytes:
-            room += self.release_clean(storage.nbytes - room, used_only=True)
-        if room < storage.nbytes:
+        if room < nbytes:
+            room += self.release_clean(nbytes - room, used_only=True)
+        if room < nbytes:
             return False
-        for needed in outside(storage):
+        for needed in wanted:
             try:
                 mover.begin_in(needed)
             except MemoryError:  # the free memory is in pieces: it is fetched when it is needed
@@ -155,14 +160,18 @@ class Reclaimer:
         return True
 
     def give_up(self, storage: Storage) -> int:
-        """Give up a storage that can be had again: for its copy, or its signs, or to be made again. Returns bytes."""
+        """Give up a storage, as a plan says: for its copy, or its signs, or to be made again. Returns bytes."""
+        recipe = storage.recipe
+        if recipe is not None and storage.state is State.RESIDENT:
+            self.reclaim(recipe.bytes_to_keep())
         if storage.state is State.RESIDENT and not storage.held:
             if storage.goes_as_signs:
                 self._mover.begin_out(storage)
                 self._mover.end_out(storage)
-            elif self._can_be_remade(storage):
-                self._mover.forgo(storage)
-                return storage.nbytes
+            elif self._can_be_remade(storage, planned=True):
+                with contextlib.suppress(MemoryError):  # it stays, as constants cannot be kept
+                    self._mover.forgo(storage)
+                    return storage.nbytes
         return self.release_unless_held(storage)
 
     def release_unless_held(self, storage: Storage) -> int:
@@ -172,11 +181,13 @@ class Reclaimer:
         self._mover.release(storage)
         return storage.nbytes
 
-    def _can_be_remade(self, storage: Storage) -> bool:
+    def _can_be_remade(self, storage: Storage, planned: bool = False) -> bool:
         recipe = storage.recipe
-        if not self.forgoes or recipe is None or storage.dependents or storage.goes_as_signs:
+        if not self.forgoes or recipe is None or storage.goes_as_signs:
             return False
-        return recipe.fits(self._mover.device, storage)
+        if storage.dependents and not planned:
+            return False
+        return recipe.fits(self._mover.device, storage, planned)
 
     def settle(self) -> None:
         """Take note of the copies that have ended."""
@@ -197,7 +208,24 @@ class Reclaimer:
 
 
 def outside(storage: Storage) -> list[Storage]:
-    """Return the storages that must be copied in for this one: itself, or those its recipe needs."""
-    if storage.forgone and storage.recipe is not None:
-        return [one for one in storage.recipe.storages() if one.state is State.OUT]
-    return [storage] if storage.state is State.OUT else []
+    """Return the storages that must be copied in for this one: itself, or those that it is made again from."""
+    todo, found = [storage], {storage: None}
+    for one in todo:
+        if one.forgone and one.recipe is not None:
+            todo += [needed for needed in one.recipe.storages() if needed not in found]
+            found |= dict.fromkeys(todo)
+    return [one for one in found if one.state is State.OUT and not one.forgone]
+
+
+def to_be_made(wanted: Iterable[Storage]) -> list[tuple[Storage, Recipe]]:
+    """Return what is made again to have some forgone storages, and how: each after what it is made from."""
+    order: dict[Storage, Recipe] = {}
+    todo = [*wanted][::-1]
+    while todo:
+        recipe = todo[-1].recipe
+        assert recipe is not None
+        first = [one for one in recipe.storages() if one.forgone and one not in order]
+        if not first:
+            order.setdefault(todo.pop(), recipe)
+        todo += first[::-1]
+    return list(order.items())

@@ -19,7 +19,11 @@ from chainer_ooc import mode
 from chainer_ooc.graph.following import follower_of
 from chainer_ooc.planning import book, planner
 from chainer_ooc.planning.plan import Choice
+from chainer_ooc.planning.policies import Planned
+from chainer_ooc.planning.system import System, Tier
+from chainer_ooc.planning.timeline import simulate
 from chainer_ooc.swap.disk import SwapFile
+from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.testing import assert_same_bits
 from chainer_ooc.testing.adopted_arrays import simulated_gpu
 from tests.swap.test_leaks import on_ram
@@ -412,3 +416,42 @@ def test_threads_that_train_at_the_same_time_are_right(device):
             thread.join()
     for number in range(2):
         assert_same_bits(found[number], expected)
+
+
+@pytest.mark.parametrize("single_backward", [True, False])
+def test_where_the_way_out_is_slow_chains_with_products_run_again_as_planned(
+    device, monkeypatch, single_backward
+):
+    monkeypatch.setattr(SwapManager, "bandwidths", lambda self, otherwise: (1e7, 1e7))
+    monkeypatch.setattr(planner, "EFFORT", 10_000)
+    per_step = []
+
+    def program(training):
+        losses = []
+        for _ in range(6):
+            before = chainer_ooc.stats()
+            losses.append(training.step(size=8))
+            after = chainer_ooc.stats()
+            per_step.append(
+                (
+                    after.bytes_out - before.bytes_out,
+                    after.bytes_in - before.bytes_in,
+                    after.storages_remade - before.storages_remade,
+                )
+            )
+        return [losses, training.state()]
+
+    both(program, OTHER + 3 * MIB, recompute=True, single_backward=single_backward)
+    (page,) = pages().values()
+    tier = Tier("slow", 1e7, 1e7, one_queue=True)
+    system = System(OTHER + 3 * MIB, (tier,), single_backward)
+    foreseen = simulate(page.profile, system, Planned(page.plan))
+    labels = {page.profile.steps[n].label for _, again in page.plan.rerun for n in again}
+    assert "Convolution2DFunction" in labels
+    assert any(len(again) > 1 for _, again in page.plan.rerun)
+    remade = sum(len(again) for _, again in foreseen.reruns)
+    out, back, again = per_step[-1]
+    if single_backward:
+        assert (out, back, again) == (foreseen.bytes_out, foreseen.bytes_in, remade)
+    assert again >= remade
+    assert out < per_step[-5][0]  # on demand, which runs no product again

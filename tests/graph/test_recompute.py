@@ -77,6 +77,9 @@ FUNCTIONS = {
     "concat": lambda h: F.concat([h, F.relu(h)], axis=1),
     "transpose": lambda h: F.relu(F.transpose(h, (0, 2, 3, 1))),
     "expand and squeeze": lambda h: F.relu(F.squeeze(F.expand_dims(h, 1), 1)),
+    "softmax": F.softmax,
+    "log_softmax": F.log_softmax,
+    "lstm": lambda h: F.lstm(h[:, 0], F.reshape(h, (4, -1, 9))[:, :36])[1],
     "lrn": F.local_response_normalization,
     "dropout": lambda h: F.dropout(h, 0.3),
     "max_pooling": lambda h: F.max_pooling_2d(h, 3, 2),
@@ -106,6 +109,48 @@ def test_functions(name, dtype, remade):
 
     both(program)
     assert remade() > 0
+
+
+def weights(*shape):
+    return (np.random.RandomState(7).rand(*shape) - 0.5).astype("f")
+
+
+#: Products and their weights, which are larger than what is copied for each recipe.
+COSTLY = {
+    "convolution": (F.convolution_2d, weights(40, 48, 3, 3), {"pad": 1}),
+    "strided, dilated": (F.convolution_2d, weights(48, 48, 3, 3), {"dilate": 2, "stride": (1, 2)}),
+    "grouped": (F.convolution_2d, weights(96, 24, 3, 3), {"groups": 2}),
+    "nd": (F.convolution_nd, weights(40, 48, 3, 3), {"pad": 1}),
+    "deconvolution": (F.deconvolution_2d, weights(48, 40, 3, 3), {"pad": 1}),
+    "deconvolution nd": (F.deconvolution_nd, weights(48, 40, 3, 3), {}),
+    "linear": (F.linear, weights(600, 36), {"n_batch_axes": 3}),
+}
+
+
+@pytest.mark.parametrize("when", ["never", "before", "since"])
+@pytest.mark.parametrize("name", COSTLY)
+def test_products_for_plans_whenever_weights_are_modified(name, when, remade):
+    function, W, options = COSTLY[name]
+    data = np.random.rand(8, 48, 36, 36).astype("f") - 0.5
+
+    def program():
+        x, weight = chainer.Variable(data), chainer.Parameter(W.copy())
+        h = F.tanh(x)
+        y = F.relu(function(h, weight, **options))
+        loss = F.sum(y * y)
+        del h, y
+        if when == "before":
+            weight.array[:] *= 2
+        if chainer_ooc.is_enabled():
+            for storage in mode.managers()[0].storages():
+                mode.managers()[0]._reclaimer.give_up(storage)
+        if when == "since":
+            weight.array[:] *= 2
+        loss.backward()
+        return [loss.array, x.grad, weight.grad]
+
+    both(program, swap_all=False, limit=1 << 40)
+    assert remade() == (0 if when == "before" else 1)
 
 
 class Block(chainer.Chain):

@@ -1,5 +1,8 @@
 import random
 
+import pytest
+
+from chainer_ooc.planning.arrange import Arranger
 from chainer_ooc.planning.layout import Memory, needs_of
 from chainer_ooc.planning.profile import BACKWARD, FORWARD, Profile, Rerun, Step, Storage
 from chainer_ooc.planning.system import System, Tier
@@ -63,3 +66,15 @@ def test_after_a_backward_that_may_run_again_room_comes_from_what_left():
     memory.remove(2)
     # Used at step 3: not in memory from step 4 on.
     assert list(memory.room - before) == [0, 0, 0, 0, 100, 100]
+
+
+@pytest.mark.parametrize(("let_go", "drop"), [(2, ((2, 1),)), (4, ((4, 1),)), (7, ())])
+def test_nothing_is_dropped_before_what_it_is_made_from_is_let_go(let_go, drop):
+    """Until then somebody may write to that."""
+    forward = [Step(f"f{n}", FORWARD, 1.0) for n in range(4)]
+    forward[1] = Step("f1", FORWARD, 1.0, rerun=Rerun(1.0, 0, (0,), (1,)))
+    backward = [Step(f"f{n}", BACKWARD, 1.0, function=n) for n in (3, 2, 1, 0)]
+    storages = (Storage(100, 0, let_go, (7,)), Storage(100, 1, 2, (6,)))
+    profile = Profile("held", "none", True, 0, (*forward, *backward), storages)
+    plan = Arranger(profile, System(1000, (TIER,), margin=0.0)).plan({1}, (), 0)
+    assert plan.drop == drop

@@ -104,6 +104,9 @@ class Device(Protocol):
             MemoryError: If there is no memory for it.
         """
 
+    def duplicate(self, array: Any, layout: Layout, nbytes: int, phase: int) -> tuple[Any, int]:
+        """Return the owner and the origin of a new storage with the elements of ``array``, lying as ``layout`` says."""
+
     def adopt(self, array: Any, layout: Layout, nbytes: int, phase: int) -> tuple[Any, int]:
         """Return the owner and the origin of a storage that ``array`` fills, lying as ``layout`` says.
 

@@ -195,6 +195,10 @@ class CudaDevice:
             and not location.offset
         ):
             return location.owner, 0
+        return self.duplicate(array, layout, nbytes, phase)
+
+    def duplicate(self, array: Any, layout: Layout, nbytes: int, phase: int) -> tuple[Any, int]:
+        """Return the owner and the origin of a new storage that has the elements of ``array``."""
         with self.streams.on_device():
             owner, origin = self.arrays.allocate(nbytes, phase)
             self.arrays.view(owner, origin, layout)[...] = array

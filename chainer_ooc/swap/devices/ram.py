@@ -150,6 +150,12 @@ class RamDevice:
             whole = location.nbytes == nbytes and not location.offset
             if whole and (location.address - phase) % ALIGNMENT == 0:
                 return location.owner, 0
+        return self.duplicate(array, layout, nbytes, phase)
+
+    def duplicate(
+        self, array: np.ndarray, layout: Layout, nbytes: int, phase: int
+    ) -> tuple[np.ndarray, int]:
+        """Return the owner and the origin of a new storage that has the elements of ``array``."""
         owner, origin = _empty(nbytes, phase)
         self.view(owner, origin, layout._replace(writeable=True))[...] = array
         return owner, origin

@@ -8,6 +8,7 @@ from chainer_ooc.planning.plan import Plan
 from chainer_ooc.swap.player import Player
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT, states
+from tests.swap.cuda.test_reclaimer import value, with_recipe
 
 
 @pytest.fixture
@@ -122,3 +123,32 @@ def test_copies_in_wait_for_what_is_going_out_still(rig):
     player = player_of([first, *saved], copy_in=((0, 0), (0, 1)))
     rig.manager.play(player, 0)
     assert states([first, *saved]) == [State.GOING_OUT, State.OUT, State.OUT]
+
+
+def test_what_is_made_from_something_held_is_given_up_once_that_is_let_go(rig):
+    """Who holds an input may write to it."""
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    held = x.get()
+    saved = [y]
+    player = player_of(saved, drop=((0, 0),))
+    rig.manager.play(player, 0)
+    assert states(saved) == [State.RESIDENT]
+    del held
+    rig.manager.play(player, 1)
+    assert y.storage.forgone
+    assert value(y) == 2
+
+
+def test_what_was_used_meanwhile_is_not_given_up_later(rig):
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    held = x.get()
+    saved = [y]
+    player = player_of(saved, drop=((0, 0),))
+    rig.manager.play(player, 0)
+    rig.manager.finish(saved, drop=False)
+    rig.manager.play(player, 1)
+    del held
+    rig.manager.play(player, 2)
+    assert states(saved) == [State.RESIDENT]

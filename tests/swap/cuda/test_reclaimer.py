@@ -6,7 +6,10 @@ import gc
 
 import pytest
 
-from chainer_ooc.swap.recipe import Recipe
+from chainer_ooc.planning.plan import Plan
+from chainer_ooc.swap.player import Player
+from chainer_ooc.swap.recipe import Constant, Recipe
+from chainer_ooc.swap.reclaimer import outside
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT, states
 
@@ -28,7 +31,7 @@ def value(saved):
     return float(saved.get().get()[0])
 
 
-def with_recipe(rig, needed, seen=()):
+def with_recipe(rig, needed, seen=(), **more):
     """Save an array that is ``needed`` plus 1, with its recipe."""
     array = rig.array(value(needed) + 1)
     saved = rig.manager.save(array, "y")
@@ -40,7 +43,7 @@ def with_recipe(rig, needed, seen=()):
         return rig.array(float(arrays[0].get()[0]) + 1)
 
     looks = rig.manager.look_at(saved), (rig.manager.look_at(needed),)
-    rig.manager.give_recipe(saved, Recipe((needed,), run, saved.layout, *looks))
+    rig.manager.give_recipe(saved, Recipe((needed,), run, saved.layout, *looks, **more))
     return saved
 
 
@@ -144,17 +147,141 @@ def test_what_has_neither_a_copy_nor_a_recipe_is_not_given_up(rig):
     assert saved.storage.state is State.RESIDENT
 
 
-def test_what_others_are_made_again_from_goes_with_a_copy(rig):
+def test_on_demand_what_others_are_made_again_from_goes_with_a_copy(rig):
     """Or making those again would need it made again first."""
     x = rig.save(1.0)
     y = with_recipe(rig, x)
     z = with_recipe(rig, y)
     assert rig.manager._reclaimer.give_up(z.storage) == UNIT
     assert y.storage.dependents
-    assert rig.manager._reclaimer.give_up(y.storage) == 0
     rig.manager.move_all_out()
     assert y.storage.state is State.OUT and not y.storage.forgone
     assert [value(one) for one in (z, y, x)] == [3, 2, 1]
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["inputs first", "outputs first"])
+def test_a_plan_gives_up_what_others_are_made_again_from(rig, first):
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    z = with_recipe(rig, y)
+    for one in (z, y) if first else (y, z):
+        assert rig.manager._reclaimer.give_up(one.storage) == UNIT
+    rig.manager.move_all_out()
+    assert states([x, y, z]) == [State.OUT] * 3
+    assert outside(z.storage) == [x.storage]
+    assert value(z) == 3
+    assert states([y, z]) == [State.RESIDENT] * 2
+    assert [len(one.storage.dependents or ()) for one in (x, y)] == [0, 0]
+    assert [one.storage.expected for one in (x, y, z)] == [1, 1, 1]
+    assert [value(one) for one in (y, x)] == [2, 1]
+
+
+def test_copies_that_a_chain_begins_with_are_fetched_ahead_if_there_is_room(rig):
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    z = with_recipe(rig, y)
+    for one in (y, z):
+        rig.manager._reclaimer.give_up(one.storage)
+    rig.manager.move_all_out()
+    most = rig.pool.used_bytes() + UNIT
+    assert not rig.manager._reclaimer.begin_ahead(z.storage, most - 1)
+    assert x.storage.state is State.OUT
+    assert rig.manager._reclaimer.begin_ahead(z.storage, most)
+    assert x.storage.ahead
+    assert states([y, z]) == [State.OUT] * 2
+    assert value(z) == 3
+
+
+def test_what_only_serves_to_make_others_is_given_up_when_the_last_is_made(rig):
+    runs = []
+    x = rig.save(1.0)
+    y = with_recipe(rig, x, [lambda: runs.append("y")])
+    z = with_recipe(rig, y, [lambda: runs.append("z")])
+    w = with_recipe(rig, y, [lambda: runs.append("w")])
+    for one in (y, z, w):
+        rig.manager._reclaimer.give_up(one.storage)
+    plan = Plan("graph", (), pass_by=((0, 0),), need_bytes=(0,))
+    saved = [y]
+    rig.manager.play(Player(plan, lambda number: saved[number].storage), 0)
+    arrays = rig.manager.fetch([z, w], trusted=True)
+    assert [float(array.get()[0]) for array in arrays] == [3, 3]
+    assert runs == ["y", "z", "w"]
+    assert y.storage.forgone
+    rig.manager.play(None)
+    assert value(y) == 2
+
+
+def test_costly_recipes_are_for_plans(rig):
+    x = rig.save(1.0)
+    y = with_recipe(rig, x, costly=True)
+    rig.manager.move_all_out()
+    assert y.storage.state is State.OUT and not y.storage.forgone
+    assert value(y) == 2
+    rig.manager._mover.taint(y.storage)
+    assert rig.manager._reclaimer.give_up(y.storage) == UNIT
+    assert y.storage.forgone
+    assert value(y) == 2
+
+
+def test_a_long_chain_needs_no_deep_stack(make_rig):
+    rig = make_rig(limit=32 * UNIT)
+    chain = [rig.save(0.0, 512)]
+    for _ in range(1200):
+        array = rig.array(len(chain), 512)
+        made = rig.manager.save(array, "y")
+        rig.manager.expect([made])
+        looks = rig.manager.look_at(made), (rig.manager.look_at(chain[-1]),)
+
+        def run(arrays):
+            return rig.array(float(arrays[0].get()[0]) + 1, 512)
+
+        rig.manager.give_recipe(made, Recipe((chain[-1],), run, made.layout, *looks))
+        chain.append(made)
+        del array
+    for one in chain[1:]:
+        rig.manager._reclaimer.give_up(one.storage)
+    assert all(one.storage.forgone for one in chain[1:])
+    assert value(chain[-1]) == 1200
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_constants_are_what_they_were(rig, when):
+    x, w = rig.save(1.0), rig.array(10.0)
+    constant = Constant(rig.device, w)
+
+    def run(arrays):
+        return rig.array(float(arrays[0].get()[0]) + float(constant.array.get()[0]))
+
+    array = rig.array(11.0)
+    y = rig.manager.save(array, "y")
+    rig.manager.expect([y])
+    looks = rig.manager.look_at(y), (rig.manager.look_at(x),)
+    recipe = Recipe((x,), run, y.layout, *looks, constants=(constant,))
+    assert recipe.bytes_to_keep() == UNIT
+    rig.manager.give_recipe(y, recipe)
+    del array
+    if when == "before":
+        w.fill(20)
+        assert rig.manager._reclaimer.give_up(y.storage) == 0
+        assert y.storage.state is State.RESIDENT
+    else:
+        assert rig.manager._reclaimer.give_up(y.storage) == UNIT
+        w.fill(20)
+        assert recipe.bytes_to_keep() == 0
+    assert value(y) == 11
+
+
+def test_room_for_constants_is_made_before_they_are_kept(rig):
+    x, w = rig.save(1.0), rig.array(10.0)
+    rig.allocator.install()
+    recipe = {"constants": (Constant(rig.device, w),)}
+    y = with_recipe(rig, x, **recipe)
+    others = [rig.save(float(i)) for i in range(4)]
+    assert rig.pool.used_bytes() == 7 * UNIT
+    assert rig.manager._reclaimer.give_up(y.storage) == UNIT
+    assert State.OUT in states([x, *others])
+    assert rig.pool.used_bytes() <= rig.manager.marks.high
+    assert value(y) == 2
 
 
 def test_what_a_recipe_allocates_finds_room(rig):
