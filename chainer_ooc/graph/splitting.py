@@ -2,8 +2,8 @@
 
 On NumPy a convolution makes one matrix of all its patches (im2col), far larger than its input and output. When
 that does not fit, stock Chainer's own code is called for a few images at a time (for the gradient of the
-weights: a few input channels, since there the images are summed over), and writes into an array laid out
-as stock Chainer would have laid it out.
+weights: a few input channels, since there the images are summed over; with groups: a few groups), and writes
+into an array laid out as stock Chainer would have laid it out.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Work(NamedTuple):
         run: Does the units from a start to a stop; returns their results.
         axis: The axis of the results along which the units lie.
         product: The matrix product it is one of; ``None``: no element depends on the others' number.
+        order: The axes of the results, the outermost in memory first; empty: as a piece has them.
     """
 
     units: int
@@ -44,6 +45,7 @@ class Work(NamedTuple):
     run: Callable[[int, int], _Arrays]
     axis: int = 0
     product: gemm.Product | None = None
+    order: tuple[int, ...] = ()
 
 
 def install() -> None:
@@ -63,6 +65,13 @@ def install() -> None:
     _patch(deconvolution_nd.DeconvolutionND, several, _deconvolution)
     _patch(convolution_2d.Convolution2DGradW, two, _weight_gradient)
     _patch(convolution_nd.ConvolutionNDGradW, several, _weight_gradient)
+    two, several = "_forward_grouped_convolution", "_forward_grouped_convolution_xp"
+    _patch(convolution_2d.Convolution2DFunction, two, _grouped_convolution)
+    _patch(convolution_nd.ConvolutionND, several, _grouped_convolution)
+    _patch(deconvolution_2d.Deconvolution2DFunction, two, _grouped_deconvolution)
+    _patch(deconvolution_nd.DeconvolutionND, several, _grouped_deconvolution)
+    _patch(convolution_2d.Convolution2DGradW, two, _grouped_weight_gradient)
+    _patch(convolution_nd.ConvolutionNDGradW, several, _grouped_weight_gradient)
     _patch(max_pooling_nd.MaxPoolingND, "forward_cpu", _max_pooling)
     _patch(max_pooling_nd.MaxPoolingNDGrad, "forward_cpu", _max_pooling_gradient)
     _patch(average_pooling_2d.AveragePooling2D, "forward_cpu", _average_pooling)
@@ -138,15 +147,27 @@ def _run(work: Work, steps: list[tuple[int, int]]) -> _Arrays:
     for start, stop in steps:
         pieces = work.run(start, stop)
         if not wholes:
-            wholes = [_whole(piece, work.axis, work.units) for piece in pieces]
+            wholes = [_whole(piece, work, stop - start) for piece in pieces]
         for whole, piece in zip(wholes, pieces, strict=True):
-            whole[(slice(None),) * work.axis + (slice(start, stop),)] = piece
+            each = piece.shape[work.axis] // (stop - start)
+            whole[(slice(None),) * work.axis + (slice(start * each, stop * each),)] = piece
         del pieces, piece  # before the next piece is made
     return tuple(wholes)
 
 
-def _whole(piece: np.ndarray, axis: int, units: int) -> np.ndarray:
+def _whole(piece: np.ndarray, work: Work, units: int) -> np.ndarray:
     """Return an empty array for all units, in the memory order of ``piece``, a crop where that is one."""
+
+    def enlarged(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(
+            size // units * work.units if axis == work.axis else size
+            for axis, size in enumerate(shape)
+        )
+
+    shape = enlarged(piece.shape)
+    if work.order:
+        memory = np.empty([shape[axis] for axis in work.order], piece.dtype)
+        return memory.transpose(np.argsort(work.order))
     owner = piece.base
     if (
         owner is None
@@ -154,19 +175,18 @@ def _whole(piece: np.ndarray, axis: int, units: int) -> np.ndarray:
         or owner.shape == piece.shape
         or not owner.flags.c_contiguous
     ):
-        shape = tuple(units if n == axis else size for n, size in enumerate(piece.shape))
-        if axis:
+        if work.axis:
             return np.empty(shape, piece.dtype)
         # An image is dense, and the next one follows; a piece of one image may have any stride there.
         flat = np.empty(math.prod(shape), piece.dtype)
-        strides = (flat.nbytes // units, *piece.strides[1:])
+        strides = (flat.nbytes // shape[0], *piece.strides[1:])
         return np.ndarray(shape, piece.dtype, flat, 0, strides)
     # col2im cuts the padding off: its result lies in a larger array.
     offset = piece.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
     starts = np.unravel_index(offset // piece.itemsize, owner.shape)
-    whole = np.empty((units, *owner.shape[1:]), piece.dtype)
-    crop = zip(starts[1:], piece.shape[1:], strict=True)
-    return whole[(slice(None), *(slice(int(start), int(start) + n) for start, n in crop))]
+    crop = zip(starts, shape, strict=True)
+    whole = np.empty(enlarged(owner.shape), piece.dtype)
+    return whole[tuple(slice(int(start), int(start) + size) for start, size in crop)]
 
 
 # What each function does. ``stock`` is Chainer's own code, which they call with fewer images or channels.
@@ -204,8 +224,7 @@ def _deconvolution(stock: Any, self: Any, x: Any, W: Any, b: Any, *xp: Any) -> W
 
 
 def _weight_gradient(stock: Any, self: Any, x: Any, gy: Any, *xp: Any) -> Work:
-    kernel = (self.kh, self.kw) if hasattr(self, "kh") else self.ksize
-    taps, depth = math.prod(kernel), len(gy) * math.prod(gy.shape[2:])
+    taps, depth = math.prod(_kernel(self)), len(gy) * math.prod(gy.shape[2:])
     dtype = np.result_type(x, gy)
     return Work(
         x.shape[1],
@@ -215,6 +234,58 @@ def _weight_gradient(stock: Any, self: Any, x: Any, gy: Any, *xp: Any) -> Work:
         axis=1,
         product=gemm.Product("columns", taps, depth, gy.shape[1], dtype),
     )
+
+
+def _by_groups(
+    rule: Callable[..., Work], axes: tuple[int, ...], axis: int, stock: Any, self: Any, *args: Any
+) -> Work | None:
+    """Return the work of a convolution whose groups are products of their own.
+
+    ``rule`` tells what there is to do for one of them; ``axes`` are those of the arguments along which the groups
+    lie, ``axis`` is that of the result.
+    """
+    count, others = self.groups, args[len(axes) :]
+    if count == 1:  # one group of a convolution that is in pieces
+        return rule(stock, self, *args)
+    arrays = list(zip(args, axes, strict=False))
+    if any(a is not None and a.shape[n] % count for a, n in arrays):
+        return None
+
+    def part(i: int, j: int) -> list[Any]:
+        node = _stripped(self)
+        node.groups = j - i
+        return [node, *(_cut(a, n, i, j, count) for a, n in arrays), *others]
+
+    def run(i: int, j: int) -> _Arrays:
+        # A single group may still be too large.
+        call = getattr(type(self), stock.__name__) if j - i == 1 else stock
+        return call(*part(i, j))
+
+    one = rule(stock, *part(0, 1))
+    size, out = one.units * one.unit_bytes, count * one.out_bytes
+    return Work(count, size, out, run, axis, order=one.order)
+
+
+def _cut(array: Any, axis: int, start: int, stop: int, units: int) -> Any:
+    if array is None:
+        return None
+    each = array.shape[axis] // units
+    return array[(slice(None),) * axis + (slice(start * each, stop * each),)]
+
+
+def _group_convolution(stock: Any, self: Any, x: Any, *args: Any) -> Work:
+    work = _convolution(stock, self, x, *args)
+    product = work.product and work.product._replace(side="columns")
+    return work._replace(product=product, order=(1, 0, *range(2, x.ndim)))
+
+
+def _group_weight_gradient(stock: Any, self: Any, x: Any, *args: Any) -> Work:
+    return _weight_gradient(stock, self, x, *args)._replace(order=tuple(range(x.ndim)))
+
+
+_grouped_convolution = functools.partial(_by_groups, _group_convolution, (1, 0, 0), 1)
+_grouped_deconvolution = functools.partial(_by_groups, _deconvolution, (1, 0, 0), 1)
+_grouped_weight_gradient = functools.partial(_by_groups, _group_weight_gradient, (1, 1), 0)
 
 
 def _max_pooling(stock: Any, self: Any, inputs: Any) -> Work:
@@ -278,6 +349,10 @@ def _average_pooling_gradient(stock: Any, self: Any, inputs: Any) -> Work:
 def _stripped(func: Any) -> Any:
     """Return what has the numbers of a function, and takes what it notes of a piece."""
     return SimpleNamespace(**copy.copy(func.__dict__))
+
+
+def _kernel(func: Any) -> tuple[int, ...]:
+    return (func.kh, func.kw) if hasattr(func, "kh") else func.ksize
 
 
 def _window(func: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

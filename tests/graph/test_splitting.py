@@ -158,6 +158,101 @@ def test_poolings_have_the_same_bits(split, pool, size, dtype):
     assert count >= 2
 
 
+GROUPED = {
+    "two groups": (F.convolution_2d, (5, 6, 9, 11), (4, 3, 3, 3), {"groups": 2, "pad": 1}),
+    "stride, dilate": (
+        F.convolution_2d,
+        (3, 9, 13, 12),
+        (6, 3, 3, 2),
+        {"groups": 3, "stride": (2, 1), "pad": (1, 2), "dilate": (1, 2)},
+    ),
+    "cover all": (
+        F.convolution_2d,
+        (7, 8, 10, 9),
+        (8, 2, 3, 3),
+        {"groups": 4, "stride": 2, "cover_all": True},
+    ),
+    "depthwise": (F.depthwise_convolution_2d, (3, 10, 8, 8), (1, 10, 3, 3), {"pad": 1}),
+    "depthwise, several": (F.depthwise_convolution_2d, (3, 5, 8, 7), (2, 5, 3, 3), {}),
+    "one image": (F.convolution_2d, (1, 6, 9, 9), (6, 2, 3, 3), {"groups": 3}),
+    "points": (F.convolution_2d, (5, 6, 1, 1), (6, 2, 1, 1), {"groups": 3}),
+    "up": (F.deconvolution_2d, (5, 6, 5, 4), (6, 2, 4, 4), {"groups": 3, "stride": 2, "pad": 1}),
+    "up, no crop": (F.deconvolution_2d, (3, 4, 5, 5), (4, 3, 3, 3), {"groups": 2}),
+    "up, dilate": (F.deconvolution_2d, (3, 4, 5, 5), (4, 3, 3, 3), {"groups": 2, "dilate": 2}),
+    "one dimension": (F.convolution_nd, (5, 6, 20), (6, 2, 3), {"groups": 3, "pad": 1}),
+    "one, up": (F.deconvolution_nd, (5, 6, 9), (6, 2, 4), {"groups": 3, "stride": 2, "pad": 1}),
+    "three dimensions": (
+        F.convolution_nd,
+        (3, 4, 5, 6, 5),
+        (6, 2, 3, 3, 3),
+        {"groups": 2, "stride": 2, "pad": 1},
+    ),
+    "three, up": (
+        F.deconvolution_nd,
+        (3, 4, 3, 3, 4),
+        (4, 2, 2, 3, 2),
+        {"groups": 2, "stride": 2, "pad": (0, 1, 0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("name", GROUPED)
+def test_convolutions_with_groups_have_the_same_bits(split, name, dtype, bias):
+    function, x, w, arguments = GROUPED[name]
+    double = dtype is not np.float16  # squares of gradients overflow
+    arrays = [random(*x, dtype=dtype), random(*w, dtype=dtype)]
+    if bias:
+        arrays.append(random(function(*arrays, **arguments).shape[1], dtype=dtype))
+
+    def run():
+        return gradients(lambda *a: function(*a, **arguments), *arrays, double=double)
+
+    expected = run()
+    actual, count = split(run)
+    assert_same_bits(actual[0], expected[0])
+    assert actual[1] == expected[1]
+    assert count >= (7 if double else 3)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("function", "x", "w", "arguments"),
+    [
+        (F.convolution_2d, (7, 64, 16, 16), (64, 32, 3, 3), {"pad": 1}),
+        (F.deconvolution_2d, (8, 64, 8, 8), (64, 16, 4, 4), {"stride": 2, "pad": 1}),
+        (F.convolution_nd, (3, 64, 8, 8, 8), (64, 32, 3, 3, 3), {"pad": 1}),
+    ],
+)
+def test_a_group_too_large_is_split_too(split, function, x, w, arguments, dtype, share):
+    if dtype is np.float16:
+        x, w = (3, 4, 6, 6, *x[4:]), (4, 2, *w[2:])
+    arrays = random(*x, dtype=dtype), random(*w, dtype=dtype)
+
+    def run():
+        return gradients(lambda *a: function(*a, groups=2, **arguments), *arrays)
+
+    expected = run()
+    actual, count = split(run, share)
+    assert_same_bits(actual[0], expected[0])
+    assert actual[1] == expected[1]
+    if dtype is np.float32:
+        assert count > 3 or not blas_keeps_bits()
+    else:
+        assert count > 3
+    always, count = split(run, share, split="always")
+    assert always[1] == expected[1]
+    assert count == 9
+
+
+def test_groups_that_do_not_divide_the_channels_are_an_error_as_ever(split):
+    arrays = random(2, 5, 8), random(4, 2, 3)
+    with pytest.raises(TypeError, match="must be a divisor"):
+        split(lambda: F.convolution_nd(*arrays, groups=2))
+
+
 def test_double_backprop_has_the_same_bits(split):
     arrays = random(6, 32, 16, 16), random(32, 32, 3, 3), random(32)
 
@@ -233,6 +328,37 @@ def test_random_convolutions_have_the_same_bits(split, seed):
     (actual, strides), _ = split(run, share=random_state.uniform(0.05, 0.6))
     assert_same_bits(actual, expected[0])
     assert strides == expected[1]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(200))
+def test_random_convolutions_with_groups_have_the_same_bits(split, seed):
+    random_state = np.random.RandomState(seed)
+    groups = int(random_state.randint(2, 20))
+    images, channels, outs = (int(random_state.randint(*r)) for r in ((1, 30), (1, 20), (1, 20)))
+    kernel, size = int(random_state.choice([1, 3, 5, 7])), int(random_state.randint(7, 40))
+    arguments = {
+        "groups": groups,
+        "stride": int(random_state.randint(1, 3)),
+        "pad": kernel // 2,
+        "dilate": int(random_state.randint(1, 3)) if kernel < 5 else 1,
+    }
+    dtype = random_state.choice(["f", "d"])
+    if images * groups * channels * kernel**2 * size**2 > 2e7:
+        pytest.skip("large")
+    x = random(images, groups * channels, size, size, dtype=dtype)
+    function = random_state.choice([F.convolution_2d, F.deconvolution_2d])
+    down = function is F.convolution_2d
+    w = random(groups * (outs if down else channels), channels if down else outs, kernel, kernel)
+
+    def run():
+        return gradients(lambda *a: function(*a, **arguments), x, w.astype(dtype))
+
+    expected = run()
+    (actual, strides), count = split(run, share=random_state.uniform(0.05, 0.6))
+    assert_same_bits(actual, expected[0])
+    assert strides == expected[1]
+    assert count >= 3
 
 
 def test_a_network_whose_largest_function_does_not_fit_stays_under_the_limit(run_python):
