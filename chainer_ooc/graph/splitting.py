@@ -3,7 +3,8 @@
 On NumPy a convolution makes one matrix of all its patches (im2col), far larger than its input and output. When
 that does not fit, stock Chainer's own code is called for a few images at a time (for the gradient of the
 weights: a few input channels, since there the images are summed over; with groups: a few groups), and writes
-into an array laid out as stock Chainer would have laid it out.
+into an array laid out as stock Chainer would have laid it out. So it is with other functions of single images
+that make several times their input and output.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ class Work(NamedTuple):
         axis: The axis of the results along which the units lie.
         product: The matrix product it is one of; ``None``: no element depends on the others' number.
         order: The axes of the results, the outermost in memory first; empty: as a piece has them.
+        names: The function's attributes that the last results become; the others are returned.
     """
 
     units: int
@@ -46,17 +48,27 @@ class Work(NamedTuple):
     axis: int = 0
     product: gemm.Product | None = None
     order: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 def install() -> None:
-    """Patch Chainer's convolutions and poolings, once."""
+    """Patch those of Chainer's functions that can run in pieces, once."""
+    from chainer.functions.array import resize_images, spatial_transformer_sampler
     from chainer.functions.connection import (
         convolution_2d,
         convolution_nd,
         deconvolution_2d,
         deconvolution_nd,
     )
-    from chainer.functions.pooling import average_pooling_2d, max_pooling_nd
+    from chainer.functions.normalization import local_response_normalization as lrn
+    from chainer.functions.pooling import (
+        average_pooling_2d,
+        average_pooling_nd,
+        max_pooling_nd,
+        unpooling_2d,
+        unpooling_nd,
+        upsampling_2d,
+    )
 
     two, several = "_forward_cpu_core", "_forward_xp_core"
     _patch(convolution_2d.Convolution2DFunction, two, _convolution)
@@ -74,8 +86,23 @@ def install() -> None:
     _patch(convolution_nd.ConvolutionNDGradW, several, _grouped_weight_gradient)
     _patch(max_pooling_nd.MaxPoolingND, "forward_cpu", _max_pooling)
     _patch(max_pooling_nd.MaxPoolingNDGrad, "forward_cpu", _max_pooling_gradient)
+    _patch(max_pooling_nd.MaxPoolingNDWithIndexes, "forward_cpu", _pooling_by_indexes)
+    _patch(upsampling_2d.Upsampling2D, "forward_cpu", _upsampling)
+    _patch(upsampling_2d.Upsampling2DGrad, "forward_cpu", _pooling_by_indexes)
     _patch(average_pooling_2d.AveragePooling2D, "forward_cpu", _average_pooling)
     _patch(average_pooling_2d.AveragePooling2DGrad, "forward_cpu", _average_pooling_gradient)
+    _patch(average_pooling_nd.AveragePoolingND, "forward_cpu", _average_pooling)
+    _patch(average_pooling_nd.AveragePoolingNDGrad, "forward_cpu", _average_pooling_gradient)
+    _patch(unpooling_2d.Unpooling2D, "forward", _unpooling)
+    _patch(unpooling_2d.Unpooling2DGrad, "forward", _unpooling_gradient)
+    _patch(unpooling_nd.UnpoolingND, "forward", _unpooling)
+    _patch(unpooling_nd.UnpoolingNDGrad, "forward", _unpooling_gradient)
+    _patch(lrn.LocalResponseNormalization, "forward_cpu", _normalization)
+    _patch(lrn.LocalResponseNormalizationGrad, "forward_cpu", _normalization_gradient)
+    _patch(resize_images.ResizeImagesGrad, "forward", _resizing_gradient)
+    sampler = spatial_transformer_sampler.SpatialTransformerSampler
+    _patch(sampler, "forward_cpu", _sampling)
+    _patch(sampler, "backward_cpu", _sampling_gradient)
 
 
 def _patch(cls: Any, name: str, rule: Any) -> None:
@@ -95,10 +122,10 @@ def _patch(cls: Any, name: str, rule: Any) -> None:
         if not steps:
             return stock(self, *args)
         results = _run(work, steps)
-        if rule is _max_pooling:
-            self._in_shape, self._in_dtype = arrays[0].shape, arrays[0].dtype
-            self.indexes = results[1]
-        return results[:1]
+        returned = len(results) - len(work.names)
+        for name, array in zip(work.names, results[returned:], strict=True):
+            setattr(self, name, array)
+        return results[:returned]
 
     setattr(cls, name, forward)
 
@@ -293,14 +320,15 @@ def _max_pooling(stock: Any, self: Any, inputs: Any) -> Work:
     outs = x.shape[1] * math.prod(_out_sizes(self, x, self.ksize))
 
     def run(i: int, j: int) -> _Arrays:
-        node = _stripped(self)
-        return (*stock(node, (x[i:j],)), node.indexes)
+        (y,) = stock(self, (x[i:j],))
+        self._in_shape = x.shape
+        return y, self.indexes
 
     each = x.itemsize + np.dtype(np.intp).itemsize
     # The padded image, its patches, those in the order in which argmax looks, and both results.
     taps = 2 * math.prod(self.ksize)
     temporary = _frame(self, x.shape) * x.itemsize + outs * (taps * x.itemsize + each)
-    return Work(len(x), temporary, len(x) * outs * each, run)
+    return Work(len(x), temporary, len(x) * outs * each, run, names=("indexes",))
 
 
 def _max_pooling_gradient(stock: Any, self: Any, inputs: Any) -> Work | None:
@@ -320,30 +348,157 @@ def _max_pooling_gradient(stock: Any, self: Any, inputs: Any) -> Work | None:
     return Work(len(gy), gy[0].size * each + out, len(gy) * out, run)
 
 
-def _average_pooling(stock: Any, self: Any, inputs: Any) -> Work:
+def _pooling_by_indexes(stock: Any, self: Any, inputs: Any) -> Work | None:
     (x,) = inputs
-    kernel = (self.kh, self.kw)
-    stride, pad = _window(self)
-    sizes = zip(x.shape[2:], kernel, stride, pad, strict=True)
-    outs = x.shape[1] * math.prod((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
+    func = self if hasattr(self, "indexes") else self.func
+    indexes = func.indexes
+    if type(indexes) is not np.ndarray:
+        return None
 
     def run(i: int, j: int) -> _Arrays:
-        return stock(_stripped(self), (x[i:j],))
+        part = _stripped(func)
+        part.indexes = indexes[i:j]
+        return stock(part if func is self else SimpleNamespace(func=part), (x[i:j],))
 
-    self._in_shape, self._in_dtype = x.shape, x.dtype
+    outs = indexes[0].size
+    # The padded image, its patches, those in the order of the indexes, the places of these, and the result.
+    each = 2 * math.prod(_kernel(func)) * x.itemsize + 2 * indexes.itemsize + x.itemsize
+    temporary = _frame(func, x.shape) * x.itemsize + outs * each
+    return Work(len(x), temporary, indexes.size * x.itemsize, run)
+
+
+def _upsampling(stock: Any, self: Any, inputs: Any) -> Work | None:
+    (x,) = inputs
+    indexes = self.indexes
+    if type(indexes) is not np.ndarray:
+        return None
+
+    def run(i: int, j: int) -> _Arrays:
+        part = _stripped(self)
+        part.indexes = indexes[i:j]
+        results = stock(part, (x[i:j],))
+        self.outh, self.outw, self._in_dtype = part.outh, part.outw, part._in_dtype
+        return results
+
+    out = _frame(self, (*x.shape[:2], *_unpooled_sizes(self, x))) * x.itemsize
+    each = 2 * self.kh * self.kw * x.itemsize + 2 * indexes.itemsize + x.itemsize
+    return Work(len(x), x[0].size * each + out, len(x) * out, run)
+
+
+def _average_pooling(stock: Any, self: Any, inputs: Any) -> Work:
+    def piece(self: Any, part: _Arrays) -> _Arrays:
+        results = stock(self, part)
+        self._in_shape = inputs[0].shape
+        return results
+
+    return _sums_of_patches(piece, self, inputs)
+
+
+def _unpooling_gradient(stock: Any, self: Any, inputs: Any) -> Work | None:
+    if getattr(self, "_use_int_scale_forward", False):
+        return None  # no patches
+    return _sums_of_patches(stock, self, inputs)
+
+
+def _sums_of_patches(stock: Any, self: Any, inputs: Any) -> Work:
+    (x,) = inputs
+    kernel = _kernel(self)
+    outs = x.shape[1] * math.prod(_out_sizes(self, x, kernel))
     temporary = _frame(self, x.shape) + outs * (math.prod(kernel) + 2)
-    return Work(len(x), temporary * x.itemsize, len(x) * outs * x.itemsize, run)
+    return Work(
+        len(x),
+        temporary * x.itemsize,
+        len(x) * outs * x.itemsize,
+        lambda i, j: stock(self, (x[i:j],)),
+    )
 
 
 def _average_pooling_gradient(stock: Any, self: Any, inputs: Any) -> Work:
-    (gy,) = inputs
-    out = _frame(self, self._in_shape) * gy.itemsize
+    func = getattr(self, "func", self)
+    return _spread_patches(stock, self, inputs, func, func._in_shape[2:])
+
+
+def _unpooling(stock: Any, self: Any, inputs: Any) -> Work | None:
+    (x,) = inputs
+    sizes = _unpooled_sizes(self, x)
+    if hasattr(self, "kh"):
+        pads = self.ph, self.pw
+        repeated = [k * (n - p) for k, n, p in zip(_kernel(self), x.shape[2:], pads, strict=True)]
+        strides = self.sx, self.sy  # in this order
+        if sizes == repeated and strides == _kernel(self) and not any(p % 2 for p in pads):
+            return None  # no patches
+    return _spread_patches(stock, self, inputs, self, sizes)
+
+
+def _spread_patches(stock: Any, self: Any, inputs: Any, func: Any, sizes: Sequence[int]) -> Work:
+    (x,) = inputs
+    out = _frame(func, (*x.shape[:2], *sizes)) * x.itemsize
+    kernel = _kernel(func)
+    patches = x[0].nbytes * math.prod(kernel)
     return Work(
-        len(gy),
-        gy[0].nbytes * self.kh * self.kw + out,
-        len(gy) * out,
-        lambda i, j: stock(self, (gy[i:j],)),
+        len(x),
+        # The input in order; patches, made by repeating those of one dimension less, and then the padded result.
+        x[0].nbytes + patches + max(patches // kernel[-1], out),
+        len(x) * out,
+        lambda i, j: stock(self, (x[i:j],)),
     )
+
+
+def _normalization(stock: Any, self: Any, inputs: Any) -> Work:
+    (x,) = inputs
+
+    def run(i: int, j: int) -> _Arrays:
+        (y,) = stock(self, (x[i:j],))
+        return y, self.unit_scale, self.scale
+
+    # Squares, their sums, and the three results.
+    names = ("unit_scale", "scale")
+    return Work(len(x), 5 * x[0].nbytes, 3 * x.nbytes, run, names=names)
+
+
+def _normalization_gradient(stock: Any, self: Any, inputs: Any) -> Work:
+    scale, unit_scale = self.scale, self.unit_scale
+
+    def run(i: int, j: int) -> _Arrays:
+        part = _stripped(self)
+        part.scale, part.unit_scale = scale[i:j], unit_scale[i:j]
+        return stock(part, tuple(array[i:j] for array in inputs))
+
+    # The summands, their sums, two products, and the result.
+    x = inputs[0]
+    return Work(len(x), 5 * x[0].nbytes, x.nbytes, run)
+
+
+def _resizing_gradient(stock: Any, self: Any, inputs: Any) -> Work:
+    (gy,) = inputs
+    size = math.prod(self.input_shape[1:])
+    # Four shares of each element, their places, and both in the types in which bincount sums.
+    each = 4 * (gy.itemsize + np.dtype(np.intp).itemsize + np.dtype(float).itemsize)
+    temporary = gy[0].size * each + size * (np.dtype(float).itemsize + gy.itemsize)
+    out = len(gy) * size * gy.itemsize
+    return Work(len(gy), temporary, out, lambda i, j: stock(self, (gy[i:j],)))
+
+
+def _sampling(stock: Any, self: Any, inputs: Any) -> Work:
+    x, grid = inputs
+    out = x.shape[1] * math.prod(grid.shape[2:]) * x.itemsize
+    # The padded image, four neighbours of each point, one of them twice, a product, and the sum; some 16 numbers of
+    # each point.
+    temporary = x[0].nbytes + 7 * out + 8 * grid[0].nbytes
+    return Work(len(x), temporary, len(x) * out, lambda i, j: stock(self, (x[i:j], grid[i:j])))
+
+
+def _sampling_gradient(stock: Any, self: Any, inputs: Any, grad_outputs: Any) -> Work | None:
+    (x, grid), (gy,) = inputs, grad_outputs
+    if x.flags.fnc:
+        return None  # its gradient would have the images last in memory, that of a piece has not
+
+    def run(i: int, j: int) -> _Arrays:
+        return stock(self, (x[i:j], grid[i:j]), (gy[i:j],))
+
+    # The same, two gradients for each neighbourhood, and the padded result.
+    temporary = 2 * x[0].nbytes + 8 * gy[0].nbytes + 8 * grid[0].nbytes
+    return Work(len(x), temporary, x.nbytes + grid.nbytes, run)
 
 
 def _stripped(func: Any) -> Any:
@@ -370,6 +525,16 @@ def _out_sizes(func: Any, x: Any, kernel: Any) -> list[int]:
     dilate = dilate or (1,) * len(stride)
     numbers = zip(x.shape[2:], kernel, stride, pad, dilate, strict=True)
     return [get_conv_outsize(n, k, s, p, func.cover_all, d) for n, k, s, p, d in numbers]
+
+
+def _unpooled_sizes(func: Any, x: Any) -> list[int]:
+    from chainer.utils.conv import get_deconv_outsize
+
+    outs = (func.outh, func.outw) if hasattr(func, "outh") else func.outs
+    if outs is not None and None not in outs:
+        return list(outs)
+    numbers = zip(x.shape[2:], _kernel(func), *_window(func), strict=True)
+    return [get_deconv_outsize(n, k, s, p, func.cover_all) for n, k, s, p in numbers]
 
 
 def _frame(func: Any, shape: tuple[int, ...]) -> int:
