@@ -129,9 +129,9 @@ def enable(
             element instead of moving it; nobody else can read such an array from the graph then.
         skip_zeros: CPU only: zeros are left out of copies, where that makes them shorter. For slow disks.
         plan: Record an iteration, plan it, and move ahead of need as planned from the next one on. Default: yes.
-        split: CPU only: convolutions and poolings whose temporaries do not fit under the limit run in pieces:
-            ``"exact"`` where the results are the same bits, ``"always"`` also where they may be
-            rounded differently, ``"never"`` (default).
+        split: CPU only: convolutions, poolings and other functions of single images whose temporaries do not fit
+            under the limit run in pieces: ``"exact"`` where the results are the same bits, ``"always"`` also
+            where they may be rounded differently, ``"never"`` (default).
         verify: Check that what comes back is what went out, and report what is modified in place after it was
             saved. Slow: for finding errors.
         trace: Write a trace of functions, copies, waits and memory to this file, for Perfetto or

@@ -179,9 +179,9 @@ class Settings:
             where the disk is slow.
         plan: From the third iteration on, what moves ahead of need is planned: an iteration is recorded, simulated,
             and played by the plan that takes the least time, as long as that is faster than on demand.
-        split: CPU only: convolutions and poolings whose temporaries do not fit under the limit run in pieces:
-            ``"exact"`` where the results are the same bits, ``"always"`` also where they may be rounded
-            differently, ``"never"``.
+        split: CPU only: convolutions, poolings and other functions of single images whose temporaries do not fit
+            under the limit run in pieces: ``"exact"`` where the results are the same bits, ``"always"`` also
+            where they may be rounded differently, ``"never"``.
         verify: Take checksums of what is saved: what comes back must be what went out, or
             :class:`~chainer_ooc.errors.CorruptCopyError` is raised; what is modified in place after it was
             saved is reported with the function that saved it. Slow: for finding errors.

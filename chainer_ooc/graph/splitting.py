@@ -2,8 +2,9 @@
 
 On NumPy a convolution makes one matrix of all its patches (im2col), far larger than its input and output. When
 that does not fit, stock Chainer's own code is called for a few images at a time (for the gradient of the
-weights: a few input channels, since there the images are summed over), and writes into an array laid out
-as stock Chainer would have laid it out.
+weights: a few input channels, since there the images are summed over; with groups: a few groups), and writes
+into an array laid out as stock Chainer would have laid it out. So it is with other functions of single images
+that make several times their input and output.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ class Work(NamedTuple):
         run: Does the units from a start to a stop; returns their results.
         axis: The axis of the results along which the units lie.
         product: The matrix product it is one of; ``None``: no element depends on the others' number.
+        order: The axes of the results, the outermost in memory first; empty: as a piece has them.
+        names: The function's attributes that the last results become; the others are returned.
     """
 
     units: int
@@ -44,17 +47,28 @@ class Work(NamedTuple):
     run: Callable[[int, int], _Arrays]
     axis: int = 0
     product: gemm.Product | None = None
+    order: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 def install() -> None:
-    """Patch Chainer's convolutions and poolings, once."""
+    """Patch those of Chainer's functions that can run in pieces, once."""
+    from chainer.functions.array import resize_images, spatial_transformer_sampler
     from chainer.functions.connection import (
         convolution_2d,
         convolution_nd,
         deconvolution_2d,
         deconvolution_nd,
     )
-    from chainer.functions.pooling import average_pooling_2d, max_pooling_nd
+    from chainer.functions.normalization import local_response_normalization as lrn
+    from chainer.functions.pooling import (
+        average_pooling_2d,
+        average_pooling_nd,
+        max_pooling_nd,
+        unpooling_2d,
+        unpooling_nd,
+        upsampling_2d,
+    )
 
     two, several = "_forward_cpu_core", "_forward_xp_core"
     _patch(convolution_2d.Convolution2DFunction, two, _convolution)
@@ -63,10 +77,32 @@ def install() -> None:
     _patch(deconvolution_nd.DeconvolutionND, several, _deconvolution)
     _patch(convolution_2d.Convolution2DGradW, two, _weight_gradient)
     _patch(convolution_nd.ConvolutionNDGradW, several, _weight_gradient)
+    two, several = "_forward_grouped_convolution", "_forward_grouped_convolution_xp"
+    _patch(convolution_2d.Convolution2DFunction, two, _grouped_convolution)
+    _patch(convolution_nd.ConvolutionND, several, _grouped_convolution)
+    _patch(deconvolution_2d.Deconvolution2DFunction, two, _grouped_deconvolution)
+    _patch(deconvolution_nd.DeconvolutionND, several, _grouped_deconvolution)
+    _patch(convolution_2d.Convolution2DGradW, two, _grouped_weight_gradient)
+    _patch(convolution_nd.ConvolutionNDGradW, several, _grouped_weight_gradient)
     _patch(max_pooling_nd.MaxPoolingND, "forward_cpu", _max_pooling)
     _patch(max_pooling_nd.MaxPoolingNDGrad, "forward_cpu", _max_pooling_gradient)
+    _patch(max_pooling_nd.MaxPoolingNDWithIndexes, "forward_cpu", _pooling_by_indexes)
+    _patch(upsampling_2d.Upsampling2D, "forward_cpu", _upsampling)
+    _patch(upsampling_2d.Upsampling2DGrad, "forward_cpu", _pooling_by_indexes)
     _patch(average_pooling_2d.AveragePooling2D, "forward_cpu", _average_pooling)
     _patch(average_pooling_2d.AveragePooling2DGrad, "forward_cpu", _average_pooling_gradient)
+    _patch(average_pooling_nd.AveragePoolingND, "forward_cpu", _average_pooling)
+    _patch(average_pooling_nd.AveragePoolingNDGrad, "forward_cpu", _average_pooling_gradient)
+    _patch(unpooling_2d.Unpooling2D, "forward", _unpooling)
+    _patch(unpooling_2d.Unpooling2DGrad, "forward", _unpooling_gradient)
+    _patch(unpooling_nd.UnpoolingND, "forward", _unpooling)
+    _patch(unpooling_nd.UnpoolingNDGrad, "forward", _unpooling_gradient)
+    _patch(lrn.LocalResponseNormalization, "forward_cpu", _normalization)
+    _patch(lrn.LocalResponseNormalizationGrad, "forward_cpu", _normalization_gradient)
+    _patch(resize_images.ResizeImagesGrad, "forward", _resizing_gradient)
+    sampler = spatial_transformer_sampler.SpatialTransformerSampler
+    _patch(sampler, "forward_cpu", _sampling)
+    _patch(sampler, "backward_cpu", _sampling_gradient)
 
 
 def _patch(cls: Any, name: str, rule: Any) -> None:
@@ -86,10 +122,10 @@ def _patch(cls: Any, name: str, rule: Any) -> None:
         if not steps:
             return stock(self, *args)
         results = _run(work, steps)
-        if rule is _max_pooling:
-            self._in_shape, self._in_dtype = arrays[0].shape, arrays[0].dtype
-            self.indexes = results[1]
-        return results[:1]
+        returned = len(results) - len(work.names)
+        for name, array in zip(work.names, results[returned:], strict=True):
+            setattr(self, name, array)
+        return results[:returned]
 
     setattr(cls, name, forward)
 
@@ -138,15 +174,27 @@ def _run(work: Work, steps: list[tuple[int, int]]) -> _Arrays:
     for start, stop in steps:
         pieces = work.run(start, stop)
         if not wholes:
-            wholes = [_whole(piece, work.axis, work.units) for piece in pieces]
+            wholes = [_whole(piece, work, stop - start) for piece in pieces]
         for whole, piece in zip(wholes, pieces, strict=True):
-            whole[(slice(None),) * work.axis + (slice(start, stop),)] = piece
+            each = piece.shape[work.axis] // (stop - start)
+            whole[(slice(None),) * work.axis + (slice(start * each, stop * each),)] = piece
         del pieces, piece  # before the next piece is made
     return tuple(wholes)
 
 
-def _whole(piece: np.ndarray, axis: int, units: int) -> np.ndarray:
+def _whole(piece: np.ndarray, work: Work, units: int) -> np.ndarray:
     """Return an empty array for all units, in the memory order of ``piece``, a crop where that is one."""
+
+    def enlarged(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(
+            size // units * work.units if axis == work.axis else size
+            for axis, size in enumerate(shape)
+        )
+
+    shape = enlarged(piece.shape)
+    if work.order:
+        memory = np.empty([shape[axis] for axis in work.order], piece.dtype)
+        return memory.transpose(np.argsort(work.order))
     owner = piece.base
     if (
         owner is None
@@ -154,19 +202,18 @@ def _whole(piece: np.ndarray, axis: int, units: int) -> np.ndarray:
         or owner.shape == piece.shape
         or not owner.flags.c_contiguous
     ):
-        shape = tuple(units if n == axis else size for n, size in enumerate(piece.shape))
-        if axis:
+        if work.axis:
             return np.empty(shape, piece.dtype)
         # An image is dense, and the next one follows; a piece of one image may have any stride there.
         flat = np.empty(math.prod(shape), piece.dtype)
-        strides = (flat.nbytes // units, *piece.strides[1:])
+        strides = (flat.nbytes // shape[0], *piece.strides[1:])
         return np.ndarray(shape, piece.dtype, flat, 0, strides)
     # col2im cuts the padding off: its result lies in a larger array.
     offset = piece.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
     starts = np.unravel_index(offset // piece.itemsize, owner.shape)
-    whole = np.empty((units, *owner.shape[1:]), piece.dtype)
-    crop = zip(starts[1:], piece.shape[1:], strict=True)
-    return whole[(slice(None), *(slice(int(start), int(start) + n) for start, n in crop))]
+    crop = zip(starts, shape, strict=True)
+    whole = np.empty(enlarged(owner.shape), piece.dtype)
+    return whole[tuple(slice(int(start), int(start) + size) for start, size in crop)]
 
 
 # What each function does. ``stock`` is Chainer's own code, which they call with fewer images or channels.
@@ -204,8 +251,7 @@ def _deconvolution(stock: Any, self: Any, x: Any, W: Any, b: Any, *xp: Any) -> W
 
 
 def _weight_gradient(stock: Any, self: Any, x: Any, gy: Any, *xp: Any) -> Work:
-    kernel = (self.kh, self.kw) if hasattr(self, "kh") else self.ksize
-    taps, depth = math.prod(kernel), len(gy) * math.prod(gy.shape[2:])
+    taps, depth = math.prod(_kernel(self)), len(gy) * math.prod(gy.shape[2:])
     dtype = np.result_type(x, gy)
     return Work(
         x.shape[1],
@@ -217,19 +263,72 @@ def _weight_gradient(stock: Any, self: Any, x: Any, gy: Any, *xp: Any) -> Work:
     )
 
 
+def _by_groups(
+    rule: Callable[..., Work], axes: tuple[int, ...], axis: int, stock: Any, self: Any, *args: Any
+) -> Work | None:
+    """Return the work of a convolution whose groups are products of their own.
+
+    ``rule`` tells what there is to do for one of them; ``axes`` are those of the arguments along which the groups
+    lie, ``axis`` is that of the result.
+    """
+    count, others = self.groups, args[len(axes) :]
+    if count == 1:  # one group of a convolution that is in pieces
+        return rule(stock, self, *args)
+    arrays = list(zip(args, axes, strict=False))
+    if any(a is not None and a.shape[n] % count for a, n in arrays):
+        return None
+
+    def part(i: int, j: int) -> list[Any]:
+        node = _stripped(self)
+        node.groups = j - i
+        return [node, *(_cut(a, n, i, j, count) for a, n in arrays), *others]
+
+    def run(i: int, j: int) -> _Arrays:
+        # A single group may still be too large.
+        call = getattr(type(self), stock.__name__) if j - i == 1 else stock
+        return call(*part(i, j))
+
+    one = rule(stock, *part(0, 1))
+    size, out = one.units * one.unit_bytes, count * one.out_bytes
+    return Work(count, size, out, run, axis, order=one.order)
+
+
+def _cut(array: Any, axis: int, start: int, stop: int, units: int) -> Any:
+    if array is None:
+        return None
+    each = array.shape[axis] // units
+    return array[(slice(None),) * axis + (slice(start * each, stop * each),)]
+
+
+def _group_convolution(stock: Any, self: Any, x: Any, *args: Any) -> Work:
+    work = _convolution(stock, self, x, *args)
+    product = work.product and work.product._replace(side="columns")
+    return work._replace(product=product, order=(1, 0, *range(2, x.ndim)))
+
+
+def _group_weight_gradient(stock: Any, self: Any, x: Any, *args: Any) -> Work:
+    return _weight_gradient(stock, self, x, *args)._replace(order=tuple(range(x.ndim)))
+
+
+_grouped_convolution = functools.partial(_by_groups, _group_convolution, (1, 0, 0), 1)
+_grouped_deconvolution = functools.partial(_by_groups, _deconvolution, (1, 0, 0), 1)
+_grouped_weight_gradient = functools.partial(_by_groups, _group_weight_gradient, (1, 1), 0)
+
+
 def _max_pooling(stock: Any, self: Any, inputs: Any) -> Work:
     (x,) = inputs
     outs = x.shape[1] * math.prod(_out_sizes(self, x, self.ksize))
 
     def run(i: int, j: int) -> _Arrays:
-        node = _stripped(self)
-        return (*stock(node, (x[i:j],)), node.indexes)
+        (y,) = stock(self, (x[i:j],))
+        self._in_shape = x.shape
+        return y, self.indexes
 
     each = x.itemsize + np.dtype(np.intp).itemsize
     # The padded image, its patches, those in the order in which argmax looks, and both results.
     taps = 2 * math.prod(self.ksize)
     temporary = _frame(self, x.shape) * x.itemsize + outs * (taps * x.itemsize + each)
-    return Work(len(x), temporary, len(x) * outs * each, run)
+    return Work(len(x), temporary, len(x) * outs * each, run, names=("indexes",))
 
 
 def _max_pooling_gradient(stock: Any, self: Any, inputs: Any) -> Work | None:
@@ -249,35 +348,166 @@ def _max_pooling_gradient(stock: Any, self: Any, inputs: Any) -> Work | None:
     return Work(len(gy), gy[0].size * each + out, len(gy) * out, run)
 
 
-def _average_pooling(stock: Any, self: Any, inputs: Any) -> Work:
+def _pooling_by_indexes(stock: Any, self: Any, inputs: Any) -> Work | None:
     (x,) = inputs
-    kernel = (self.kh, self.kw)
-    stride, pad = _window(self)
-    sizes = zip(x.shape[2:], kernel, stride, pad, strict=True)
-    outs = x.shape[1] * math.prod((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
+    func = self if hasattr(self, "indexes") else self.func
+    indexes = func.indexes
+    if type(indexes) is not np.ndarray:
+        return None
 
     def run(i: int, j: int) -> _Arrays:
-        return stock(_stripped(self), (x[i:j],))
+        part = _stripped(func)
+        part.indexes = indexes[i:j]
+        return stock(part if func is self else SimpleNamespace(func=part), (x[i:j],))
 
-    self._in_shape, self._in_dtype = x.shape, x.dtype
+    outs = indexes[0].size
+    # The padded image, its patches, those in the order of the indexes, the places of these, and the result.
+    each = 2 * math.prod(_kernel(func)) * x.itemsize + 2 * indexes.itemsize + x.itemsize
+    temporary = _frame(func, x.shape) * x.itemsize + outs * each
+    return Work(len(x), temporary, indexes.size * x.itemsize, run)
+
+
+def _upsampling(stock: Any, self: Any, inputs: Any) -> Work | None:
+    (x,) = inputs
+    indexes = self.indexes
+    if type(indexes) is not np.ndarray:
+        return None
+
+    def run(i: int, j: int) -> _Arrays:
+        part = _stripped(self)
+        part.indexes = indexes[i:j]
+        results = stock(part, (x[i:j],))
+        self.outh, self.outw, self._in_dtype = part.outh, part.outw, part._in_dtype
+        return results
+
+    out = _frame(self, (*x.shape[:2], *_unpooled_sizes(self, x))) * x.itemsize
+    each = 2 * self.kh * self.kw * x.itemsize + 2 * indexes.itemsize + x.itemsize
+    return Work(len(x), x[0].size * each + out, len(x) * out, run)
+
+
+def _average_pooling(stock: Any, self: Any, inputs: Any) -> Work:
+    def piece(self: Any, part: _Arrays) -> _Arrays:
+        results = stock(self, part)
+        self._in_shape = inputs[0].shape
+        return results
+
+    return _sums_of_patches(piece, self, inputs)
+
+
+def _unpooling_gradient(stock: Any, self: Any, inputs: Any) -> Work | None:
+    if getattr(self, "_use_int_scale_forward", False):
+        return None  # no patches
+    return _sums_of_patches(stock, self, inputs)
+
+
+def _sums_of_patches(stock: Any, self: Any, inputs: Any) -> Work:
+    (x,) = inputs
+    kernel = _kernel(self)
+    outs = x.shape[1] * math.prod(_out_sizes(self, x, kernel))
     temporary = _frame(self, x.shape) + outs * (math.prod(kernel) + 2)
-    return Work(len(x), temporary * x.itemsize, len(x) * outs * x.itemsize, run)
+    return Work(
+        len(x),
+        temporary * x.itemsize,
+        len(x) * outs * x.itemsize,
+        lambda i, j: stock(self, (x[i:j],)),
+    )
 
 
 def _average_pooling_gradient(stock: Any, self: Any, inputs: Any) -> Work:
-    (gy,) = inputs
-    out = _frame(self, self._in_shape) * gy.itemsize
+    func = getattr(self, "func", self)
+    return _spread_patches(stock, self, inputs, func, func._in_shape[2:])
+
+
+def _unpooling(stock: Any, self: Any, inputs: Any) -> Work | None:
+    (x,) = inputs
+    sizes = _unpooled_sizes(self, x)
+    if hasattr(self, "kh"):
+        pads = self.ph, self.pw
+        repeated = [k * (n - p) for k, n, p in zip(_kernel(self), x.shape[2:], pads, strict=True)]
+        strides = self.sx, self.sy  # in this order
+        if sizes == repeated and strides == _kernel(self) and not any(p % 2 for p in pads):
+            return None  # no patches
+    return _spread_patches(stock, self, inputs, self, sizes)
+
+
+def _spread_patches(stock: Any, self: Any, inputs: Any, func: Any, sizes: Sequence[int]) -> Work:
+    (x,) = inputs
+    out = _frame(func, (*x.shape[:2], *sizes)) * x.itemsize
+    kernel = _kernel(func)
+    patches = x[0].nbytes * math.prod(kernel)
     return Work(
-        len(gy),
-        gy[0].nbytes * self.kh * self.kw + out,
-        len(gy) * out,
-        lambda i, j: stock(self, (gy[i:j],)),
+        len(x),
+        # The input in order; patches, made by repeating those of one dimension less, and then the padded result.
+        x[0].nbytes + patches + max(patches // kernel[-1], out),
+        len(x) * out,
+        lambda i, j: stock(self, (x[i:j],)),
     )
+
+
+def _normalization(stock: Any, self: Any, inputs: Any) -> Work:
+    (x,) = inputs
+
+    def run(i: int, j: int) -> _Arrays:
+        (y,) = stock(self, (x[i:j],))
+        return y, self.unit_scale, self.scale
+
+    # Squares, their sums, and the three results.
+    names = ("unit_scale", "scale")
+    return Work(len(x), 5 * x[0].nbytes, 3 * x.nbytes, run, names=names)
+
+
+def _normalization_gradient(stock: Any, self: Any, inputs: Any) -> Work:
+    scale, unit_scale = self.scale, self.unit_scale
+
+    def run(i: int, j: int) -> _Arrays:
+        part = _stripped(self)
+        part.scale, part.unit_scale = scale[i:j], unit_scale[i:j]
+        return stock(part, tuple(array[i:j] for array in inputs))
+
+    # The summands, their sums, two products, and the result.
+    x = inputs[0]
+    return Work(len(x), 5 * x[0].nbytes, x.nbytes, run)
+
+
+def _resizing_gradient(stock: Any, self: Any, inputs: Any) -> Work:
+    (gy,) = inputs
+    size = math.prod(self.input_shape[1:])
+    # Four shares of each element, their places, and both in the types in which bincount sums.
+    each = 4 * (gy.itemsize + np.dtype(np.intp).itemsize + np.dtype(float).itemsize)
+    temporary = gy[0].size * each + size * (np.dtype(float).itemsize + gy.itemsize)
+    out = len(gy) * size * gy.itemsize
+    return Work(len(gy), temporary, out, lambda i, j: stock(self, (gy[i:j],)))
+
+
+def _sampling(stock: Any, self: Any, inputs: Any) -> Work:
+    x, grid = inputs
+    out = x.shape[1] * math.prod(grid.shape[2:]) * x.itemsize
+    # The padded image, four neighbours of each point, one of them twice, a product, and the sum; some 16 numbers of
+    # each point.
+    temporary = x[0].nbytes + 7 * out + 8 * grid[0].nbytes
+    return Work(len(x), temporary, len(x) * out, lambda i, j: stock(self, (x[i:j], grid[i:j])))
+
+
+def _sampling_gradient(stock: Any, self: Any, inputs: Any, grad_outputs: Any) -> Work | None:
+    (x, grid), (gy,) = inputs, grad_outputs
+    if x.flags.fnc:
+        return None  # its gradient would have the images last in memory, that of a piece has not
+
+    def run(i: int, j: int) -> _Arrays:
+        return stock(self, (x[i:j], grid[i:j]), (gy[i:j],))
+
+    # The same, two gradients for each neighbourhood, and the padded result.
+    temporary = 2 * x[0].nbytes + 8 * gy[0].nbytes + 8 * grid[0].nbytes
+    return Work(len(x), temporary, x.nbytes + grid.nbytes, run)
 
 
 def _stripped(func: Any) -> Any:
     """Return what has the numbers of a function, and takes what it notes of a piece."""
     return SimpleNamespace(**copy.copy(func.__dict__))
+
+
+def _kernel(func: Any) -> tuple[int, ...]:
+    return (func.kh, func.kw) if hasattr(func, "kh") else func.ksize
 
 
 def _window(func: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -295,6 +525,16 @@ def _out_sizes(func: Any, x: Any, kernel: Any) -> list[int]:
     dilate = dilate or (1,) * len(stride)
     numbers = zip(x.shape[2:], kernel, stride, pad, dilate, strict=True)
     return [get_conv_outsize(n, k, s, p, func.cover_all, d) for n, k, s, p, d in numbers]
+
+
+def _unpooled_sizes(func: Any, x: Any) -> list[int]:
+    from chainer.utils.conv import get_deconv_outsize
+
+    outs = (func.outh, func.outw) if hasattr(func, "outh") else func.outs
+    if outs is not None and None not in outs:
+        return list(outs)
+    numbers = zip(x.shape[2:], _kernel(func), *_window(func), strict=True)
+    return [get_deconv_outsize(n, k, s, p, func.cover_all) for n, k, s, p in numbers]
 
 
 def _frame(func: Any, shape: tuple[int, ...]) -> int:

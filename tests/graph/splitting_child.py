@@ -1,6 +1,6 @@
-"""Trains two wide convolutions in a process of its own: prints its peak memory, a digest and the warnings.
+"""Trains a network of wide functions in a process of its own: prints its peak memory, a digest and the warnings.
 
-usage: splitting_child.py LIMIT|none [SETTING=VALUE ...]
+usage: splitting_child.py NETWORK LIMIT|none [SETTING=VALUE ...]
 """
 
 import hashlib
@@ -16,16 +16,49 @@ import chainer.functions as F  # isort: skip
 import chainer.links as L  # isort: skip
 
 
-def main(limit, *settings):
+def through_indexes(x):
+    y, indexes = F.max_pooling_2d(x, 3, stride=1, return_indices=True)
+    return F.upsampling_2d(y, indexes, 3, stride=1, outsize=x.shape[2:])
+
+
+def sample(x):
+    grid = np.random.RandomState(0).uniform(-1, 1, (len(x), 2, 160, 160)).astype(np.float32)
+    return F.spatial_transformer_sampler(x, grid)
+
+
+NETWORKS = {
+    "convolutions": lambda: [
+        L.Convolution2D(32, 32, 3, pad=1),
+        F.relu,
+        lambda x: F.max_pooling_2d(x, 3, stride=1),
+    ],
+    "groups": lambda: [
+        L.Convolution2D(32, 32, 3, pad=1, groups=4),
+        F.relu,
+        L.Deconvolution2D(32, 32, 3, pad=1, groups=4),
+        F.relu,
+        L.DepthwiseConvolution2D(32, 1, 3),
+    ],
+    "averages": lambda: [
+        lambda x: F.average_pooling_nd(x, 5, stride=1, pad=2, pad_value=None),
+        lambda x: F.average_pooling_nd(x, 5, stride=1),
+    ],
+    "lrn": lambda: [lambda x: F.local_response_normalization(F.resize_images(x, (97, 95)))],
+    "unpooling": lambda: [lambda x: F.unpooling_2d(x, 5, stride=1, pad=2)],
+    "indexes": lambda: [through_indexes],
+    "resizing": lambda: [lambda x: F.resize_images(x, (128, 128))],
+    "sampling": lambda: [sample],
+}
+
+
+def main(network, limit, *settings):
     if limit != "none":
         chainer_ooc.enable(limit, **dict(setting.split("=") for setting in settings))
     np.random.seed(0)
     model = chainer.Sequential(
         L.Convolution2D(3, 32, 3, pad=1),
         F.relu,
-        L.Convolution2D(32, 32, 3, pad=1),
-        F.relu,
-        lambda x: F.max_pooling_2d(x, 3, stride=1),
+        *NETWORKS[network](),
         lambda x: F.average(x, axis=(2, 3)),
     )
     optimizer = chainer.optimizers.MomentumSGD(lr=0.01).setup(model)

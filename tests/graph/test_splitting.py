@@ -158,6 +158,246 @@ def test_poolings_have_the_same_bits(split, pool, size, dtype):
     assert count >= 2
 
 
+GROUPED = {
+    "two groups": (F.convolution_2d, (5, 6, 9, 11), (4, 3, 3, 3), {"groups": 2, "pad": 1}),
+    "stride, dilate": (
+        F.convolution_2d,
+        (3, 9, 13, 12),
+        (6, 3, 3, 2),
+        {"groups": 3, "stride": (2, 1), "pad": (1, 2), "dilate": (1, 2)},
+    ),
+    "cover all": (
+        F.convolution_2d,
+        (7, 8, 10, 9),
+        (8, 2, 3, 3),
+        {"groups": 4, "stride": 2, "cover_all": True},
+    ),
+    "depthwise": (F.depthwise_convolution_2d, (3, 10, 8, 8), (1, 10, 3, 3), {"pad": 1}),
+    "depthwise, several": (F.depthwise_convolution_2d, (3, 5, 8, 7), (2, 5, 3, 3), {}),
+    "one image": (F.convolution_2d, (1, 6, 9, 9), (6, 2, 3, 3), {"groups": 3}),
+    "points": (F.convolution_2d, (5, 6, 1, 1), (6, 2, 1, 1), {"groups": 3}),
+    "up": (F.deconvolution_2d, (5, 6, 5, 4), (6, 2, 4, 4), {"groups": 3, "stride": 2, "pad": 1}),
+    "up, no crop": (F.deconvolution_2d, (3, 4, 5, 5), (4, 3, 3, 3), {"groups": 2}),
+    "up, dilate": (F.deconvolution_2d, (3, 4, 5, 5), (4, 3, 3, 3), {"groups": 2, "dilate": 2}),
+    "one dimension": (F.convolution_nd, (5, 6, 20), (6, 2, 3), {"groups": 3, "pad": 1}),
+    "one, up": (F.deconvolution_nd, (5, 6, 9), (6, 2, 4), {"groups": 3, "stride": 2, "pad": 1}),
+    "three dimensions": (
+        F.convolution_nd,
+        (3, 4, 5, 6, 5),
+        (6, 2, 3, 3, 3),
+        {"groups": 2, "stride": 2, "pad": 1},
+    ),
+    "three, up": (
+        F.deconvolution_nd,
+        (3, 4, 3, 3, 4),
+        (4, 2, 2, 3, 2),
+        {"groups": 2, "stride": 2, "pad": (0, 1, 0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("name", GROUPED)
+def test_convolutions_with_groups_have_the_same_bits(split, name, dtype, bias):
+    function, x, w, arguments = GROUPED[name]
+    double = dtype is not np.float16  # squares of gradients overflow
+    arrays = [random(*x, dtype=dtype), random(*w, dtype=dtype)]
+    if bias:
+        arrays.append(random(function(*arrays, **arguments).shape[1], dtype=dtype))
+
+    def run():
+        return gradients(lambda *a: function(*a, **arguments), *arrays, double=double)
+
+    expected = run()
+    actual, count = split(run)
+    assert_same_bits(actual[0], expected[0])
+    assert actual[1] == expected[1]
+    assert count >= (7 if double else 3)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("function", "x", "w", "arguments"),
+    [
+        (F.convolution_2d, (7, 64, 16, 16), (64, 32, 3, 3), {"pad": 1}),
+        (F.deconvolution_2d, (8, 64, 8, 8), (64, 16, 4, 4), {"stride": 2, "pad": 1}),
+        (F.convolution_nd, (3, 64, 8, 8, 8), (64, 32, 3, 3, 3), {"pad": 1}),
+    ],
+)
+def test_a_group_too_large_is_split_too(split, function, x, w, arguments, dtype, share):
+    if dtype is np.float16:
+        x, w = (3, 4, 6, 6, *x[4:]), (4, 2, *w[2:])
+    arrays = random(*x, dtype=dtype), random(*w, dtype=dtype)
+
+    def run():
+        return gradients(lambda *a: function(*a, groups=2, **arguments), *arrays)
+
+    expected = run()
+    actual, count = split(run, share)
+    assert_same_bits(actual[0], expected[0])
+    assert actual[1] == expected[1]
+    if dtype is np.float32:
+        assert count > 3 or not blas_keeps_bits()
+    else:
+        assert count > 3
+    always, count = split(run, share, split="always")
+    assert always[1] == expected[1]
+    assert count == 9
+
+
+def test_groups_that_do_not_divide_the_channels_are_an_error_as_ever(split):
+    arrays = random(2, 5, 8), random(4, 2, 3)
+    with pytest.raises(TypeError, match="must be a divisor"):
+        split(lambda: F.convolution_nd(*arrays, groups=2))
+
+
+def through_indexes(x, **arguments):
+    y, indexes = F.max_pooling_2d(x, 3, stride=2, pad=1, return_indices=True, **arguments)
+    return F.upsampling_2d(y, indexes, 3, stride=2, pad=1, outsize=x.shape[2:], **arguments)
+
+
+IMAGES = {
+    "mean, one dimension": (lambda x: F.average_pooling_1d(x, 3, pad=1), (5, 4, 20), True),
+    "mean": (lambda x: F.average_pooling_nd(x, 3, stride=2, pad=1), (7, 3, 9, 8), True),
+    "mean, everything": (lambda x: F.average_pooling_nd(x, x.shape[2:]), (7, 3, 31, 29), True),
+    "mean, three": (lambda x: F.average_pooling_3d(x, (2, 3, 1), 1), (3, 4, 6, 5, 4), True),
+    "mean, padding apart": (
+        lambda x: F.average_pooling_nd(x, 3, stride=(2, 1), pad=(1, 0), pad_value=None),
+        (5, 4, 9, 8),
+        True,
+    ),
+    "mean, padding apart, three": (
+        lambda x: F.average_pooling_nd(x, 3, 2, 1, pad_value=None),
+        (5, 4, 7, 6, 5),
+        True,
+    ),
+    "unpooling": (lambda x: F.unpooling_2d(x, 3, stride=2, pad=1), (7, 4, 6, 5), True),
+    "unpooling, all": (
+        lambda x: F.unpooling_2d(x, (3, 2), stride=2, cover_all=False),
+        (5, 4, 6, 5),
+        True,
+    ),
+    "unpooling, size": (lambda x: F.unpooling_2d(x, 3, 2, 1, (12, 11)), (5, 4, 7, 6), True),
+    "unpooling, one": (lambda x: F.unpooling_1d(x, 3, stride=2), (5, 4, 9), True),
+    "unpooling, three": (
+        lambda x: F.unpooling_3d(x, 2, stride=(1, 2, 2), pad=(0, 1, 0)),
+        (3, 2, 4, 5, 3),
+        True,
+    ),
+    "unpooling, three, size": (
+        lambda x: F.unpooling_3d(x, 2, outsize=(7, 10, 6)),
+        (3, 2, 4, 5, 3),
+        True,
+    ),
+    "indexes": (through_indexes, (5, 4, 9, 10), True),
+    "indexes, not all": (lambda x: through_indexes(x, cover_all=False), (5, 4, 9, 10), True),
+    "lrn": (F.local_response_normalization, (7, 9, 6, 5), False),
+    "lrn, few channels": (lambda x: F.local_response_normalization(x, n=7), (5, 2, 6, 5), False),
+    "lrn, wide": (
+        lambda x: F.local_response_normalization(x, n=3, k=1, alpha=0.1, beta=0.5),
+        (5, 8, 33, 37),
+        False,
+    ),
+    "lrn, vectors": (F.local_response_normalization, (7, 9), False),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ["as made", "channels last", "channels first", "images last"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_functions_of_single_images_have_the_same_bits(split, name, order, dtype):
+    function, shape, double = IMAGES[name]
+    x = random(*shape, dtype=dtype)
+    if order == "channels last":
+        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    elif order == "channels first":
+        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, 0)), 0, 1)
+    elif order == "images last":
+        x = np.asfortranarray(x)
+
+    def run():
+        return gradients(function, x, double=double)
+
+    expected = run()
+    for share in (0.01, 0.3, 0.6):
+        actual, count = split(run, share)
+        assert_same_bits(actual[0], expected[0])
+        assert actual[1] == expected[1]
+        assert count >= 2 + double
+
+
+@pytest.mark.parametrize(
+    "name", ["mean", "mean, padding apart", "unpooling", "indexes", "lrn", "maximum", "mean, 2"]
+)
+def test_the_attributes_are_those_of_the_whole(split, name):
+    others = {
+        "maximum": lambda x: F.max_pooling_2d(x, 3),
+        "mean, 2": lambda x: F.average_pooling_2d(x, 3),
+    }
+    function = others.get(name) or IMAGES[name][0]
+    x = chainer.Variable(random(7, 3, 9, 8))
+
+    def run():
+        creator = function(x).creator
+        return {
+            key: value
+            for key, value in vars(creator).items()
+            if isinstance(value, np.ndarray | np.dtype | tuple | int)
+            and key not in ("inputs", "outputs")
+            and not key.startswith("_ooc_")
+        }
+
+    expected = run()
+    actual, count = split(run)
+    assert count
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(actual[key], value)
+
+
+def test_repeating_pixels_is_not_split(split):
+    x = random(5, 3, 4, 4)
+    assert split(lambda: gradients(lambda x: F.unpooling_2d(x, 2, cover_all=False), x))[1] == 0
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+@pytest.mark.parametrize("sizes", [((9, 7), (20, 15)), ((20, 15), (9, 7)), ((1, 1), (3, 4))])
+def test_the_gradient_of_resizing_has_the_same_bits(split, sizes, mode):
+    x = random(5, 3, *sizes[0])
+
+    def run():
+        return gradients(
+            lambda x: F.resize_images(x, sizes[1], mode=mode, align_corners=False), x, double=True
+        )
+
+    expected = run()
+    actual, count = split(run)
+    assert_same_bits(actual[0], expected[0])
+    assert actual[1] == expected[1]
+    assert count
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(5, 3, 9, 8), (3, 1, 1, 1), (4, 30, 5, 5)])
+@pytest.mark.parametrize("points", [(6, 7), (1, 1)])
+def test_sampling_has_the_same_bits(split, points, shape, order, dtype):
+    x = np.array(random(*shape, dtype=dtype), order=order)
+    grid = random(shape[0], 2, *points, dtype=dtype)
+
+    def run():
+        return gradients(F.spatial_transformer_sampler, x, grid)
+
+    expected = run()
+    for share in (0.01, 0.3, 0.6):
+        actual, count = split(run, share)
+        assert_same_bits(actual[0], expected[0])
+        assert actual[1] == expected[1]
+        assert count == 2 - x.flags.fnc
+
+
 def test_double_backprop_has_the_same_bits(split):
     arrays = random(6, 32, 16, 16), random(32, 32, 3, 3), random(32)
 
@@ -235,12 +475,48 @@ def test_random_convolutions_have_the_same_bits(split, seed):
     assert strides == expected[1]
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(200))
+def test_random_convolutions_with_groups_have_the_same_bits(split, seed):
+    random_state = np.random.RandomState(seed)
+    groups = int(random_state.randint(2, 20))
+    images, channels, outs = (int(random_state.randint(*r)) for r in ((1, 30), (1, 20), (1, 20)))
+    kernel, size = int(random_state.choice([1, 3, 5, 7])), int(random_state.randint(7, 40))
+    arguments = {
+        "groups": groups,
+        "stride": int(random_state.randint(1, 3)),
+        "pad": kernel // 2,
+        "dilate": int(random_state.randint(1, 3)) if kernel < 5 else 1,
+    }
+    dtype = random_state.choice(["f", "d"])
+    if images * groups * channels * kernel**2 * size**2 > 2e7:
+        pytest.skip("large")
+    x = random(images, groups * channels, size, size, dtype=dtype)
+    function = random_state.choice([F.convolution_2d, F.deconvolution_2d])
+    down = function is F.convolution_2d
+    w = random(groups * (outs if down else channels), channels if down else outs, kernel, kernel)
+
+    def run():
+        return gradients(lambda *a: function(*a, **arguments), x, w.astype(dtype))
+
+    expected = run()
+    (actual, strides), count = split(run, share=random_state.uniform(0.05, 0.6))
+    assert_same_bits(actual, expected[0])
+    assert strides == expected[1]
+    assert count >= 3
+
+
+def run_network(run_python, *arguments):
+    """Return a network's peak memory (bytes), a digest of what it learned, and how many warnings there were."""
+    done = run_python(CHILD, *arguments, timeout=300)
+    assert done.returncode == 0, done.stderr
+    peak, digest, warned = done.stdout.split()
+    return int(peak), digest, int(warned)
+
+
 def test_a_network_whose_largest_function_does_not_fit_stays_under_the_limit(run_python):
     def run(*arguments):
-        done = run_python(CHILD, *arguments, timeout=300)
-        assert done.returncode == 0, done.stderr
-        peak, digest, warned = done.stdout.split()
-        return int(peak), digest, int(warned)
+        return run_network(run_python, "convolutions", *arguments)
 
     in_core = run("none")
     limit = str(240 << 20)
@@ -252,6 +528,22 @@ def test_a_network_whose_largest_function_does_not_fit_stays_under_the_limit(run
     for peak, _, warned in (exact, always) if blas_keeps_bits() else (always,):
         assert peak <= 1.02 * int(limit)
         assert warned == 0
+
+
+@pytest.mark.parametrize(
+    ("network", "mebibytes"),
+    [
+        *(("groups", 190), ("averages", 170), ("lrn", 195), ("unpooling", 170)),
+        *(("indexes", 170), ("resizing", 170), ("sampling", 200)),
+    ],
+)
+def test_what_never_needs_the_blas_stays_under_the_limit(run_python, network, mebibytes):
+    limit = mebibytes << 20
+    whole = run_network(run_python, network, str(limit), "split=never")
+    pieces = run_network(run_python, network, str(limit), "split=exact")
+    assert whole[0] > 1.1 * limit
+    assert pieces[0] <= 1.02 * limit
+    assert pieces[1:] == (whole[1], 0)
 
 
 @pytest.mark.exhaustive
