@@ -75,6 +75,11 @@ class AdoptedArrays:
         self._note("what is computed next", False, _address(owner), owner.nbytes)
         return RamDevice.view(None, owner, origin, layout)  # type: ignore[arg-type]
 
+    def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
+        """Return the checksum of ``nbytes`` at byte ``origin`` of ``owner``."""
+        self._note("what is computed next", False, _address(owner), owner.nbytes)
+        return RamDevice.checksum(None, owner, origin, nbytes)  # type: ignore[arg-type]
+
     def empty(self) -> np.ndarray:
         """Return an array without elements."""
         return RamDevice.stand_in

@@ -89,6 +89,15 @@ class TestDevice:
             assert (again.get() == expected).all()
             out.copy.free()
 
+    @pytest.mark.parametrize("nbytes", [0, 1, 7, 8, 9, 4096, 4099, 3 * MIB + 5, 40 * MIB])
+    @pytest.mark.parametrize("offset", [0, 3])
+    def test_checksums_are_those_of_the_host(self, device, nbytes, offset):
+        from chainer_ooc.swap.devices.cuda_checksum import checksum_on_host
+
+        array = cupy.random.randint(0, 256, 41 * MIB, dtype="u1")
+        found = device(0).checksum(array.data.mem, offset, nbytes)
+        assert found == checksum_on_host(array.get()[offset : offset + nbytes])
+
     def test_the_host_goes_on(self, device, spin):
         device = device(128 * MIB)
         device.copy_out(cupy.full(MIB, 0, "u1").data.mem, 0, MIB).wait()  # the slab is there now

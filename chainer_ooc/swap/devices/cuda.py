@@ -6,12 +6,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import xxhash
-
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap import process_memory
 from chainer_ooc.swap.devices.base import Location, Transfer
+from chainer_ooc.swap.devices.cuda_checksum import CudaChecksum
 from chainer_ooc.swap.devices.cuda_host import PIECE, THREADS, DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda_streams import CopyStreams
 from chainer_ooc.swap.devices.cuda_transfers import DiskTransfer, FailedTransfer, StreamTransfer
@@ -38,6 +36,7 @@ class CupyArrays:
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
+        self._checksum = CudaChecksum(cupy)
 
     def locate(self, array: Any) -> Location | None:
         """Return where an array lies; ``None`` if its memory is not of CuPy's allocators or not the GPU's."""
@@ -68,6 +67,10 @@ class CupyArrays:
     def empty(self) -> Any:
         """Return an array without elements."""
         return self._cupy.ndarray((0,), "B")
+
+    def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
+        """Return the checksum of ``nbytes`` at byte ``origin`` of ``owner``. Waits."""
+        return self._checksum(owner.ptr + origin, nbytes)
 
     def view(self, owner: Any, origin: int, layout: Layout) -> Any:
         """Return the array of that layout at byte ``origin`` of ``owner``."""
@@ -205,12 +208,9 @@ class CudaDevice:
         return owner, origin
 
     def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
-        """Return the XXH3 of a storage's bytes, which are copied to the host for that."""
+        """Return a checksum of a storage's bytes, computed on the current stream. The host waits for it."""
         with self.streams.on_device():
-            layout = Layout(np.dtype("u1"), (nbytes,), (1,), 0, True)
-            return xxhash.xxh3_64_intdigest(
-                self._cupy.asnumpy(self.arrays.view(owner, origin, layout))
-            )
+            return self.arrays.checksum(owner, origin, nbytes)
 
     def before_release(self) -> None:
         """Order the computing streams, if there are several: one may use memory that another allocated."""

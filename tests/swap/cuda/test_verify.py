@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap import verify
+from chainer_ooc.swap.devices.cuda_checksum import checksum_on_host
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT
 
@@ -99,3 +101,37 @@ def test_a_storage_without_a_checksum_gets_none_by_being_checked(rig, looks):
     saved = rig.save(1.0)
     verify.check_unchanged(rig.device, saved.storage)
     assert looks == [] and saved.storage.checksum is None
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 7, 8, 9, 4096, 4099])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_checksums_of_the_gpu_are_those_of_the_host(rig, nbytes, offset):
+    array = rig.array(0.0)
+    data = np.random.RandomState(1).randint(0, 256, UNIT).astype(np.uint8)
+    memory = array.view()
+    rig.cupy.kernel(
+        "a fill", [], [array.span], lambda: memory().view(np.uint8).__setitem__(..., data)
+    )
+    found = rig.device.checksum(array.data.mem, offset, nbytes)
+    assert found == checksum_on_host(data[offset : offset + nbytes])
+
+
+def test_checksums_tell_bytes_their_places_and_sizes_apart():
+    data = np.random.RandomState(1).randint(0, 256, 200).astype(np.uint8)
+    found = {checksum_on_host(data), checksum_on_host(np.zeros(200, np.uint8))}
+    found |= {checksum_on_host(data[:n]) for n in range(200)}
+    found |= {checksum_on_host(np.zeros(n, np.uint8)) for n in range(1, 200)}
+    for place in range(200):
+        for bit in (1, 128):
+            other = data.copy()
+            other[place] ^= bit
+            found.add(checksum_on_host(other))
+    for place in range(0, 192, 8):
+        other = data.copy()
+        other[place : place + 8], other[place + 8 : place + 16] = (
+            data[place + 8 : place + 16],
+            data[place : place + 8],
+        )
+        found.add(checksum_on_host(other))
+    assert len(found) == 2 + 200 + 199 + 400 + 24
+    assert all(0 <= one < 1 << 64 for one in found)
