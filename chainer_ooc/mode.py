@@ -270,7 +270,7 @@ def _before_allocation(nbytes: int) -> bool:
         return True
     try:
         manager.make_room(nbytes)
-        used = manager.device.used_bytes() + nbytes
+        used = manager.marks.last_used + nbytes
         local.peak = max(local.peak, manager.grown_to(used))
         if used > manager.limit:
             error = manager.shortage(nbytes, describe(local.running))

@@ -189,6 +189,8 @@ class RamDevice:
 
     def hold(self, nbytes: int) -> None:
         """Keep free pages for the next allocation as long as resident memory is below ``nbytes``."""
+        if nbytes == self._ceiling:
+            return
         self._ceiling = nbytes
         if self.pages is not None and self.pages.keeps is not (nbytes > 0):
             self.pages.keep(nbytes > 0)
