@@ -9,7 +9,7 @@ import itertools
 import os
 import resource
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -61,7 +61,7 @@ class PagePool:
         self._end = self._start + self._size
         # Free warm blocks as they were freed, by size: networks ask for the same sizes again and again. When
         # there is none of a size, all are merged with their neighbours.
-        self._as_freed: dict[int, list[int]] = {}
+        self._as_freed: defaultdict[int, list[int]] = defaultdict(list)
         self._as_freed_bytes = 0
         self._cold, self._warm = FreeBlocks(), FreeBlocks()
         self._cold.insert(self._start, self._size)
@@ -173,15 +173,16 @@ class PagePool:
 
     def _settle(self) -> None:
         """Take in what has been freed."""
-        while self._freed:
-            address = self._freed.popleft()
+        freed, as_freed = self._freed, self._as_freed
+        while freed:
+            address = freed.popleft()
             size = self._taken.pop(address)
             if address in self._untouched:
                 del self._untouched[address]
                 if not _is_resident(address, size):
                     self._cool(address, size)
                     continue
-            self._as_freed.setdefault(size, []).append(address)
+            as_freed[size].append(address)
             self._as_freed_bytes += size
 
     def _merge(self) -> None:
