@@ -295,7 +295,7 @@ class Mover:
 
     def clear_graves(self) -> None:
         """Forget the dead; give back the space they left, once nothing reads or writes it any more."""
-        if not (self._dead or self._recipes or self._graves):
+        if not (self._dead or self._graves):
             return
         while self._dead:
             state, number, nbytes, forward = self._dead.popleft()
