@@ -133,7 +133,7 @@ class RamDevice:
             copy.fill(_elements(owner, origin, nbytes, copy.dtype))
             return owner, origin, SignTransfer(copy)
         address = _address(owner)
-        pooled = self.pages is not None and self.pages.owns(address)
+        pooled = self.pages is not None and address in self.pages.addresses
         untouched = self.pages.untouched_bytes(address) if self.pages and pooled else nbytes
         memory = _bytes_of(owner)[origin : origin + nbytes]
         transfer = self._start(copy, copy.read(memory))
