@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from chainer_ooc.swap.devices.gpus import Gpus
 
 __all__ = [
+    "array_types",
     "current",
     "disable",
     "enable",
-    "gpu_array_type",
     "is_enabled",
     "manager_for",
     "managers",
@@ -41,6 +41,7 @@ _ANNOUNCED = 1 << 20
 _POOLED = 64 << 10
 
 _OFF = object()
+_ON_CPU: frozenset[type] = frozenset({np.ndarray})
 
 
 class _Local(threading.local):

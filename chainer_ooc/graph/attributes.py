@@ -8,7 +8,7 @@ wrapper, a gradient function, the user) gets the array.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from chainer_ooc.swap.storage import Saved
@@ -95,7 +95,7 @@ def saved_attributes(cls: type, names: tuple[str, ...] | list[str]) -> None:
 
 
 def save_attributes(
-    func: Any, save: Callable[[Any], Saved | None], arrays: Collection[type | None]
+    func: Any, save: Callable[[Any], Saved | None], arrays: frozenset[type]
 ) -> list[Saved]:
     """Replace the arrays among the attributes of a function by what stands in for them.
 
@@ -120,7 +120,7 @@ def save_attributes(
                 replacement = save(value)
                 if replacement is not None:
                     group.append(replacement)
-            elif kind is tuple and any([type(item) in arrays for item in value]):
+            elif kind is tuple and not arrays.isdisjoint(map(type, value)):
                 items = [(save(item) if type(item) in arrays else None) or item for item in value]
                 saved = [item for item in items if type(item) is Saved]
                 if saved:
@@ -130,7 +130,7 @@ def save_attributes(
                 group += [item for item in value if type(item) is Saved]
             elif (
                 kind is list
-                and any([type(item) in arrays or type(item) is Saved for item in value])
+                and not (arrays | {Saved}).isdisjoint(map(type, value))
                 # Readers of the attribute get the list restored; other holders of it would not.
                 and sys.getrefcount(value) <= _LIST_REFERENCES
                 and _descriptor(cls, name)
@@ -148,7 +148,7 @@ _LIST_REFERENCES = 5
 
 
 def _save_list(
-    value: list[Any], save: Callable[[Any], Saved | None], arrays: Collection[type | None]
+    value: list[Any], save: Callable[[Any], Saved | None], arrays: frozenset[type]
 ) -> Iterator[Saved]:
     for index, item in enumerate(value):
         if type(item) in arrays:

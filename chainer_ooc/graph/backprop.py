@@ -9,8 +9,6 @@ import weakref
 from collections import deque
 from typing import Any
 
-import numpy as np
-
 from chainer_ooc import mode
 from chainer_ooc.graph import attributes, nodes, recompute, splitting
 from chainer_ooc.graph.following import Follower, follower_of
@@ -300,7 +298,7 @@ def _save(func: Any, drop: bool, recomputes: bool, sign_bits: bool) -> None:
         return None if manager is None else manager.save(array, label)
 
     group = nodes.save_inputs(func, save) + nodes.save_outputs(func, save)
-    group += attributes.save_attributes(func, save, (np.ndarray, mode.gpu_array_type()))
+    group += attributes.save_attributes(func, save, mode.array_types())
     if recomputes:
         recompute.offer_recipes(func)
     if not group:
