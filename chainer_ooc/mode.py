@@ -215,9 +215,9 @@ def _note_used(nbytes: int) -> None:
     local.peak = max(local.peak, nbytes)
 
 
-def gpu_array_type() -> type | None:
-    """Return the type of the arrays that are on GPUs, ``None`` while there are no GPUs."""
-    return None if _gpus is None else _gpus.array_type
+def array_types() -> frozenset[type]:
+    """Return the types of the arrays of all devices."""
+    return _ON_CPU if _gpus is None else _ON_CPU | {_gpus.array_type}
 
 
 def manager_for(array: Any) -> SwapManager | None:
@@ -262,8 +262,6 @@ def _keep_no_free_memory() -> None:
 
 def _before_allocation(nbytes: int) -> bool:
     """Make room for an allocation. Called by NumPy: an error is kept, and raised by the function that runs."""
-    from chainer_ooc.graph.backprop import describe
-
     if current() is None:
         return True
     manager = _managers["ram"]
@@ -274,6 +272,8 @@ def _before_allocation(nbytes: int) -> bool:
         used = manager.marks.last_used + nbytes
         local.peak = max(local.peak, manager.grown_to(used))
         if used > manager.limit:
+            from chainer_ooc.graph.backprop import describe
+
             error = manager.shortage(nbytes, describe(local.running))
             if error is not None:
                 raise error
