@@ -1,4 +1,4 @@
-"""CopyThreads: run what is given to them in the order in which it is given, and wake up for little else."""
+"""CopyThreads: run what is given to them, in the order in which it is given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Jobs = SimpleQueue[Callable[[], object] | None]
 class CopyThreads:
     """Threads for jobs that tell by themselves that they have ended, and raise nothing.
 
-    A copy of a hundred kilobytes takes less time than a future, with its own lock and condition.
+    They do without futures: each has a lock and a condition of its own, which many small copies pay for.
 
     Args:
         count: How many.
