@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from chainer_ooc.swap.devices.gpus import Gpus
 
 __all__ = [
+    "array_types",
     "current",
     "disable",
     "enable",
-    "gpu_array_type",
     "is_enabled",
     "manager_for",
     "managers",
@@ -41,6 +41,7 @@ _ANNOUNCED = 1 << 20
 _POOLED = 64 << 10
 
 _OFF = object()
+_ON_CPU: frozenset[type] = frozenset({np.ndarray})
 
 
 class _Local(threading.local):
@@ -214,9 +215,9 @@ def _note_used(nbytes: int) -> None:
     local.peak = max(local.peak, nbytes)
 
 
-def gpu_array_type() -> type | None:
-    """Return the type of the arrays that are on GPUs, ``None`` while there are no GPUs."""
-    return None if _gpus is None else _gpus.array_type
+def array_types() -> frozenset[type]:
+    """Return the types of the arrays of all devices."""
+    return _ON_CPU if _gpus is None else _ON_CPU | {_gpus.array_type}
 
 
 def manager_for(array: Any) -> SwapManager | None:
@@ -261,8 +262,6 @@ def _keep_no_free_memory() -> None:
 
 def _before_allocation(nbytes: int) -> bool:
     """Make room for an allocation. Called by NumPy: an error is kept, and raised by the function that runs."""
-    from chainer_ooc.graph.backprop import describe
-
     if current() is None:
         return True
     manager = _managers["ram"]
@@ -270,9 +269,11 @@ def _before_allocation(nbytes: int) -> bool:
         return True
     try:
         manager.make_room(nbytes)
-        used = manager.device.used_bytes() + nbytes
+        used = manager.marks.last_used + nbytes
         local.peak = max(local.peak, manager.grown_to(used))
         if used > manager.limit:
+            from chainer_ooc.graph.backprop import describe
+
             error = manager.shortage(nbytes, describe(local.running))
             if error is not None:
                 raise error

@@ -95,14 +95,14 @@ def saved_attributes(cls: type, names: tuple[str, ...] | list[str]) -> None:
 
 
 def save_attributes(
-    func: Any, save: Callable[[Any], Saved | None], is_array: Callable[[type], bool]
+    func: Any, save: Callable[[Any], Saved | None], arrays: frozenset[type]
 ) -> list[Saved]:
     """Replace the arrays among the attributes of a function by what stands in for them.
 
     Args:
         func: A function node that has been applied.
         save: Returns what stands in for an array, or ``None`` to leave it.
-        is_array: Tells whether objects of a type are arrays.
+        arrays: The types of arrays.
 
     Returns:
         All that is saved.
@@ -116,12 +116,12 @@ def save_attributes(
             replacement: Any = None
             if kind is Saved:
                 group.append(value)
-            elif is_array(kind):
+            elif kind in arrays:
                 replacement = save(value)
                 if replacement is not None:
                     group.append(replacement)
-            elif kind is tuple and any(is_array(type(item)) for item in value):
-                items = [(save(item) if is_array(type(item)) else None) or item for item in value]
+            elif kind is tuple and not arrays.isdisjoint(map(type, value)):
+                items = [(save(item) if type(item) in arrays else None) or item for item in value]
                 saved = [item for item in items if type(item) is Saved]
                 if saved:
                     replacement = SavedTuple(items)
@@ -130,12 +130,12 @@ def save_attributes(
                 group += [item for item in value if type(item) is Saved]
             elif (
                 kind is list
-                and any(is_array(type(item)) or type(item) is Saved for item in value)
+                and not (arrays | {Saved}).isdisjoint(map(type, value))
                 # Readers of the attribute get the list restored; other holders of it would not.
                 and sys.getrefcount(value) <= _LIST_REFERENCES
                 and _descriptor(cls, name)
             ):
-                group += _save_list(value, save, is_array)
+                group += _save_list(value, save, arrays)
             if replacement is not None and _descriptor(cls, name):
                 attributes[name] = replacement
             value = None
@@ -148,10 +148,10 @@ _LIST_REFERENCES = 5
 
 
 def _save_list(
-    value: list[Any], save: Callable[[Any], Saved | None], is_array: Callable[[type], bool]
+    value: list[Any], save: Callable[[Any], Saved | None], arrays: frozenset[type]
 ) -> Iterator[Saved]:
     for index, item in enumerate(value):
-        if is_array(type(item)):
+        if type(item) in arrays:
             value[index] = save(item) or item
         if type(value[index]) is Saved:
             yield value[index]

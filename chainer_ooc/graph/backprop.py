@@ -9,8 +9,6 @@ import weakref
 from collections import deque
 from typing import Any
 
-import numpy as np
-
 from chainer_ooc import mode
 from chainer_ooc.graph import attributes, nodes, recompute, splitting
 from chainer_ooc.graph.following import Follower, follower_of
@@ -46,13 +44,15 @@ class Record:
 
     Attributes:
         group: All that stands in for its arrays.
+        by_manager: The same, by who moves it.
         drop: They are dropped after their last use (``single_backward``).
     """
 
-    __slots__ = ("drop", "group")
+    __slots__ = ("by_manager", "drop", "group")
 
     def __init__(self, group: list[Saved], drop: bool) -> None:
         self.group = group
+        self.by_manager = _by_manager(group)
         self.drop = drop
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
@@ -145,7 +145,7 @@ def _backprop_step(
         mode.local.trusted = outer
         arrays.clear()
         if record is not None:
-            for owner, group in _by_manager(record.group):
+            for owner, group in record.by_manager:
                 owner.finish(group, record.drop)
         else:
             func.__dict__[_USED] = True
@@ -159,7 +159,7 @@ def _before_hooks(func: Any) -> None:
     """Fetch what a function needs in backward before hooks measure it."""
     record = func.__dict__.get(_RECORD)
     if record is not None:
-        for owner, group in _by_manager(record.group):
+        for owner, group in record.by_manager:
             owner.fetch(group, trusted=True)
 
 
@@ -219,10 +219,10 @@ def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) ->
     """Call a function of the graph; turn a failed allocation into the error that says why."""
     local = mode.local
     outer, local.running = local.running, (func, inputs)
-    start = manager.grown_to(manager.marks.last_used)
+    start, begun = 0, 0.0
     if outer is None:  # a function inside another one takes part in what that takes
-        local.peak = start
-    begun = time.perf_counter() if mode.observers and outer is None else 0.0
+        local.peak = start = manager.grown_to(manager.marks.last_used)
+        begun = time.perf_counter() if mode.observers else 0.0
     try:
         return call(*args)
     except MemoryError as error:
@@ -248,7 +248,7 @@ def describe(running: tuple[Any, Any] | None) -> str:
 
 def _fetch(record: Record, manager: SwapManager | None) -> list[Any]:
     arrays = []
-    for owner, group in _by_manager(record.group):
+    for owner, group in record.by_manager:
         arrays += owner.fetch(group, mode.local.trusted)
         if manager is owner:
             owner.prefetch(group)
@@ -298,22 +298,18 @@ def _save(func: Any, drop: bool, recomputes: bool, sign_bits: bool) -> None:
         return None if manager is None else manager.save(array, label)
 
     group = nodes.save_inputs(func, save) + nodes.save_outputs(func, save)
-    group += attributes.save_attributes(func, save, _is_array)
+    group += attributes.save_attributes(func, save, mode.array_types())
     if recomputes:
         recompute.offer_recipes(func)
     if not group:
         return
-    func.__dict__[_RECORD] = Record(group, drop)
+    func.__dict__[_RECORD] = record = Record(group, drop)
     used = func.__dict__.pop(_USED, False)
     signs = sign_bits and _needs_signs(func)
-    for owner, saved in _by_manager(group):
+    for owner, saved in record.by_manager:
         owner.expect(saved, func.rank, signs)
         if used:
             owner.finish(saved, drop)
-
-
-def _is_array(kind: type) -> bool:
-    return kind is np.ndarray or kind is mode.gpu_array_type()
 
 
 def _is_chainers(func: Any) -> bool:

@@ -62,6 +62,7 @@ class Follower:
     def __init__(self, manager: SwapManager) -> None:
         self.manager = manager
         self.book = PlanBook()
+        self._counters = manager.counters
         self._lock = threading.RLock()
         self._thread = 0
         self._iteration = self._number = -1  # no function of an iteration has run yet
@@ -304,7 +305,7 @@ class Follower:
 
     def _clock(self) -> float:
         """Return the time without waits (seconds): what is recorded is how long things take."""
-        return time.perf_counter() - self.manager.counters.lost_seconds
+        return time.perf_counter() - self._counters.lost_seconds
 
     def _find(self, number: int) -> Storage | None:
         return self._storages[number]() if number < len(self._storages) else None

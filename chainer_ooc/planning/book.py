@@ -199,7 +199,8 @@ class PlanBook:
         self._fitting = [
             signature
             for signature in self._fitting
-            if signature in self.pages and self._has(self.pages[signature], key)
+            if (page := self.pages.get(signature)) is not None
+            and page.keys[self._position : self._position + 1] == [key]
         ]
         if not self._fitting:
             return None
@@ -235,6 +236,3 @@ class PlanBook:
             if system is not None and page.iterations == _TRIED:
                 page.plan_again(system)
         return done[0]
-
-    def _has(self, page: Page, key: str) -> bool:
-        return self._position < len(page.keys) and page.keys[self._position] == key

@@ -316,21 +316,23 @@ class SwapManager:
         used = self.marks.used_bytes()
         for observer in self._observers:
             observer.used(self.device.name, time.perf_counter(), used)
-        if used + nbytes <= self.marks.low:
+        _, high, low = self.marks.levels()
+        if used + nbytes <= low:
             if self.has_been_short and self._is_between_graphs():
                 # What others allocate now, as for a snapshot, is not announced: it finds room.
-                self.device.hold(self.marks.low)
+                self.device.hold(low)
             return True
         self.has_been_short = True
-        self.device.hold(self.marks.high)
+        self.device.hold(high)
         with self._lock:
             self.adopt()
             self._mover.clear_graves()
-            self._reclaimer.reclaim(nbytes)
-            used = self.marks.used_bytes()
-            if not nbytes and used > self.marks.low and not self.follows_plan:
-                self._reclaimer.write_behind(used - self.marks.low)
-            return used + nbytes <= self.marks.high
+            if used + nbytes > high:
+                self._reclaimer.reclaim(nbytes)
+                used = self.marks.used_bytes()
+            if not nbytes and used > low and not self.follows_plan:
+                self._reclaimer.write_behind(used - low)
+            return used + nbytes <= high
 
     def move_all_out(self) -> None:
         """Move every storage out that nobody else holds, and that was not fetched ahead of its use."""

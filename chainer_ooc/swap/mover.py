@@ -125,7 +125,10 @@ class Mover:
 
     def adopt(self, storage: Storage) -> None:
         """Take a new storage, which is RESIDENT."""
-        self._by_owner[id(storage.owner)] = self._enter(storage)
+        reference = weakref.ref(storage)
+        self._by_owner[id(storage.owner)] = reference
+        self._members[storage.state][storage.sequence] = reference
+        self.nbytes[storage.state] += storage.nbytes
 
     def members(self, *states: State, newest_first: bool = False) -> Iterator[Storage]:
         """Return the storages that are in one of the states now, in the order of saving."""
@@ -294,6 +297,8 @@ class Mover:
 
     def clear_graves(self) -> None:
         """Forget the dead; give back the space they left, once nothing reads or writes it any more."""
+        if not (self._dead or self._graves):
+            return
         while self._dead:
             state, number, nbytes, forward = self._dead.popleft()
             forward.living -= 1
@@ -328,18 +333,12 @@ class Mover:
             if storage.dependents is not None and dependent is not None:
                 storage.dependents.discard(dependent)
 
-    def _enter(self, storage: Storage) -> weakref.ref[Storage]:
-        reference = weakref.ref(storage)
-        self._members[storage.state][storage.sequence] = reference
-        self.nbytes[storage.state] += storage.nbytes
-        return reference
-
     def _move(self, storage: Storage, state: State) -> None:
         before = storage.state
         storage.move_to(state)
-        del self._members[before][storage.sequence]
+        self._members[state][storage.sequence] = self._members[before].pop(storage.sequence)
         self.nbytes[before] -= storage.nbytes
-        self._enter(storage)
+        self.nbytes[state] += storage.nbytes
 
     def _copied(self, storage: Storage, transfer: Transfer, out: bool) -> None:
         name, sequence = self.device.name, storage.sequence

@@ -22,6 +22,10 @@ __all__ = ["Layout", "Saved", "State", "Storage"]
 class State(enum.Enum):
     """Where the bytes of a storage are."""
 
+    __hash__ = (
+        object.__hash__
+    )  # that of Enum is a function of Python, and what moves is looked up by state
+
     RESIDENT = "resident"  #: in the device's memory alone
     GOING_OUT = "going out"  #: resident, and a copy is being written
     BOTH = "both"  #: resident, and a valid copy is outside (clean)

@@ -45,17 +45,17 @@ class Watermarks:
     @property
     def limit(self) -> int:
         """The limit in force (bytes)."""
-        return self._marks()[0]
+        return self.levels()[0]
 
     @property
     def high(self) -> int:
         """The high-water mark (bytes): room is made so that memory stays below it."""
-        return self._marks()[1]
+        return self.levels()[1]
 
     @property
     def low(self) -> int:
         """The low-water mark (bytes): nothing moves below it."""
-        return self._marks()[2]
+        return self.levels()[2]
 
     def used_bytes(self) -> int:
         """Return the bytes in use now."""
@@ -86,7 +86,8 @@ class Watermarks:
         """
         return self.high - max(self._growth)
 
-    def _marks(self) -> tuple[int, int, int]:
+    def levels(self) -> tuple[int, int, int]:
+        """Return the limit, the high- and the low-water mark (bytes)."""
         settings = self._settings()
         if settings is not self._measured[0]:
             limit = self._limit_of(settings)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import mmap
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 
 import numpy as np
 
@@ -149,33 +149,55 @@ def _timed(move: _Move, offset: int, piece: memoryview) -> Span:
 
 
 class FileTransfer:
-    """Pieces of a :class:`FileCopy` that threads are writing or reading."""
+    """Pieces of a :class:`FileCopy` that threads are writing or reading.
 
-    def __init__(self, copy: FileCopy, futures: list[Future[Span]]) -> None:
+    Args:
+        copy: The copy.
+        count: How many pieces. Each is given to :meth:`run`, once.
+    """
+
+    def __init__(self, copy: FileCopy, count: int) -> None:
         self.copy = copy
-        self._futures = futures
+        self._left = count
+        self._lock = threading.Lock()
+        self._under_way = threading.Lock()  # held until the last piece has ended
+        self._begin, self._end = math.inf, 0.0
+        self._error: BaseException | None = None
+        if count:
+            self._under_way.acquire()
+
+    def run(self, piece: Callable[[], Span]) -> None:
+        """Write or read one piece, in any thread. Raises nothing."""
+        begin, end = math.inf, 0.0
+        try:
+            begin, end = piece()
+        except BaseException as error:
+            self._error = self._error or error
+        with self._lock:
+            self._begin, self._end = min(self._begin, begin), max(self._end, end)
+            self._left -= 1
+            if not self._left:
+                self._under_way.release()
 
     def done(self) -> bool:
         """Tell whether all pieces have ended."""
-        return all(future.done() for future in self._futures)
+        return not self._left
 
     def wait(self) -> None:
         """Wait for all pieces, well or badly ended."""
-        for future in self._futures:
-            future.exception()
+        with self._under_way:
+            pass
 
     def join(self) -> None:
         """Wait for all pieces; raise the first error."""
         self.wait()
-        for future in self._futures:
-            future.result()
+        if self._error is not None:
+            raise self._error
 
     def span(self) -> Span | None:
         """Return when the first piece began and the last ended."""
-        if not self._futures or any(not f.done() or f.exception() for f in self._futures):
-            return None
-        starts, ends = zip(*(future.result() for future in self._futures), strict=True)
-        return min(starts), max(ends)
+        is_over = self._end and not self._left and self._error is None
+        return (self._begin, self._end) if is_over else None
 
     def arrival(self) -> float | None:
         """Return when the last piece ended."""

@@ -86,6 +86,8 @@ class AllocatorHook:
         default_realloc = ctypes.PYFUNCTYPE(*_REALLOC)(default.realloc)
         default_free = ctypes.PYFUNCTYPE(*_FREE)(default.free)
 
+        pooled = range(0) if pool is None else pool.addresses
+
         def malloc(_: int, nbytes: int) -> int | None:
             if nbytes >= smallest and not before(nbytes):
                 return None
@@ -96,12 +98,12 @@ class AllocatorHook:
             nbytes = count * size
             if nbytes >= smallest and not before(nbytes):
                 return None
-            pooled = pool and nbytes >= smallest_of_pool
-            address = pool.allocate(nbytes, clear=True) if pool and pooled else None
+            from_pool = pool and nbytes >= smallest_of_pool
+            address = pool.allocate(nbytes, clear=True) if pool and from_pool else None
             return default_calloc(context, count, size) if address is None else address
 
         def realloc(_: int, old: int | None, nbytes: int) -> int | None:
-            if pool is None or old is None or not pool.owns(old):
+            if pool is None or old is None or old not in pooled:
                 return default_realloc(context, old, nbytes)
             new = malloc(0, nbytes)
             if new is not None:
@@ -111,7 +113,7 @@ class AllocatorHook:
             return new
 
         def free(_: int, address: int | None, nbytes: int) -> None:
-            if pool is not None and address is not None and pool.owns(address):
+            if pool is not None and address is not None and address in pooled:
                 pool.free(address)
             else:
                 default_free(context, address, nbytes)

@@ -9,7 +9,7 @@ import itertools
 import os
 import resource
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -45,6 +45,7 @@ class PagePool:
         nbytes: The size of the address space that is reserved; it takes no memory.
 
     Attributes:
+        addresses: Its address space.
         keeps: Whether what is free is kept.
 
     Raises:
@@ -57,14 +58,14 @@ class PagePool:
         if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
             raise MemoryError("address space is limited")
         self._size = nbytes // PAGE * PAGE
-        self._start = _map(self._size)
-        self._end = self._start + self._size
+        start = _map(self._size)
+        self.addresses = range(start, start + self._size)
         # Free warm blocks as they were freed, by size: networks ask for the same sizes again and again. When
         # there is none of a size, all are merged with their neighbours.
-        self._as_freed: dict[int, list[int]] = {}
+        self._as_freed: defaultdict[int, list[int]] = defaultdict(list)
         self._as_freed_bytes = 0
         self._cold, self._warm = FreeBlocks(), FreeBlocks()
-        self._cold.insert(self._start, self._size)
+        self._cold.insert(start, self._size)
         # Blocks that were handed out with pages that nobody had touched yet, and the bytes of these.
         self._untouched: dict[int, int] = {}
         # Where one mapping of the kernel ends and the next begins, at least; it moves pages of one at a time.
@@ -73,10 +74,6 @@ class PagePool:
         self.keeps = True
         self._taken: dict[int, int] = {}  # the blocks in use: address -> size
         self._freed: deque[int] = deque()
-
-    def owns(self, address: int) -> bool:
-        """Tell whether an address is one of this pool's."""
-        return self._start <= address < self._end
 
     @property
     def warm_bytes(self) -> int:
@@ -173,15 +170,16 @@ class PagePool:
 
     def _settle(self) -> None:
         """Take in what has been freed."""
-        while self._freed:
-            address = self._freed.popleft()
+        freed, as_freed = self._freed, self._as_freed
+        while freed:
+            address = freed.popleft()
             size = self._taken.pop(address)
             if address in self._untouched:
                 del self._untouched[address]
                 if not _is_resident(address, size):
                     self._cool(address, size)
                     continue
-            self._as_freed.setdefault(size, []).append(address)
+            as_freed[size].append(address)
             self._as_freed_bytes += size
 
     def _merge(self) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import xxhash
 
 from chainer_ooc.swap import process_memory
 from chainer_ooc.swap.devices.base import Location
+from chainer_ooc.swap.devices.copy_threads import CopyThreads
 from chainer_ooc.swap.devices.file_copies import FileCopy, FileTransfer
 from chainer_ooc.swap.devices.page_pool import PagePool
 from chainer_ooc.swap.devices.signs import SignCopy, SignTransfer
@@ -78,7 +79,7 @@ class RamDevice:
         self.skips_zeros = False
         self.pages: PagePool | None = None
         self._resident = process_memory.ResidentMemory()
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads: CopyThreads | None = None
         self._lock = threading.Lock()
         self._memory_is_short = False
         self._ceiling = 0
@@ -132,7 +133,7 @@ class RamDevice:
             copy.fill(_elements(owner, origin, nbytes, copy.dtype))
             return owner, origin, SignTransfer(copy)
         address = _address(owner)
-        pooled = self.pages is not None and self.pages.owns(address)
+        pooled = self.pages is not None and address in self.pages.addresses
         untouched = self.pages.untouched_bytes(address) if self.pages and pooled else nbytes
         memory = _bytes_of(owner)[origin : origin + nbytes]
         transfer = self._start(copy, copy.read(memory))
@@ -194,6 +195,8 @@ class RamDevice:
 
     def hold(self, nbytes: int) -> None:
         """Keep free pages for the next allocation as long as resident memory is below ``nbytes``."""
+        if nbytes == self._ceiling:
+            return
         self._ceiling = nbytes
         if self.pages is not None and self.pages.keeps is not (nbytes > 0):
             self.pages.keep(nbytes > 0)
@@ -299,15 +302,18 @@ class RamDevice:
         with self._lock:
             threads, self._threads = self._threads, None
         if threads:
-            threads.shutdown()
+            threads.close()
         self.hold(0)
         self.file.close()
 
     def _start(self, copy: FileCopy, jobs: list[Callable[[], Span]]) -> FileTransfer:
+        transfer = FileTransfer(copy, len(jobs))
         with self._lock:
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(THREADS, "chainer_ooc-copy")
-            return FileTransfer(copy, [self._threads.submit(job) for job in jobs])
+                self._threads = CopyThreads(THREADS, "chainer_ooc-copy")
+            for job in jobs:
+                self._threads.submit(functools.partial(transfer.run, job))
+        return transfer
 
 
 def _empty(nbytes: int, phase: int) -> tuple[np.ndarray, int]:
