@@ -14,7 +14,7 @@ import pytest
 
 from chainer_ooc.swap.devices import page_pool
 from chainer_ooc.swap.devices.numpy_allocator import AllocatorHook
-from chainer_ooc.swap.devices.page_pool import PAGE, PagePool
+from chainer_ooc.swap.devices.page_pool import GAP, PAGE, PagePool
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.disk import SwapFile
 from chainer_ooc.swap.process_memory import ResidentMemory
@@ -25,6 +25,11 @@ MIB = 1 << 20
 @pytest.fixture
 def pool():
     return PagePool(1 << 32)
+
+
+def take(pool, nbytes, **more):
+    """Take a block that has ``nbytes`` with the gap behind it, in whole pages."""
+    return pool.allocate(nbytes - GAP, **more)
 
 
 def fill(address, nbytes, value=1):
@@ -75,12 +80,12 @@ def libc(monkeypatch):
 
 def filled(pool, n):
     """Return a block of ``n`` MiB of ones, put together of as many that lay apart."""
-    blocks = [pool.allocate(MIB) for _ in range(2 * n)]
+    blocks = [take(pool, MIB) for _ in range(2 * n)]
     for block in blocks:
         fill(block, MIB)
     for block in blocks[::2]:
         pool.free(block)
-    return pool.allocate(n * MIB)
+    return take(pool, n * MIB)
 
 
 def faults_of(action):
@@ -92,23 +97,23 @@ def faults_of(action):
 
 
 def test_a_block_of_the_same_size_has_the_pages_of_the_last_one(pool):
-    first = pool.allocate(MIB)
+    first = take(pool, MIB)
     fill(first, MIB)
     pool.free(first)
     assert pool.warm_bytes == MIB
-    again = pool.allocate(MIB)
+    again = take(pool, MIB)
     assert again == first
     assert faults_of(lambda: fill(again, MIB)) < 10
     assert pool.warm_bytes == 0
 
 
 def test_pages_of_scattered_blocks_serve_one_large_block(pool):
-    blocks = [pool.allocate(MIB) for _ in range(16)]
+    blocks = [take(pool, MIB) for _ in range(16)]
     for block in blocks:
         fill(block, MIB)
     for block in blocks[::2]:
         pool.free(block)
-    large = pool.allocate(8 * MIB)
+    large = take(pool, 8 * MIB)
     assert pool.warm_bytes == 0
     assert faults_of(lambda: fill(large, 8 * MIB, 2)) < 100
     for block in blocks[1::2]:  # what was between them is as it was
@@ -118,7 +123,7 @@ def test_pages_of_scattered_blocks_serve_one_large_block(pool):
 
 def test_what_is_given_back_is_not_resident_any_more(pool):
     memory = ResidentMemory()
-    block = pool.allocate(64 * MIB)
+    block = take(pool, 64 * MIB)
     fill(block, 64 * MIB)
     pool.free(block)
     before = memory.bytes()
@@ -128,7 +133,7 @@ def test_what_is_given_back_is_not_resident_any_more(pool):
     pool.keep(False)
     assert pool.warm_bytes == 0
     assert before - memory.bytes() > 62 * MIB
-    block = pool.allocate(MIB)
+    block = take(pool, MIB)
     fill(block, MIB)
     pool.free(block)  # nothing is kept any more
     assert pool.warm_bytes == 0
@@ -136,11 +141,11 @@ def test_what_is_given_back_is_not_resident_any_more(pool):
 
 def test_pages_that_nobody_touched_do_not_count_as_warm():
     pool = PagePool(4 * MIB)
-    block = pool.allocate(4 * MIB)
+    block = take(pool, 4 * MIB)
     fill(block, MIB)
     pool.free(block)
     assert pool.warm_bytes == 0
-    assert pool.allocate(4 * MIB) == block  # and are not lost
+    assert take(pool, 4 * MIB) == block  # and are not lost
 
 
 def test_what_is_made_of_used_pages_alone_is_not_looked_at_when_it_is_free(pool, libc):
@@ -152,7 +157,7 @@ def test_what_is_made_of_used_pages_alone_is_not_looked_at_when_it_is_free(pool,
 
 
 def test_nothing_is_given_back_when_free_pages_go_on_being_kept(pool):
-    block = pool.allocate(MIB)
+    block = take(pool, MIB)
     fill(block, MIB)
     pool.free(block)
     pool.keep(True)
@@ -160,22 +165,22 @@ def test_nothing_is_given_back_when_free_pages_go_on_being_kept(pool):
 
 
 def test_memory_that_need_not_be_zero_is_not_touched(pool):
-    block = pool.allocate(MIB)
+    block = take(pool, MIB)
     fill(block, MIB)
     pool.free(block)
-    assert ctypes.string_at(pool.allocate(MIB), MIB) == b"\1" * MIB
+    assert ctypes.string_at(take(pool, MIB), MIB) == b"\1" * MIB
 
 
 def test_cleared_memory_is_zero_on_used_pages_too(pool):
-    block = pool.allocate(MIB)
+    block = take(pool, MIB)
     fill(block, MIB)
     pool.free(block)
-    block = pool.allocate(MIB, clear=True)
-    assert ctypes.string_at(block, MIB) == bytes(MIB)
+    block = take(pool, MIB, clear=True)
+    assert ctypes.string_at(block, MIB - GAP) == bytes(MIB - GAP)
     pool.free(block)
     # Half of its pages are used ones, half new.
-    block = pool.allocate(2 * MIB, clear=True)
-    assert ctypes.string_at(block, 2 * MIB) == bytes(2 * MIB)
+    block = take(pool, 2 * MIB, clear=True)
+    assert ctypes.string_at(block, 2 * MIB - GAP) == bytes(2 * MIB - GAP)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -200,6 +205,8 @@ def test_blocks_keep_what_is_written_to_them_whatever_comes_and_goes(monkeypatch
             clear = chance.random() < 0.2
             address = pool.allocate(nbytes, clear=clear)
             assert address % PAGE == 0
+            assert address + nbytes not in living
+            assert all(one + size < address or one > address for one, (size, _) in living.items())
             if clear:
                 assert ctypes.string_at(address, nbytes) == bytes(nbytes)
             living[address] = nbytes, step % 251
@@ -216,70 +223,70 @@ def test_blocks_keep_what_is_written_to_them_whatever_comes_and_goes(monkeypatch
     assert memory.bytes() - base < 8 * MIB
     assert libc.moves > 50
     assert most - mapped < (120 if seed % 2 else 2000)
-    assert pool.allocate(size) is not None  # no address is lost
+    assert take(pool, size) is not None  # no address is lost
 
 
 def test_without_moves_new_pages_are_taken(pool, libc, monkeypatch):
     monkeypatch.setattr(
         page_pool, "_MOVE_TO_AND_LEAVE_MAPPED", 1 << 20
     )  # as an old kernel: refused
-    blocks = [pool.allocate(MIB) for _ in range(4)]
+    blocks = [take(pool, MIB) for _ in range(4)]
     for block in blocks:
         fill(block, MIB)
     pool.free(blocks[0])
     pool.free(blocks[2])
-    large = pool.allocate(2 * MIB)
+    large = take(pool, 2 * MIB)
     fill(large, 2 * MIB, 2)
     assert ctypes.string_at(blocks[1], MIB) == ctypes.string_at(blocks[3], MIB) == b"\1" * MIB
     pool.free(blocks[1])
-    assert pool.allocate(3 * MIB) is not None
+    assert take(pool, 3 * MIB) is not None
     assert libc.moves == 1  # it was tried once
 
 
 def test_a_move_that_fails_loses_no_address(libc):
     pool = PagePool(8 * MIB)
     libc.refused = 1
-    blocks = [pool.allocate(MIB) for _ in range(4)]
+    blocks = [take(pool, MIB) for _ in range(4)]
     for block in blocks:
         fill(block, MIB)
     pool.free(blocks[0])
     pool.free(blocks[2])
-    large = pool.allocate(2 * MIB)
+    large = take(pool, 2 * MIB)
     for block in (blocks[1], blocks[3], large):
         pool.free(block)
     pool.give_back(8 * MIB)
-    assert pool.allocate(8 * MIB) is not None
+    assert take(pool, 8 * MIB) is not None
 
 
 def test_a_move_that_fails_halfway_leaves_zeros(pool, libc):
     block = filled(pool, 2)
     pool.free(block)  # two mappings
     libc.refused = libc.moves + 2
-    block = pool.allocate(3 * MIB, clear=True)
+    block = take(pool, 3 * MIB, clear=True)
     assert libc.moves == libc.refused
     assert ctypes.string_at(block, 3 * MIB) == bytes(3 * MIB)
 
 
 def test_pages_are_moved_by_mappings_and_not_by_those_that_were_there_before(libc):
     pool = PagePool(16 * MIB)
-    first, second, between = (pool.allocate(n * MIB) for n in (3, 2, 1))
+    first, second, between = (take(pool, n * MIB) for n in (3, 2, 1))
     for block, nbytes in ((first, 3 * MIB), (second, 2 * MIB)):
         fill(block, nbytes)
     pool.free(first)
     pool.give_back(MIB)
     pool.give_back(2 * MIB)  # there are two mappings now
     pool.free(second)
-    block = pool.allocate(3 * MIB)
+    block = take(pool, 3 * MIB)
     assert (block, libc.moves) == (first, 1)
     fill(block, 3 * MIB)
     pool.free(block)
-    assert pool.allocate(4 * MIB) > between
+    assert take(pool, 4 * MIB) > between
     assert libc.moves == 1 + 2  # what was moved, and what was new
 
 
 def test_free_pages_stay_where_free_addresses_alone_are_in_too_many_mappings(pool, monkeypatch):
     monkeypatch.setattr(page_pool, "MOST_SEAMS", 32)
-    blocks = [pool.allocate(nbytes) for nbytes in (MIB, PAGE, MIB, PAGE, 40 * PAGE, PAGE)]
+    blocks = [take(pool, nbytes) for nbytes in (MIB, PAGE, MIB, PAGE, 40 * PAGE, PAGE)]
     for block in blocks[::2]:
         fill(block, pool.size_of(block))
     pool.free(blocks[4])
@@ -288,7 +295,7 @@ def test_free_pages_stay_where_free_addresses_alone_are_in_too_many_mappings(poo
     assert len(pool._seams) > 32
     pool.free(blocks[0])
     pool.free(blocks[2])
-    pool.allocate(3 * MIB // 2)
+    take(pool, 3 * MIB // 2)
     assert len(pool._seams) <= 16
     assert pool.warm_bytes == MIB // 2
 
@@ -299,11 +306,11 @@ def test_what_interrupts_the_pool_gets_nothing_of_it(pool, monkeypatch):
     is_resident = page_pool._is_resident
 
     def interrupted(*block):
-        got.append((pool.allocate(PAGE), pool.give_back(PAGE), pool.warm_bytes))
+        got.append((take(pool, PAGE), pool.give_back(PAGE), pool.warm_bytes))
         return is_resident(*block)
 
     monkeypatch.setattr(page_pool, "_is_resident", interrupted)
-    block = pool.allocate(MIB)
+    block = take(pool, MIB)
     fill(block, MIB)
     pool.free(block)
     assert pool.warm_bytes == MIB
@@ -311,13 +318,13 @@ def test_what_interrupts_the_pool_gets_nothing_of_it(pool, monkeypatch):
 
 
 def test_a_child_gets_nothing_of_the_pool(pool, monkeypatch):
-    block = pool.allocate(MIB)
+    block = take(pool, MIB)
     fill(block, MIB)
     pool.free(block)
     pid = page_pool.os.getpid()
     with monkeypatch.context() as child:
         child.setattr(page_pool.os, "getpid", lambda: pid + 1)
-        assert (pool.allocate(MIB), pool.give_back(MIB), pool.warm_bytes) == (None, 0, 0)
+        assert (take(pool, MIB), pool.give_back(MIB), pool.warm_bytes) == (None, 0, 0)
     assert pool.warm_bytes == MIB
 
 
@@ -334,9 +341,9 @@ def test_more_than_the_address_space_cannot_be_reserved():
 
 def test_a_full_address_space_is_none():
     pool = PagePool(4 * MIB)
-    assert pool.allocate(8 * MIB) is None
-    assert pool.allocate(4 * MIB) is not None
-    assert pool.allocate(PAGE) is None
+    assert take(pool, 8 * MIB) is None
+    assert take(pool, 4 * MIB) is not None
+    assert take(pool, PAGE) is None
 
 
 def test_threads_do_not_get_the_same_memory(pool):
@@ -346,7 +353,7 @@ def test_threads_do_not_get_the_same_memory(pool):
         chance = random.Random(value)
         for _ in range(300):
             nbytes = chance.randrange(1, 60) * PAGE
-            address = pool.allocate(nbytes)
+            address = take(pool, nbytes)
             fill(address, nbytes, value)
             if ctypes.string_at(address, nbytes) != bytes([value]) * nbytes:
                 failures.append(value)
@@ -385,7 +392,7 @@ def test_arrays_outlive_the_hook(hook, pool):
     assert array[-1] == MIB - 1
     del array
     gc.collect()
-    assert pool.warm_bytes == 4 * MIB
+    assert pool.warm_bytes == 4 * MIB + PAGE
 
 
 @pytest.mark.parametrize("size", [MIB // 8, MIB, 4 * MIB])
@@ -462,7 +469,7 @@ def test_free_pages_do_not_count_as_used_and_go_where_they_are_too_many(tmp_path
     pool = device.keep_pages()
     before = device.used_bytes()
     device.hold(before + 32 * MIB)
-    block = pool.allocate(64 * MIB)
+    block = take(pool, 64 * MIB)
     fill(block, 64 * MIB)
     assert device.used_bytes() - before > 60 * MIB
     pool.free(block)
@@ -503,7 +510,7 @@ def test_copies_in_under_way_count_with_all_their_bytes(tmp_path, monkeypatch):
 def test_what_others_take_unannounced_takes_the_place_of_free_pages(tmp_path):
     device = RamDevice(str(tmp_path))
     pool, memory = device.keep_pages(), ResidentMemory()
-    block = pool.allocate(64 * MIB)
+    block = take(pool, 64 * MIB)
     fill(block, 64 * MIB)
     pool.free(block)
     limit = memory.bytes() + 4 * MIB
@@ -529,10 +536,26 @@ def test_disabling_gives_back_what_another_thread_left(run_python, tmp_path):
         "    mode.hook_allocations(); np.ones(1 << 22)\n"
         "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
         "pool = mode._managers['ram'].device.pages\n"
-        "assert pool.warm_bytes == 8 << 22\n"
+        "assert pool.warm_bytes >= 8 << 22\n"
         "chainer_ooc.disable()\n"
         "assert pool.warm_bytes == 0\n"
         "print('done')\n"
     )
     done = run_python(script)
     assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_a_block_whose_gap_has_a_page_of_its_own_keeps_its_pages(pool):
+    block = pool.allocate(MIB)
+    fill(block, MIB)
+    pool.free(block)
+    assert pool.warm_bytes == MIB + PAGE
+    assert pool.allocate(MIB) == block
+
+
+def test_arrays_of_whole_pages_do_not_touch(hook, pool):
+    """NumPy 1 has other loops, with other bits, where they do."""
+    arrays = [np.empty(MIB, np.uint8) for _ in range(8)]
+    assert all(address_of(array) in pool.addresses for array in arrays)
+    starts = {address_of(array) for array in arrays}
+    assert not starts & {start + MIB for start in starts}

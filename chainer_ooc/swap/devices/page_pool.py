@@ -19,6 +19,9 @@ from chainer_ooc.swap.free_blocks import FreeBlocks
 __all__ = ["PagePool"]
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+#: At least so many bytes lie between two blocks. NumPy 1 has other loops, with other bits, for a result that begins
+#: where an operand ends, as blocks of malloc never do.
+GAP = 16
 #: Most pieces that one block is put together of.
 MOST_PIECES = 64
 #: Linux lets a process have 65,530 mappings; beyond this many of ours the free ones are made one again.
@@ -96,7 +99,7 @@ class PagePool:
             return None
         try:
             self._settle()
-            size = _pages(nbytes)
+            size = _pages(nbytes + GAP)
             warm = size
             same = self._as_freed.get(size)
             if same:
@@ -113,7 +116,9 @@ class PagePool:
                     return None
                 warm = self._gather(address, size)
                 if warm < size:
-                    self._untouched[address] = size - warm
+                    # The last page may be the gap alone, which nobody would touch: all of a block is there, or not.
+                    ctypes.memset(address + size - 1, 0, 1)
+                    self._untouched[address] = size - warm - PAGE
             self._taken[address] = size
         finally:
             self._lock.release()
@@ -126,7 +131,7 @@ class PagePool:
         return self._untouched.get(address, 0)
 
     def size_of(self, address: int) -> int:
-        """Return the size of a block in use (bytes): what was asked for, in whole pages."""
+        """Return the size of a block in use (bytes): what was asked for and a gap, in whole pages."""
         return self._taken[address]
 
     def free(self, address: int) -> None:
