@@ -43,7 +43,7 @@ NETWORKS = {
         lambda x: F.average_pooling_nd(x, 5, stride=1, pad=2, pad_value=None),
         lambda x: F.average_pooling_nd(x, 5, stride=1),
     ],
-    "lrn": lambda: [lambda x: F.local_response_normalization(F.resize_images(x, (97, 95)))],
+    "lrn": lambda: [lambda x: F.local_response_normalization(F.resize_images(x, (96, 96)))],
     "unpooling": lambda: [lambda x: F.unpooling_2d(x, 5, stride=1, pad=2)],
     "indexes": lambda: [through_indexes],
     "resizing": lambda: [lambda x: F.resize_images(x, (128, 128))],
