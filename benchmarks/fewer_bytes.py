@@ -1,6 +1,6 @@
 """What takes bytes off the link: signs in place of values, no zeros, running again, all, against moving alone.
 
-    python benchmarks/fewer_bytes.py [--nets NAME ...] [--fraction F] [--repeat N] [--json FILE]
+    python benchmarks/fewer_bytes.py [--nets NAME ...] [--fraction F] [--disk MB] [--repeat N] [--json FILE]
 
 Step time is the least of all iterations from the seventh on over that of moving alone in the same run; "of stock" is
 over stock Chainer with everything in memory. All ways of a network run in turn, ``--repeat`` times. The parameters
@@ -75,6 +75,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", default=["vgg16", "googlenet", "resnet50", "convnet"])
     parser.add_argument("--fraction", type=float, default=0.6, help="of the peak in core")
+    parser.add_argument(
+        "--disk",
+        type=float,
+        help="megabytes per second that the swap file moves at most, both ways together",
+    )
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
@@ -90,6 +95,7 @@ def main() -> None:
         print_table(header, [zeros(net) for net in options.nets])
         return
     common = {"iterations": options.iterations, "threads": options.threads}
+    disk = {"disk": options.disk * 1e6} if options.disk else {}
     print("machine:", machine())
     results, rows = [], []
     for net in options.nets:
@@ -98,7 +104,7 @@ def main() -> None:
         done = {way: [] for way in WAYS}
         for _ in range(options.repeat):
             for way, settings in WAYS.items():
-                one = run(net=net, limit=limit, single_backward=True, **settings, **common)
+                one = run(net=net, limit=limit, single_backward=True, **settings, **common, **disk)
                 assert one["digest"] == in_core["digest"], "not the same bits"
                 done[way].append(one)
         stock = min(in_core["seconds"][FOLLOWING:])
@@ -110,11 +116,14 @@ def main() -> None:
             row = {
                 "net": net,
                 "way": way,
+                "disk_megabytes_per_second": options.disk,
                 "limit_bytes": limit,
                 "peak_bytes": max(one["peak_bytes"] for one in runs),
                 "seconds": seconds[way],
                 "stock_seconds": stock,
                 "move_seconds": seconds["move"],
+                "foreseen_seconds": runs[-1]["plans"][0]["seconds"] if runs[-1]["plans"] else None,
+                "storages_remade": last["storages_remade"],
                 **{k: last[k] for k in MOVED},
             }
             results.append(row)

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ def run(**task: Any) -> dict[str, Any]:
     """Train in a new process.
 
     Args:
-        **task: ``net``, ``iterations``, ``threads`` (default 1), and for :func:`chainer_ooc.enable` any of
-            its settings; without ``limit`` it is stock Chainer.
+        **task: ``net``, ``iterations``, ``threads`` (default 1), ``disk`` (the swap file moves no more bytes per
+            second than that), and for :func:`chainer_ooc.enable` any of its settings; without ``limit`` it is
+            stock Chainer.
 
     Returns:
         ``seconds`` and ``cpu_seconds`` of each iteration, ``peak_bytes`` (``VmHWM``),
@@ -78,7 +80,27 @@ def write(path: str | None, results: Any) -> None:
         )
 
 
-def _train(net: str, iterations: int = 3, **settings: Any) -> dict[str, Any]:
+def _slow_down(bytes_per_second: float) -> None:
+    """Let the swap file move no more than that, in both directions together."""
+    from chainer_ooc.swap.disk import SwapFile
+
+    lock = threading.Lock()
+
+    def slowly(move: Any) -> Any:
+        def wrapped(file: Any, offset: int, buffer: memoryview) -> None:
+            with lock:
+                end = time.perf_counter() + buffer.nbytes / bytes_per_second
+                move(file, offset, buffer)
+                time.sleep(max(end - time.perf_counter(), 0))
+
+        return wrapped
+
+    SwapFile.write, SwapFile.read = slowly(SwapFile.write), slowly(SwapFile.read)
+
+
+def _train(
+    net: str, iterations: int = 3, disk: float | None = None, **settings: Any
+) -> dict[str, Any]:
     import hashlib
     import resource
 
@@ -90,6 +112,8 @@ def _train(net: str, iterations: int = 3, **settings: Any) -> dict[str, Any]:
     import chainer  # isort: skip
 
     np.random.seed(0)
+    if disk is not None:
+        _slow_down(disk)
     if "limit" in settings:
         chainer_ooc.enable(**settings)
     model, x, t = NETS[net]()
