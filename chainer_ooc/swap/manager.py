@@ -300,6 +300,11 @@ class SwapManager:
             out, back = self._mover.bandwidth(out=True), self._mover.bandwidth(out=False)
         return out or back or otherwise, back or out or otherwise
 
+    def sign_seconds(self, nbytes: int) -> float:
+        """Return how long it takes to keep the signs of so many bytes, and to make an array of them again."""
+        with self._lock:
+            return self._mover.sign_seconds(nbytes)
+
     # Room.
 
     def make_room(self, nbytes: int) -> bool:

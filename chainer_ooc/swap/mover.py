@@ -21,6 +21,8 @@ __all__ = ["Counters", "Mover"]
 
 #: Waits shorter than this are counted, but not told (seconds).
 _NOTICED = 20e-6
+#: How fast signs are kept until that was measured (bytes per second).
+_ASSUMED_SIGN_RATE = 1e9
 
 
 @dataclasses.dataclass
@@ -92,6 +94,7 @@ class Mover:
         self._landed = self._released = 0
         self._busy_until = 0.0
         self._links = _Link(), _Link()  # in, out
+        self._signs = _Link()  # what has become signs, or has come back from them
         self._copies: deque[tuple[Copied, Transfer]] = deque()  # whose times are not known yet
         # The resident storages by the identity of their owner, which lives as long as it is here.
         self._by_owner: dict[int, weakref.ref[Storage]] = {}
@@ -113,6 +116,12 @@ class Mover:
         self._take_times()
         link = self._links[out]
         return link.nbytes / link.seconds if link.seconds > 0 else None
+
+    def sign_seconds(self, nbytes: int) -> float:
+        """Return how long it takes to keep the signs of so many bytes, and to make an array of them again."""
+        signs = self._signs
+        rate = signs.nbytes / signs.seconds if signs.seconds > 0 else _ASSUMED_SIGN_RATE
+        return 2 * nbytes / rate
 
     def stalled(self, cause: str, start: float) -> None:
         """Note that the calling thread has waited since ``start``. ``cause`` is one of the counters' ``stall_``."""
@@ -236,6 +245,7 @@ class Mover:
         """OUT -> COMING_IN."""
         copy = storage.copy
         assert copy is not None
+        start = time.perf_counter()
         owner, origin, transfer = self._again_with_room(
             storage.nbytes, lambda: self.device.copy_in(copy, storage.nbytes, storage.phase)
         )
@@ -243,7 +253,9 @@ class Mover:
         self._by_owner[id(owner)] = weakref.ref(storage)
         self._move(storage, State.COMING_IN)
         self._landed += storage.nbytes
-        if not storage.lossy:
+        if storage.lossy:
+            self._signs.note(storage.nbytes, (start, time.perf_counter()))
+        else:
             self.counters.bytes_in += storage.nbytes
             self.counters.storages_in += 1
 
@@ -371,8 +383,10 @@ class Mover:
             self.counters.bytes_as_signs += storage.nbytes
             start = time.perf_counter()
             made = self.device.copy_signs(*bytes_of, storage.signs)
+            span = start, time.perf_counter()
+            self._signs.note(storage.nbytes, span)
             for observer in self.observers:
-                observer.kept_signs(storage, (start, time.perf_counter()))
+                observer.kept_signs(storage, span)
             return made
         transfer: Transfer = self._again_with_room(
             storage.nbytes, lambda: self.device.copy_out(*bytes_of)

@@ -455,3 +455,44 @@ def test_where_the_way_out_is_slow_chains_with_products_run_again_as_planned(
         assert (out, back, again) == (foreseen.bytes_out, foreseen.bytes_in, remade)
     assert again >= remade
     assert out < per_step[-5][0]  # on demand, which runs no product again
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_plans_reckon_with_signs(device, monkeypatch, recompute):
+    """What goes as signs takes no time on a slow link: a plan takes it before anything else."""
+    monkeypatch.setattr(SwapManager, "bandwidths", lambda self, otherwise: (1e7, 1e7))
+    signs = device.device.copy_signs is not None
+    convolutions = chainer.ChainList(*[L.Convolution2D(8, 8, 3, pad=1) for _ in range(3)])
+    moved = {}
+
+    def program(how):
+        np.random.seed(0)
+        model = convolutions.copy("init")
+        optimizer = chainer.optimizers.SGD(0.01).setup(model)
+        random, results = np.random.RandomState(1), []
+        for _ in range(6):
+            h = random.rand(4, 8, 32, 32).astype("f")
+            for convolution in model:
+                h = F.max_pooling_2d(F.relu(convolution(h)), 3, 1, 1)
+            model.cleargrads()
+            loss = F.sum(h)
+            del h
+            loss.backward()
+            before = chainer_ooc.stats()
+            optimizer.update()
+            results.append(loss.array)
+            moved.setdefault(how, []).append(before)
+        return results, [p.array for p in model.params()]
+
+    expected = program("stock")
+    settings = {"limit": OTHER + 1100 * KIB, "min_bytes": 1, "single_backward": True}
+    with chainer_ooc.out_of_core_mode(**settings, sign_bits=True, recompute=recompute):
+        assert_same_bits(program("signs"), expected)
+    (page,) = pages().values()
+    relus = [i for i, s in enumerate(page.profile.storages) if s.label == "ReLU" and s.uses]
+    last, one_before = moved["signs"][-1], moved["signs"][-2]
+    as_signs = last.bytes_as_signs - one_before.bytes_as_signs
+    if signs and not recompute:
+        chosen = [i for i in relus if page.plan.choices[i] is Choice.RECOMPUTE]
+        assert chosen
+        assert as_signs == sum(page.profile.storages[i].nbytes for i in chosen)
