@@ -124,7 +124,7 @@ def enable(
         strict: CPU only: raise :class:`~chainer_ooc.errors.OutOfMemoryError` for a function whose working set
             does not fit under the limit, instead of one warning.
         single_backward: Backward runs once per graph: arrays are dropped after their last use.
-        recompute: Run cheap functions again in backward instead of moving their results.
+        recompute: Run functions again in backward instead of moving their results: cheap ones, and by plan others.
         sign_bits: CPU only: where backward needs only the signs of what ReLU has returned, keep one bit for each
             element instead of moving it; nobody else can read such an array from the graph then.
         skip_zeros: CPU only: zeros are left out of copies, where that makes them shorter. For slow disks.

@@ -168,9 +168,10 @@ class Settings:
         single_backward: Backward runs once per graph: after its last use an array is dropped, with no
             copy written. A second backward through the same graph raises
             :class:`~chainer_ooc.errors.GraphReleasedError`.
-        recompute: Functions that are cheap and give the same bits when they are run again (activations, batch
-            normalization, additions and the like) are run again in backward, and their results not moved:
-            fewer bytes each way, more computation.
+        recompute: Functions that give the same bits when they are run again are run again in backward, and their
+            results not moved: fewer bytes each way, more computation. Cheap ones (activations, batch
+            normalization, additions and the like) are whenever memory is short, convolutions and chains
+            where a plan says so.
         sign_bits: CPU only: where backward needs nothing of what ReLU has returned but which elements are greater than
             zero, keep one bit for each in memory instead of moving it. Nobody else can read such an array from
             the graph then: that raises :class:`~chainer_ooc.errors.GraphReleasedError`.

@@ -10,7 +10,7 @@ from collections import deque
 from typing import Any
 
 from chainer_ooc import mode
-from chainer_ooc.graph import attributes, nodes, recompute, splitting
+from chainer_ooc.graph import attributes, nodes, recompute, splitting_rules
 from chainer_ooc.graph.following import Follower, follower_of
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.manager import SwapManager
@@ -74,7 +74,7 @@ def install() -> None:
             return
         nodes.install(_stand_in, _before_hooks)
         recompute.install()
-        splitting.install()
+        splitting_rules.install()
         attributes.saved_attributes(batch_normalization.BatchNormalization, ["_impl"])
         attributes.saved_attributes(batch_normalization.BatchNormalizationGrad, ["_impl"])
         _stock["config"] = chainer.config

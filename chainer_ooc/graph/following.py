@@ -250,7 +250,8 @@ class Follower:
             own.append(max(device.seconds(ends[-1], device.mark()), 0.0))
         else:
             clocks = [*self._clocks, self._ended_clock, self._clock()]
-            own = [b - a for a, b in itertools.pairwise(clocks)]
+            # Other threads may wait meanwhile.
+            own = [max(b - a, 0.0) for a, b in itertools.pairwise(clocks)]
         measured = Measured(seconds)
         measured.starts = [device.seconds(starts[0], start) for start in (*starts, ends[-1])]
         for number, (asked, arrival) in self._arrivals.items():

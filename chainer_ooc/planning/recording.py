@@ -130,9 +130,9 @@ class Recorder:
         self._storages[storage].free_from = max(self.step, self.producer(storage) + 1)
 
     def seconds(self, time: float) -> list[float]:
-        """Return the time of each step; the last ends at ``time``."""
+        """Return the time of each step; the last ends at ``time``. A clock that goes back tells of none."""
         starts = [step.time for step in self._steps]
-        return [b - a for a, b in zip(starts, [*starts[1:], time], strict=True)]
+        return [max(b - a, 0.0) for a, b in zip(starts, [*starts[1:], time], strict=True)]
 
     def profile(self, name: str, device: str, seconds: Sequence[float]) -> Profile:
         """Return the profile.

@@ -394,14 +394,15 @@ class SwapManager:
 
     def _run_again(self, storage: Storage, recipe: Recipe) -> None:
         arrays = [self.read(saved, trusted=True) for saved in recipe.inputs]
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), self.counters.waited_seconds
         self._is_remaking = True  # what is allocated for it asks for room, as in any function
         try:
             self._mover.remake(storage, recipe.run(arrays))
         finally:
             self._is_remaking = False
         end = time.perf_counter()
-        self.counters.recompute_seconds += end - start
+        # Waits for room meanwhile are counted as such.
+        self.counters.recompute_seconds += end - start - (self.counters.waited_seconds - waited)
         for observer in self._observers:
             observer.remade(storage, (start, end))
 

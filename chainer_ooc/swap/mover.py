@@ -50,8 +50,13 @@ class Counters:
     @property
     def lost_seconds(self) -> float:
         """Time in which computing threads did nothing but what out-of-core mode made them do."""
+        return self.waited_seconds + self.recompute_seconds
+
+    @property
+    def waited_seconds(self) -> float:
+        """Time in which computing threads waited."""
         waited = self.stall_fetch_seconds + self.stall_late_seconds + self.stall_room_seconds
-        return waited + self.stall_trim_seconds + self.recompute_seconds
+        return waited + self.stall_trim_seconds
 
 
 class _Link:

@@ -96,3 +96,11 @@ def test_what_signs_are_enough_of_is_made_again_from_nothing_and_nothing_is_from
     profile = recorder.profile("signs", "clock", recorder.seconds(3.0))
     assert profile.steps[0].rerun == Rerun(0.25, 0, (), (0,))
     assert profile.steps[1].rerun is None
+
+
+def test_a_clock_that_goes_back_tells_of_no_time():
+    """It is the time without waits, and other threads wait too."""
+    recorder = Recorder()
+    for time in (1.0, 0.5, 2.0):
+        recorder.begin("f", FORWARD, time, 0)
+    assert recorder.seconds(1.5) == [0.0, 1.5, 0.0]

@@ -379,6 +379,19 @@ class Runner:
         return True
 
     def _is_noticed(self, items: list[Any], mutant: Mutant) -> bool:
+        status, killer = self._run(self._in_order(items, mutant), mutant)
+        if killer and killer not in self._killers:
+            (item,) = (item for item in items if item.nodeid == killer)
+            if self._run([item], None)[0] != _SURVIVED:
+                raise RuntimeError(f"{killer} fails with no mutant, too")
+        if killer:
+            self._killers[killer] = self._killers.get(killer, 0) + 1
+        if status not in (_KILLED, _SURVIVED):
+            raise RuntimeError(f"the tests could not be run against {mutant.name}")
+        return status == _KILLED
+
+    def _run(self, items: list[Any], mutant: Mutant | None) -> tuple[int, str]:
+        """Run tests in a child. Returns how it ended, and which test failed."""
         sys.stdout.flush()
         read, write = os.pipe()
         child = os.fork()
@@ -390,9 +403,10 @@ class Runner:
                     silence = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(silence, 1)
                     os.dup2(silence, 2)
-                apply(mutant)
+                if mutant is not None:
+                    apply(mutant)
                 status = _SURVIVED
-                for item in self._in_order(items, mutant):
+                for item in items:
                     if not self._passes(item):
                         os.write(write, item.nodeid.encode())
                         status = _KILLED
@@ -405,11 +419,7 @@ class Runner:
         status = _wait(child)
         with open(read) as pipe:
             killer = pipe.read()
-        if killer:
-            self._killers[killer] = self._killers.get(killer, 0) + 1
-        if status not in (_KILLED, _SURVIVED):
-            raise RuntimeError(f"the tests could not be run against {mutant.name}")
-        return status == _KILLED
+        return status, killer
 
     def _in_order(self, items: list[Any], mutant: Mutant) -> list[Any]:
         """Return the tests: those named after the mutant's module, and those that notice most, first."""
