@@ -30,7 +30,7 @@ import chainer  # isort: skip
 import chainer.links as L  # isort: skip
 from chainer import _backprop_utils  # isort: skip
 
-#: What may be run again bit for bit, and the attributes that a re-run needs (dropout's mask).
+#: What the engine runs again bit for bit, and the attributes that a re-run needs (dropout's mask).
 RERUN: dict[str, tuple[str, ...]] = {
     "ReLU": (),
     "ClippedReLU": (),
@@ -43,8 +43,6 @@ RERUN: dict[str, tuple[str, ...]] = {
     "MaxPoolingND": (),
     "AveragePooling2D": (),
     "AveragePoolingND": (),
-    "Unpooling2D": (),
-    "UnpoolingND": (),
     "LocalResponseNormalization": (),
     "Concat": (),
     "Add": (),
@@ -142,7 +140,10 @@ class Observer:
             recorder.freed(i)
         if label in RERUN:
             extra = [i for name, i in attributes if name in RERUN[label] and i is not None]
-            writes = [i for i in made if i not in extra]
+            of_itself = {
+                i for _, i in attributes
+            }  # the indexes of max pooling: the engine makes only results again
+            writes = [i for i in made if i not in of_itself]
             recorder.can_rerun([i for i in (*read, *extra) if i is not None], writes)
         return outputs
 

@@ -7,6 +7,7 @@ runs, on zeros, while its arguments are small; else :class:`EstimateError` names
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 from collections.abc import Callable
@@ -291,10 +292,8 @@ def _tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
 def _einsum(
     *operands: Any, out: Any = None, optimize: Any = False, dtype: Any = None, **_: Any
 ) -> Any:
-    try:
-        from numpy._core.einsumfunc import _parse_einsum_input  # type: ignore[attr-defined]
-    except ImportError:  # NumPy 1
-        from numpy.core.einsumfunc import _parse_einsum_input  # type: ignore[no-redef]
+    core = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"
+    parse = importlib.import_module(f"{core}.einsumfunc")._parse_einsum_input
     arrays = [x for x in operands if isinstance(x, np.ndarray)]
     ledger = _ledger(*arrays)
     # The parser makes plain arrays of its operands: of their shapes, with no strides.
@@ -302,7 +301,7 @@ def _einsum(
         np.broadcast_to(np.zeros((), x.dtype), x.shape) if isinstance(x, np.ndarray) else x
         for x in operands
     ]
-    inputs, output, parsed = _parse_einsum_input(dummies)
+    inputs, output, parsed = parse(dummies)
     sizes: dict[str, int] = {}
     for term, array in zip(inputs.split(","), parsed, strict=True):
         for letter, size in zip(term, array.shape, strict=True):

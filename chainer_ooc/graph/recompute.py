@@ -108,7 +108,12 @@ def install() -> None:
     from chainer.functions.noise import dropout
     from chainer.functions.normalization import batch_normalization as bn
     from chainer.functions.normalization import local_response_normalization as lrn
-    from chainer.functions.pooling import average_pooling_2d, average_pooling_nd, max_pooling_nd
+    from chainer.functions.pooling import (
+        average_pooling_2d,
+        average_pooling_nd,
+        max_pooling_nd,
+        unpooling_2d,
+    )
     from chainer.functions.rnn import lstm
 
     for cls in (
@@ -121,7 +126,7 @@ def install() -> None:
         *(squeeze.Squeeze, transpose.Transpose),
         *(lrn.LocalResponseNormalization, bn.FixedBatchNormalization),
         *(max_pooling_nd.MaxPoolingND, average_pooling_nd.AveragePoolingND),
-        average_pooling_2d.AveragePooling2D,
+        *(average_pooling_2d.AveragePooling2D, unpooling_2d.Unpooling2D),
     ):
         recomputable(cls)
     for cls in (

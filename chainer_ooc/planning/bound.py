@@ -114,7 +114,7 @@ def lower_bound(profile: Profile, system: System) -> float:
         by_link = alone[:k] + (out[:k, k, None] - amounts) / out_rate
         earliest[k] = (earliest[:k] + np.maximum(span + extra[:k, k, None], by_link)).max(axis=0)
     again = np.interp(amounts, rerun_bytes, rerun_seconds)
-    most = float(missing.max())
+    most = float(np.max(missing))
     twice = np.maximum(most - amounts, 0.0) * _seconds_per_byte_both(system)
     result = np.inf
     for low in range(_AMOUNTS - 1):
@@ -146,7 +146,7 @@ def _whole(missing: float, sizes: np.ndarray) -> float:
     for size in sizes:
         sums = np.concatenate([sums, sums + size])
     enough = sums[sums >= missing]
-    return float(enough.min()) if len(enough) else missing
+    return float(np.min(enough)) if len(enough) else missing
 
 
 class _Reruns:

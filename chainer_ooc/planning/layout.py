@@ -199,7 +199,7 @@ class Memory:
         needless = set()
         for i in sorted(chosen, key=lambda i: (-self.nbytes[i], i)):
             spans = self.spans(i)
-            least = min(self.room[first:end].min() for first, end in spans)
+            least = min(np.min(self.room[first:end]) for first, end in spans)
             if least - self.nbytes[i] >= headroom:
                 for first, end in spans:
                     self.room[first:end] -= self.nbytes[i]

@@ -113,8 +113,10 @@ class Recorder:
         """
         maker = self._steps[self.producer(storage)]
         if maker.rerun is None:
-            maker.rerun = tuple(sorted(set(reads))), (storage,)
-            maker.by = tuple(steps)
+            maker.rerun, maker.by = (tuple(sorted(set(reads))), (storage,)), tuple(steps)
+        elif maker.by == tuple(steps):  # another result of the same
+            known, writes = maker.rerun
+            maker.rerun = tuple(sorted({*known, *reads})), tuple(sorted({*writes, storage}))
 
     def can_keep_signs(self, storage: int, seconds: float) -> None:
         """Note that of a storage signs are enough, which are kept, and how long that takes, there and back.

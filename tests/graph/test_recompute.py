@@ -84,6 +84,7 @@ FUNCTIONS = {
     "dropout": lambda h: F.dropout(h, 0.3),
     "max_pooling": lambda h: F.max_pooling_2d(h, 3, 2),
     "average_pooling": lambda h: F.average_pooling_2d(h, 3, 2),
+    "unpooling": lambda h: F.unpooling_2d(h, 2, cover_all=False),
     "batch_normalization": L.BatchNormalization(6),
     "fixed_batch_normalization": lambda h: predict(NORM, h),
     "a chain": lambda h: F.relu(-F.sigmoid(h * 2) + 1),

@@ -104,3 +104,17 @@ def test_a_clock_that_goes_back_tells_of_no_time():
     for time in (1.0, 0.5, 2.0):
         recorder.begin("f", FORWARD, time, 0)
     assert recorder.seconds(1.5) == [0.0, 1.5, 0.0]
+
+
+def test_what_a_function_makes_together_is_made_again_together():
+    recorder = Recorder()
+    recorder.begin("lstm", FORWARD, 0.0, 0)
+    recorder.end(190)
+    c, h = recorder.made(100), recorder.made(60)
+    recorder.saved([c, h])
+    for one in (h, c, c):
+        recorder.can_remake(one, [], [0])
+    recorder.begin("lstm", BACKWARD, 1.0, 160, function=0)
+    recorder.end(160)
+    profile = recorder.profile("lstm", "clock", recorder.seconds(2.0))
+    assert profile.steps[0].rerun == Rerun(1.0, 30, (), (c, h))
