@@ -256,13 +256,15 @@ class SwapManager:
             drop: What no other function will use is not needed again.
         """
         with self._lock:
+            self._mover.clear_graves()  # the dead need nothing any more
             for storage in {saved.storage for saved in group}:
                 storage.expected -= 1
-                if drop and storage.used:
-                    self._mover.drop(storage)
-                elif storage.resident and storage.held:
+                is_needed = not drop or not storage.used or storage.dependents
+                if is_needed and storage.resident and storage.held:
                     # Backward gave it to somebody, a gradient say, who may write to it.
                     self._taint(storage)
+                if drop and storage.used and not storage.dependents:
+                    self._mover.drop(storage)
 
     def grown_to(self, used: int) -> int:
         """Return what memory in use would be (bytes) if nothing had been moved since the manager was made.
@@ -471,6 +473,7 @@ class SwapManager:
     def settle(self) -> None:
         """Wait for all that is under way and give back the space of all that died."""
         with self._lock:
+            self._mover.clear_graves()
             for storage in self._mover.members(State.GOING_OUT):
                 self._mover.end_out(storage)
             for storage in self._mover.members(State.COMING_IN):

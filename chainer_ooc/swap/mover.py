@@ -316,7 +316,10 @@ class Mover:
         """Forget the dead; give back the space they left, once nothing reads or writes it any more."""
         if not (self._dead or self._graves):
             return
-        while self._dead:
+        while self._dead or self._recipes:
+            if self._recipes:  # what it needed may die with it
+                self._need_no_more(self._recipes.popleft())
+                continue
             state, number, nbytes, forward = self._dead.popleft()
             forward.living -= 1
             del self._members[state][number]
@@ -324,8 +327,6 @@ class Mover:
             # Had nothing moved, it would free its memory now.
             if state in (State.OUT, State.DROPPED):
                 self._released -= nbytes
-        while self._recipes:
-            self._need_no_more(self._recipes.popleft())
         for _ in range(len(self._graves)):
             copy, transfer = self._graves.popleft()
             if transfer is not None and not transfer.done():

@@ -346,3 +346,24 @@ def test_what_is_about_to_be_written_to_is_no_input_meanwhile(rig):
     rig.manager.move_all_out()
     assert w.storage.forgone
     assert rest
+
+
+def test_what_others_are_made_from_is_not_dropped_however_often_it_was_used(rig):
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    for _ in range(3):
+        rig.manager.finish([x], drop=False)
+    rig.manager._reclaimer.give_up(y.storage)
+    rig.manager.finish([x], drop=True)
+    assert value(y) == 2
+    rig.manager.finish([x], drop=True)
+    assert x.storage.state is State.DROPPED
+
+
+def test_what_dies_with_a_recipe_that_died_is_forgotten_as_well(rig):
+    y = with_recipe(rig, rig.save(1.0))
+    rig.manager.move_all_out()
+    assert y.storage.forgone
+    del y
+    rig.manager._mover.clear_graves()
+    assert set(rig.manager._mover.nbytes.values()) == {0}
