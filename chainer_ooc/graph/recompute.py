@@ -48,6 +48,7 @@ class _Rule(NamedTuple):
     when: Callable[[Any], bool]
     unused: Collection[str]
     costly: bool
+    makes: Collection[str]
 
 
 _rules: dict[type, _Rule] = {}
@@ -59,6 +60,7 @@ def recomputable(
     when: Callable[[Any], bool] | None = None,
     unused: Collection[str] = (),
     costly: bool = False,
+    makes: Collection[str] = (),
 ) -> None:
     """Let ``recompute`` run functions of class ``cls`` again instead of moving their outputs.
 
@@ -73,6 +75,7 @@ def recomputable(
         when: Tells of a function that has been applied whether it can be run again. Default: always.
         unused: Attributes that ``rerun`` does not need, and will not find.
         costly: Run it again only where a plan finds that this takes less time than to move what it made.
+        makes: Attributes, arrays, that running it sets anew: they are not moved either.
 
     Raises:
         TypeError: If ``cls`` is not such a class.
@@ -81,7 +84,7 @@ def recomputable(
 
     if not (isinstance(cls, type) and issubclass(cls, chainer.FunctionNode)):
         raise TypeError(f"cls={cls!r} is not a subclass of chainer.FunctionNode")
-    _rules[cls] = _Rule(rerun or _forward, when or (lambda func: True), unused, costly)
+    _rules[cls] = _Rule(rerun or _forward, when or (lambda func: True), unused, costly, makes)
 
 
 def install() -> None:
@@ -124,11 +127,12 @@ def install() -> None:
         *(basic_math.Mul, basic_math.MulConstant, basic_math.Neg),
         *(cast.Cast, concat.Concat, expand_dims.ExpandDims, reshape.Reshape),
         *(squeeze.Squeeze, transpose.Transpose),
-        *(lrn.LocalResponseNormalization, bn.FixedBatchNormalization),
-        *(max_pooling_nd.MaxPoolingND, average_pooling_nd.AveragePoolingND),
-        *(average_pooling_2d.AveragePooling2D, unpooling_2d.Unpooling2D),
+        *(average_pooling_nd.AveragePoolingND, average_pooling_2d.AveragePooling2D),
+        *(unpooling_2d.Unpooling2D, bn.FixedBatchNormalization),
     ):
         recomputable(cls)
+    recomputable(max_pooling_nd.MaxPoolingND, makes=("indexes",))
+    recomputable(lrn.LocalResponseNormalization, makes=("unit_scale", "scale"))
     for cls in (
         *(convolution_2d.Convolution2DFunction, deconvolution_2d.Deconvolution2DFunction),
         *(convolution_nd.ConvolutionND, deconvolution_nd.DeconvolutionND, linear.LinearFunction),
@@ -174,40 +178,49 @@ class _Leaf:
 
 
 def offer_recipes(func: Any) -> None:
-    """Give recipes to what a function has just saved: its inputs, which others made, and its outputs.
+    """Give recipes to what a function has just saved: its inputs, which others made, outputs and attributes.
 
     To be called for each function when it has been applied, before anybody can write to what it has used.
     """
-    if type(func) in _rules:
+    rule = _rules.get(type(func))
+    if rule is not None:
         func.__dict__[_SEEN] = _look(func)
+        for name in rule.makes:
+            leaves = _Leaves()
+            _offer(func.__dict__.get(name), _attribute(func, name, leaves), leaves)
     nodes = [func.inputs[index] for index in func._input_indexes_to_retain or ()]
     nodes += [func.outputs[index]() for index in func._output_indexes_to_retain or ()]
     for node in nodes:
         saved = None if node is None else node.__dict__.get("_data")
-        if type(saved) is not Saved or saved.storage.recipe is not None:
-            continue
-        leaves = _Leaves()
-        expression = _expression_of(node, leaves, _LONGEST)
-        # A view is not made from what it is a view of.
-        if expression is None or any(leaf.storage is saved.storage for leaf in leaves.saved):
-            continue
-        manager = saved.storage.manager
-        checksum = manager.look_at(saved)
-        constants = tuple(leaves.constants.values())
-        if sum(one.array.nbytes for one in constants) * _SMALLER > saved.storage.nbytes:
-            continue
-        if checksum is not None and (leaves.saved or constants):
-            recipe = Recipe(
-                inputs=tuple(leaves.saved),
-                run=_as_configured_now(expression),
-                layout=saved.layout,
-                checksum=checksum,
-                input_checksums=tuple(leaves.checksums),
-                functions=tuple(leaves.steps),
-                constants=constants,
-                costly=leaves.costly,
-            )
-            manager.give_recipe(saved, recipe)
+        if type(saved) is Saved and saved.storage.recipe is None:
+            leaves = _Leaves()
+            _offer(saved, _expression_of(node, leaves, _LONGEST), leaves)
+
+
+def _offer(saved: Any, expression: _Expression | None, leaves: _Leaves) -> None:
+    """Give a saved array the recipe that computes ``expression`` from ``leaves``, if it can have one."""
+    if type(saved) is not Saved or expression is None:
+        return
+    # A view is not made from what it is a view of.
+    if any(leaf.storage is saved.storage for leaf in leaves.saved):
+        return
+    manager = saved.storage.manager
+    checksum = manager.look_at(saved)
+    constants = tuple(leaves.constants.values())
+    if sum(one.array.nbytes for one in constants) * _SMALLER > saved.storage.nbytes:
+        return
+    if checksum is not None and (leaves.saved or constants):
+        recipe = Recipe(
+            inputs=tuple(leaves.saved),
+            run=_as_configured_now(expression),
+            layout=saved.layout,
+            checksum=checksum,
+            input_checksums=tuple(leaves.checksums),
+            functions=tuple(leaves.steps),
+            constants=constants,
+            costly=leaves.costly,
+        )
+        manager.give_recipe(saved, recipe)
 
 
 def _look(func: Any) -> dict[Any, int | Constant | None]:
@@ -248,6 +261,23 @@ def _nbytes(node: Any) -> int:
 def _expression_of(node: Any, leaves: _Leaves, longest: int) -> _Expression | None:
     """Return what computes the array of a node from those of ``leaves``, which it adds to."""
     func = node._creator_node
+    rerun = _rerun_of(func, leaves, longest)
+    if rerun is None:
+        return None
+    index = next(i for i, output in enumerate(func.outputs) if output() is node)
+    return lambda arrays: rerun(arrays)[1][index]
+
+
+def _attribute(func: Any, name: str, leaves: _Leaves) -> _Expression | None:
+    """Return what computes an attribute of a function."""
+    rerun = _rerun_of(func, leaves, _LONGEST)
+    return None if rerun is None else lambda arrays: rerun(arrays)[0].__dict__[name]
+
+
+def _rerun_of(
+    func: Any, leaves: _Leaves, longest: int
+) -> Callable[[Sequence[Any]], tuple[Any, Sequence[Any]]] | None:
+    """Return what runs a copy of a function again, from the arrays of ``leaves``: the copy, and its outputs."""
     rule = _rules.get(type(func))
     seen = None if rule is None else func.__dict__.get(_SEEN)
     if rule is None or seen is None or longest == 0 or not rule.when(func):
@@ -258,19 +288,18 @@ def _expression_of(node: Any, leaves: _Leaves, longest: int) -> _Expression | No
         if read is None:
             return None
         inputs.append(read)
-    attributes = _attributes(func, rule.unused, seen, leaves)
+    attributes = _attributes(func, {*rule.unused, *rule.makes}, seen, leaves)
     if attributes is None:
         return None
     leaves.steps.append(func.__dict__.get(STEP))
     leaves.costly |= rule.costly
-    index = next(i for i, output in enumerate(func.outputs) if output() is node)
     cls = type(func)
 
-    def run(arrays: Sequence[Any]) -> Any:
+    def run(arrays: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
         again = object.__new__(cls)
         for name, value in attributes.items():
             again.__dict__[name] = value(arrays) if type(value) is _Leaf else value
-        return rule.rerun(again, [read(arrays) for read in inputs])[index]
+        return again, rule.rerun(again, [read(arrays) for read in inputs])
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
@@ -164,15 +165,13 @@ class SwapManager:
 
         It is where the array fills its storage. The first recipe is taken.
         """
-        storage = saved.storage
+        storage, layout = saved.storage, saved.layout
         with self._lock:
-            array = saved.alive()
             if (
                 storage.recipe is None
                 and storage.state is State.RESIDENT
-                and array is not None
-                and array.nbytes == storage.nbytes
-                and not saved.layout.offset
+                and math.prod(layout.shape) * layout.dtype.itemsize == storage.nbytes
+                and not layout.offset
                 and all(one.storage.manager is self for one in recipe.inputs)
             ):
                 storage.recipe = recipe

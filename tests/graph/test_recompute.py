@@ -112,6 +112,38 @@ def test_functions(name, dtype, remade):
     assert remade() > 0
 
 
+@pytest.mark.parametrize(
+    ("function", "nbytes"),
+    [
+        (lambda h: F.max_pooling_2d(h, 3, 2), 8),
+        (lambda h: F.max_pooling_nd(h, 3, 2), 8),
+        (F.local_response_normalization, 2 * 4),
+    ],
+    ids=["max_pooling_2d", "max_pooling_nd", "lrn"],
+)
+def test_attributes_are_made_again_as_well(function, nbytes):
+    """The indexes of max pooling take twice as much as its result."""
+    data = np.random.rand(4, 6, 17, 17).astype("f")
+    before = chainer_ooc.stats().bytes_forgone
+
+    def program():
+        x = chainer.Variable(data)
+        h = F.tanh(x)
+        y = function(h)
+        loss = F.sum(y * 2)
+        del h
+        if chainer_ooc.is_enabled():
+            for storage in mode.managers()[0].storages():
+                mode.managers()[0]._reclaimer.give_up(storage)
+        loss.backward()
+        return [loss.array, x.grad, y.array]
+
+    both(program, swap_all=False, limit=1 << 40)
+    with chainer.no_backprop_mode():
+        size = function(data).size
+    assert chainer_ooc.stats().bytes_forgone - before == nbytes * size
+
+
 def weights(*shape):
     return (np.random.RandomState(7).rand(*shape) - 0.5).astype("f")
 
