@@ -55,6 +55,8 @@ RERUN: dict[str, tuple[str, ...]] = {
     "ConvolutionND": (),
     "LinearFunction": (),
 }
+#: Attributes that a re-run makes.
+MADE = ("indexes", "unit_scale", "scale")
 #: Storages below this size are left where they are, as the engine does by default (bytes).
 MIN_BYTES = 64 << 10
 
@@ -140,10 +142,8 @@ class Observer:
             recorder.freed(i)
         if label in RERUN:
             extra = [i for name, i in attributes if name in RERUN[label] and i is not None]
-            of_itself = {
-                i for _, i in attributes
-            }  # the indexes of max pooling: the engine makes only results again
-            writes = [i for i in made if i not in of_itself]
+            others = {i for name, i in attributes if name not in MADE}
+            writes = [i for i in made if i not in others]
             recorder.can_rerun([i for i in (*read, *extra) if i is not None], writes)
         return outputs
 
