@@ -88,6 +88,10 @@ def draw_timelines(path: Path, net: str = "resnet50", name: str = "pcie3") -> No
     figure.savefig(path, dpi=110)
 
 
+#: The highest ratio that is drawn.
+MOST = 1.3
+
+
 def draw_ratios(path: Path, results: list[dict[str, Any]]) -> None:
     """Draw the planner's step time over the bound against the limit."""
     names = list(dict.fromkeys(r["system"] for r in results))
@@ -96,7 +100,20 @@ def draw_ratios(path: Path, results: list[dict[str, Any]]) -> None:
         for net in dict.fromkeys(r["net"] for r in results):
             here = [r for r in results if (r["system"], r["net"]) == (name, net)]
             ratios = [r["seconds"].get("plan", math.nan) / r["bound_seconds"] for r in here]
-            axis.plot([r["fraction"] for r in here], ratios, marker=".", lw=1, label=net)
+            (line,) = axis.plot([r["fraction"] for r in here], ratios, marker=".", lw=1, label=net)
+            for r, ratio in zip(here, ratios, strict=True):
+                if ratio > MOST:  # above the picture: in numbers
+                    text = f"{ratio:.1f}"
+                    axis.text(
+                        r["fraction"],
+                        MOST,
+                        text,
+                        color=line.get_color(),
+                        ha="right",
+                        va="top",
+                        size=6,
+                    )
+        axis.set_ylim(0.99, MOST)
         axis.axhline(1.05, color="#999999", lw=1, ls=":")
         axis.set_title(planner.SYSTEMS[name].about.replace(", ", "\n"), fontsize=7)
         axis.invert_xaxis()
