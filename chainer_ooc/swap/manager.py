@@ -227,8 +227,9 @@ class SwapManager:
                     self._begin_in(saved.storage)
                 elif saved.storage.verified:
                     verify.check_unchanged(self.device, saved.storage)
-            if any(saved.storage.forgone for saved in group):
-                self._make_again([s.storage for s in group if s.storage.forgone])
+            forgone = [saved.storage for saved in group if saved.storage.forgone]
+            if forgone:
+                self._make_again(forgone)
             return [arrays.get(id(s)) if id(s) in arrays else self.read(s, trusted) for s in group]
 
     def prefetch(self, group: Iterable[Saved]) -> None:
@@ -290,7 +291,9 @@ class SwapManager:
         """
         with self._lock:
             self.follows_plan = self._reclaimer.leaving_first = player is not None
-            self._passing = weakref.WeakSet(player.passing(step) if player else ())
+            passing = () if player is None else player.passing(step)
+            if passing or self._passing:
+                self._passing = weakref.WeakSet(passing)
             if player is not None:
                 self._mover.clear_graves()
                 player.play(step, self._mover, self._reclaimer, self.marks)
