@@ -161,9 +161,8 @@ class Reclaimer:
 
     def give_up(self, storage: Storage) -> int:
         """Give up a storage, as a plan says: for its copy, or its signs, or to be made again. Returns bytes."""
-        recipe = storage.recipe
-        if recipe is not None and storage.state is State.RESIDENT:
-            self.reclaim(recipe.bytes_to_keep())
+        if storage.recipe is not None:
+            self.reclaim(storage.recipe.bytes_to_keep())
         if storage.state is State.RESIDENT and not storage.held:
             if storage.goes_as_signs:
                 self._mover.begin_out(storage)
