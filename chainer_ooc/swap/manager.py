@@ -388,8 +388,7 @@ class SwapManager:
         last = {needed: storage for storage, recipe in order for needed in recipe.storages()}
         owners = []  # held: they do not make room for the next
         for storage, recipe in order:
-            if storage.forgone:
-                self._run_again(storage, recipe)
+            self._run_again(storage, recipe)
             if storage in wanted:
                 owners.append(storage.owner)
             for needed in recipe.storages():

@@ -204,3 +204,14 @@ def test_what_has_a_whole_copy_loses_nothing(manager):
     manager._mover.release(saved.storage)
     assert not saved.storage.lossy
     assert (saved.get() == np.maximum(X, 0)).all()
+
+
+def test_how_long_signs_take_is_measured(manager):
+    """There and back; until it is known a gigabyte per second is assumed."""
+    assert manager.sign_seconds(10**9) == 2.0
+    saved = save(manager, True)
+    packed(manager, saved)
+    manager.read(saved, trusted=True)
+    signs = manager._mover._signs
+    assert signs.nbytes == 2 * X.nbytes
+    assert manager.sign_seconds(X.nbytes) == pytest.approx(signs.seconds)

@@ -152,3 +152,25 @@ def test_what_was_used_meanwhile_is_not_given_up_later(rig):
     del held
     rig.manager.play(player, 2)
     assert states(saved) == [State.RESIDENT]
+
+
+def test_what_is_held_itself_is_given_up_once_it_is_let_go(rig):
+    y = with_recipe(rig, rig.save(1.0))
+    held = y.get()
+    saved = [y]
+    player = player_of(saved, drop=((0, 0),))
+    rig.manager.play(player, 0)
+    assert states(saved) == [State.RESIDENT]
+    del held
+    rig.manager.play(player, 1)
+    assert y.storage.forgone
+
+
+def test_what_is_dead_serves_nobody(rig):
+    saved = [rig.save(0.0), None]
+    player = player_of(saved, pass_by=((0, 0), (0, 1)))
+    assert player.passing(0) == [saved[0].storage]
+    rig.manager.play(player, 0)
+    assert list(rig.manager._passing) == [saved[0].storage]
+    rig.manager.play(player, 1)
+    assert not rig.manager._passing

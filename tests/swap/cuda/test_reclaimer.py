@@ -382,3 +382,24 @@ def test_room_for_constants_may_be_that_of_the_storage_itself(rig):
     assert len(rest) == 5
     rest.clear()
     assert value(y) == 2
+
+
+def test_with_room_enough_nothing_is_trimmed(rig, trims):
+    rig.save(1.0)
+    rig.manager._reclaimer.reclaim(UNIT)
+    assert trims == []
+
+
+def test_what_has_been_made_again_does_not_make_room_for_the_next(rig):
+    rig.allocator.install()
+    runs = []
+    x = rig.save(1.0)
+    y = with_recipe(rig, x, [lambda: runs.append("y")])
+    z = with_recipe(rig, x, [lambda: rig.array(0.0, 3 * UNIT)])
+    rig.manager.move_all_out()
+    other, rest = rig.save(5.0, 3 * UNIT), rig.array(0.0)
+    arrays = rig.manager.fetch([y, z], trusted=True)
+    assert [float(array.get()[0]) for array in arrays] == [2, 2]
+    assert runs == ["y"]
+    assert other.storage.state is State.OUT
+    assert rest is not None
