@@ -403,3 +403,12 @@ def test_what_has_been_made_again_does_not_make_room_for_the_next(rig):
     assert runs == ["y"]
     assert other.storage.state is State.OUT
     assert rest is not None
+
+
+def test_the_dead_need_nothing_any_more(rig):
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    rig.manager._reclaimer.give_up(y.storage)
+    del y
+    rig.manager.finish([x], drop=True)
+    assert x.storage.state is State.DROPPED
