@@ -412,3 +412,23 @@ def test_the_dead_need_nothing_any_more(rig):
     del y
     rig.manager.finish([x], drop=True)
     assert x.storage.state is State.DROPPED
+
+
+@pytest.mark.parametrize("why", ["another function", "a recipe"])
+def test_who_holds_what_is_needed_still_may_write_to_it(rig, why):
+    x = rig.save(1.0)
+    y = with_recipe(rig, x) if why == "a recipe" else None
+    if y is None:
+        rig.manager.expect([x])
+    rig.manager.move_all_out()
+    (held,) = rig.manager.fetch([x], trusted=True)
+    assert x.storage.state is State.BOTH
+    if y is not None:
+        assert y.storage.forgone
+        x.storage.expected = 1  # as if it had been used once too often
+    rig.manager.finish([x], drop=True)
+    assert x.storage.state in (State.RESIDENT, State.DROPPED)
+    assert y is not None or x.storage.state is State.RESIDENT
+    held.fill(7)
+    if y is not None:
+        assert value(y) == 2
