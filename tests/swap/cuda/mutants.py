@@ -91,6 +91,7 @@ EQUIVALENT: dict[str, str] = {
     "manager.SwapManager.fetch: True for forgone": "saves time only",
     "recipe.Constant.keep: True for not self.is_kept": "a copy of a copy",
     "reclaimer.outside: no if needed not in found": "it is looked at twice",
+    "manager.SwapManager.finish: no is_needed in": "what is dropped next is written to by nobody",
     "manager.SwapManager.finish: no storage.resident": "taint() leaves what is not here as it is",
     "manager.SwapManager.make_room: no used > low": "less than nothing is written behind",
     "manager.SwapManager.make_room: True for used + nbytes > high": "saves time only",
