@@ -559,3 +559,16 @@ def test_arrays_of_whole_pages_do_not_touch(hook, pool):
     assert all(address_of(array) in pool.addresses for array in arrays)
     starts = {address_of(array) for array in arrays}
     assert not starts & {start + MIB for start in starts}
+
+
+def test_what_was_never_held_is_given_back_as_well(tmp_path):
+    """Arrays too small to be announced may be all there are."""
+    device = RamDevice(str(tmp_path))
+    pool = device.keep_pages()
+    block = take(pool, MIB)
+    fill(block, MIB)
+    pool.free(block)
+    assert pool.warm_bytes == MIB
+    device.hold(0)
+    assert pool.warm_bytes == 0
+    device.close()

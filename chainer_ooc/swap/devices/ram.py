@@ -195,12 +195,11 @@ class RamDevice:
 
     def hold(self, nbytes: int) -> None:
         """Keep free pages for the next allocation as long as resident memory is below ``nbytes``."""
-        if nbytes == self._ceiling:
-            return
-        self._ceiling = nbytes
         if self.pages is not None and self.pages.keeps is not (nbytes > 0):
             self.pages.keep(nbytes > 0)
-        self._begin_to_guard()
+        if nbytes != self._ceiling:
+            self._ceiling = nbytes
+            self._begin_to_guard()
 
     def keep_pages(self) -> PagePool | None:
         """Return where large arrays are to be allocated from now on, ``None`` if that cannot be had."""
