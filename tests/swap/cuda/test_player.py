@@ -125,45 +125,40 @@ def test_copies_in_wait_for_what_is_going_out_still(rig):
     assert states([first, *saved]) == [State.GOING_OUT, State.OUT, State.OUT]
 
 
-def test_what_is_made_from_something_held_is_given_up_once_that_is_let_go(rig):
+@pytest.fixture
+def staying(rig):
+    """Return what is to be dropped, a player that has tried to, and what has kept it: it is held, or its input."""
+
+    def make(what):
+        x = rig.save(1.0)
+        y = with_recipe(rig, x)
+        held = [(x if what == "input" else y).get()]
+        saved = [y]
+        player = player_of(saved, drop=((0, 0),))
+        rig.manager.play(player, 0)
+        assert states(saved) == [State.RESIDENT]
+        return y, player, held
+
+    return make
+
+
+@pytest.mark.parametrize("what", ["input", "itself"])
+def test_what_is_held_is_given_up_once_it_is_let_go(rig, staying, what):
     """Who holds an input may write to it."""
-    x = rig.save(1.0)
-    y = with_recipe(rig, x)
-    held = x.get()
-    saved = [y]
-    player = player_of(saved, drop=((0, 0),))
-    rig.manager.play(player, 0)
-    assert states(saved) == [State.RESIDENT]
-    del held
+    y, player, held = staying(what)
+    held.clear()
     rig.manager.play(player, 1)
     assert y.storage.forgone
     assert value(y) == 2
 
 
-def test_what_was_used_meanwhile_is_not_given_up_later(rig):
-    x = rig.save(1.0)
-    y = with_recipe(rig, x)
-    held = x.get()
-    saved = [y]
-    player = player_of(saved, drop=((0, 0),))
-    rig.manager.play(player, 0)
-    rig.manager.finish(saved, drop=False)
+def test_what_was_used_meanwhile_is_not_given_up_later(rig, staying):
+    y, player, held = staying("input")
+    rig.manager.finish([y], drop=False)
     rig.manager.play(player, 1)
-    del held
+    held.clear()
     rig.manager.play(player, 2)
-    assert states(saved) == [State.RESIDENT]
-
-
-def test_what_is_held_itself_is_given_up_once_it_is_let_go(rig):
-    y = with_recipe(rig, rig.save(1.0))
-    held = y.get()
-    saved = [y]
-    player = player_of(saved, drop=((0, 0),))
-    rig.manager.play(player, 0)
-    assert states(saved) == [State.RESIDENT]
-    del held
-    rig.manager.play(player, 1)
-    assert y.storage.forgone
+    assert y.storage.state is State.RESIDENT
 
 
 def test_what_is_dead_serves_nobody(rig):
