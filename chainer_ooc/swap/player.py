@@ -51,7 +51,7 @@ class Player:
             reclaimer.release_unless_held(storage)
         staying, self._staying = self._staying + self._due(self._drop, step), []
         for storage in staying:
-            if not storage.used and _is_held(storage):
+            if storage.resident and not storage.used and _is_held(storage):
                 self._staying.append(storage)
             else:
                 reclaimer.give_up(storage)

@@ -208,12 +208,14 @@ class Reclaimer:
 
 def outside(storage: Storage) -> list[Storage]:
     """Return the storages that must be copied in for this one: itself, or those that it is made again from."""
-    todo, found = [storage], {storage: None}
+    todo = [storage]
+    found = {storage}
     for one in todo:
-        if one.forgone and one.recipe is not None:
-            todo += [needed for needed in one.recipe.storages() if needed not in found]
-            found |= dict.fromkeys(todo)
-    return [one for one in found if one.state is State.OUT and not one.forgone]
+        for needed in one.recipe.storages() if one.forgone and one.recipe is not None else ():
+            if needed not in found:
+                found.add(needed)
+                todo.append(needed)
+    return [one for one in todo if one.state is State.OUT and not one.forgone]
 
 
 def to_be_made(wanted: Iterable[Storage]) -> list[tuple[Storage, Recipe]]:

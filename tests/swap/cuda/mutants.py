@@ -90,7 +90,6 @@ EQUIVALENT: dict[str, str] = {
     "player.Player._begin_in: no storage.state is State.OUT": "begin_ahead() finds nothing to fetch",
     "manager.SwapManager.fetch: True for forgone": "saves time only",
     "recipe.Constant.keep: True for not self.is_kept": "a copy of a copy",
-    "reclaimer.outside: no if needed not in found": "it is looked at twice",
     "manager.SwapManager.finish: no is_needed in": "what is dropped next is written to by nobody",
     "manager.SwapManager.finish: no storage.resident": "taint() leaves what is not here as it is",
     "manager.SwapManager.make_room: no used > low": "less than nothing is written behind",

@@ -161,6 +161,17 @@ def test_what_was_used_meanwhile_is_not_given_up_later(rig, staying):
     assert y.storage.state is State.RESIDENT
 
 
+def test_what_was_out_when_it_was_to_be_given_up_stays_once_it_came_back(rig):
+    y = with_recipe(rig, rig.save(1.0), costly=True)
+    rig.manager.expect([y])
+    rig.manager.move_all_out()
+    player = player_of([y], drop=((0, 0),))
+    rig.manager.play(player, 0)
+    assert value(y) == 2
+    rig.manager.play(player, 1)
+    assert y.storage.resident
+
+
 def test_what_is_dead_serves_nobody(rig):
     saved = [rig.save(0.0), None]
     player = player_of(saved, pass_by=((0, 0), (0, 1)))

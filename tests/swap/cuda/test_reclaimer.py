@@ -432,3 +432,22 @@ def test_who_holds_what_is_needed_still_may_write_to_it(rig, why):
     held.fill(7)
     if y is not None:
         assert value(y) == 2
+
+
+def test_what_several_are_made_from_is_fetched_once(rig):
+    x = rig.save(1.0)
+    y = with_recipe(rig, x)
+    array = rig.array(3.0)
+    both = rig.manager.save(array, "sum")
+    looks = rig.manager.look_at(both), (rig.manager.look_at(x), rig.manager.look_at(y))
+
+    def run(arrays):
+        return rig.array(sum(float(one.get()[0]) for one in arrays))
+
+    rig.manager.give_recipe(both, Recipe((x, y), run, both.layout, *looks))
+    del array
+    for one in (both, y):
+        rig.manager._reclaimer.give_up(one.storage)
+    rig.manager.move_all_out()
+    assert outside(both.storage) == [x.storage]
+    assert value(both) == 3
