@@ -1,6 +1,6 @@
 """Mutants of the swap engine: each wait, record, hold and check taken away, one at a time, makes some test fail.
 
-    python tests/swap/cuda/mutants.py list [WORD...]   # number and name of each that contains one of the words
+    python tests/swap/cuda/mutants.py list [WORD...]   # number and name of each that begins with one of the words
     python tests/swap/cuda/mutants.py all [WORD...]    # run the tests against each: the survivors are printed
     python tests/swap/cuda/mutants.py kill NUMBER...   # against these, with what the tests print
 
@@ -14,23 +14,27 @@ Each mutant runs in a child process of its own, in which the code of one functio
 from __future__ import annotations
 
 import ast
+import contextlib
 import gc
 import importlib
 import os
+import pickle
 import signal
 import sys
+import tempfile
+import threading
 import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
 SWAP = ROOT / "chainer_ooc" / "swap"
 #: What has no state, or only looks on.
 NOT_HERE = {"__init__.py", "disk.py", "process_memory.py", "observing.py", "ranks.py"}
-#: The tests, the fastest first; those named after the module come before all.
+#: The tests. Those that run the changed function take part, the fastest first.
 TESTS = (
     "tests/swap/test_mover.py",
     "tests/swap/cuda/test_streams.py",
@@ -52,32 +56,12 @@ TESTS = (
     "tests/swap/test_settings.py",
     "tests/graph/test_following.py",
 )
-FIRST = {
-    "cuda": "device",
-    "cuda_host": "device",
-    "cuda_transfers": "device",
-    "cuda_allocator": "allocator",
-    "cuda_streams": "streams",
-    "free_blocks": "pinned",
-    "gpus": "allocator",
-    "manager": "engine",
-    "mover": "engine",
-    "pinned": "pinned",
-    "page_pool": "page_pool",
-    "player": "player",
-    "reclaimer": "reclaimer",
-    "recipe": "recipes",
-    "storage": "engine",
-    "use_order": "use_order",
-    "verify": "verify",
-    "watermarks": "watermarks",
-}
 #: Calls that only count and tell.
 TOLD = {"stalled", "copied", "_copied", "ran", "used", "remade", "kept_signs"}
 #: Functions that only tell.
 TELLING = {"stalled", "_copied", "ran", "explain_shortage", "__repr__"}
-#: A mutant under which the tests take longer than this (seconds) hangs: it is noticed.
-TIMEOUT = 240
+#: A test that takes longer than so many seconds and its own time so many times hangs: the mutant is noticed.
+PATIENCE = 20, 10
 #: Mutants in which nothing that can be observed is different, by how their names begin, and why.
 EQUIVALENT: dict[str, str] = {
     "player.Player.play: True for self._come and": "_begin_in() asks again",
@@ -352,6 +336,33 @@ def _code_of(code: types.CodeType, name: str) -> types.CodeType:
     raise LookupError(name)
 
 
+class _Run(NamedTuple):
+    """One run of a test: how long it took (seconds), and the files and outermost functions of the engine that ran."""
+
+    seconds: float
+    functions: set[tuple[str, str]]
+
+
+@contextlib.contextmanager
+def _functions_run() -> Iterator[set[tuple[str, str]]]:
+    codes: dict[int, types.CodeType] = {}
+    functions: set[tuple[str, str]] = set()
+
+    def note(frame: types.FrameType, *_: object) -> None:
+        codes[id(frame.f_code)] = frame.f_code
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        yield functions
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+        for code in codes.copy().values():
+            if code.co_filename.startswith(str(SWAP)):
+                functions.add((code.co_filename, code.co_qualname.split(".<locals>")[0]))
+
+
 class Runner:
     """A plugin of pytest that runs the tests, once they are collected, against one mutant after the other.
 
@@ -367,11 +378,13 @@ class Runner:
         self.chosen, self.verbose = chosen, verbose
         self.survivors: list[str] = []
         self._killers: dict[str, int] = {}  # tests, and how many mutants each has noticed
+        self._runs: dict[str, _Run] = {}
 
     def pytest_runtestloop(self, session: Any) -> bool:
         """Run them."""
         gc.collect()
         gc.freeze()  # or each collection in a child looks at all modules
+        self._look_on(session.items)
         for index, mutant in enumerate(self.chosen):
             start = time.monotonic()
             killed = self._is_noticed(session.items, mutant)
@@ -385,55 +398,60 @@ class Runner:
 
     def _is_noticed(self, items: list[Any], mutant: Mutant) -> bool:
         status, killer = self._run(self._in_order(items, mutant), mutant)
-        if killer and killer not in self._killers:
+        if status not in (_KILLED, _SURVIVED):
+            raise RuntimeError(f"the tests could not be run against {mutant.name}")
+        if status == _SURVIVED:
+            return False
+        if killer not in self._killers:
             (item,) = (item for item in items if item.nodeid == killer)
             if self._run([item], None)[0] != _SURVIVED:
                 raise RuntimeError(f"{killer} fails with no mutant, too")
-        if killer:
-            self._killers[killer] = self._killers.get(killer, 0) + 1
-        if status not in (_KILLED, _SURVIVED):
-            raise RuntimeError(f"the tests could not be run against {mutant.name}")
-        return status == _KILLED
+        self._killers[killer] = self._killers.get(killer, 0) + 1
+        return True
 
     def _run(self, items: list[Any], mutant: Mutant | None) -> tuple[int, str]:
-        """Run tests in a child. Returns how it ended, and which test failed."""
-        sys.stdout.flush()
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            status = _BROKEN
-            try:
-                os.setpgid(0, 0)
-                if not self.verbose:
-                    silence = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(silence, 1)
-                    os.dup2(silence, 2)
-                if mutant is not None:
-                    apply(mutant)
-                status = _SURVIVED
-                for item in items:
-                    if not self._passes(item):
-                        os.write(write, item.nodeid.encode())
-                        status = _KILLED
-                        break
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        os.close(write)
-        status = _wait(child)
-        with open(read) as pipe:
-            killer = pipe.read()
-        return status, killer
+        """Run tests in a child. Returns how it ended, and which test was the last."""
+
+        def tests(told: IO[bytes]) -> int:
+            if mutant is not None:
+                apply(mutant)
+            for item in items:
+                signal.alarm(round(PATIENCE[0] + PATIENCE[1] * self._runs[item.nodeid].seconds))
+                told.write(f"{item.nodeid}\n".encode())
+                told.flush()
+                if not self._passes(item):
+                    return _KILLED
+            return _SURVIVED
+
+        status, names = _in_child(tests, self.verbose)
+        return status, names.decode().splitlines()[-1] if names else ""
 
     def _in_order(self, items: list[Any], mutant: Mutant) -> list[Any]:
-        """Return the tests: those named after the mutant's module, and those that notice most, first."""
-        word = FIRST.get(mutant.module.rsplit(".", 1)[1], "")
+        """Return the tests that run what is changed: those that are fast and notice much come first."""
+        place = str(source(mutant.module)), mutant.function
+        able = [
+            item for item in items if not place[1] or place in self._runs[item.nodeid].functions
+        ]
 
-        def key(item: Any) -> tuple[int, bool]:
-            return -self._killers.get(item.nodeid, 0), f"/test_{word}.py" not in item.nodeid
+        def key(item: Any) -> float:
+            return self._runs[item.nodeid].seconds / (1 + self._killers.get(item.nodeid, 0))
 
-        return sorted(items, key=key)
+        return sorted(able, key=key)
+
+    def _look_on(self, items: list[Any]) -> None:
+        """Run the tests against no mutant, to see what each runs and how long it takes."""
+
+        def tests(told: IO[bytes]) -> int:
+            runs = {}
+            for item in items:
+                start = time.monotonic()
+                with _functions_run() as functions:
+                    self._passes(item)
+                runs[item.nodeid] = _Run(time.monotonic() - start, functions)
+            pickle.dump(runs, told)
+            return 0
+
+        self._runs = pickle.loads(_in_child(tests)[1])
 
     def _passes(self, item: Any) -> bool:
         from _pytest.runner import runtestprotocol
@@ -445,17 +463,31 @@ class Runner:
         return not failed
 
 
-def _wait(child: int) -> int:
-    end = time.monotonic() + TIMEOUT
-    while time.monotonic() < end:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            # A crash is noticed by whoever runs the tests.
-            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else _KILLED
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return _KILLED
+def _in_child(run: Callable[[IO[bytes]], int], verbose: bool = False) -> tuple[int, bytes]:
+    """Run in a child process, which exits with what is returned. Returns that, and what was written to the file."""
+    sys.stdout.flush()
+    with tempfile.TemporaryFile() as told:
+        child = os.fork()
+        if child == 0:
+            status = _BROKEN
+            try:
+                os.setpgid(0, 0)
+                if not verbose:
+                    silence = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(silence, 1)
+                    os.dup2(silence, 2)
+                status = run(told)
+                told.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # what it has left behind
+        told.seek(0)
+        # A crash is noticed by whoever runs the tests; so is an alarm.
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else _KILLED, told.read()
 
 
 def reason(mutant: Mutant) -> str | None:
@@ -491,7 +523,7 @@ def main(command: str = "all", *arguments: str) -> int:
         chosen = [everything[int(argument)] for argument in arguments]
     else:
         words = arguments or ("",)
-        chosen = [mutant for mutant in everything if any(word in mutant.name for word in words)]
+        chosen = [mutant for mutant in everything if mutant.name.startswith(words)]
     if command == "list":
         for mutant in chosen:
             why = reason(mutant)
