@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import functools
 import itertools
 import os
 import resource
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,6 +25,9 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 GAP = 16
 #: Most pieces that one block is put together of.
 MOST_PIECES = 64
+#: Pages that lie in mappings of fewer bytes, on average, are given back and taken anew: that takes less time than
+#: to move them, which is a call of the kernel for each mapping.
+WORTH_MOVING = 16 * PAGE
 #: Linux lets a process have 65,530 mappings; beyond this many of ours the free ones are made one again.
 MOST_SEAMS = 8192
 
@@ -63,30 +67,32 @@ class PagePool:
         self._size = nbytes // PAGE * PAGE
         start = _map(self._size)
         self.addresses = range(start, start + self._size)
-        # Free warm blocks as they were freed, by size: networks ask for the same sizes again and again. When
-        # there is none of a size, all are merged with their neighbours.
-        self._as_freed: defaultdict[int, list[int]] = defaultdict(list)
-        self._as_freed_bytes = 0
+        # Free warm blocks as they were freed, by size: networks ask for the same sizes again and again. Lists are
+        # appended to and popped from by any thread with no lock, and never go away. When there is none of a size,
+        # all are merged with their neighbours.
+        self._as_freed: dict[int, list[int]] = {}
+        self._sizes: dict[int, int] = {}  # of blocks in use and as freed
         self._cold, self._warm = FreeBlocks(), FreeBlocks()
         self._cold.insert(start, self._size)
-        # Blocks that were handed out with pages that nobody had touched yet, and the bytes of these.
+        # Blocks that were handed out with pages that nobody had touched yet, and the bytes of these; and those that
+        # were freed since.
         self._untouched: dict[int, int] = {}
+        self._freed_untouched: deque[int] = deque()
         # Where one mapping of the kernel ends and the next begins, at least; it moves pages of one at a time.
         self._seams: list[int] = []
         self._moves = True
         self.keeps = True
-        self._taken: dict[int, int] = {}  # the blocks in use: address -> size
-        self._freed: deque[int] = deque()
 
     @property
     def warm_bytes(self) -> int:
         """The bytes of free memory whose pages are there: resident, and not in use."""
-        if self._freed and self._enter(blocking=False):
+        if self._freed_untouched and self._enter(blocking=False):
             try:
                 self._settle()
             finally:
                 self._lock.release()
-        return self._as_freed_bytes + self._warm.nbytes
+        as_freed = (size * len(addresses) for size, addresses in tuple(self._as_freed.items()))
+        return sum(as_freed) + self._warm.nbytes
 
     def allocate(self, nbytes: int, clear: bool = False) -> int | None:
         """Return the address of ``nbytes`` at the beginning of a page, ``None`` if there is none.
@@ -95,33 +101,22 @@ class PagePool:
             nbytes: The size.
             clear: Its bytes are zero.
         """
-        if not self._enter():
+        if self._pid != os.getpid():
             return None
+        size = _pages(nbytes + GAP)
+        warm = size
         try:
-            self._settle()
-            size = _pages(nbytes + GAP)
-            warm = size
-            same = self._as_freed.get(size)
-            if same:
-                address: int | None = same.pop()
-                self._as_freed_bytes -= size
-            else:
-                address = self._warm.take(size)
-                if address is None and self._as_freed_bytes:
-                    self._merge()
-                    address = self._warm.take(size)
-            if address is None:
-                address = self._cold.take(size)
-                if address is None:
+            address = self._as_freed[size].pop()
+        except (KeyError, IndexError):
+            if not self._enter():
+                return None
+            try:
+                found = self._take(size)
+                if found is None:
                     return None
-                warm = self._gather(address, size)
-                if warm < size:
-                    # The last page may be the gap alone, which nobody would touch: all of a block is there, or not.
-                    ctypes.memset(address + size - 1, 0, 1)
-                    self._untouched[address] = size - warm - PAGE
-            self._taken[address] = size
-        finally:
-            self._lock.release()
+                address, warm = found
+            finally:
+                self._lock.release()
         if clear:
             ctypes.memset(address, 0, min(warm, nbytes))
         return address
@@ -132,11 +127,14 @@ class PagePool:
 
     def size_of(self, address: int) -> int:
         """Return the size of a block in use (bytes): what was asked for and a gap, in whole pages."""
-        return self._taken[address]
+        return self._sizes[address]
 
     def free(self, address: int) -> None:
         """Take back a block."""
-        self._freed.append(address)
+        if address in self._untouched:
+            self._freed_untouched.append(address)
+        else:
+            self._as_freed[self._sizes[address]].append(address)
         if not self.keeps:
             self.give_back(self._size)
 
@@ -173,51 +171,78 @@ class PagePool:
             return False
         return self._lock.acquire(blocking)
 
+    def _take(self, size: int) -> tuple[int, int] | None:
+        """Return the address of a block, and how many of its bytes, from the first on, have been in use before."""
+        self._settle()
+        warm = size
+        address = self._warm.take(size)
+        if address is None:
+            self._merge()
+            address = self._warm.take(size)
+        if address is None:
+            address = self._cold.take(size)
+            if address is None:
+                return None
+            warm = self._gather(address, size)
+            if warm < size:
+                # The last page may be the gap alone, which nobody would touch: all of a block is there, or not.
+                ctypes.memset(address + size - 1, 0, 1)
+                self._untouched[address] = size - warm - PAGE
+        self._as_freed.setdefault(size, [])
+        self._sizes[address] = size
+        return address, warm
+
     def _settle(self) -> None:
-        """Take in what has been freed."""
-        freed, as_freed = self._freed, self._as_freed
-        while freed:
-            address = freed.popleft()
-            size = self._taken.pop(address)
-            if address in self._untouched:
-                del self._untouched[address]
-                if not _is_resident(address, size):
-                    self._cool(address, size)
-                    continue
-            as_freed[size].append(address)
-            self._as_freed_bytes += size
+        """Take in what has been freed with pages that nobody may have touched."""
+        while self._freed_untouched:
+            address = self._freed_untouched.popleft()
+            size = self._sizes[address]
+            del self._untouched[address]
+            if _is_resident(address, size):
+                self._as_freed[size].append(address)
+            else:
+                del self._sizes[address]
+                self._cool(address, size)
 
     def _merge(self) -> None:
-        for size, addresses in self._as_freed.items():
-            for address in addresses:
-                self._warm.insert(address, size)
-        self._as_freed.clear()
-        self._as_freed_bytes = 0
+        for size, addresses in tuple(self._as_freed.items()):
+            with contextlib.suppress(IndexError):
+                while True:
+                    address = addresses.pop()
+                    del self._sizes[address]
+                    self._warm.insert(address, size)
 
     def _gather(self, address: int, size: int) -> int:
-        """Move warm pages to the beginning of a cold block, as many as there are. Returns their bytes."""
-        place, end = address, address + size
+        """Move warm pages to the beginning of a cold block, as many as there are and as are worth it.
+
+        Those that are not go back to the system instead, so that the block's new pages take no more memory.
+
+        Returns:
+            The bytes of those that were moved.
+        """
+        place, left = address, size
         for _ in range(MOST_PIECES):
-            piece = min(self._warm.largest(), end - place)
+            piece = min(self._warm.largest(), left)
             if not piece or not self._moves:
                 break
             source = self._warm.take(piece)
             assert source is not None
-            if not self._move(source, piece, place):
+            left -= piece
+            cuts = [source, *self._seams_between(source, source + piece), source + piece]
+            if piece < WORTH_MOVING * (len(cuts) - 1) or not self._move(cuts, place):
                 self._cool(source, piece)
-                break
+                continue
             self._cold.insert(source, piece)
             place += piece
         if len(self._seams) > MOST_SEAMS:
             self._tidy()
         return place - address
 
-    def _move(self, source: int, size: int, place: int) -> bool:
-        """Move the pages of a block, which leaves it cold. Returns whether it could be done."""
+    def _move(self, cuts: list[int], place: int) -> bool:
+        """Move the pages of the mappings between ``cuts``, which leaves them cold. Returns whether it could be done."""
+        source, size = cuts[0], cuts[-1] - cuts[0]
         shift = place - source
         self._forget_seams(place, size)
-        inner = list(self._seams_between(source, source + size))
-        cuts = [source, *inner, source + size]
         for start, end in itertools.pairwise(cuts):
             n = end - start
             moved = _libc().mremap(start, n, n, _MOVE_TO_AND_LEAVE_MAPPED, start + shift)
@@ -226,8 +251,10 @@ class PagePool:
                 self._moves = False
                 _map(size, at=place)
                 return False
-        for seam in (source, source + size, *(cut + shift for cut in cuts)):
-            self._add_seam(seam)
+        for cut in cuts:
+            self._add_seam(cut + shift)
+        self._add_seam(source)
+        self._add_seam(source + size)
         return True
 
     def _cool(self, address: int, size: int) -> None:
