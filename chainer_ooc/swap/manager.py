@@ -474,7 +474,6 @@ class SwapManager:
     def settle(self) -> None:
         """Wait for all that is under way and give back the space of all that died."""
         with self._lock:
-            self._mover.clear_graves()
             for storage in self._mover.members(State.GOING_OUT):
                 self._mover.end_out(storage)
             for storage in self._mover.members(State.COMING_IN):

@@ -109,7 +109,7 @@ class Mover:
         # Dead storages, and what they left: filled at any time by any thread.
         self._dead: deque[tuple[State, int, int, Forward]] = deque()
         self._graves: deque[tuple[Copy | None, Transfer | None]] = deque()
-        self._recipes: deque[Recipe | None] = deque()
+        self._recipes: deque[Recipe] = deque()
 
     def find(self, owner: Any) -> Storage | None:
         """Return the resident storage in the memory of ``owner``, if there is one."""
@@ -293,6 +293,7 @@ class Mover:
         """Any state -> DROPPED: give up the memory and the copy."""
         if storage.state is not State.DROPPED:
             if storage.forgone:
+                assert storage.recipe is not None
                 self._need_no_more(storage.recipe, storage)
             storage.recipe = None
             self._move(storage, State.DROPPED)
@@ -307,6 +308,7 @@ class Mover:
         if storage.owner is not None:
             self._by_owner.pop(id(storage.owner), None)
         if storage.forgone:
+            assert storage.recipe is not None
             self._recipes.append(storage.recipe)
         self._dead.append((storage.state, storage.sequence, storage.nbytes, storage.forward))
         if storage.copy is not None or storage.transfer is not None:
@@ -316,7 +318,7 @@ class Mover:
         """Forget the dead; give back the space they left, once nothing reads or writes it any more."""
         if not (self._dead or self._graves):
             return
-        while self._dead or self._recipes:
+        while self._dead:
             if self._recipes:  # what it needed may die with it
                 self._need_no_more(self._recipes.popleft())
                 continue
@@ -345,10 +347,11 @@ class Mover:
         self.clear_graves()
 
     @staticmethod
-    def _need_no_more(recipe: Recipe | None, dependent: Storage | None = None) -> None:
-        for storage in recipe.storages() if recipe else ():
+    def _need_no_more(recipe: Recipe, dependent: Storage | None = None) -> None:
+        for storage in recipe.storages():
             storage.expected -= 1
-            if storage.dependents is not None and dependent is not None:
+            if dependent is not None:
+                assert storage.dependents is not None
                 storage.dependents.discard(dependent)
 
     def _move(self, storage: Storage, state: State) -> None:
@@ -368,11 +371,11 @@ class Mover:
         """Take note of when copies began and ended, once that is known: a stream may be behind."""
         while self._copies:
             copied, transfer = self._copies[0]
-            span = transfer.span()
-            if span is None and not transfer.done():
+            if not transfer.done():
                 return
             self._copies.popleft()
-            if span is None:
+            span = transfer.span()
+            if span is None:  # there was no whole page
                 continue
             # Transfers overlap each other: the time in which any was under way.
             self.counters.copy_seconds += max(span[1] - max(span[0], self._busy_until), 0)

@@ -112,7 +112,8 @@ class Recipe:
                 found = needed.checksum
             elif needed.state is State.RESIDENT and not needed.held:
                 found = checksum_of(device, needed)
-            elif planned and needed.forgone and needed.recipe is not None:
+            elif planned and needed.forgone:
+                assert needed.recipe is not None
                 found = needed.recipe.checksum
             else:
                 return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chainer_ooc.swap.mover import Mover
+from chainer_ooc.swap.observing import Copied
 
 
 class Copy:
@@ -15,9 +16,13 @@ class Copy:
 
 
 class Transfer:
-    def __init__(self, copy):
+    def __init__(self, copy, span=None):
         self.copy = copy
         self.ended = False
+        self._span = span
+
+    def span(self):
+        return self._span
 
     def done(self):
         return self.ended
@@ -51,6 +56,20 @@ def test_waiting_for_the_graves_empties_them(mover):
     mover._graves.append((copies[1], None))
     mover.wait_for_graves()
     assert [copy.freed for copy in copies] == [1, 1]
+
+
+def test_time_in_which_copies_overlap_counts_once_and_a_copy_of_no_page_holds_up_none(mover):
+    spans = (0.0, 2.0), None, (1.0, 3.0), (1.5, 2.5), (10.0, 11.0)
+    transfers = [Transfer(Copy(), span) for span in spans]
+    copied = Copied("RAM", "f", 0, 10, True)
+    mover._copies.extend((copied, transfer) for transfer in transfers)
+    mover._take_times()
+    assert mover.counters.copy_seconds == 0
+    for transfer in transfers:
+        transfer.ended = True
+    mover._take_times()
+    assert mover.counters.copy_seconds == 4
+    assert mover.bandwidth(out=True) == 40 / 4
 
 
 @pytest.mark.parametrize("out", [True, False])

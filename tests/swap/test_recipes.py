@@ -72,6 +72,14 @@ def test_what_ends_needs_nothing_any_more(manager, end):
     assert manager.read(x)[3] == 3
 
 
+def test_what_dies_as_it_is_here_needed_nothing(manager):
+    x, y = save_pair(manager)
+    del y
+    gc.collect()
+    manager.settle()
+    assert x.storage.expected == 1
+
+
 def test_who_may_write_to_the_input_gets_it_after_it_was_used(manager):
     x, y = save_pair(manager)
     manager.move_all_out()
@@ -96,6 +104,18 @@ def test_an_input_that_somebody_holds_may_change(manager):
     assert not y.storage.forgone
     held[:] = 7
     assert manager.read(y)[10] == 11
+
+
+def test_nor_is_a_held_one_what_its_own_recipe_makes(manager):
+    """A plan may give up what is made from what is made again; but this is here, and somebody writes to it."""
+    _, y = save_pair(manager)
+    z = manager.save(np.arange(5000.0) + 2, "z")
+    looks = manager.look_at(z), (manager.look_at(y),)
+    manager.give_recipe(z, Recipe((y,), lambda arrays: arrays[0] + 1, z.layout, *looks))
+    assert z.storage.recipe.fits(manager.device, z.storage, planned=True)
+    held = manager.read(y)
+    held[:] = 7
+    assert not z.storage.recipe.fits(manager.device, z.storage, planned=True)
 
 
 def test_memory_lies_as_it_lay(manager):

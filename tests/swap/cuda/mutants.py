@@ -73,6 +73,8 @@ EQUIVALENT: dict[str, str] = {
     "manager.SwapManager.prefetch: no storage.state is State.OUT": "begin_ahead() finds nothing to fetch",
     "player.Player._begin_in: no storage.state is State.OUT": "begin_ahead() finds nothing to fetch",
     "manager.SwapManager.fetch: True for forgone": "saves time only",
+    "recipe.Constant.is_unchanged: no self.is_kept": "saves time only",
+    "manager.SwapManager.play: True for passing": "saves time only",
     "recipe.Constant.keep: True for not self.is_kept": "a copy of a copy",
     "manager.SwapManager.finish: no is_needed in": "what is dropped next is written to by nobody",
     "manager.SwapManager.finish: no storage.resident": "taint() leaves what is not here as it is",
