@@ -116,6 +116,18 @@ def test_checksums_of_the_gpu_are_those_of_the_host(rig, nbytes, offset):
     assert found == checksum_on_host(data[offset : offset + nbytes])
 
 
+def test_checksums_are_computed_when_no_memory_is_left(rig):
+    arrays = [rig.array(1)]
+    found = rig.device.checksum(arrays[0].data.mem, 0, UNIT)
+    size = UNIT
+    while size >= 512:  # what pools hand out at least
+        try:
+            arrays.append(rig.array(1, size))
+        except rig.cupy.cuda.memory.OutOfMemoryError:
+            size //= 2
+    assert rig.device.checksum(arrays[0].data.mem, 0, UNIT) == found
+
+
 def test_checksums_tell_bytes_their_places_and_sizes_apart():
     data = np.random.RandomState(1).randint(0, 256, 200).astype(np.uint8)
     found = {checksum_on_host(data), checksum_on_host(np.zeros(200, np.uint8))}
