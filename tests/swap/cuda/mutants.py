@@ -399,17 +399,20 @@ class Runner:
         return True
 
     def _is_noticed(self, items: list[Any], mutant: Mutant) -> bool:
-        status, killer = self._run(self._in_order(items, mutant), mutant)
-        if status not in (_KILLED, _SURVIVED):
-            raise RuntimeError(f"the tests could not be run against {mutant.name}")
-        if status == _SURVIVED:
-            return False
-        if killer not in self._killers:
-            (item,) = (item for item in items if item.nodeid == killer)
-            if self._run([item], None)[0] != _SURVIVED:
-                raise RuntimeError(f"{killer} fails with no mutant, too")
-        self._killers[killer] = self._killers.get(killer, 0) + 1
-        return True
+        while True:
+            status, killer = self._run(self._in_order(items, mutant), mutant)
+            if status not in (_KILLED, _SURVIVED):
+                raise RuntimeError(f"the tests could not be run against {mutant.name}")
+            if status == _SURVIVED:
+                return False
+            if killer in self._killers or self._passes_by_itself(items, killer):
+                self._killers[killer] = self._killers.get(killer, 0) + 1
+                return True
+            print(f"{killer} fails with no mutant, too: it does not count", flush=True)
+            del self._runs[killer]
+
+    def _passes_by_itself(self, items: list[Any], name: str) -> bool:
+        return self._run([item for item in items if item.nodeid == name], None)[0] == _SURVIVED
 
     def _run(self, items: list[Any], mutant: Mutant | None) -> tuple[int, str]:
         """Run tests in a child. Returns how it ended, and which test was the last."""
@@ -432,7 +435,9 @@ class Runner:
         """Return the tests that run what is changed: those that are fast and notice much come first."""
         place = str(source(mutant.module)), mutant.function
         able = [
-            item for item in items if not place[1] or place in self._runs[item.nodeid].functions
+            item
+            for item in items
+            if (run := self._runs.get(item.nodeid)) and (not place[1] or place in run.functions)
         ]
 
         def key(item: Any) -> float:
@@ -514,7 +519,9 @@ def run(chosen: list[Mutant], verbose: bool = False) -> list[str]:
     runner = Runner(chosen, verbose)
     tests = [test for test in TESTS if (ROOT / test.split("::")[0]).exists()]
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-s", "--no-header"]
-    pytest.main([*options, *tests], plugins=[runner])
+    status = pytest.main([*options, *tests], plugins=[runner])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise SystemExit(f"the run was cut short: {status!r}")
     return runner.survivors
 
 
