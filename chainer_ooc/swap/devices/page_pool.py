@@ -91,8 +91,10 @@ class PagePool:
                 self._settle()
             finally:
                 self._lock.release()
-        as_freed = (size * len(addresses) for size, addresses in tuple(self._as_freed.items()))
-        return sum(as_freed) + self._warm.nbytes
+        nbytes = self._warm.nbytes
+        for size, addresses in tuple(self._as_freed.items()):
+            nbytes += size * len(addresses)
+        return nbytes
 
     def allocate(self, nbytes: int, clear: bool = False) -> int | None:
         """Return the address of ``nbytes`` at the beginning of a page, ``None`` if there is none.
@@ -302,7 +304,7 @@ def _libc() -> ctypes.CDLL:
     libc.mmap.restype = libc.mremap.restype = pointer
     libc.mmap.argtypes = [pointer, size, number, number, number, ctypes.c_long]
     libc.mremap.argtypes = [pointer, size, size, number, pointer]
-    libc.mincore.argtypes = [pointer, size, ctypes.c_char_p]
+    libc.mincore.argtypes = [pointer, size, pointer]
     return libc
 
 
@@ -317,7 +319,7 @@ def _map(size: int, at: int | None = None) -> int:
 
 def _is_resident(address: int, size: int) -> bool:
     """Tell whether all pages of a block are in memory."""
-    pages = ctypes.create_string_buffer(size // PAGE)
-    if _libc().mincore(address, size, pages):
+    pages = bytearray(size // PAGE)  # a buffer of ctypes would be of a class of its own
+    if _libc().mincore(address, size, ctypes.byref(ctypes.c_char.from_buffer(pages))):
         return False
-    return bool((np.frombuffer(pages.raw, np.uint8) & 1).all())
+    return bool((np.frombuffer(pages, np.uint8) & 1).all())
