@@ -21,6 +21,18 @@ def states(saved):
     return [one.storage.state for one in saved]
 
 
+def values(saved):
+    """Return the first element of each saved array."""
+    return [float(one.get().get()[0]) for one in saved]
+
+
+def host_bytes(rig):
+    """Return what is in use when all copies have ended, and what was retired is taken back."""
+    rig.cupy.synchronize()
+    rig.device.host.allocate(1).free()
+    return rig.device.host.slab.allocated
+
+
 class Rig:
     """A simulated GPU, its device, manager and allocator hook."""
 

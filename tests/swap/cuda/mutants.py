@@ -40,6 +40,8 @@ TESTS = (
     "tests/swap/cuda/test_streams.py",
     "tests/swap/cuda/test_device.py",
     "tests/swap/cuda/test_engine.py",
+    "tests/swap/cuda/test_fetching.py",
+    "tests/swap/cuda/test_room.py",
     "tests/swap/cuda/test_player.py",
     "tests/swap/cuda/test_reclaimer.py",
     "tests/swap/cuda/test_verify.py",
