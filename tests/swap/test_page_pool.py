@@ -409,6 +409,21 @@ def test_what_is_taken_while_free_blocks_are_merged_is_not_free(monkeypatch):
         assert ctypes.string_at(block, MIB) == b"\1" * MIB  # or it would be zero
 
 
+def test_sizes_that_nobody_has_are_forgotten(monkeypatch):
+    monkeypatch.setattr(page_pool, "MANY_SIZES", 8)
+    pool = PagePool(64 * MIB)
+    kept = take(pool, 50 * PAGE)
+    for n in range(1, 40):
+        block = take(pool, n * PAGE)
+        fill(block, n * PAGE)
+        pool.free(block)
+    assert len(pool._as_freed) <= 9 + 1
+    fill(kept, 50 * PAGE)
+    pool.free(kept)
+    assert take(pool, 50 * PAGE) == kept
+    assert take(pool, 39 * PAGE) == block
+
+
 def test_pages_in_small_mappings_are_given_back_and_taken_anew(pool, libc):
     """A call of the kernel for each of them would take longer."""
     memory = ResidentMemory()

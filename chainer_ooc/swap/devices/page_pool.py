@@ -25,6 +25,8 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 GAP = 16
 #: Most pieces that one block is put together of.
 MOST_PIECES = 64
+#: Beyond this many sizes those that nobody has any more are forgotten.
+MANY_SIZES = 64
 #: Pages that lie in mappings of fewer bytes, on average, are given back and taken anew: that takes less time than
 #: to move them, which is a call of the kernel for each mapping.
 WORTH_MOVING = 16 * PAGE
@@ -68,8 +70,8 @@ class PagePool:
         start = _map(self._size)
         self.addresses = range(start, start + self._size)
         # Free warm blocks as they were freed, by size: networks ask for the same sizes again and again. Lists are
-        # appended to and popped from by any thread with no lock, and never go away. When there is none of a size,
-        # all are merged with their neighbours.
+        # appended to and popped from by any thread with no lock, and stay as long as there is a block of their size.
+        # When there is none of a size, all are merged with their neighbours.
         self._as_freed: dict[int, list[int]] = {}
         self._sizes: dict[int, int] = {}  # of blocks in use and as freed
         self._cold, self._warm = FreeBlocks(), FreeBlocks()
@@ -213,6 +215,9 @@ class PagePool:
                     address = addresses.pop()
                     del self._sizes[address]
                     self._warm.insert(address, size)
+        if len(self._as_freed) > MANY_SIZES:
+            living = set(self._sizes.values())
+            self._as_freed = {n: found for n, found in self._as_freed.items() if n in living}
 
     def _gather(self, address: int, size: int) -> int:
         """Move warm pages to the beginning of a cold block, as many as there are and as are worth it.
