@@ -23,8 +23,6 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 #: At least so many bytes lie between two blocks. NumPy 1 has other loops, with other bits, for a result that begins
 #: where an operand ends, as blocks of malloc never do.
 GAP = 16
-#: Most pieces that one block is put together of.
-MOST_PIECES = 64
 #: Beyond this many sizes those that nobody has any more are forgotten.
 MANY_SIZES = 64
 #: Pages that lie in mappings of fewer bytes, on average, are given back and taken anew: that takes less time than
@@ -228,25 +226,27 @@ class PagePool:
             The bytes of those that were moved.
         """
         place, left = address, size
-        for _ in range(MOST_PIECES):
-            piece = min(self._warm.largest(), left)
-            if not piece or not self._moves:
-                break
+        while piece := min(self._warm.largest(), left):
             source = self._warm.take(piece)
             assert source is not None
             left -= piece
             cuts = [source, *self._seams_between(source, source + piece), source + piece]
-            if piece < WORTH_MOVING * (len(cuts) - 1) or not self._move(cuts, place):
+            is_worth_it = self._moves and piece >= WORTH_MOVING * (len(cuts) - 1)
+            if is_worth_it and self._move(cuts, place):
+                self._cold.insert(source, piece)
+                place += piece
+            else:
                 self._cool(source, piece)
-                continue
-            self._cold.insert(source, piece)
-            place += piece
         if len(self._seams) > MOST_SEAMS:
             self._tidy()
         return place - address
 
     def _move(self, cuts: list[int], place: int) -> bool:
-        """Move the pages of the mappings between ``cuts``, which leaves them cold. Returns whether it could be done."""
+        """Move the pages of the mappings between ``cuts``, which leaves them cold, and mappings as they were.
+
+        Returns:
+            Whether it could be done.
+        """
         source, size = cuts[0], cuts[-1] - cuts[0]
         shift = place - source
         self._forget_seams(place, size)
@@ -260,8 +260,6 @@ class PagePool:
                 return False
         for cut in cuts:
             self._add_seam(cut + shift)
-        self._add_seam(source)
-        self._add_seam(source + size)
         return True
 
     def _cool(self, address: int, size: int) -> None:

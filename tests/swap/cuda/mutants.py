@@ -93,8 +93,7 @@ EQUIVALENT: dict[str, str] = {
     "reclaimer.Reclaimer.reclaim: False for missing <= 0": "less than nothing is given up",
     "cuda_streams.CopyStreams.on_device: False for": "saves time only",
     "cuda_streams.CopyStreams.note_current: True for len(": "streams are looked through more often",
-    "page_pool.PagePool.warm_bytes: no self._freed in": "saves time only",
-    "page_pool.PagePool.allocate: no self._as_freed_bytes in": "saves time only",
+    "page_pool.PagePool.warm_bytes: no self._freed_untouched in": "saves time only",
     "pinned.PinnedSlab.close: no memory.close()": "it is unmapped when the list of chunks goes",
     "pinned.PinnedSlab._make: no memory.close()": "it is unmapped when the function returns",
 }
@@ -314,14 +313,18 @@ def apply(mutant: Mutant) -> None:
                 for key in module.__dict__[name]:
                     _replace_set(module.__dict__[name], key, by_name[getattr(key, "name", key)])
         return
-    target: Any = module
-    for name in mutant.function.split("."):
-        target = target.__dict__[name]
-    if isinstance(target, property):
-        target = target.fget
+    target = _found(mutant)
     while hasattr(target, "__wrapped__"):
         target = target.__wrapped__
     target.__code__ = _code_of(code, mutant.function)
+
+
+def _found(mutant: Mutant) -> Any:
+    """Return the function, as it is called."""
+    target: Any = importlib.import_module(mutant.module)
+    for name in mutant.function.split("."):
+        target = target.__dict__[name]
+    return target.fget if isinstance(target, property) else target
 
 
 def _replace_set(table: dict[Any, Any], key: Any, value: Any) -> None:
@@ -436,10 +439,12 @@ class Runner:
     def _in_order(self, items: list[Any], mutant: Mutant) -> list[Any]:
         """Return the tests that run what is changed: those that are fast and notice much come first."""
         place = str(source(mutant.module)), mutant.function
+        # What is at the top, or remembered, is of use to tests that do not run it.
+        everywhere = not mutant.function or hasattr(_found(mutant), "cache_info")
         able = [
             item
             for item in items
-            if (run := self._runs.get(item.nodeid)) and (not place[1] or place in run.functions)
+            if (run := self._runs.get(item.nodeid)) and (everywhere or place in run.functions)
         ]
 
         def key(item: Any) -> float:

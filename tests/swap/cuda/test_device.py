@@ -564,6 +564,7 @@ def test_when_copies_began_and_ended_is_known_later_and_the_host_waits_for_nothi
     before = time.perf_counter()
     for transfer in transfers:
         transfer.join()
+        assert not transfer._event.done and transfer.span() is None
     assert rig.cupy.calls["synchronize"] == 0
     while not all(transfer.done() for transfer in transfers):
         transfers[-1].wait()
