@@ -365,6 +365,7 @@ def test_a_child_gets_nothing_of_the_pool(pool, monkeypatch):
     block = take(pool, MIB)
     fill(block, MIB)
     pool.free(block)
+    assert pool.warm_bytes == MIB
     pid = page_pool.os.getpid()
     with monkeypatch.context() as child:
         child.setattr(page_pool.os, "getpid", lambda: pid + 1)

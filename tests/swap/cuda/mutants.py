@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SWAP = ROOT / "chainer_ooc" / "swap"
 #: What has no state, or only looks on.
 NOT_HERE = {"__init__.py", "disk.py", "process_memory.py", "observing.py", "ranks.py"}
-#: The tests. Those that run the changed function take part, the fastest first.
+#: The tests, the fastest first. Against more than a few mutants those take part that run the changed function.
 TESTS = (
     "tests/swap/test_mover.py",
     "tests/swap/cuda/test_streams.py",
@@ -62,6 +62,8 @@ TESTS = (
 TOLD = {"stalled", "copied", "_copied", "ran", "used", "remade", "kept_signs"}
 #: Functions that only tell.
 TELLING = {"stalled", "_copied", "ran", "explain_shortage", "__repr__"}
+#: To look which tests run what takes as long as all of them: it is worth it for more mutants than this.
+FEW = 20
 #: A test that takes longer than so many seconds and its own time so many times hangs: the mutant is noticed.
 PATIENCE = 20, 10
 #: Mutants in which nothing that can be observed is different, by how their names begin, and why.
@@ -93,6 +95,7 @@ EQUIVALENT: dict[str, str] = {
     "reclaimer.Reclaimer.reclaim: False for missing <= 0": "less than nothing is given up",
     "cuda_streams.CopyStreams.on_device: False for": "saves time only",
     "cuda_streams.CopyStreams.note_current: True for len(": "streams are looked through more often",
+    "page_pool.PagePool._merge: True for len(": "saves time only",
     "page_pool.PagePool.warm_bytes: no self._freed_untouched in": "saves time only",
     "pinned.PinnedSlab.close: no memory.close()": "it is unmapped when the list of chunks goes",
     "pinned.PinnedSlab._make: no memory.close()": "it is unmapped when the function returns",
@@ -344,10 +347,13 @@ def _code_of(code: types.CodeType, name: str) -> types.CodeType:
 
 
 class _Run(NamedTuple):
-    """One run of a test: how long it took (seconds), and the files and outermost functions of the engine that ran."""
+    """One run of a test: how long it took (seconds), and the files and outermost functions of the engine that ran.
+
+    The latter are ``None`` where nobody has looked.
+    """
 
     seconds: float
-    functions: set[tuple[str, str]]
+    functions: set[tuple[str, str]] | None
 
 
 @contextlib.contextmanager
@@ -391,7 +397,9 @@ class Runner:
         """Run them."""
         gc.collect()
         gc.freeze()  # or each collection in a child looks at all modules
-        self._look_on(session.items)
+        self._runs = {item.nodeid: _Run(1.0, None) for item in session.items}
+        if len(self.chosen) > FEW:
+            self._look_on(session.items)
         for index, mutant in enumerate(self.chosen):
             start = time.monotonic()
             killed = self._is_noticed(session.items, mutant)
@@ -444,7 +452,8 @@ class Runner:
         able = [
             item
             for item in items
-            if (run := self._runs.get(item.nodeid)) and (everywhere or place in run.functions)
+            if (run := self._runs.get(item.nodeid))
+            and (everywhere or run.functions is None or place in run.functions)
         ]
 
         def key(item: Any) -> float:
