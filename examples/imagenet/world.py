@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import Any
 
 import launcher
@@ -18,6 +20,9 @@ from config.checks import REMOVED_COMMUNICATORS
 from errors import InputError
 
 from chainer_ooc.compat.communicators import current_name
+
+#: A launcher has read what a rank wrote so long ago (seconds). MPICH's drops what it has not read when a rank aborts.
+FORWARDED = 0.5
 
 
 class World:
@@ -94,6 +99,10 @@ def abort(status: int) -> None:
     if "mpi4py.MPI" in sys.modules:
         from mpi4py import MPI
 
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads any more
+                stream.flush()
+        time.sleep(FORWARDED)
         MPI.COMM_WORLD.Abort(status)
 
 
@@ -160,7 +169,6 @@ def create_world(
             f"run `pip install mpi4py mpich`"
         ) from e
     import chainermn
-    import chainermn.global_except_hook
 
     name = communicator or ("pure_nccl" if use_gpu else "naive")
     options: dict[str, Any] = {}
@@ -174,6 +182,19 @@ def create_world(
             f"MPI: the launcher started {started} ranks, but mpi4py sees {comm.size}; "
             f"use the mpiexec of the MPI that mpi4py was built for"
         )
-    # An exception in one rank must end them all: the others wait for it otherwise.
-    chainermn.global_except_hook.add_hook()
+    _end_all_ranks_with_one(comm.rank)
     return World(comm)
+
+
+def _end_all_ranks_with_one(rank: int) -> None:
+    """Lets an exception in one rank end them all: the others would wait for it."""
+    show = sys.excepthook
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        try:
+            show(kind, error, trace)
+            print(f"train.py: rank {rank} failed; all ranks end", file=sys.stderr)
+        finally:
+            abort(1)
+
+    sys.excepthook = end

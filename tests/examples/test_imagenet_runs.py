@@ -212,6 +212,7 @@ def test_exception_in_one_rank_ends_all_with_its_traceback(lists, tmp_path):
     assert done.returncode != 0
     assert "RuntimeError: a defect in one rank" in done.stderr
     assert "in failing_update" in done.stderr
+    assert "rank 1 failed" in done.stderr
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
