@@ -204,6 +204,26 @@ def events(folder: Path) -> list[tuple[int, str, float]]:
     return found
 
 
+def test_torch_is_not_imported_for_event_files(run_python, tmp_path):
+    """Where it is installed, tensorboardX would: memory that a limit has no room for."""
+    pytest.importorskip("tensorboardX")
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, pathlib, types\n"
+        f"sys.path[:0] = [{str(tmp_path)!r}, {str(IMAGENET)!r}]\n"
+        "import chainer_ooc\n"
+        "from reports.tensorboard import TensorBoard\n"
+        "report = TensorBoard(pathlib.Path(sys.argv[1]), 3, None)\n"
+        "report.initialize(types.SimpleNamespace(updater=types.SimpleNamespace(iteration=0)))\n"
+        "report.finalize()\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = run_python(script, str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out" / "tensorboard").glob("events.out.tfevents.*"))
+
+
 def shape_of_graph(path: Path) -> tuple[Counter, Counter]:
     """Returns nodes and edges of a graph in DOT language by their labels: ids are addresses."""
     text = path.read_text()

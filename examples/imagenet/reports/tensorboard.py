@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,19 @@ from reports.units import GIB
 
 MAX_POINTS = 10_000
 """About how many iterations of a run are written; validations all are."""
+
+
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Lets imports of a module fail that has not been imported yet."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 class TensorBoard(training.Extension):
@@ -34,7 +49,10 @@ class TensorBoard(training.Extension):
     name = "TensorBoard"
 
     def __init__(self, out: Path, iterations: int, figures: Synchronize) -> None:
-        from tensorboardX import SummaryWriter
+        with _absent(
+            "torch"
+        ):  # which it would import where it is installed: 130 MiB and more for nothing
+            from tensorboardX import SummaryWriter
 
         # Of a loss that is no number WarnOfDivergence says more.
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
