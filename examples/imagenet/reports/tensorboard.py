@@ -49,9 +49,8 @@ class TensorBoard(training.Extension):
     name = "TensorBoard"
 
     def __init__(self, out: Path, iterations: int, figures: Synchronize) -> None:
-        with _absent(
-            "torch"
-        ):  # which it would import where it is installed: 130 MiB and more for nothing
+        # tensorboardX would import it where it is installed: 130 MiB and more for nothing.
+        with _absent("torch"):
             from tensorboardX import SummaryWriter
 
         # Of a loss that is no number WarnOfDivergence says more.
