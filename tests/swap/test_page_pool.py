@@ -599,6 +599,32 @@ def test_free_pages_do_not_count_as_used_and_go_where_they_are_too_many(tmp_path
     device.close()
 
 
+def test_what_is_given_back_beside_a_look_is_counted_once(tmp_path, monkeypatch):
+    """By the thread that does so as memory grows that nobody announces."""
+    device = RamDevice(str(tmp_path))
+    pool = device.keep_pages()
+    before = device.used_bytes()
+    block = take(pool, 64 * MIB)
+    fill(block, 64 * MIB)
+    pool.free(block)
+    resident, read, threads = device._resident.bytes, [], []
+
+    def bytes_beside_another():
+        read.append(resident())
+        threads.append(threading.Thread(target=pool.give_back, args=(48 * MIB,)))
+        threads[-1].start()
+        threads[-1].join(0.1)
+        return read[-1]
+
+    device._ceiling = 1 << 40  # with no thread of its own
+    monkeypatch.setattr(device._resident, "bytes", bytes_beside_another)
+    assert abs(device.used_bytes() - before) < 8 * MIB
+    monkeypatch.undo()
+    threads[-1].join()
+    assert pool.warm_bytes == 16 * MIB
+    device.close()
+
+
 def test_copies_in_under_way_count_with_all_their_bytes(tmp_path, monkeypatch):
     device = RamDevice(str(tmp_path))
     device.keep_pages()

@@ -11,7 +11,7 @@ import os
 import resource
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -86,15 +86,21 @@ class PagePool:
     @property
     def warm_bytes(self) -> int:
         """The bytes of free memory whose pages are there: resident, and not in use."""
-        if self._freed_untouched and self._enter(blocking=False):
-            try:
+        return self.look(int)[1]
+
+    def look(self, read: Callable[[], int]) -> tuple[int, int]:
+        """Return what ``read`` does, and :attr:`warm_bytes` then: nothing is given back between the two."""
+        entered = self._enter()
+        try:
+            if entered:
                 self._settle()
-            finally:
+            nbytes = self._warm.nbytes
+            for size, addresses in tuple(self._as_freed.items()):
+                nbytes += size * len(addresses)
+            return read(), nbytes
+        finally:
+            if entered:
                 self._lock.release()
-        nbytes = self._warm.nbytes
-        for size, addresses in tuple(self._as_freed.items()):
-            nbytes += size * len(addresses)
-        return nbytes
 
     def allocate(self, nbytes: int, clear: bool = False) -> int | None:
         """Return the address of ``nbytes`` at the beginning of a page, ``None`` if there is none.
@@ -164,14 +170,14 @@ class PagePool:
             self._lock.release()
         return given
 
-    def _enter(self, blocking: bool = True) -> bool:
+    def _enter(self) -> bool:
         """Lock. ``False`` in a forked child, whose blocks are its parent's, and inside another method.
 
         A method may be interrupted by a finalizer that allocates.
         """
         if self._pid != os.getpid() or self._lock._is_owned():  # type: ignore[attr-defined]
             return False
-        return self._lock.acquire(blocking)
+        return self._lock.acquire()
 
     def _take(self, size: int) -> tuple[int, int] | None:
         """Return the address of a block, and how many of its bytes, from the first on, have been in use before."""

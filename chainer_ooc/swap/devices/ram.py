@@ -174,13 +174,14 @@ class RamDevice:
         Those wait for the next allocation, and are given back to the system as far as they are too many: see
         :meth:`hold`.
         """
-        resident = self._resident.bytes()
+        warm = 0
+        if self.pages is None:
+            resident = self._resident.bytes()
+        else:
+            resident, warm = self.pages.look(self._resident.bytes)
         if self._arriving:  # the system counts their pages when they are filled
             resident += self._arriving_bytes()
-        if self.pages is None:
-            return resident
-        warm = self.pages.warm_bytes
-        if warm and resident > self._ceiling:
+        if self.pages is not None and warm and resident > self._ceiling:
             self.pages.give_back(resident - self._ceiling)
         return resident - warm
 

@@ -96,7 +96,6 @@ EQUIVALENT: dict[str, str] = {
     "cuda_streams.CopyStreams.on_device: False for": "saves time only",
     "cuda_streams.CopyStreams.note_current: True for len(": "streams are looked through more often",
     "page_pool.PagePool._merge: True for len(": "saves time only",
-    "page_pool.PagePool.warm_bytes: no self._freed_untouched in": "saves time only",
     "pinned.PinnedSlab.close: no memory.close()": "it is unmapped when the list of chunks goes",
     "pinned.PinnedSlab._make: no memory.close()": "it is unmapped when the function returns",
 }
