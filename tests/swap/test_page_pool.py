@@ -354,10 +354,10 @@ def test_what_interrupts_the_pool_gets_nothing_of_it(pool, monkeypatch):
         return is_resident(*block)
 
     monkeypatch.setattr(page_pool, "_is_resident", interrupted)
-    for block in [take(pool, MIB), take(pool, MIB)]:
-        fill(block, MIB)
+    for block in [take(pool, MIB), take(pool, 2 * MIB)]:
+        fill(block, pool.size_of(block))
         pool.free(block)
-    assert pool.warm_bytes == 2 * MIB
+    assert pool.warm_bytes == 3 * MIB
     assert got == [(None, 0, 0), (None, 0, MIB)]  # each block was looked at by itself
 
 
