@@ -23,6 +23,12 @@ from chainer_ooc.swap.process_memory import ResidentMemory
 MIB = 1 << 20
 
 
+@pytest.fixture(autouse=True)
+def no_garbage():
+    """What other tests left is not freed in the midst of one that looks at resident memory."""
+    gc.collect()
+
+
 @pytest.fixture
 def pool():
     return PagePool(1 << 32)
