@@ -40,7 +40,7 @@ def test_a_deep_convnet_at_half_of_its_in_core_peak_stays_under_the_limit(run):
     once = run(limit, "single_backward=1")
     assert once.digest == in_core.digest
     assert once.peak <= 1.02 * limit
-    assert once.bytes_out <= 1.1 * twice.bytes_out  # what goes out depends on times
+    assert once.bytes_out <= twice.bytes_out
     # What is fetched ahead does not have to make room for the next function, and come again.
     assert once.bytes_in <= 1.1 * once.bytes_out
 

@@ -146,10 +146,10 @@ def test_what_is_given_back_is_not_resident_any_more(pool):
     before = memory.bytes()
     assert pool.give_back(16 * MIB) == 16 * MIB
     assert pool.warm_bytes == 48 * MIB
-    assert before - memory.bytes() > 12 * MIB
+    assert before - memory.bytes() > 15 * MIB
     pool.keep(False)
     assert pool.warm_bytes == 0
-    assert before - memory.bytes() > 56 * MIB
+    assert before - memory.bytes() > 62 * MIB
     block = take(pool, MIB)
     fill(block, MIB)
     pool.free(block)  # nothing is kept any more
@@ -200,10 +200,13 @@ def test_cleared_memory_is_zero_on_used_pages_too(pool):
     assert ctypes.string_at(block, 2 * MIB - GAP) == bytes(2 * MIB - GAP)
 
 
+@pytest.mark.parametrize(("worth", "moves"), [(1, 50), (16, 20)])
 @pytest.mark.parametrize("seed", range(6))
-def test_blocks_keep_what_is_written_to_them_whatever_comes_and_goes(monkeypatch, libc, seed):
+def test_blocks_keep_what_is_written_to_them_whatever_comes_and_goes(
+    monkeypatch, libc, seed, worth, moves
+):
     monkeypatch.setattr(page_pool, "MOST_SEAMS", 40 if seed % 2 else 8192)
-    monkeypatch.setattr(page_pool, "WORTH_MOVING", (PAGE, 16 * PAGE)[seed // 3])
+    monkeypatch.setattr(page_pool, "WORTH_MOVING", worth * PAGE)
     size = 64 << 20
     pool = PagePool(size)
     mapped = len(mappings())
@@ -238,7 +241,7 @@ def test_blocks_keep_what_is_written_to_them_whatever_comes_and_goes(monkeypatch
     assert pool.warm_bytes <= resident + 2 * MIB
     pool.give_back(size)
     assert memory.bytes() - base < 8 * MIB
-    assert libc.moves > (50, 20)[seed // 3]
+    assert libc.moves > moves
     assert most - mapped < (120 if seed % 2 else 2000)
     assert take(pool, size) is not None  # no address is lost
 
@@ -375,7 +378,7 @@ def test_a_child_gets_nothing_of_the_pool(pool, monkeypatch):
     pid = page_pool.os.getpid()
     with monkeypatch.context() as child:
         child.setattr(page_pool.os, "getpid", lambda: pid + 1)
-        assert (take(pool, MIB), take(pool, PAGE), pool.give_back(MIB)) == (None, None, 0)
+        assert (take(pool, MIB), pool.give_back(MIB), pool.warm_bytes) == (None, 0, 0)
     assert pool.warm_bytes == MIB
 
 

@@ -90,6 +90,8 @@ class PagePool:
 
     def look(self, read: Callable[[], int]) -> tuple[int, int]:
         """Return what ``read`` does, and :attr:`warm_bytes` then: nothing is given back between the two."""
+        if self._pid != os.getpid():
+            return read(), 0
         entered = self._enter()
         try:
             if entered:
