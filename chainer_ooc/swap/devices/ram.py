@@ -174,15 +174,12 @@ class RamDevice:
         Those wait for the next allocation, and are given back to the system as far as they are too many: see
         :meth:`hold`.
         """
-        warm = 0
-        if self.pages is None:
-            resident = self._resident.bytes()
-        else:
-            resident, warm = self.pages.look(self._resident.bytes)
+        pages, read = self.pages, self._resident.bytes
+        resident, warm = (read(), 0) if pages is None else pages.look(read)
         if self._arriving:  # the system counts their pages when they are filled
             resident += self._arriving_bytes()
-        if self.pages is not None and warm and resident > self._ceiling:
-            self.pages.give_back(resident - self._ceiling)
+        if pages is not None and warm and resident > self._ceiling:
+            pages.give_back(resident - self._ceiling)
         return resident - warm
 
     def _arriving_bytes(self) -> int:

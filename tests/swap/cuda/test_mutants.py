@@ -26,6 +26,7 @@ def test_all_modules_of_the_engine_have_mutants():
     assert len(set(names)) == len(names)
     assert {mutant.module for mutant in found} == set(mutants.modules())
     assert len(names) > 400
+    assert all(any(name.startswith(word) for name in names) for word in SAMPLE)
     unknown = [begin for begin in mutants.EQUIVALENT if not any(n.startswith(begin) for n in names)]
     assert not unknown
 
