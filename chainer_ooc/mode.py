@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap.devices.numpy_allocator import AllocatorHook
+from chainer_ooc.swap.devices.ram.numpy_allocator import AllocatorHook
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.observing import Observer

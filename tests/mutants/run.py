@@ -80,7 +80,7 @@ TARGETS = {
     "chainer_ooc/swap/use_order.py": ("Forward.*", "UseOrder.*"),
     "chainer_ooc/swap/mover.py": ("Mover.*",),
     "chainer_ooc/swap/storage.py": ("Storage.move_to", "Storage.held", "Saved.*"),
-    "chainer_ooc/swap/devices/ram.py": (
+    "chainer_ooc/swap/devices/ram/device.py": (
         "RamDevice.locate",
         "RamDevice.view",
         "RamDevice.copy_*",
@@ -123,14 +123,14 @@ class Mutant:
 PLANTED = (
     (
         "restore with swapped strides",
-        "chainer_ooc/swap/devices/ram.py",
+        "chainer_ooc/swap/devices/ram/device.py",
         "RamDevice.view",
         "layout.strides",
         "layout.strides[::-1]",
     ),
     (
         "restore at the start of the storage",
-        "chainer_ooc/swap/devices/ram.py",
+        "chainer_ooc/swap/devices/ram/device.py",
         "RamDevice.view",
         "origin + layout.offset",
         "origin",

@@ -13,9 +13,9 @@ import time
 import numpy as np
 import pytest
 
-from chainer_ooc.swap.devices import page_pool
-from chainer_ooc.swap.devices.numpy_allocator import AllocatorHook
-from chainer_ooc.swap.devices.page_pool import GAP, PAGE, PagePool
+from chainer_ooc.swap.devices.ram import page_pool
+from chainer_ooc.swap.devices.ram.numpy_allocator import AllocatorHook
+from chainer_ooc.swap.devices.ram.page_pool import GAP, PAGE, PagePool
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.disk import SwapFile
 from chainer_ooc.swap.process_memory import ResidentMemory

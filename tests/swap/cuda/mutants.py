@@ -95,7 +95,6 @@ EQUIVALENT: dict[str, str] = {
     "reclaimer.Reclaimer.reclaim: False for missing <= 0": "less than nothing is given up",
     "cuda_streams.CopyStreams.on_device: False for": "saves time only",
     "cuda_streams.CopyStreams.note_current: True for len(": "streams are looked through more often",
-    "page_pool.PagePool._merge: True for len(": "saves time only",
     "pinned.PinnedSlab.close: no memory.close()": "it is unmapped when the list of chunks goes",
     "pinned.PinnedSlab._make: no memory.close()": "it is unmapped when the function returns",
 }
@@ -122,7 +121,7 @@ class Mutant(NamedTuple):
 def modules() -> list[str]:
     """Return the names of the engine's modules."""
     files = [path for path in sorted(SWAP.glob("*.py")) if path.name not in NOT_HERE]
-    names = ("gpus.py", "page_pool.py")
+    names = ("gpus.py",)
     files += [*sorted(SWAP.glob("devices/cuda*.py")), *(SWAP / "devices" / n for n in names)]
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
 

@@ -18,7 +18,7 @@ from chainer_ooc.swap import process_memory
 from chainer_ooc.swap.devices.base import Location
 from chainer_ooc.swap.devices.copy_threads import CopyThreads
 from chainer_ooc.swap.devices.file_copies import FileCopy, FileTransfer
-from chainer_ooc.swap.devices.page_pool import PagePool
+from chainer_ooc.swap.devices.ram.page_pool import PagePool
 from chainer_ooc.swap.devices.signs import SignCopy, SignTransfer
 from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
 from chainer_ooc.swap.observing import Span

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from chainer_ooc.swap.devices.page_pool import PagePool
+from chainer_ooc.swap.devices.ram.page_pool import PagePool
 
 __all__ = ["AllocatorHook"]
 
