@@ -17,6 +17,9 @@ __all__ = ["SavedTuple", "save_attributes", "saved_attributes"]
 
 _MISSING = object()
 
+#: Tuples that each function of Chainer has, and that hold no arrays.
+_CHAINERS = frozenset({"inputs", "outputs", "_input_layouts", "_output_layouts"})
+
 # Attributes that hold objects with arrays of their own: class -> names.
 _nested: dict[type, tuple[str, ...]] = {}
 
@@ -120,7 +123,9 @@ def save_attributes(
                 replacement = save(value)
                 if replacement is not None:
                     group.append(replacement)
-            elif kind is tuple and not arrays.isdisjoint(map(type, value)):
+            elif kind is tuple:
+                if name in _CHAINERS or arrays.isdisjoint(map(type, value)):
+                    continue
                 items = [(save(item) if type(item) in arrays else None) or item for item in value]
                 saved = [item for item in items if type(item) is Saved]
                 if saved:

@@ -103,11 +103,18 @@ def _apply(self: Any, inputs: Any) -> Any:
         follower.forward(self, inputs, settings)
     outputs = _run(self, inputs, manager, apply, self, inputs)
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
-        _note(self, settings, _recomputes(manager, settings))
+        if follower is not None and follower.is_selective and follower.moves(self):
+            _save(self, settings.single_backward, False, settings.sign_bits)
+        else:
+            _note(self, settings, _recomputes(manager, settings))
     if follower is not None:
-        adopt()
+        if not follower.is_selective:
+            adopt()
         record = self.__dict__.get(_RECORD)
-        follower.saved(self, () if record is None else record.group)
+        if record is not None:
+            follower.saved(self, record.group)
+        elif not follower.is_selective:
+            follower.saved(self, ())
         follower.ran(mode.local.peak)
     _after(manager, settings)
     return outputs
@@ -218,9 +225,10 @@ def _follower(manager: SwapManager, settings: Settings) -> Follower | None:
 
 
 def _keeps_graph(inputs: Any) -> bool:
-    return _stock["config"].enable_backprop and any(
-        getattr(x, "requires_grad", False) for x in inputs
-    )
+    for x in inputs:
+        if getattr(x, "requires_grad", False):
+            return bool(_stock["config"].enable_backprop)
+    return False
 
 
 def _after(manager: SwapManager, settings: Settings) -> None:

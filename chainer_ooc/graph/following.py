@@ -28,6 +28,8 @@ __all__ = ["Follower", "follower_of"]
 ASSUMED_BANDWIDTH = 1e9
 #: After so many iterations that were known, the next are not recorded any more.
 WARY = 4
+#: The keys of so many functions are kept in mind.
+_MOST_TEXTS = 1 << 14
 #: What runs after backward: the update, the next batch.
 BETWEEN = "between iterations"
 
@@ -75,10 +77,14 @@ class Follower:
         self._marks: list[Any] | None = None
         self._asked: Any = None
         self._arrivals: dict[int, tuple[Any, Any]] = {}
-        self._storages: list[weakref.ref[Storage]] = []
-        self._numbers: dict[
-            int, int
-        ] = {}  # of the storages, by their number in the order of saving
+        # By number: the order of saving in an iteration in which all is saved.
+        self._storages: dict[int, weakref.ref[Storage]] = {}
+        self._numbers: dict[int, int] = {}  # of the storages, by their sequence
+        self._saved: dict[int, tuple[int, ...]] = {}  # what each step has saved, by number
+        self._leaves = False  # what the plan leaves in memory is not saved
+        self._left: list[weakref.ref[Any]] = []  # the functions of which nothing was
+        # Keys of functions, and what describes their inputs, by label, dtypes, shapes and makers.
+        self._texts: dict[Any, tuple[str, tuple[str, ...]]] = {}
         self._recorder: Recorder | None = None
         self._held: list[tuple[weakref.ref[Storage], int]] = []
         self._player: Player | None = None
@@ -90,13 +96,31 @@ class Follower:
         with self._lock:
             if not self._is_mine():
                 return
-            described = tuple(self._describe(x) for x in inputs if x is not None)
-            if self._backward or self._is_over(key_of(FORWARD, func._impl_name, described)):
+            key, described = self._describe(func, inputs)
+            if self._backward or self._is_over(key):
                 self._begin(settings)
             elif self._number < 0:
                 return
-            self._step(func._impl_name, FORWARD, described)
+            self._step(key, func._impl_name, FORWARD, described)
             func.__dict__[STEP] = self._iteration, self._number
+
+    def moves(self, func: Any) -> bool:
+        """Tell whether the plan moves anything that a function keeps that has run forward just now.
+
+        What it leaves in memory need not be saved, but when memory gets short all the same, or the plan is left.
+        """
+        with self._lock:
+            if self._player is None or func.__dict__.get(STEP) != (self._iteration, self._number):
+                return False
+            if not self._player.moved.isdisjoint(self._saved.get(self._number, ())):
+                return True
+            self._left.append(weakref.ref(func))
+            return False
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether only what a plan moves is saved now."""
+        return self._leaves and self._player is not None
 
     def saved(self, func: Any, group: Iterable[Saved]) -> None:
         """Tell what a function has saved that has run forward just now."""
@@ -104,29 +128,44 @@ class Follower:
             step = func.__dict__.get(STEP)
             if step is None or step != (self._iteration, self._number):
                 return
-            numbers = []
-            makers = {
-                id(node.__dict__.get("_data")): node._creator_node
-                for node in func.inputs or ()
-                if node is not None
-            }
+            storages = [saved.storage for saved in group]
+            storages = [storage for storage in storages if storage.manager is self.manager]
+            if self._leaves:
+                numbers = self._saved.get(self._number, ())
+                if len(numbers) == len(storages):
+                    for number, storage in zip(numbers, storages, strict=True):
+                        self._take(storage, number)
+                return
+            makers = {}
+            if self._recorder is not None:
+                makers = {
+                    id(node.__dict__.get("_data")): node._creator_node
+                    for node in func.inputs or ()
+                    if node is not None
+                }
+            found = []
             for saved in group:
                 storage = saved.storage
                 if storage.manager is not self.manager:
                     continue
-                number = self._numbers.get(storage.sequence)
-                if number is None:
-                    number = self._numbers[storage.sequence] = len(self._storages)
-                    self._storages.append(weakref.ref(storage))
+                number = self._numbers.get(storage.sequence, -1)
+                if number < 0:
+                    number = len(self._storages)
+                    self._take(storage, number)
                     if self._recorder is not None:
                         maker = self._step_of(makers.get(id(saved)))
                         self._recorder.made(storage.nbytes, maker)
-                        self._held.append((weakref.ref(storage), number))
-                numbers.append(number)
+                        self._held.append((self._storages[number], number))
+                found.append(number)
+            self._saved[self._number] = tuple(found)
             if self._recorder is not None:
-                self._recorder.saved(numbers)
+                self._recorder.saved(found)
                 for saved in group:
                     self._note_recipe(saved.storage)
+
+    def _take(self, storage: Storage, number: int) -> None:
+        self._numbers[storage.sequence] = number
+        self._storages[number] = weakref.ref(storage)
 
     def _note_recipe(self, storage: Storage) -> None:
         """Note how a storage can be made again, if that is from storages of this iteration, by its functions."""
@@ -147,12 +186,15 @@ class Follower:
             self._backward = True
             if self._number < 0:  # it began before anybody looked
                 return
-            self._step(func._impl_name, BACKWARD, (), self._step_of(func))
+            label = func._impl_name
+            self._step(key_of(BACKWARD, label, ()), label, BACKWARD, (), self._step_of(func))
 
     def fetched(self, group: Iterable[Saved]) -> None:
         """Tell that what a function needs in backward is there."""
+        if self._marks is None:  # nobody asks how long anything took
+            return
         with self._lock:
-            if self._marks is None or not self._is_mine():
+            if not self._is_mine():
                 return
             if self._recorder is not None:
                 self._note_signs(self._recorder, group)
@@ -181,10 +223,12 @@ class Follower:
         with self._lock:
             if not self._is_mine():
                 return
-            self._ended_clock = self._clock()
-            if self._marks is not None and len(self._marks) % 2:
-                self._marks.append(self.manager.device.mark())
             self._peak = max(self._peak, self.manager.marks.last_used)
+            if self._marks is None:
+                return
+            self._ended_clock = self._clock()
+            if len(self._marks) % 2:
+                self._marks.append(self.manager.device.mark())
             if self._recorder is not None:
                 used = self.manager.grown_to(self.manager.marks.used_bytes())
                 self._recorder.end(max(peak, used))
@@ -202,7 +246,9 @@ class Follower:
 
     def _is_over(self, key: str) -> bool:
         """Tell whether a function begins an iteration though backward has not run: predictions with a graph."""
-        return bool(self._keys) and key == self._keys[0] and not any(r() for r in self._storages)
+        if not self._keys or key != self._keys[0]:
+            return False
+        return not any(reference() for reference in (*self._storages.values(), *self._left))
 
     def _begin(self, settings: Settings) -> None:
         """End the iteration that ran, and begin the next."""
@@ -214,12 +260,16 @@ class Follower:
         self._backward = False
         self._start, self._peak = time.perf_counter(), 0
         self._keys, self._clocks, self._held = [], [], []
-        self._storages, self._numbers = [], {}
+        self._storages, self._numbers = {}, {}
+        self._saved, self._left = {}, []
         self._arrivals = {}
         self._marks = [] if self.book.is_settling or self._to_record else None
         self._player = None
         self.book.begin()
         self._recorder = Recorder() if self._to_record else None
+        # Copies are dropped after their last use only of what is saved; what can be made again is looked at at once.
+        in_full = settings.single_backward or settings.recompute or settings.verify
+        self._leaves = not (in_full or self._to_record)
 
     def _end(self, seconds: float, settings: Settings) -> None:
         """End an iteration: its plan is corrected, or it gets one."""
@@ -229,14 +279,17 @@ class Follower:
         known = self.book.finish(measured, self._peak, step_seconds, system)
         if known is not None:
             self._to_record = max(self._to_record - 1, 0)
+            if not self._leaves:
+                self.book.pages[known].saved = self._saved
             return
-        self._to_record = WARY
-        if self._recorder is not None:
-            signature = signature_of(key for key in self._keys if key.startswith(FORWARD))
-            if self.book.wants(signature):
-                profile = self._profile(self._recorder, step_seconds)
-                if profile.saved:
-                    self.book.add(profile, make_plan(profile, system), seconds)
+        signature = signature_of(key for key in self._keys if key.startswith(FORWARD))
+        page = self.book.pages.get(signature)
+        self._to_record = 0 if page is not None and page.is_worse else WARY
+        if self._recorder is not None and self.book.wants(signature):
+            profile = self._profile(self._recorder, step_seconds)
+            if profile.saved:
+                self.book.add(profile, make_plan(profile, system), seconds)
+                self.book.pages[signature].saved = self._saved
 
     def _times(self, seconds: float) -> tuple[list[float], Measured | None]:
         """Return how long each step took by itself, and when what came in was there."""
@@ -274,20 +327,28 @@ class Follower:
         )
         return System(self.manager.limit, tiers, settings.single_backward)
 
-    def _step(self, label: str, phase: str, inputs: tuple[str, ...], function: int = -1) -> None:
+    def _step(
+        self, key: str, label: str, phase: str, inputs: tuple[str, ...], function: int = -1
+    ) -> None:
         """Begin a step: record it, and make the moves of the plan that are due."""
-        key = key_of(phase, label, inputs)
         self._keys.append(key)
         self._number += 1
-        self._clocks.append(self._clock())
+        if self._marks is not None:
+            self._clocks.append(self._clock())
         found = self.book.advance(key)
         if found is None:
-            self._leave_the_plan()
+            if self._player is not None or self.manager.follows_plan:
+                self._leave_the_plan()
         else:
             plan, number = found
-            if self._player is None or self._player.plan is not plan:
-                self._player = Player(plan, self._find)
-            self.manager.play(self._player, number)
+            player = self._player
+            if player is None or player.plan is not plan:
+                player = self._player = Player(plan, self._find)
+                if self._leaves:
+                    self._saved = self.book.pages[plan.signature].saved
+                self.manager.play(player, number)
+            elif not player.is_idle(number):
+                self.manager.play(player, number)
         if self._recorder is not None:
             used = self.manager.grown_to(self.manager.marks.used_bytes())
             clock = self._clock()
@@ -318,18 +379,38 @@ class Follower:
         return time.perf_counter() - self._counters.lost_seconds
 
     def _find(self, number: int) -> Storage | None:
-        return self._storages[number]() if number < len(self._storages) else None
+        reference = self._storages.get(number)
+        return None if reference is None else reference()
 
-    def _describe(self, x: Any) -> str:
-        node = getattr(x, "node", None)
-        array = getattr(x, "raw_array", x)  # what is no array gets Chainer's own error
-        dtype, shape = getattr(array, "dtype", None), getattr(array, "shape", ())
-        maker = None if node is None else node._creator_node
-        return describe_input(dtype, shape, self._step_of(maker))
+    def _describe(self, func: Any, inputs: Iterable[Any]) -> tuple[str, tuple[str, ...]]:
+        """Return the key of a function that runs forward, and what describes its inputs."""
+        label = func._impl_name
+        facts = []
+        for x in inputs:
+            if x is None:
+                continue
+            node = getattr(x, "_node", None)  # node and raw_array are properties, a call for each
+            array = x if node is None else x._data[0]  # what is no array gets Chainer's own error
+            maker = None if node is None else node._creator_node
+            dtype, shape = getattr(array, "dtype", None), getattr(array, "shape", ())
+            facts.append((dtype, shape, self._step_of(maker)))
+        known: Any = (label, *facts)
+        try:
+            return self._texts[known]
+        except KeyError:
+            if len(self._texts) >= _MOST_TEXTS:
+                self._texts.clear()
+        except TypeError:  # a shape of what is no array
+            known = None
+        described = tuple(describe_input(*one) for one in facts)
+        found = key_of(FORWARD, label, described), described
+        if known is not None:
+            self._texts[known] = found
+        return found
 
     def _step_of(self, func: Any) -> int:
-        iteration, number = (-1, -1) if func is None else func.__dict__.get(STEP, (-1, -1))
-        return number if iteration == self._iteration else -1
+        step = None if func is None else func.__dict__.get(STEP)
+        return step[1] if step is not None and step[0] == self._iteration else -1
 
 
 def follower_of(manager: SwapManager) -> Follower:

@@ -40,6 +40,7 @@ class Page:
         iterations: How many have followed the plan.
         seconds: How long the last of them took.
         peak_bytes: The most memory that was in use in each.
+        saved: The storages (indexes) that each step saves, in the order in which it does.
     """
 
     def __init__(self, profile: Profile, plan: Plan, demand_seconds: float) -> None:
@@ -49,6 +50,7 @@ class Page:
         self.seconds: deque[float] = deque(maxlen=64)
         self.peak_bytes: deque[int] = deque(maxlen=64)
         self.keys = [step.key for step in profile.steps]
+        self.saved: dict[int, tuple[int, ...]] = {}
         self.pacer = Pacer(plan)
         # The least time of each step, and of all steps of one iteration.
         self._least = list(profile.seconds)
@@ -141,7 +143,7 @@ class PlanBook:
     @property
     def is_settling(self) -> bool:
         """Whether what the next iterations measure is still of use."""
-        return any(page.iterations < _SETTLED for page in self.pages.values())
+        return any(page.iterations < _SETTLED and not page.is_worse for page in self.pages.values())
 
     def wants(self, signature: str) -> bool:
         """Tell whether a graph that has been recorded, and has no plan, is to be planned.
@@ -195,16 +197,17 @@ class PlanBook:
             The plan that fits all steps so far and the step's number in it, or ``None`` if there is none.
         """
         key = step if isinstance(step, str) else step.key
-        self._position += 1
-        self._fitting = [
-            signature
-            for signature in self._fitting
-            if (page := self.pages.get(signature)) is not None
-            and page.keys[self._position : self._position + 1] == [key]
-        ]
-        if not self._fitting:
-            return None
-        return self.pages[self._fitting[0]].plan, self._position
+        position = self._position = self._position + 1
+        fitting = self._fitting
+        for signature in fitting:
+            if not self._fits(signature, position, key):
+                fitting = self._fitting = [s for s in fitting if self._fits(s, position, key)]
+                break
+        return (self.pages[fitting[0]].plan, position) if fitting else None
+
+    def _fits(self, signature: str, position: int, key: str) -> bool:
+        page = self.pages.get(signature)
+        return page is not None and position < len(page.keys) and page.keys[position] == key
 
     def finish(
         self,

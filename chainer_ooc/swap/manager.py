@@ -103,7 +103,8 @@ class SwapManager:
             label: The function that saves it.
         """
         location = self.device.locate(array)
-        if location is None or location.nbytes < max(self.settings().min_bytes, 1):
+        settings = self.settings()
+        if location is None or location.nbytes < max(settings.min_bytes, 1):
             return None
         with self._lock:
             storage = self._mover.find(location.owner)
@@ -115,7 +116,7 @@ class SwapManager:
                 )
                 self._order.save(storage)
                 self._mover.adopt(storage)
-                if self.settings().verify:
+                if settings.verify:
                     verify.begin(self.device, storage)
             layout = Layout(
                 array.dtype,
@@ -271,9 +272,10 @@ class SwapManager:
 
         Its rise while a function runs is what the function takes for itself, whatever goes and comes meanwhile.
         """
-        with self._lock:
-            self._mover.clear_graves()
-            return used - self._mover.moved_bytes()
+        if self._mover.has_dead:
+            with self._lock:
+                self._mover.clear_graves()
+        return used - self._mover.moved_bytes()
 
     def ran(self, label: str, backward: bool, span: Span) -> None:
         """Tell the observers that a function has run, and how much memory is in use now."""
@@ -334,7 +336,8 @@ class SwapManager:
         self.has_been_short = True
         self.device.hold(high)
         with self._lock:
-            self.adopt()
+            if not self.follows_plan or used + nbytes > high:  # a plan need not know what it leaves
+                self.adopt()
             self._mover.clear_graves()
             if used + nbytes > high:
                 self._reclaimer.reclaim(nbytes)

@@ -314,9 +314,14 @@ class Mover:
         if storage.copy is not None or storage.transfer is not None:
             self._graves.append((storage.copy, storage.transfer))
 
+    @property
+    def has_dead(self) -> bool:
+        """Whether there is anything for :meth:`clear_graves` to do."""
+        return bool(self._dead or self._graves)
+
     def clear_graves(self) -> None:
         """Forget the dead; give back the space they left, once nothing reads or writes it any more."""
-        if not (self._dead or self._graves):
+        if not self.has_dead:
             return
         while self._dead:
             if self._recipes:  # what it needed may die with it

@@ -26,6 +26,9 @@ class Player:
     Args:
         plan: The plan.
         find: Returns the storage that has a number in the plan, ``None`` if there is none or it is dead.
+
+    Attributes:
+        moved: The storages (numbers) that do not stay in memory throughout.
     """
 
     def __init__(self, plan: Plan, find: Callable[[int], Storage | None]) -> None:
@@ -38,6 +41,9 @@ class Player:
         self._pass_by: dict[int, list[int]] = {}
         for step, number in plan.pass_by:
             self._pass_by.setdefault(step, []).append(number)
+        moves = (plan.copy_out, plan.copy_in, plan.release, plan.drop, plan.pass_by)
+        self.moved = frozenset(number for due in moves for _, number in due)
+        self._steps = frozenset(step for due in moves for step, _ in due)
         # Those that are held still, or made from what is; those that go out, and are released then.
         self._waiting: list[Storage] = []
         self._staying: list[Storage] = []
@@ -66,6 +72,17 @@ class Player:
                 self._leaving.append(storage)
         if self._come and self._come[0][0] <= step:
             self._begin_in(step, reclaimer, marks.high - self.plan.need_bytes[step])
+
+    def is_idle(self, step: int) -> bool:
+        """Tell whether there is nothing to do before a step, which follows the one that was played last."""
+        return not (
+            step in self._steps
+            or step - 1 in self._pass_by  # what was given up after its use there is not any more
+            or self._leaving
+            or self._waiting
+            or self._staying
+            or (self._come and self._come[0][0] <= step)
+        )
 
     def passing(self, step: int) -> list[Storage]:
         """Return what a step needs only for its re-runs: it is given up as soon as they have read it."""

@@ -22,6 +22,7 @@ from chainer_ooc.planning.plan import Choice
 from chainer_ooc.planning.policies import Planned
 from chainer_ooc.planning.system import System, Tier
 from chainer_ooc.planning.timeline import simulate
+from chainer_ooc.swap import watermarks
 from chainer_ooc.swap.disk import SwapFile
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.testing import assert_same_bits
@@ -368,6 +369,118 @@ def test_once_a_plan_has_settled_nothing_is_measured_any_more(device, monkeypatc
     (page,) = pages().values()
     assert page.iterations >= 16
     assert len(marked) == before > 100
+
+
+def test_nothing_is_recorded_for_a_graph_whose_plan_was_given_up(device, monkeypatch):
+    monkeypatch.setattr(book, "_WORSE", 1.02)
+    marked = []
+    mark = device.device.mark
+    monkeypatch.setattr(device.device, "mark", lambda: marked.append(1) or mark())
+    with chainer_ooc.out_of_core_mode(limit=OTHER + 700 * KIB, min_bytes=1):
+        training = Training()
+        for _ in range(4):
+            training.step()
+        (page,) = pages().values()
+        page.demand_seconds = 0.0
+        for _ in range(6):
+            training.step()
+        before = len(marked)
+        training.step()
+    assert page.is_worse
+    assert len(marked) == before > 100
+
+
+def keeping_all(monkeypatch, program):
+    """Run a program on stock Chainer and by plans that leave everything in memory; compare the bits.
+
+    Memory is past the low-water mark, far below the limit. After eight iterations what a plan leaves is not saved.
+    """
+    monkeypatch.setattr(watermarks, "LOW_WATER", 0.05)
+    expected = program(Training())
+    with chainer_ooc.out_of_core_mode(limit=4 * OTHER, min_bytes=1):
+        actual = program(Training())
+    assert_same_bits(actual, expected)
+
+
+def saved_at_the_loss(training):
+    """Train one step; return its loss, and how many storages there are before backward."""
+    x, t = training.batch()
+    loss = F.softmax_cross_entropy(training.net(x), t)
+    count = len(mode._managers["ram"].storages())
+    training.net.cleargrads()
+    loss.backward()
+    training.optimizer.update()
+    return loss.array.copy(), count
+
+
+def test_what_a_plan_leaves_in_memory_is_not_saved(device, monkeypatch):
+    counts = []
+
+    def program(training):
+        losses = []
+        for _ in range(10):
+            loss, count = saved_at_the_loss(training)
+            losses.append(loss)
+            counts.append(count)
+        return losses + training.state()
+
+    keeping_all(monkeypatch, program)
+    counts = counts[10:]  # those before are of stock Chainer
+    assert min(counts[:6]) > 20
+    assert counts[6:] == [0] * 4
+    (page,) = pages().values()
+    assert page.iterations >= 7
+    assert not page.plan.copy_out
+
+
+@pytest.mark.parametrize("when", ["before backward", "in backward", "after it, and again"])
+def test_what_a_plan_left_moves_when_memory_gets_short(device, monkeypatch, when):
+    """It is saved only then, and what backward has used already counts as used."""
+    moved = []
+
+    def get_short(training):
+        manager = mode._managers["ram"]
+        if not chainer_ooc.is_enabled():
+            return
+        before = manager.counters.bytes_out
+        manager.make_room(5 * OTHER)
+        moved.append(manager.counters.bytes_out - before)
+
+    class GetsShort(chainer.FunctionHook):
+        name = "gets short"
+
+        def __init__(self, training):
+            self.training = training
+            self.left = 5
+
+        def backward_preprocess(self, function, inputs, gradients):
+            self.left -= 1
+            if not self.left:
+                get_short(self.training)
+
+    def program(training):
+        results = [training.step() for _ in range(8)]
+        x, t = training.batch()
+        loss = F.softmax_cross_entropy(training.net(x), t)
+        training.net.cleargrads()
+        if when == "before backward":
+            get_short(training)
+            loss.backward()
+        elif when == "in backward":
+            with GetsShort(training):
+                loss.backward()
+        else:
+            loss.backward(retain_grad=True)
+            get_short(training)
+            loss.backward()
+        training.optimizer.update()
+        results += [loss.array.copy(), *training.state()]
+        del loss
+        results += [training.step() for _ in range(3)]
+        return results + training.state()
+
+    keeping_all(monkeypatch, program)
+    assert moved[-1] > 100 * KIB
 
 
 def test_what_comes_late_begins_earlier_the_next_time(device, monkeypatch):
