@@ -111,6 +111,7 @@ def test_who_is_asked_may_allocate(asked):
 
 
 def test_the_peak_is_that_of_what_was_granted_with_nobody_asked(asked):
+    native.allocator.take_peak()  # of others
     np.empty(MIB, np.uint8)
     assert native.allocator.take_peak() == 0
     native.allocator.set_level(1 << 62)
@@ -263,7 +264,7 @@ def test_an_error_that_numpy_did_not_pass_on_is_forgotten(asked):
 
 
 def test_numpys_own_memory_error_is_numpys(asked):
-    with pytest.raises(MemoryError, match="Unable to allocate 32.0 PiB"):
+    with pytest.raises(MemoryError, match="Unable to allocate 32"):
         np.empty(1 << 55, np.uint8)
 
 
@@ -303,7 +304,7 @@ y = F.tanh(F.exp(x))
     "program",
     [
         "np.minimum(np.ones((64, 1024), 'f'), {}['k'])",
-        "F.softmax_cross_entropy(F.exp(x), np.full(64, 5000, 'i'), enable_double_backprop=True)",
+        "F.softmax_cross_entropy(F.exp(x), np.zeros((64, 7), 'i'))",
         "np.tensordot(np.ones((64, 1024), 'f') + 1, np.ones((3, 1024), 'f') * 2, 1)",
         "with np.errstate(all='raise'): np.ones((64, 1024), 'f') / np.zeros((64, 1024), 'f')",
         "with np.errstate(all='raise'): F.log(F.exp(x) * 0)",
