@@ -406,6 +406,8 @@ class SwapManager:
                     self._reclaimer.give_up(needed)
 
     def _run_again(self, storage: Storage, recipe: Recipe) -> None:
+        if native.allocator is None and not self.device.asks_for_room:
+            self._reclaimer.reclaim(storage.nbytes)  # what it allocates does not ask
         arrays = [self.read(saved, trusted=True) for saved in recipe.inputs]
         start, waited = time.perf_counter(), self.counters.waited_seconds
         self._is_remaking = True  # what is allocated for it asks for room, as in any function

@@ -24,7 +24,10 @@ _CGROUP = "/sys/fs/cgroup"
 
 
 class ResidentMemory:
-    """Reads this process's resident memory (RSS) in about a microsecond."""
+    """Reads this process's resident memory (RSS) in about a microsecond, its peak in ten."""
+
+    #: The highest peak before it was reset (bytes), and in which process.
+    _before_reset = (0, 0)
 
     def __init__(self) -> None:
         self._pid, self._fd = 0, -1
@@ -40,14 +43,31 @@ class ResidentMemory:
             )
         return int(os.pread(self._fd, 128, 0).split()[1]) * _PAGE
 
+    @classmethod
+    def peak_bytes(cls) -> int:
+        """Return the most that it has been since the process began (bytes)."""
+        pid, before = cls._before_reset
+        now = cls.peak_since_reset()
+        return max(before, now) if pid == os.getpid() else now
+
     @staticmethod
-    def peak_bytes() -> int:
-        """Return the most that it has been since the process began (bytes), the kernel's ``VmHWM``."""
-        with open("/proc/self/status") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) << 10
-        return 0
+    def peak_since_reset() -> int:
+        """Return the most that it has been since :meth:`reset_peak` (bytes), the kernel's ``VmHWM``."""
+        with open("/proc/self/status", "rb", buffering=0) as file:
+            status = file.read(8192)
+        start = status.find(b"VmHWM:")
+        return int(status[start + 6 : status.index(b"kB", start)]) << 10 if start >= 0 else 0
+
+    @classmethod
+    def reset_peak(cls) -> bool:
+        """Let the kernel begin its peak anew from here. Return whether it does that."""
+        cls._before_reset = os.getpid(), cls.peak_bytes()
+        try:
+            with open("/proc/self/clear_refs", "wb", buffering=0) as file:
+                file.write(b"5")
+        except OSError:
+            return False
+        return True
 
 
 def physical_bytes() -> int:
