@@ -52,9 +52,10 @@ def leaks() -> list[str]:
             "bytes of arrays in the pool": _pool_bytes(device.pages),
         }
         found += [f"{name}: {value}" for name, value in facts.items() if value]
-    facts = {"a function runs": mode.local.running, "an error": mode.local.error}
-    facts["modes"] = mode.local.stack or None
-    found += [f"{name}: {value!r}" for name, value in facts.items() if value is not None]
+    if mode.local.running is not None:
+        found.append(f"{mode.local.running[0].label} still runs")
+    if mode.local.stack:
+        found.append(f"modes: {len(mode.local.stack)}")
     return found
 
 

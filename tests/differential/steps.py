@@ -557,7 +557,8 @@ def recursion(names: Names) -> str:
     return (
         "old = sys.getrecursionlimit(); sys.setrecursionlimit(260)\n"
         f"try:\n    recurse({function}, chainer.Variable(rand((40, 64))), 999)\n"
-        f"finally:\n    sys.setrecursionlimit(old)"
+        "except RecursionError:\n    see('too deep')\n"
+        "finally:\n    sys.setrecursionlimit(old)"
     )
 
 

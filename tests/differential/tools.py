@@ -354,6 +354,7 @@ def interrupt(
         raise error("interrupted")
 
     which, number = _TIMERS[timer]
+    config = dict(vars(chainer.config._local))
     for delay in delays:
         fired.clear()
         old = signal.signal(number, handler)
@@ -370,6 +371,9 @@ def interrupt(
             signal.setitimer(which, 0)
             signal.signal(number, old)
         see(outcome)
+        # Chainer's own contexts may leave their settings behind when they are interrupted.
+        vars(chainer.config._local).clear()
+        vars(chainer.config._local).update(config)
     np.random.seed(0)
 
 

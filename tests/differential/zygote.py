@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 import chainer_ooc
+from chainer_ooc.errors import OutOfMemoryError
 from tests.differential import engine, tools
 
 MIB = 1 << 20
@@ -99,7 +100,7 @@ class Modes:
         try:
             with chainer_ooc.out_of_core_mode(strict=True, **self._resolved(settings)):
                 return function()
-        except chainer_ooc.OutOfMemoryError as error:
+        except OutOfMemoryError as error:
             if " more, and " not in str(error):
                 raise
         with chainer_ooc.out_of_core_mode(False):
