@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap.devices.ram.numpy_allocator import AllocatorHook
+from chainer_ooc.swap import native
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.observing import Observer
@@ -39,6 +39,7 @@ __all__ = [
 _ANNOUNCED = 1 << 20
 #: NumPy arrays of this size (bytes) and more lie in pages that are used again, while memory may get short.
 _POOLED = 64 << 10
+_UNLIMITED = (1 << 63) - 1
 
 _OFF = object()
 _ON_CPU: frozenset[type] = frozenset({np.ndarray})
@@ -52,8 +53,10 @@ class _Local(threading.local):
         self.running: Any = None  # the function of the graph that runs, and its inputs
         self.trusted = False  # the code that runs now leaves the arrays it reads as they are
         self.hooked = False
-        self.error: BaseException | None = None
         self.peak = 0  # the highest SwapManager.grown_to() while the function ran (bytes)
+        self.uninterrupted = (
+            native.EngineLock()
+        )  # no signal handler runs in the main thread that has it
 
 
 local = _Local()
@@ -62,7 +65,7 @@ _enabled: Settings | None = None
 _last = Settings()
 _managers: dict[Any, SwapManager] = {}
 _lock = threading.RLock()
-_hook: AllocatorHook | None = None
+_announces = False  # NumPy's allocations ask _before_allocation
 _traces: dict[str, Trace] = {}
 _gpus: Gpus | None = None
 
@@ -90,6 +93,7 @@ def enable(**given: Any) -> None:
     settings = Settings.resolve(given)
     _prepare(settings)
     _enabled = settings
+    _void_levels()
     _write_traces()
 
 
@@ -97,6 +101,7 @@ def disable() -> None:
     """Turn it off. What was saved until then is restored when it is read, as before."""
     global _enabled
     _enabled = None
+    _void_levels()
     _unhook_allocations()
     _keep_no_free_memory()  # nor for other threads
     if _gpus is not None:
@@ -112,10 +117,12 @@ def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
         entry = Settings.resolve(given, current())
         _prepare(entry)
     local.stack.append(entry)
+    _void_levels()
     try:
         yield
     finally:
         _leave(entry)
+        _void_levels()
         if current() is None:
             _unhook_allocations()
         if _gpus is not None:
@@ -236,21 +243,23 @@ def managers() -> list[SwapManager]:
 
 def hook_allocations() -> None:
     """Have the calling thread's large NumPy allocations announced to the manager from now on."""
-    global _hook
-    if not local.hooked:
-        with _lock:
-            if _hook is None:
-                device = _managers["ram"].device
-                pool = device.keep_pages() if isinstance(device, RamDevice) else None
-                _hook = AllocatorHook(_before_allocation, _ANNOUNCED, pool, _POOLED)
-        _hook.install()
-        local.hooked = True
+    global _announces
+    if local.hooked or native.allocator is None:
+        return
+    with _lock:
+        if not _announces:
+            device = _managers["ram"].device
+            pool = device.keep_pages() if isinstance(device, RamDevice) else None
+            native.allocator.configure(_before_allocation, _ANNOUNCED, pool, _POOLED)
+            _announces = True
+    native.allocator.install()
+    local.hooked = True
 
 
 def _unhook_allocations() -> None:
     """Announce the calling thread's no more, and keep no free memory for them."""
-    if local.hooked and _hook is not None:
-        _hook.uninstall()
+    if local.hooked:
+        native.allocator.uninstall()
         _keep_no_free_memory()
     local.hooked = False
 
@@ -260,37 +269,57 @@ def _keep_no_free_memory() -> None:
         manager.device.hold(0)
 
 
-def _before_allocation(nbytes: int) -> bool:
-    """Make room for an allocation. Called by NumPy: an error is kept, and raised by the function that runs."""
+def _void_levels() -> None:
+    """Have the next allocation of each thread ask for room: other settings may be in force."""
+    if native.allocator is not None:
+        native.allocator.ask_again()
+
+
+def begin_peak(manager: SwapManager) -> None:
+    """Begin to take note of the most memory that a function takes; ``manager`` is its device's."""
+    if local.hooked and manager is _managers.get("ram"):
+        native.allocator.set_moved_bytes(manager.moved_bytes())
+        native.allocator.take_peak()
+
+
+def end_peak() -> None:
+    """Take note of what the allocations have taken that were granted with nobody asked."""
+    if local.hooked:
+        local.peak = max(local.peak, native.allocator.take_peak())
+
+
+def _before_allocation(nbytes: int) -> None:
+    """Make room for an allocation of a NumPy array.
+
+    Raises:
+        OutOfMemoryError: If there is none, and the mode is ``strict``.
+        SwapSpaceError: If there is no more space outside.
+    """
     if current() is None:
-        return True
+        native.allocator.set_level(_UNLIMITED)
+        return
     manager = _managers["ram"]
     if manager.busy:
-        return True
-    try:
-        manager.make_room(nbytes)
-        used = manager.marks.last_used + nbytes
-        local.peak = max(local.peak, manager.grown_to(used))
-        if used > manager.limit:
-            from chainer_ooc.graph.backprop import describe
+        return
+    manager.make_room(nbytes)
+    used = manager.marks.last_used + nbytes
+    local.peak = max(local.peak, manager.grown_to(used))
+    if used > manager.limit:
+        from chainer_ooc.graph.backprop import describe
 
-            error = manager.shortage(nbytes, describe(local.running))
-            if error is not None:
-                raise error
-    except BaseException as error:
-        # Between functions nobody would turn NumPy's MemoryError into this one.
-        if local.running is not None:
-            local.error = error
-            return False
-    return True
+        error = manager.shortage(nbytes, describe(local.running))
+        if error is not None:
+            raise error
+    native.allocator.set_moved_bytes(manager.moved_bytes())
+    native.allocator.set_level(manager.granted_bytes())
 
 
 def _after_fork() -> None:
     """A child begins with out-of-core mode off, with no threads, and lets its parent's file alone."""
-    global _enabled, _managers, _lock, _hook, _gpus
-    if _hook is not None:
-        _hook.uninstall()
-    _enabled = None
+    global _enabled, _managers, _lock, _announces, _gpus
+    if local.hooked:
+        native.allocator.uninstall()
+    _enabled, _announces = None, False
     for manager in _managers.values():
         manager.after_fork()
     if _gpus is not None:

@@ -216,23 +216,20 @@ def _after(manager: SwapManager, settings: Settings) -> None:
 
 
 def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
-    """Call a function of the graph; turn a failed allocation into the error that says why."""
+    """Call a function of the graph; take note of what it takes for itself, and how long."""
     local = mode.local
     outer, local.running = local.running, (func, inputs)
     start, begun = 0, 0.0
     if outer is None:  # a function inside another one takes part in what that takes
         local.peak = start = manager.grown_to(manager.marks.last_used)
+        mode.begin_peak(manager)
         begun = time.perf_counter() if mode.observers else 0.0
     try:
         return call(*args)
-    except MemoryError as error:
-        reason, local.error = local.error, None
-        if reason is None:
-            raise
-        raise reason from error
     finally:
         local.running = outer
         if outer is None:
+            mode.end_peak()
             manager.marks.note_growth(local.peak - start)
         if begun:
             manager.ran(func.label, call is not _stock["apply"], (begun, time.perf_counter()))
@@ -271,7 +268,8 @@ def adopt() -> None:
             return
         func = reference()
         if func is not None and func.inputs is not None and _RECORD not in func.__dict__:
-            _save(func, *how)
+            with mode.local.uninterrupted:  # all that it keeps is saved, or nothing
+                _save(func, *how)
 
 
 def _recomputes(manager: SwapManager, settings: Settings) -> bool:

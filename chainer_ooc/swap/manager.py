@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 import warnings
 import weakref
@@ -12,7 +11,7 @@ from typing import Any
 
 from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import verify
+from chainer_ooc.swap import native, verify
 from chainer_ooc.swap.devices.base import Device
 from chainer_ooc.swap.mover import Counters, Mover
 from chainer_ooc.swap.observing import Observer, Span
@@ -70,7 +69,7 @@ class SwapManager:
         self._mover = self._mover_type(device, self.reclaim, self._observers)
         self._reclaimer = Reclaimer(self._mover, self.marks)
         self._order = UseOrder()
-        self._lock = threading.RLock()
+        self._lock = native.EngineLock()
         self._sequence = 0
         self._has_warned = self._is_remaking = False
         self.has_been_short = False
@@ -91,7 +90,7 @@ class SwapManager:
     @property
     def busy(self) -> bool:
         """Whether the calling thread is inside one of these methods, but not in what a recipe runs."""
-        return self._lock._is_owned() and not self._is_remaking  # type: ignore[attr-defined]
+        return bool(self._lock._is_owned()) and not self._is_remaking
 
     # What the graph asks.
 
@@ -274,6 +273,17 @@ class SwapManager:
         with self._lock:
             self._mover.clear_graves()
             return used - self._mover.moved_bytes()
+
+    def moved_bytes(self) -> int:
+        """Return by how much moves have changed the memory in use since the manager was made (bytes)."""
+        return self._mover.moved_bytes()
+
+    def granted_bytes(self) -> int:
+        """Return up to which memory in use allocations may be made with nobody asked (bytes)."""
+        if self._observers:  # they are told of each
+            return 0
+        _, high, low = self.marks.levels()
+        return high if self.has_been_short and not self._is_between_graphs() else low
 
     def ran(self, label: str, backward: bool, span: Span) -> None:
         """Tell the observers that a function has run, and how much memory is in use now."""
@@ -464,12 +474,14 @@ class SwapManager:
 
     def after_fork(self) -> None:
         """In a forked child: what the parent saved can be read, and nothing of the parent's is touched."""
-        self._lock = threading.RLock()
+        self._lock = native.EngineLock()
         self.device.after_fork()
 
     def bury(self, storage: Storage) -> None:
         """Forget a dying storage. Called at any time in any thread, even inside these methods."""
         self._mover.bury(storage)
+        if native.allocator is not None and not self._mover.has_living:
+            native.allocator.ask_again()  # between two graphs less is granted
 
     def settle(self) -> None:
         """Wait for all that is under way and give back the space of all that died."""

@@ -108,6 +108,7 @@ class Mover:
         self.nbytes = dict.fromkeys(State, 0)
         # Dead storages, and what they left: filled at any time by any thread.
         self._dead: deque[tuple[State, int, int, Forward]] = deque()
+        self._known = 0  # how many live, or are dead and not forgotten yet
         self._graves: deque[tuple[Copy | None, Transfer | None]] = deque()
         self._recipes: deque[Recipe] = deque()
 
@@ -143,6 +144,12 @@ class Mover:
         self._by_owner[id(storage.owner)] = reference
         self._members[storage.state][storage.sequence] = reference
         self.nbytes[storage.state] += storage.nbytes
+        self._known += 1
+
+    @property
+    def has_living(self) -> bool:
+        """Whether a storage lives. Asked at any time in any thread."""
+        return self._known > len(self._dead)
 
     def members(self, *states: State, newest_first: bool = False) -> Iterator[Storage]:
         """Return the storages that are in one of the states now, in the order of saving."""
@@ -324,6 +331,7 @@ class Mover:
                 continue
             state, number, nbytes, forward = self._dead.popleft()
             forward.living -= 1
+            self._known -= 1
             del self._members[state][number]
             self.nbytes[state] -= nbytes
             # Had nothing moved, it would free its memory now.

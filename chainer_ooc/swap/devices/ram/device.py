@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import time
@@ -14,11 +13,10 @@ import numpy as np
 import psutil
 import xxhash
 
-from chainer_ooc.swap import process_memory
+from chainer_ooc.swap import native, process_memory
 from chainer_ooc.swap.devices.base import Location
 from chainer_ooc.swap.devices.copy_threads import CopyThreads
 from chainer_ooc.swap.devices.file_copies import FileCopy, FileTransfer
-from chainer_ooc.swap.devices.ram.page_pool import PagePool
 from chainer_ooc.swap.devices.signs import SignCopy, SignTransfer
 from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
 from chainer_ooc.swap.observing import Span
@@ -32,8 +30,6 @@ THREADS = 4
 #: Freed arrays of this size (bytes) and more go back to the system at once, when memory has become short.
 #: NumPy asks for huge pages from this size on, so that taking them again is cheap.
 RETURNED = 4 << 20
-#: As often as this resident memory is looked at while free pages are kept (seconds).
-GUARDED = 0.01
 
 
 class _Patience:
@@ -67,7 +63,7 @@ class RamDevice:
     Attributes:
         file: The swap file.
         skips_zeros: What is written next leaves out zeros.
-        pages: Where large arrays are allocated, once memory may get short.
+        pages: The PagePool in which large arrays lie, once memory may get short.
     """
 
     name = "RAM"
@@ -77,13 +73,12 @@ class RamDevice:
     def __init__(self, directory: str) -> None:
         self.file = SwapFile(directory)
         self.skips_zeros = False
-        self.pages: PagePool | None = None
+        self.pages: Any = None
         self._resident = process_memory.ResidentMemory()
         self._threads: CopyThreads | None = None
         self._lock = threading.Lock()
         self._memory_is_short = False
-        self._ceiling = 0
-        self._is_guarded = False
+        self._cached_limit = 0
         # Copies in, and how many bytes of what they fill the system does not count before.
         self._arriving: dict[int, tuple[FileTransfer, int]] = {}
         self._ordinary, self._desperate = _Patience(), _Patience()
@@ -133,13 +128,14 @@ class RamDevice:
             copy.fill(_elements(owner, origin, nbytes, copy.dtype))
             return owner, origin, SignTransfer(copy)
         address = _address(owner)
-        pooled = self.pages is not None and address in self.pages.addresses
-        untouched = self.pages.untouched_bytes(address) if self.pages and pooled else nbytes
+        pooled = self.pages is not None and address in self.pages
+        untouched = self.pages.untouched_bytes(address) if pooled else nbytes
         memory = _bytes_of(owner)[origin : origin + nbytes]
         transfer = self._start(copy, copy.read(memory))
-        self._arriving_bytes()  # forgets those that have ended
         if untouched:
             self._arriving[id(transfer)] = transfer, untouched
+        if self._arriving:
+            self._arriving_bytes()  # forgets those that have ended
         return owner, origin, transfer
 
     def adopt(
@@ -174,59 +170,37 @@ class RamDevice:
         Those wait for the next allocation, and are given back to the system as far as they are too many: see
         :meth:`hold`.
         """
-        pages, read = self.pages, self._resident.bytes
-        resident, warm = (read(), 0) if pages is None else pages.look(read)
-        if self._arriving:  # the system counts their pages when they are filled
-            resident += self._arriving_bytes()
-        if pages is not None and warm and resident > self._ceiling:
-            pages.give_back(resident - self._ceiling)
-        return resident - warm
+        arriving = self._arriving_bytes() if self._arriving else 0
+        if self.pages is None:
+            return self._resident.bytes() + arriving
+        return int(self.pages.used_bytes())
 
     def _arriving_bytes(self) -> int:
+        """Return the bytes that copies in are about to fill: the system counts their pages when they have."""
         total = 0
         for key, (transfer, nbytes) in list(self._arriving.items()):  # other threads add to it
             if transfer.done():
                 self._arriving.pop(key, None)
             else:
                 total += nbytes
+        if self.pages is not None:
+            self.pages.set_arriving_bytes(total)
         return total
 
     def hold(self, nbytes: int) -> None:
         """Keep free pages for the next allocation as long as resident memory is below ``nbytes``."""
-        if self.pages is not None and self.pages.keeps is not (nbytes > 0):
-            self.pages.keep(nbytes > 0)
-        if nbytes != self._ceiling:
-            self._ceiling = nbytes
-            self._begin_to_guard()
+        if nbytes != self._cached_limit:
+            self._cached_limit = nbytes
+            if self.pages is not None:
+                self.pages.set_cached_limit(nbytes)
 
-    def keep_pages(self) -> PagePool | None:
+    def keep_pages(self) -> Any:
         """Return where large arrays are to be allocated from now on, ``None`` if that cannot be had."""
         if self.pages is None:
-            with contextlib.suppress(MemoryError):
-                self.pages = PagePool(4 * psutil.virtual_memory().total)
-        self._begin_to_guard()
+            self.pages = _pool_of_process()
+            if self.pages is not None:
+                self.pages.set_cached_limit(self._cached_limit)
         return self.pages
-
-    def _begin_to_guard(self) -> None:
-        with self._lock:
-            if self.pages is not None and self._ceiling > 0 and not self._is_guarded:
-                self._is_guarded = True
-                arguments = self.pages, self._resident
-                threading.Thread(
-                    target=self._guard, args=arguments, name="chainer_ooc-pages", daemon=True
-                ).start()
-
-    def _guard(self, pages: PagePool, memory: process_memory.ResidentMemory) -> None:
-        """Give free pages back as memory grows that nobody announces: snapshots, decoders, imports."""
-        while True:
-            time.sleep(GUARDED)
-            with self._lock:
-                if self.pages is not pages or self._ceiling <= 0:
-                    self._is_guarded = False
-                    return
-            excess = memory.bytes() - self._ceiling
-            if excess > 0 and pages.warm_bytes:
-                pages.give_back(excess)
 
     def peak_bytes(self) -> int:
         """Return the highest resident memory since the process began (bytes)."""
@@ -289,8 +263,7 @@ class RamDevice:
 
     def after_fork(self) -> None:
         """Start with no threads and with a file of one's own."""
-        self._threads, self._lock, self.pages = None, threading.Lock(), None
-        self._is_guarded, self._arriving = False, {}
+        self._threads, self._lock, self._arriving = None, threading.Lock(), {}
         self.file.after_fork()
         self.file = SwapFile(self.file.directory)
 
@@ -311,6 +284,18 @@ class RamDevice:
             for job in jobs:
                 self._threads.submit(functools.partial(transfer.run, job))
         return transfer
+
+
+@functools.cache
+def _pool_of_process() -> Any:
+    """Return the one PagePool of this process, ``None`` without the extension or where address space is limited.
+
+    Arrays in it may outlive the device. A forked child has a copy of it.
+    """
+    try:
+        return native.allocator and native.allocator.PagePool(4 * psutil.virtual_memory().total)
+    except MemoryError:
+        return None
 
 
 def _empty(nbytes: int, phase: int) -> tuple[np.ndarray, int]:

@@ -1,0 +1,17 @@
+/* What the C files of this module share. */
+#ifndef CHAINER_OOC_ALLOCATOR_H
+#define CHAINER_OOC_ALLOCATOR_H
+
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030b0000
+#endif
+#include <Python.h>
+
+/* engine_lock.c: signal handlers of Python do not run in the calling thread between these two, if it is the main one.
+   They nest. */
+void hold_signals(void);
+void let_signals(void);
+/* Adds the type EngineLock to a module. Returns -1 with an exception set if it fails. */
+int add_engine_lock(PyObject *module);
+
+#endif

@@ -1,0 +1,225 @@
+/* EngineLock: the recursive lock of an engine whose work no signal handler interrupts half-way.
+
+   Python runs the handler of a signal (Ctrl-C, say) in the main thread between two bytecodes, wherever that may be,
+   and what the handler raises aborts whatever runs there. A storage whose state has changed and whose bytes have not
+   would be lost. So while the main thread has this lock, signals that Python would handle are only noted; when it
+   lets go of the lock they are delivered, and the handler runs where the program computes, as it would have.
+
+   For that our function is put in front of Python's own at the level of C (sigaction). Nothing that Python shows
+   changes: signal.getsignal() is the program's handler. Handlers that the program sets later are followed: the
+   process's actions are looked at when the lock is taken, at most once in a millisecond. */
+
+#include "allocator.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <string.h>
+#include <time.h>
+
+#define LOOK_PERIOD 1000000 /* nanoseconds */
+
+typedef void (*handler)(int);
+
+static pthread_t main_thread;
+static volatile sig_atomic_t depth; /* of the main thread alone */
+static volatile sig_atomic_t noted[NSIG], any_noted;
+static handler pythons; /* function of C that notes a signal for Python; NULL: not known yet */
+
+static void note_signal(int number)
+{
+    if (depth) {
+        noted[number] = 1;
+        any_noted = 1;
+    } else {
+        pythons(number);
+    }
+}
+
+/* Finds out which function Python has for signals that it handles: that of a signal for which it has just been set.
+   In the main thread. Returns -1 with an exception set if a handler has raised one meanwhile. */
+static int find_pythons(void)
+{
+    PyObject *signals = PyImport_ImportModule("signal");
+    PyObject *before = signals ? PyObject_CallMethod(signals, "getsignal", "i", SIGRTMAX) : NULL;
+    PyObject *any = before ? PyObject_GetAttrString(signals, "default_int_handler") : NULL;
+    if (any && before != Py_None) {
+        PyObject *set = PyObject_CallMethod(signals, "signal", "iO", SIGRTMAX, any);
+        struct sigaction action;
+        if (set && !sigaction(SIGRTMAX, NULL, &action)) {
+            pythons = action.sa_handler;
+            PyObject *reset = PyObject_CallMethod(signals, "signal", "iO", SIGRTMAX, before);
+            Py_XDECREF(reset);
+        }
+        Py_XDECREF(set);
+    }
+    Py_XDECREF(any);
+    Py_XDECREF(before);
+    Py_XDECREF(signals);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static void follow_handlers(void)
+{
+    static struct timespec last;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (last.tv_sec && (now.tv_sec - last.tv_sec) * 1000000000 + now.tv_nsec - last.tv_nsec < LOOK_PERIOD)
+        return;
+    last = now;
+    if (!pythons)
+        return;
+    for (int number = 1; number < NSIG; number++) {
+        struct sigaction action;
+        if (!sigaction(number, NULL, &action) && action.sa_handler == pythons) {
+            action.sa_handler = note_signal;
+            sigaction(number, &action, NULL);
+        }
+    }
+}
+
+void hold_signals(void)
+{
+    if (!pthread_equal(pthread_self(), main_thread))
+        return;
+    if (!depth)
+        follow_handlers();
+    depth++;
+}
+
+void let_signals(void)
+{
+    if (!pthread_equal(pthread_self(), main_thread) || --depth || !any_noted)
+        return;
+    any_noted = 0;
+    for (int number = 1; number < NSIG; number++)
+        if (noted[number]) {
+            noted[number] = 0;
+            pythons(number);
+        }
+}
+
+static void after_fork_in_child(void)
+{
+    if (!pthread_equal(pthread_self(), main_thread)) {
+        main_thread = pthread_self(); /* as it is for Python */
+        depth = 0;
+    }
+}
+
+typedef struct {
+    PyObject_HEAD
+    pthread_mutex_t mutex;
+    pthread_t owner;
+    unsigned count; /* how often its owner has taken it; 0: nobody has it */
+} EngineLock;
+
+static bool is_owned(EngineLock *self)
+{
+    return __atomic_load_n(&self->count, __ATOMIC_RELAXED) && pthread_equal(self->owner, pthread_self());
+}
+
+static PyObject *lock_enter(PyObject *object, PyObject *unused)
+{
+    EngineLock *self = (EngineLock *)object;
+    (void)unused;
+    if (!pythons && pthread_equal(pthread_self(), main_thread) && find_pythons() < 0)
+        return NULL;
+    if (!is_owned(self)) {
+        if (pthread_mutex_trylock(&self->mutex)) {
+            Py_BEGIN_ALLOW_THREADS
+            pthread_mutex_lock(&self->mutex);
+            Py_END_ALLOW_THREADS
+        }
+        self->owner = pthread_self();
+    }
+    self->count++;
+    hold_signals();
+    /* A signal that came before is handled now, with nothing begun. */
+    if (self->count == 1 && PyErr_CheckSignals() < 0) {
+        self->count = 0;
+        pthread_mutex_unlock(&self->mutex);
+        let_signals();
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *lock_exit(PyObject *object, PyObject *unused)
+{
+    EngineLock *self = (EngineLock *)object;
+    (void)unused;
+    if (!is_owned(self)) {
+        PyErr_SetString(PyExc_RuntimeError, "cannot release an EngineLock that another thread has");
+        return NULL;
+    }
+    if (!--self->count)
+        pthread_mutex_unlock(&self->mutex);
+    let_signals();
+    Py_RETURN_NONE;
+}
+
+static PyObject *lock_is_owned(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(is_owned((EngineLock *)object));
+}
+
+static int lock_init(PyObject *object, PyObject *args, PyObject *keywords)
+{
+    if (PyTuple_Size(args) || (keywords && PyDict_Size(keywords))) {
+        PyErr_SetString(PyExc_TypeError, "EngineLock() takes no arguments");
+        return -1;
+    }
+    pthread_mutex_init(&((EngineLock *)object)->mutex, NULL);
+    return 0;
+}
+
+static void lock_dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    pthread_mutex_destroy(&((EngineLock *)object)->mutex);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static PyMethodDef lock_methods[] = {
+    {"__enter__", lock_enter, METH_NOARGS, "Take the lock; wait until no other thread has it."},
+    {"__exit__", lock_exit, METH_VARARGS, "Let go of the lock. Signals that came meanwhile are delivered."},
+    {"_is_owned", lock_is_owned, METH_NOARGS, "Return whether the calling thread has the lock."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot lock_slots[] = {
+    {Py_tp_doc, "A recursive lock for a `with`; no signal handler of Python runs in a main thread that has it."},
+    {Py_tp_init, lock_init},
+    {Py_tp_dealloc, lock_dealloc},
+    {Py_tp_methods, lock_methods},
+    {0, NULL},
+};
+
+static PyType_Spec lock_spec = {
+    "chainer_ooc.swap.devices.ram._allocator.EngineLock", sizeof(EngineLock), 0, Py_TPFLAGS_DEFAULT, lock_slots,
+};
+
+int add_engine_lock(PyObject *module)
+{
+    PyObject *threading = PyImport_ImportModule("threading");
+    PyObject *thread = threading ? PyObject_CallMethod(threading, "main_thread", NULL) : NULL;
+    PyObject *ident = thread ? PyObject_GetAttrString(thread, "ident") : NULL;
+    unsigned long number = ident ? PyLong_AsUnsignedLong(ident) : 0; /* a pthread_t */
+    Py_XDECREF(ident);
+    Py_XDECREF(thread);
+    Py_XDECREF(threading);
+    if (PyErr_Occurred())
+        return -1;
+    main_thread = (pthread_t)number;
+    pthread_atfork(NULL, NULL, after_fork_in_child);
+    PyObject *type = PyType_FromSpec(&lock_spec);
+    if (!type)
+        return -1;
+    int failed = PyModule_AddObjectRef(module, "EngineLock", type);
+    Py_DECREF(type);
+    return failed;
+}
