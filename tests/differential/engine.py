@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import psutil
 
 from chainer_ooc import mode
 
 __all__ = ["be_quiet", "leaks", "prepare", "resident_bytes"]
-
-#: The names of the modules that have NumPy's C functions.
-multiarray = getattr(np, "_core", None) or np.core
-
 
 def prepare(contender: str, constants: dict[str, int]) -> None:
     """Prepare out-of-core mode before it is turned on.
@@ -49,7 +44,6 @@ def leaks() -> list[str]:
             "owners": len(mover._by_owner),
             "bytes in the swap file": device.file.allocated,
             "locked": manager._lock._is_owned(),
-            "bytes of arrays in the pool": _pool_bytes(device.pages),
         }
         found += [f"{name}: {value}" for name, value in facts.items() if value]
     if mode.local.running is not None:
@@ -57,11 +51,3 @@ def leaks() -> list[str]:
     if mode.local.stack:
         found.append(f"modes: {len(mode.local.stack)}")
     return found
-
-
-def _pool_bytes(pages: Any) -> int:
-    """Return the bytes of the pool's blocks in use."""
-    if pages is None:
-        return 0
-    freed = {a for found in pages._as_freed.values() for a in found} | set(pages._freed_untouched)
-    return sum(size for address, size in pages._sizes.items() if address not in freed)

@@ -129,6 +129,7 @@ def run(request: dict[str, Any]) -> None:
     names.update({name: getattr(tools, name) for name in tools.__all__})
     for name in ("enable", "disable", "mode", "strictly"):
         names[name] = getattr(modes, name)
+    given = set(names)
     np.random.seed(0)
     if is_on:
         engine.prepare(contender, program["constants"])
@@ -155,17 +156,17 @@ def run(request: dict[str, Any]) -> None:
             del caught
         note([list(tools.seen), error])
     leaks = None
+    gc.collect()
     if not program["keeps"]:
-        for name in [name for name in names if not name.startswith("__")]:
+        for name in [name for name in names if name not in given]:
             del names[name]
-        tools.seen.clear()
         gc.collect()
         leaks = engine.leaks() if is_on else []
     note(["the end", leaks])
     os.close(record)
     warnings.resetwarnings()
     if program["last"]:
-        exec(compile(program["last"], "<step last>", "exec"), vars(tools) | names)
+        exec(compile(program["last"], "<step last>", "exec"), names)
 
 
 if __name__ == "__main__":
