@@ -682,3 +682,19 @@ def test_what_was_never_held_is_given_back_as_well(device, pool):
     device.hold(1)
     device.hold(0)
     assert pool.cached_bytes == 0
+
+
+def test_the_cache_is_turned_on_and_off_by_several_threads(pool):
+    """Each may end and start the thread that guards it."""
+
+    def work():
+        for n in range(300):
+            pool.set_cached_limit(0 if n % 2 else 1 << 50)
+            pool.free(take(pool, MIB))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)

@@ -100,7 +100,7 @@ struct page_pool {
     pthread_t guard;
     pid_t guard_id;
     pthread_cond_t guard_wakes;
-    bool has_guard, guard_ends;
+    enum { NO_GUARD, GUARDED, GUARD_ENDS } guarding;
 };
 
 static struct page_pool *all_pools; /* changed and walked under pools_lock */
@@ -508,14 +508,14 @@ static void *guard(void *argument)
     struct page_pool *pool = argument;
     pthread_mutex_lock(&pool->lock);
     pool->guard_id = (pid_t)syscall(SYS_gettid);
-    while (!pool->guard_ends) {
+    while (pool->guarding == GUARDED) {
         struct timespec until;
         clock_gettime(CLOCK_MONOTONIC, &until);
         until.tv_nsec += GUARD_PERIOD;
         until.tv_sec += until.tv_nsec / 1000000000;
         until.tv_nsec %= 1000000000;
         pthread_cond_timedwait(&pool->guard_wakes, &pool->lock, &until);
-        if (pool->cached && !pool->guard_ends)
+        if (pool->cached && pool->guarding == GUARDED)
             trim(pool);
     }
     pthread_mutex_unlock(&pool->lock);
@@ -525,13 +525,14 @@ static void *guard(void *argument)
 /* Starts the guard where there is something to guard. Under the lock. */
 static void have_guard(struct page_pool *pool)
 {
-    if (pool->has_guard || !pool->cached_limit || pool->cached_limit == SIZE_MAX)
+    if (pool->guarding != NO_GUARD || !pool->cached_limit || pool->cached_limit == SIZE_MAX)
         return;
     sigset_t all, before;
     sigfillset(&all); /* signals are for the program's own threads */
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    pool->guard_ends = false;
-    pool->has_guard = !pthread_create(&pool->guard, NULL, guard, pool);
+    pool->guarding = GUARDED;
+    if (pthread_create(&pool->guard, NULL, guard, pool))
+        pool->guarding = NO_GUARD;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
@@ -539,17 +540,20 @@ static void have_guard(struct page_pool *pool)
 static void end_guard(struct page_pool *pool)
 {
     pthread_mutex_lock(&pool->lock);
-    bool had = pool->has_guard;
-    pool->has_guard = false;
-    pool->guard_ends = true;
-    if (had)
+    bool is_mine = pool->guarding == GUARDED; /* else there is none, or another thread ends it */
+    if (is_mine) {
+        pool->guarding = GUARD_ENDS;
         pthread_cond_signal(&pool->guard_wakes);
+    }
     pthread_mutex_unlock(&pool->lock);
-    if (!had)
+    if (!is_mine)
         return;
     pthread_join(pool->guard, NULL);
     for (int n = 0; n < 100000 && !syscall(SYS_tgkill, getpid(), pool->guard_id, 0); n++)
         sched_yield();
+    pthread_mutex_lock(&pool->lock);
+    pool->guarding = NO_GUARD;
+    pthread_mutex_unlock(&pool->lock);
 }
 
 /* Forks. The child has a copy of all blocks, as they are between two calls. The guard is not there while a process
@@ -562,9 +566,10 @@ static void before_fork(void)
         for (;;) {
             end_guard(pool);
             pthread_mutex_lock(&pool->lock);
-            if (!pool->has_guard)
+            if (pool->guarding == NO_GUARD)
                 break;
-            pthread_mutex_unlock(&pool->lock); /* another thread has started it again */
+            pthread_mutex_unlock(&pool->lock); /* another thread ends it, or has started it again */
+            sched_yield();
         }
 }
 
