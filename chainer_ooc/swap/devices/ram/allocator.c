@@ -11,7 +11,8 @@
       error that was stored for the thread. NumPy 1 crashes on NULL (in sort, argsort, partition): there, for realloc,
       and where another exception is pending, the allocation is granted, and the error raised in this thread between
       two bytecodes.
-   4. A stored error that nobody has taken is forgotten with the thread's next allocation.
+   4. A stored error that nobody has taken is forgotten with the thread's next allocation, and where NumPy has left
+      the exception as it was set, so that it has arrived already.
    5. Signals wait until `before` has returned: see engine_lock.c.
    6. Nothing here is ever freed: arrays may outlive the mode, the module and the interpreter. */
 
@@ -58,6 +59,7 @@ static _Thread_local struct {
     long long peak; /* the most that memory in use would have been without moves, since it was taken last */
     bool asks;      /* `before` runs */
     bool has_stored;
+    PyObject *stored_traceback; /* that of the stored error when it was stored; for comparison alone */
 } own;
 
 /* Errors. */
@@ -84,6 +86,14 @@ static PyObject *take(const char *name)
         PyDict_DelItemString(of_thread, name);
     }
     return error;
+}
+
+/* Returns a borrowed reference, or NULL. The error has another one once it has passed a frame of Python. */
+static PyObject *traceback_of(PyObject *error)
+{
+    PyObject *traceback = PyException_GetTraceback(error);
+    Py_XDECREF(traceback);
+    return traceback;
 }
 
 static void raise(PyObject *error)
@@ -119,10 +129,11 @@ static PyObject *new_array_memory_error(PyObject *self, PyObject *args, PyObject
     if (own.has_stored) {
         own.has_stored = false;
         PyObject *error = take(STORED);
-        if (error) {
+        if (error && traceback_of(error) == own.stored_traceback) {
             raise(error);
             return NULL;
         }
+        Py_XDECREF(error); /* it has passed a frame of Python, as itself: this is another failure */
     }
     return PyObject_Call(stock_new, args, keywords);
 }
@@ -176,6 +187,7 @@ static bool ask(size_t nbytes, bool can_fail)
             } else {
                 granted = false;
                 own.has_stored = true;
+                own.stored_traceback = traceback_of(error);
                 store(STORED, error);
             }
             if (granted)
