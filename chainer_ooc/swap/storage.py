@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 import math
-import sys
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chainer_ooc import references
 from chainer_ooc.errors import OutOfCoreError
 
 if TYPE_CHECKING:
@@ -185,8 +185,7 @@ class Storage:
     @property
     def held(self) -> bool:
         """Whether somebody besides this storage refers to the memory, so that letting go frees nothing."""
-        # One reference is this object's, one the argument's.
-        return sys.getrefcount(self.owner) > 2
+        return references.attribute_is_referenced_externally(self, "owner")
 
     def __repr__(self) -> str:
         return f"<Storage {self.sequence} of {self.label}: {self.nbytes} bytes, {self.state.value}>"
