@@ -291,7 +291,6 @@ class RamDevice:
         """Start with no threads and with a file of one's own."""
         self._threads, self._lock, self.pages = None, threading.Lock(), None
         self._is_guarded, self._arriving = False, {}
-        self.file.after_fork()
         self.file = SwapFile(self.file.directory)
 
     def close(self) -> None:
