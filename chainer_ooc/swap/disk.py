@@ -155,15 +155,17 @@ class SwapFile:
         buffer: memoryview,
         stopped: str,
     ) -> None:
-        while buffer.nbytes:
-            done = move(number, buffer, offset)
+        total, done = buffer.nbytes, 0
+        while done < total:
+            with buffer[done:] as rest:  # an error would hold it, and it the memory
+                moved = move(number, rest, offset + done)
             if self.direct:
-                done -= (
-                    done % ALIGNMENT
-                )  # the rest of a page goes again: direct I/O cannot begin within one
-            if not done:
+                moved -= (
+                    moved % ALIGNMENT
+                )  # direct I/O cannot begin within a page: the rest of one goes again
+            if not moved:
                 raise OSError(errno.EIO, stopped)
-            buffer, offset = buffer[done:], offset + done
+            done += moved
 
     @contextlib.contextmanager
     def _explained(self, done: str, offset: int) -> Iterator[int]:
