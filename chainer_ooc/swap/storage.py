@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
+import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_ooc import references
@@ -190,8 +192,9 @@ class Storage:
     def __repr__(self) -> str:
         return f"<Storage {self.sequence} of {self.label}: {self.nbytes} bytes, {self.state.value}>"
 
-    def __del__(self) -> None:
-        self.manager.bury(self)
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # when the interpreter ends, modules may be gone
+            self.manager.bury(self)
 
 
 class Saved:

@@ -63,7 +63,12 @@ class Zygote:
         with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
             directory = Path(name)
             (directory / "program.json").write_text(json.dumps(dataclasses.asdict(program)))
-            request = {"directory": name, "contender": contender, "timeout": TIMEOUT, "plant": plant}
+            request = {
+                "directory": name,
+                "contender": contender,
+                "timeout": TIMEOUT,
+                "plant": plant,
+            }
             assert self.process.stdin is not None and self.process.stdout is not None
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
@@ -119,7 +124,9 @@ class Arena:
     def failures(self, seeds: Iterable[int]) -> Iterator[tuple[int, Failure | None]]:
         """Yield each seed with what its program's failure is."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            yield from zip(seeds, pool.map(lambda seed: self.fight(make_program(seed)), seeds), strict=True)
+            yield from zip(
+                seeds, pool.map(lambda seed: self.fight(make_program(seed)), seeds), strict=True
+            )
 
     def shrunk(self, failure: Failure, patience: int = 200) -> Failure:
         """Leave out steps as long as the program still fails.

@@ -100,7 +100,9 @@ def digest(value: Any) -> str:
             return f"objects{value.shape}"
         bits = hashlib.blake2b(value.tobytes(), digest_size=6).hexdigest()
         strides = value.strides if value.size > 1 else ""
-        return f"{value.dtype.str}{value.shape}{strides}{'' if value.flags.writeable else 'r'}:{bits}"
+        return (
+            f"{value.dtype.str}{value.shape}{strides}{'' if value.flags.writeable else 'r'}:{bits}"
+        )
     if isinstance(value, np.generic):
         return f"{value.dtype.str}:{value.tobytes().hex()}"
     if isinstance(value, dict):
@@ -144,7 +146,9 @@ def rand(shape: tuple[int, ...], dtype: str = "f", seed: int = 0, layout: str = 
         seed: Of the generator.
         layout: ``"C"``, ``"F"``, ``"strided"``, ``"reversed"``, ``"broadcast"``, ``"offset"`` or ``"unaligned"``.
     """
-    array = (np.random.RandomState(seed).uniform(-1, 1, shape) * (1 if dtype not in "ilB" else 9)).astype(dtype)
+    array = (
+        np.random.RandomState(seed).uniform(-1, 1, shape) * (1 if dtype not in "ilB" else 9)
+    ).astype(dtype)
     if layout == "F":
         return np.asfortranarray(array)
     if layout == "strided":
@@ -217,7 +221,9 @@ class Hook(chainer.FunctionHook):
 
     name = "Hook"
 
-    def __init__(self, point: str, number: int, error: BaseException | None, shows: bool = False) -> None:
+    def __init__(
+        self, point: str, number: int, error: BaseException | None, shows: bool = False
+    ) -> None:
         self.point, self.left, self.error, self.shows = point, number, error, shows
 
     def _reached(self, point: str, function: Any, in_data: Any, out_grad: Any = None) -> None:
@@ -291,14 +297,25 @@ def net(kind: str, seed: int = 0) -> chainer.Chain:
     """Return a seeded network: ``"mlp"`` takes (n, 64), ``"conv"`` (n, 3, 12, 12), ``"norm"`` (n, 64)."""
     np.random.seed(seed)
     if kind == "conv":
-        layers = [L.Convolution2D(3, 8, 3, pad=1), F.relu, L.Convolution2D(8, 8, 3, pad=1), F.leaky_relu]
-        model = chainer.Sequential(*layers, functools.partial(F.max_pooling_2d, ksize=2), L.Linear(None, 5))
+        layers = [
+            L.Convolution2D(3, 8, 3, pad=1),
+            F.relu,
+            L.Convolution2D(8, 8, 3, pad=1),
+            F.leaky_relu,
+        ]
+        model = chainer.Sequential(
+            *layers, functools.partial(F.max_pooling_2d, ksize=2), L.Linear(None, 5)
+        )
         with chainer.no_backprop_mode():
             model(np.zeros((1, 3, 12, 12), "f"))
         return model
     if kind == "norm":
-        return chainer.Sequential(L.Linear(64, 96), L.BatchNormalization(96), F.relu, F.dropout, L.Linear(96, 5))
-    return chainer.Sequential(L.Linear(64, 128), F.tanh, L.Linear(128, 96), F.sigmoid, L.Linear(96, 5))
+        return chainer.Sequential(
+            L.Linear(64, 96), L.BatchNormalization(96), F.relu, F.dropout, L.Linear(96, 5)
+        )
+    return chainer.Sequential(
+        L.Linear(64, 128), F.tanh, L.Linear(128, 96), F.sigmoid, L.Linear(96, 5)
+    )
 
 
 def train(model: Any, optimizer: Any, x: np.ndarray, steps: int) -> Any:

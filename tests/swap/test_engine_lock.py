@@ -171,6 +171,25 @@ def test_whose_it_is(lock):
         native.EngineLock(1)
 
 
+def test_it_is_acquired_in_time_or_not_at_all(lock):
+    assert lock.acquire() and lock.acquire(blocking=False)
+    waited = []
+
+    def work():
+        waited.append(lock.acquire(blocking=False))
+        begun = time.monotonic()
+        waited.append(lock.acquire(timeout=0.2))
+        waited.append(time.monotonic() - begun >= 0.2)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert waited == [False, False, True]
+    lock.release()
+    lock.release()
+    assert not lock._is_owned()
+
+
 @pytest.mark.parametrize("forks_in_main_thread", [True, False])
 def test_signals_reach_a_child_that_was_forked_under_the_lock(lock, forks_in_main_thread, handled):
     statuses = []
