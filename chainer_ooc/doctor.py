@@ -149,7 +149,8 @@ def _extension() -> Finding:
     from chainer_ooc.swap import native
 
     if native.allocator is None:
-        return Finding("extension", native.WITHOUT_IT, False, False, native.HOW_TO_GET_IT)
+        text = f"not built: {native.WITHOUT_IT}"
+        return Finding("extension", text, False, False, native.HOW_TO_GET_IT)
     return Finding("extension", "NumPy's allocations are announced before they are made")
 
 

@@ -177,7 +177,9 @@ def _warn_without_extension() -> None:
     global _has_warned
     if native.allocator is None and not _has_warned:
         _has_warned = True
-        message = f"chainer_ooc: {native.WITHOUT_IT}. To change that, {native.HOW_TO_GET_IT}"
+        message = (
+            f"chainer_ooc has no C extension here: {native.WITHOUT_IT}; {native.HOW_TO_GET_IT}"
+        )
         warnings.warn(message, RuntimeWarning, stacklevel=5)  # where enable() was called
 
 

@@ -10,14 +10,10 @@ from typing import Any
 __all__ = ["HOW_TO_GET_IT", "WITHOUT_IT", "EngineLock", "allocator"]
 
 #: What is different without the extension.
-WITHOUT_IT = (
-    "without its C extension NumPy's allocations are not announced, and the limit is held between functions only: a "
-    "function may pass it when it runs for the first time"
-)
+WITHOUT_IT = "NumPy's allocations are not announced, the limit is held between functions only"
 #: What to do about it.
 HOW_TO_GET_IT = (
-    "install a C compiler and Python's headers (Debian and Ubuntu: apt install gcc python3-dev), then reinstall "
-    "chainer_ooc with: pip install --force-reinstall --no-deps --no-cache-dir"
+    "install a C compiler and Python.h (apt install gcc python3-dev), then reinstall chainer_ooc"
 )
 #: The module of C, ``None`` where it could not be built: allocations are not announced then.
 allocator: Any

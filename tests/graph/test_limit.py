@@ -9,6 +9,8 @@ import pytest
 
 CHILD = Path(__file__).with_name("limit_child.py")
 
+pytestmark = pytest.mark.extension  # without it: test_unannounced.py
+
 
 class Result(NamedTuple):
     peak: int

@@ -22,7 +22,7 @@ from chainer_ooc.swap.disk import SwapFile
 from chainer_ooc.swap.process_memory import ResidentMemory
 
 if native.allocator is None:
-    pytest.skip("the C extension is not built here", allow_module_level=True)
+    pytest.skip(f"needs the C extension: {native.HOW_TO_GET_IT}", allow_module_level=True)
 PagePool = native.allocator.PagePool
 GAP, PAGE = 16, mmap.PAGESIZE
 MIB = 1 << 20
