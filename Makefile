@@ -1,6 +1,7 @@
 # make demo   train on four ranks, out of core, with no GPU and no data needed
 # make test   ruff, mypy and the tests
 # make docs   the documentation, in docs/_build
+# make sanitize   the C extension under gcc's sanitizers
 # Each makes .venv and installs what it needs there first. PYTHON=… chooses the interpreter.
 
 VENV := .venv
@@ -20,7 +21,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 # What an install depends on: the extension is built anew when its sources change.
 INSTALLED := pyproject.toml setup.py build-constraints.txt $(wildcard chainer_ooc/swap/devices/ram/*.[ch])
 
-.PHONY: demo test docs clean
+.PHONY: demo test docs sanitize clean
 
 demo: $(VENV)/.demo
 	mpiexec -n 4 python examples/imagenet/train.py --ooc
@@ -30,6 +31,9 @@ test: $(VENV)/.test
 	ruff format --check .
 	mypy
 	python -m pytest
+
+sanitize: $(VENV)/.test
+	tests/native/sanitize.sh
 
 docs: $(VENV)/.docs
 	sphinx-build -q -W --keep-going -b html docs docs/_build
