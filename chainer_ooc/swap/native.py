@@ -6,16 +6,30 @@ import atexit
 import threading
 from typing import Any
 
-__all__ = ["EngineLock", "allocator"]
+__all__ = ["EngineLock", "Mortal", "allocator"]
 
 #: The module of C, ``None`` where it could not be built: allocations are not announced then.
 allocator: Any
 #: A recursive lock for a ``with``. While the main thread has it, signals wait, if the extension is there.
 EngineLock: Any
+#: A base class: ``_die()`` is called when an object dies; no signal handler runs in it, if the extension is there.
+Mortal: Any
+
+
+class _Mortal:
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        self._die()
+
+    def _die(self) -> None:
+        """Do what is to be done in the end."""
+
+
 try:
     from chainer_ooc.swap.devices.ram import _allocator
 except ImportError:
-    allocator, EngineLock = None, threading.RLock
+    allocator, EngineLock, Mortal = None, threading.RLock, _Mortal
 else:
-    allocator, EngineLock = _allocator, _allocator.EngineLock
+    allocator, EngineLock, Mortal = _allocator, _allocator.EngineLock, _allocator.Mortal
     atexit.register(_allocator.end)

@@ -9,6 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_ooc.errors import OutOfCoreError
+from chainer_ooc.swap import native
 
 if TYPE_CHECKING:
     from chainer_ooc.swap.devices.base import Copy, Transfer
@@ -62,7 +63,7 @@ class Layout(NamedTuple):
     writeable: bool
 
 
-class Storage:
+class Storage(native.Mortal):  # type: ignore[misc]
     """One allocation, shared by all arrays that are views of it.
 
     Its state changes in :meth:`move_to` alone. It lives as long as one :class:`Saved` of it.
@@ -191,7 +192,7 @@ class Storage:
     def __repr__(self) -> str:
         return f"<Storage {self.sequence} of {self.label}: {self.nbytes} bytes, {self.state.value}>"
 
-    def __del__(self) -> None:
+    def _die(self) -> None:
         self.manager.bury(self)
 
 

@@ -104,7 +104,7 @@ static void raise(PyObject *error)
 
 /* Has an error raised in this thread between two of its bytecodes. One that is no Exception, as of a signal, counts
    for more than one that is. */
-static void raise_later(PyObject *error)
+void raise_later(PyObject *error)
 {
     PyObject *earlier = take(DEFERRED);
     bool is_more = PyObject_IsInstance(error, PyExc_Exception) != 1;
@@ -112,6 +112,16 @@ static void raise_later(PyObject *error)
     Py_XDECREF(earlier);
     PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), deferred_type);
     PyErr_Clear();
+}
+
+int raise_deferred(void)
+{
+    PyObject *error = take(DEFERRED);
+    if (!error)
+        return 0;
+    PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), NULL);
+    raise(error);
+    return -1;
 }
 
 /* __new__ of the class of deferred errors: raises the thread's. */
@@ -148,8 +158,10 @@ static void forget_stored(void)
     PyGILState_STATE state = PyGILState_Ensure();
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    own.has_stored = false;
-    Py_XDECREF(take(STORED));
+    if (!type) { /* one that is pending may be NumPy's MemoryError, which Python 3.11 makes when it is caught */
+        own.has_stored = false;
+        Py_XDECREF(take(STORED));
+    }
     PyErr_Restore(type, value, traceback);
     PyGILState_Release(state);
 }
