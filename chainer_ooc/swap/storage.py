@@ -63,7 +63,7 @@ class Layout(NamedTuple):
     writeable: bool
 
 
-class Storage(native.Mortal):  # type: ignore[misc]
+class Storage(native.Mortal):
     """One allocation, shared by all arrays that are views of it.
 
     Its state changes in :meth:`move_to` alone. It lives as long as one :class:`Saved` of it.

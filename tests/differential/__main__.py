@@ -1,9 +1,9 @@
 """Run random programs on stock Chainer and out of core, and print where they differ.
 
-    python -m tests.differential --seeds 0:5000              # a summary, and the smallest programs that fail
-    python -m tests.differential --seeds 17 --show           # the program of a seed
-    python -m tests.differential --seeds 17 --steps 0,4,9    # these of its steps alone
-    python -m tests.differential --seeds 0:300 --contender stock    # are the programs deterministic?
+python -m tests.differential --seeds 0:5000              # a summary, and the smallest programs that fail
+python -m tests.differential --seeds 17 --show           # the program of a seed
+python -m tests.differential --seeds 17 --steps 0,4,9    # these of its steps alone
+python -m tests.differential --seeds 0:300 --contender stock    # are the programs deterministic?
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from tests.differential.program import make_program
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0:300", help="one seed, or FIRST:END")
-    parser.add_argument("--contender", default="out of core", choices=["out of core", "no hook", "stock"])
-    parser.add_argument("--jobs", type=int, default=None, help="programs at a time (default: one a core)")
+    parser.add_argument(
+        "--contender", default="out of core", choices=["out of core", "no hook", "stock"]
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=None, help="programs at a time (default: one a core)"
+    )
     parser.add_argument("--steps", default="", help="numbers of steps: the others are left out")
     parser.add_argument("--show", action="store_true", help="print the program; do not run it")
     parser.add_argument("--shrink", type=int, default=3, help="how many failures are made smaller")

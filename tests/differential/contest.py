@@ -63,7 +63,12 @@ class Zygote:
         with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
             directory = Path(name)
             (directory / "program.json").write_text(json.dumps(dataclasses.asdict(program)))
-            request = {"directory": name, "contender": contender, "timeout": TIMEOUT, "plant": plant}
+            request = {
+                "directory": name,
+                "contender": contender,
+                "timeout": TIMEOUT,
+                "plant": plant,
+            }
             assert self.process.stdin is not None and self.process.stdout is not None
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
@@ -119,7 +124,9 @@ class Arena:
     def failures(self, seeds: Iterable[int]) -> Iterator[tuple[int, Failure | None]]:
         """Yield each seed with what its program's failure is."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            yield from zip(seeds, pool.map(lambda seed: self.fight(make_program(seed)), seeds), strict=True)
+            yield from zip(
+                seeds, pool.map(lambda seed: self.fight(make_program(seed)), seeds), strict=True
+            )
 
     def shrunk(self, failure: Failure, patience: int = 200) -> Failure:
         """Leave out steps as long as the program still fails.
@@ -158,12 +165,12 @@ class Arena:
 def differences(stock: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
     """Yield what differs between two outcomes."""
     for number, (a, b) in enumerate(zip(stock["record"], other["record"], strict=False)):
-        if a == b:
+        if a[:2] == b[:2]:
             continue
         if a[0] == "the end":
             yield f"left behind: {', '.join(b[1]) if b[1] else b}"
         elif a[1] != b[1]:
-            yield f"step {number}: raises {b[1]} instead of {a[1]}"
+            yield f"step {number}: raises {b[1]} ({b[2]}) instead of {a[1]}"
         elif len(a[0]) == len(b[0]):
             wrong = next(i for i in range(len(a[0])) if a[0][i] != b[0][i])
             yield f"step {number}: value {wrong} is {b[0][wrong]} instead of {a[0][wrong]}"

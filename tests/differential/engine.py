@@ -10,6 +10,7 @@ from chainer_ooc import mode
 
 __all__ = ["be_quiet", "leaks", "prepare", "resident_bytes"]
 
+
 def prepare(contender: str, constants: dict[str, int]) -> None:
     """Prepare out-of-core mode before it is turned on.
 

@@ -58,7 +58,8 @@ def make_program(seed: int) -> Program:
 def settings(rng: random.Random) -> dict[str, Any] | None:
     """Return settings of out-of-core mode."""
     chosen: dict[str, Any] = rng.choices(
-        [{"limit": "1MiB"}, {"above": rng.choice([1, 4, 16]) * MIB}, {"swap_all": True}, {}], [6, 3, 2, 1]
+        [{"limit": "1MiB"}, {"above": rng.choice([1, 4, 16]) * MIB}, {"swap_all": True}, {}],
+        [6, 3, 2, 1],
     )[0]
     more: list[tuple[float, Callable[[], dict[str, Any]]]] = [
         (0.7, lambda: {"min_bytes": rng.choice([1, 1000, 20000])}),

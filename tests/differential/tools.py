@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import types
 import warnings
 import weakref
@@ -50,6 +51,7 @@ __all__ = [
     "functools",
     "gc",
     "in_threads",
+    "inner",
     "interrupt",
     "io",
     "kill",
@@ -100,7 +102,9 @@ def digest(value: Any) -> str:
             return f"objects{value.shape}"
         bits = hashlib.blake2b(value.tobytes(), digest_size=6).hexdigest()
         strides = value.strides if value.size > 1 else ""
-        return f"{value.dtype.str}{value.shape}{strides}{'' if value.flags.writeable else 'r'}:{bits}"
+        return (
+            f"{value.dtype.str}{value.shape}{strides}{'' if value.flags.writeable else 'r'}:{bits}"
+        )
     if isinstance(value, np.generic):
         return f"{value.dtype.str}:{value.tobytes().hex()}"
     if isinstance(value, dict):
@@ -117,17 +121,21 @@ def describe(error: BaseException | None, depth: int = 4) -> str:
     if error is None or not depth:
         return ""
     lines = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename.startswith("<step"):
-            lines.append(str(traceback.tb_lineno))
-        traceback = traceback.tb_next
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename.startswith("<step"):
+            lines.append(str(number))
     text = f"{type(error).__name__}: {plain(str(error))} @{','.join(lines)}"
     if error.__cause__ is not None:
         return f"{text} from ({describe(error.__cause__, depth - 1)})"
     if error.__context__ is not None and not error.__suppress_context__:
         return f"{text} after ({describe(error.__context__, depth - 1)})"
     return text
+
+
+def place_of(error: BaseException) -> str:
+    """Return the innermost places of an error's traceback."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return ", ".join(f"{os.path.basename(frame.filename)}:{frame.lineno}" for frame in frames)
 
 
 def plain(text: str) -> str:
@@ -144,7 +152,9 @@ def rand(shape: tuple[int, ...], dtype: str = "f", seed: int = 0, layout: str = 
         seed: Of the generator.
         layout: ``"C"``, ``"F"``, ``"strided"``, ``"reversed"``, ``"broadcast"``, ``"offset"`` or ``"unaligned"``.
     """
-    array = (np.random.RandomState(seed).uniform(-1, 1, shape) * (1 if dtype not in "ilB" else 9)).astype(dtype)
+    array = (
+        np.random.RandomState(seed).uniform(-1, 1, shape) * (1 if dtype not in "ilB" else 9)
+    ).astype(dtype)
     if layout == "F":
         return np.asfortranarray(array)
     if layout == "strided":
@@ -172,6 +182,17 @@ def add(a: Any, b: Any) -> Any:
 
 def check(condition: Any) -> None:
     see(bool(condition))
+
+
+def inner(y: chainer.Variable, depth: int) -> np.ndarray:
+    """Return an array of the graph that no variable has: of ``depth`` functions before ``y``, or fewer."""
+    node = y.node
+    for _ in range(depth):
+        creator = node.creator_node
+        if creator is None or creator.inputs[0].creator_node is None:
+            break
+        node = creator.inputs[0]
+    return node.data
 
 
 class Own(chainer.FunctionNode):
@@ -217,7 +238,9 @@ class Hook(chainer.FunctionHook):
 
     name = "Hook"
 
-    def __init__(self, point: str, number: int, error: BaseException | None, shows: bool = False) -> None:
+    def __init__(
+        self, point: str, number: int, error: BaseException | None, shows: bool = False
+    ) -> None:
         self.point, self.left, self.error, self.shows = point, number, error, shows
 
     def _reached(self, point: str, function: Any, in_data: Any, out_grad: Any = None) -> None:
@@ -291,14 +314,25 @@ def net(kind: str, seed: int = 0) -> chainer.Chain:
     """Return a seeded network: ``"mlp"`` takes (n, 64), ``"conv"`` (n, 3, 12, 12), ``"norm"`` (n, 64)."""
     np.random.seed(seed)
     if kind == "conv":
-        layers = [L.Convolution2D(3, 8, 3, pad=1), F.relu, L.Convolution2D(8, 8, 3, pad=1), F.leaky_relu]
-        model = chainer.Sequential(*layers, functools.partial(F.max_pooling_2d, ksize=2), L.Linear(None, 5))
+        layers = [
+            L.Convolution2D(3, 8, 3, pad=1),
+            F.relu,
+            L.Convolution2D(8, 8, 3, pad=1),
+            F.leaky_relu,
+        ]
+        model = chainer.Sequential(
+            *layers, functools.partial(F.max_pooling_2d, ksize=2), L.Linear(None, 5)
+        )
         with chainer.no_backprop_mode():
             model(np.zeros((1, 3, 12, 12), "f"))
         return model
     if kind == "norm":
-        return chainer.Sequential(L.Linear(64, 96), L.BatchNormalization(96), F.relu, F.dropout, L.Linear(96, 5))
-    return chainer.Sequential(L.Linear(64, 128), F.tanh, L.Linear(128, 96), F.sigmoid, L.Linear(96, 5))
+        return chainer.Sequential(
+            L.Linear(64, 96), L.BatchNormalization(96), F.relu, F.dropout, L.Linear(96, 5)
+        )
+    return chainer.Sequential(
+        L.Linear(64, 128), F.tanh, L.Linear(128, 96), F.sigmoid, L.Linear(96, 5)
+    )
 
 
 def train(model: Any, optimizer: Any, x: np.ndarray, steps: int) -> Any:
@@ -363,6 +397,8 @@ def interrupt(
             deadline = time.monotonic() + 30
             while not fired and time.monotonic() < deadline:
                 function()
+            for _ in range(9):  # a signal is handled between two bytecodes, somewhat later
+                pass
             outcome = "lost" if fired else "no signal"
         except BaseException as caught:
             outcome = f"{type(caught).__name__}: {caught}"

@@ -2,8 +2,8 @@
 
     python tests/swap/allocation_sweep.py PLACE ONE_OF
 
-``PLACE`` is where the calls are made: see ``PLACES``; one of ``ONE_OF`` calls is made. Each call is made in a forked child: for each the
-output has ``made``, its number of allocations; ``odd``, what arrived that is not the error itself, and how
+``PLACE`` is where the calls are made: see ``PLACES``; one of ``ONE_OF`` calls is made.
+Each is made in a forked child: for each the output has ``made``, its number of allocations; ``odd``, what arrived that is not the error itself, and how
 often; ``late``, how many errors arrived between two bytecodes, as where NumPy cannot take that an allocation
 fails.
 """
@@ -11,6 +11,7 @@ fails.
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import json
 import os
@@ -106,13 +107,16 @@ def calls() -> dict[str, Callable[[], Any]]:
 
     found: dict[str, Callable[[], Any]] = {}
     for dtype in ("f8", "f4", "i2", ">f8", "U4", "M8[s]", "c8", "?", "O"):
-        array = (a * 50).astype("i8").astype(dtype) if dtype != "U4" else (a * 50).astype("i2").astype("U4")
+        array = (
+            (a * 50).astype("i8").astype(dtype)
+            if dtype != "U4"
+            else (a * 50).astype("i2").astype("U4")
+        )
         for axis in (0, 1, None):
-            found[f"sort {dtype} {axis}"] = lambda array=array, axis=axis: np.sort(array, axis=axis)
-            found[f"argsort {dtype} {axis}"] = lambda array=array, axis=axis: np.argsort(array, axis=axis, kind="stable")
-            if dtype != "O":
-                found[f"partition {dtype} {axis}"] = lambda array=array, axis=axis: np.partition(array, 3, axis=axis)
-                found[f"argpartition {dtype} {axis}"] = lambda array=array, axis=axis: np.argpartition(array, 3, axis=axis)
+            names = ["sort", "argsort", *([] if dtype == "O" else ["partition", "argpartition"])]
+            for name in names:
+                how = {"axis": axis} | ({"kth": 3} if "partition" in name else {"kind": "stable"})
+                found[f"{name} {dtype} {axis}"] = functools.partial(getattr(np, name), array, **how)
     for kind in ("quicksort", "heapsort", "stable"):
         found[f"in place {kind}"] = lambda kind=kind: sort_in_place(kind)
     found |= {
@@ -283,7 +287,11 @@ def digest(value: Any) -> str:
     """Return a text that tells results apart."""
     if isinstance(value, np.ndarray):
         bits = repr(value.tolist()) if value.dtype.hasobject else value.tobytes().hex()
-        return f"{value.dtype}{value.shape}{bits}" if value.dtype.hasobject or value.size else str(value.shape)
+        return (
+            f"{value.dtype}{value.shape}{bits}"
+            if value.dtype.hasobject or value.size
+            else str(value.shape)
+        )
     if isinstance(value, list | tuple):
         return ", ".join(map(digest, value))
     return repr(value)
@@ -470,11 +478,15 @@ def main(place: str, one_of: int) -> None:
         if index % one_of:
             continue
 
-        def work(name: str = name, index: int = index, call: Callable[[], Any] = call) -> dict[str, Any]:
+        def work(
+            name: str = name, index: int = index, call: Callable[[], Any] = call
+        ) -> dict[str, Any]:
             if not is_threaded:
                 return sweep(name, index, call, *prepare())
             found: list[dict[str, Any]] = []
-            thread = threading.Thread(target=lambda: found.append(sweep(name, index, call, *prepare())))
+            thread = threading.Thread(
+                target=lambda: found.append(sweep(name, index, call, *prepare()))
+            )
             thread.start()
             thread.join()
             return found[0]
