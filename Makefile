@@ -17,6 +17,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 
+# What an install depends on: the extension is built anew when its sources change.
+INSTALLED := pyproject.toml setup.py build-constraints.txt $(wildcard chainer_ooc/swap/devices/ram/*.[ch])
+
 .PHONY: demo test docs clean
 
 demo: $(VENV)/.demo
@@ -32,20 +35,20 @@ docs: $(VENV)/.docs
 	sphinx-build -q -W --keep-going -b html docs docs/_build
 
 clean:
-	rm -rf $(VENV) result build docs/_build *.egg-info
+	rm -rf $(VENV) result build docs/_build *.egg-info chainer_ooc/swap/devices/ram/*.so
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; install one or call make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml setup.py build-constraints.txt | $(VENV)/bin/python
+$(VENV)/.demo: $(INSTALLED) | $(VENV)/bin/python
 	python -m pip install -q -e '.[mpi,examples]'
 	touch $@
 
-$(VENV)/.test: pyproject.toml setup.py build-constraints.txt | $(VENV)/bin/python
+$(VENV)/.test: $(INSTALLED) | $(VENV)/bin/python
 	python -m pip install -q -e '.[mpi,examples,dev]'
 	touch $@ $(VENV)/.demo
 
-$(VENV)/.docs: pyproject.toml setup.py build-constraints.txt | $(VENV)/bin/python
+$(VENV)/.docs: $(INSTALLED) | $(VENV)/bin/python
 	python -m pip install -q -e '.[docs]'
 	touch $@

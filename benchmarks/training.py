@@ -1,6 +1,6 @@
 """A few iterations of a network in a process of its own: their times, its peak memory, what moved.
 
-``overhead.py`` and ``limits.py`` use it; by itself it prints one line of JSON:
+``turns.py``, ``limits.py`` and ``fewer_bytes.py`` use it; by itself it prints one line of JSON:
 
     python benchmarks/training.py '{"net": "resnet50", "limit": "600MiB", "iterations": 3}'
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -34,15 +36,59 @@ def run(**task: Any) -> dict[str, Any]:
         parameters, and for out-of-core runs ``stats``, ``later`` (of the last iteration alone) and
         ``plans``.
     """
-    threads = str(task.pop("threads", 1))
-    environment = dict(os.environ, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
-    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, __file__, json.dumps(task)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{task} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    with Training(**task) as training:
+        return training.end()
+
+
+class Training:
+    """Trains in a process of its own, a few iterations whenever it is their turn.
+
+    Args:
+        **task: As for :func:`run`. With ``iterations=None`` each :meth:`turn` says how many.
+    """
+
+    def __init__(self, **task: Any) -> None:
+        threads = str(task.pop("threads", 1))
+        environment = dict(os.environ, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
+        paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        self._task = task
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in __exit__
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(task)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._errors):
+            file.close()
+
+    def turn(self, iterations: int) -> dict[str, Any]:
+        """Train so many iterations. Return what :func:`run` does of these, but for ``digest`` and ``plans``."""
+        print(iterations, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def end(self) -> dict[str, Any]:
+        """End it. Return what :func:`run` does."""
+        self._process.stdin.close()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            raise SystemExit(f"{self._task} failed:\n{self._errors.read()}")
+        return json.loads(line)
 
 
 def machine() -> dict[str, Any]:
@@ -99,10 +145,9 @@ def _slow_down(bytes_per_second: float) -> None:
 
 
 def _train(
-    net: str, iterations: int = 3, disk: float | None = None, **settings: Any
+    net: str, iterations: int | None = 3, disk: float | None = None, **settings: Any
 ) -> dict[str, Any]:
     import hashlib
-    import resource
 
     import numpy as np
     from nets import NETS
@@ -118,33 +163,46 @@ def _train(
         chainer_ooc.enable(**settings)
     model, x, t = NETS[net]()
     optimizer = chainer.optimizers.MomentumSGD(lr=0.001).setup(model)
-    seconds, cpu_seconds = [], []
-    before = None
-    for number in range(iterations):
-        if number == iterations - 1 and "limit" in settings:
-            before = vars(chainer_ooc.stats())
-        start, cpu = time.perf_counter(), time.process_time()
-        optimizer.update(model, x, t)
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu)
+
+    def train(count: int) -> dict[str, Any]:
+        seconds, cpu_seconds = [], []
+        before = None
+        for number in range(count):
+            if number == count - 1 and "limit" in settings:
+                before = vars(chainer_ooc.stats())
+            start, cpu = time.perf_counter(), time.process_time()
+            optimizer.update(model, x, t)
+            seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu)
+        after = vars(chainer_ooc.stats()) if before else None
+        return {
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "peak_bytes": _peak_bytes(),
+            "system_seconds": resource.getrusage(resource.RUSAGE_SELF).ru_stime,
+            "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt,
+            "stats": after,
+            "later": {k: v - before[k] for k, v in after.items()} if before else None,
+        }
+
+    done: dict[str, Any] = {}
+    if iterations is None:
+        for line in sys.stdin:
+            done = train(int(line))
+            print(json.dumps(done), flush=True)
+    else:
+        done = train(iterations)
     digest = hashlib.sha256()
     for parameter in model.params():
         digest.update(np.ascontiguousarray(parameter.array))
+    plans = [vars(plan) for plan in chainer_ooc.plans()] if "limit" in settings else None
+    return {**done, "digest": digest.hexdigest(), "plans": plans}
+
+
+def _peak_bytes() -> int:
     status = Path("/proc/self/status").read_text().splitlines()
     (peak,) = (int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
-    return {
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "peak_bytes": peak,
-        "system_seconds": resource.getrusage(resource.RUSAGE_SELF).ru_stime,
-        "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt,
-        "digest": digest.hexdigest(),
-        "stats": vars(chainer_ooc.stats()) if before else None,
-        "later": {k: v - before[k] for k, v in vars(chainer_ooc.stats()).items()}
-        if before
-        else None,
-        "plans": [vars(plan) for plan in chainer_ooc.plans()] if before else None,
-    }
+    return peak
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from chainer_ooc.settings import Settings
 from chainer_ooc.swap import native
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.observed_growth import ObservedGrowth
 from chainer_ooc.swap.observing import Observer
 
 if TYPE_CHECKING:
@@ -53,6 +55,9 @@ class _Local(threading.local):
         self.running: Any = None  # the function of the graph that runs, and its inputs
         self.trusted = False  # the code that runs now leaves the arrays it reads as they are
         self.hooked = False
+        self.growth: ObservedGrowth | None = (
+            None  # where this thread's allocations cannot be announced
+        )
         self.peak = 0  # the highest SwapManager.grown_to() while the function ran (bytes)
         self.uninterrupted = (
             native.EngineLock()
@@ -66,6 +71,8 @@ _last = Settings()
 _managers: dict[Any, SwapManager] = {}
 _lock = threading.RLock()
 _announces = False  # NumPy's allocations ask _before_allocation
+_growth = ObservedGrowth()
+_has_warned = False  # that allocations cannot be announced
 _traces: dict[str, Trace] = {}
 _gpus: Gpus | None = None
 
@@ -148,6 +155,7 @@ def _prepare(settings: Settings) -> None:
 
     global _last
     backprop.install()
+    _warn_without_extension()
     with _lock:
         _last = settings
         manager = _managers.get("ram") or _make_ram_manager(settings)
@@ -162,6 +170,15 @@ def _prepare(settings: Settings) -> None:
             local.stack.pop()
         if settings.trace is not None and settings.trace not in _traces:
             _begin_trace(settings.trace)
+
+
+def _warn_without_extension() -> None:
+    """Say once in a process what is different where the package was built without its C extension."""
+    global _has_warned
+    if native.allocator is None and not _has_warned:
+        _has_warned = True
+        message = f"chainer_ooc: {native.WITHOUT_IT}. To change that, {native.HOW_TO_GET_IT}"
+        warnings.warn(message, RuntimeWarning, stacklevel=5)  # where enable() was called
 
 
 def _make_ram_manager(settings: Settings) -> SwapManager:
@@ -183,7 +200,7 @@ def _prepare_gpus(settings: Settings) -> None:
         from chainer_ooc.graph.backprop import describe
         from chainer_ooc.swap.devices.gpus import Gpus
 
-        _gpus = Gpus(cupy, _make_manager, current, lambda: describe(local.running), _note_used)
+        _gpus = Gpus(cupy, _make_manager, current, lambda: describe(local.running), note_used)
     if _gpus is not None:
         _gpus.enable(settings)
 
@@ -218,7 +235,8 @@ def _write_last_traces() -> None:
         _traces.popitem()[1].write()
 
 
-def _note_used(nbytes: int) -> None:
+def note_used(nbytes: int) -> None:
+    """Tell what memory in use would be, had nothing been moved, while a function of this thread runs (bytes)."""
     local.peak = max(local.peak, nbytes)
 
 
@@ -242,8 +260,13 @@ def managers() -> list[SwapManager]:
 
 
 def hook_allocations() -> None:
-    """Have the calling thread's large NumPy allocations announced to the manager from now on."""
+    """Have the calling thread's large NumPy allocations announced to the manager from now on.
+
+    Where they cannot be, room is made before each function for what it was seen to take.
+    """
     global _announces
+    if native.allocator is None:
+        local.growth = _growth
     if local.hooked or native.allocator is None:
         return
     with _lock:
@@ -261,7 +284,7 @@ def _unhook_allocations() -> None:
     if local.hooked:
         native.allocator.uninstall()
         _keep_no_free_memory()
-    local.hooked = False
+    local.hooked, local.growth = False, None
 
 
 def _keep_no_free_memory() -> None:
@@ -316,7 +339,7 @@ def _before_allocation(nbytes: int) -> None:
 
 def _after_fork() -> None:
     """A child begins with out-of-core mode off, with no threads, and lets its parent's file alone."""
-    global _enabled, _managers, _lock, _announces, _gpus
+    global _enabled, _managers, _lock, _announces, _growth, _gpus
     if local.hooked:
         native.allocator.uninstall()
     _enabled, _announces = None, False
@@ -325,6 +348,7 @@ def _after_fork() -> None:
     if _gpus is not None:
         _gpus.after_fork()
     _managers, _gpus, _lock = {}, None, threading.RLock()
+    _growth = ObservedGrowth()
     _traces.clear()
     observers.clear()
     local.__init__()  # type: ignore[misc]

@@ -7,10 +7,10 @@ wrapper, a gradient function, the user) gets the array.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from chainer_ooc import references
 from chainer_ooc.swap.storage import Saved
 
 __all__ = ["SavedTuple", "save_attributes", "saved_attributes"]
@@ -111,7 +111,8 @@ def save_attributes(
     for holder in _holders(func):
         attributes = holder.__dict__
         cls = type(holder)
-        for name, value in list(attributes.items()):
+        for name in list(attributes):
+            value = attributes[name]
             kind = type(value)
             replacement: Any = None
             if kind is Saved:
@@ -128,23 +129,16 @@ def save_attributes(
                     group += saved
             elif kind is SavedTuple:
                 group += [item for item in value if type(item) is Saved]
-            elif (
-                kind is list
-                and not (arrays | {Saved}).isdisjoint(map(type, value))
+            elif kind is list and not (arrays | {Saved}).isdisjoint(map(type, value)):
+                value = None  # which would count
                 # Readers of the attribute get the list restored; other holders of it would not.
-                and sys.getrefcount(value) <= _LIST_REFERENCES
-                and _descriptor(cls, name)
-            ):
-                group += _save_list(value, save, arrays)
+                held = references.item_is_referenced_externally(attributes, name)
+                if not held and _descriptor(cls, name):
+                    group += _save_list(attributes[name], save, arrays)
             if replacement is not None and _descriptor(cls, name):
                 attributes[name] = replacement
             value = None
     return group
-
-
-# References to a list in ``save_attributes``: of the attribute, of the copied items, and of the local
-# variable and the argument of getrefcount.
-_LIST_REFERENCES = 5
 
 
 def _save_list(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import weakref
@@ -14,6 +15,7 @@ from chainer_ooc.graph import attributes, nodes, recompute, splitting_rules
 from chainer_ooc.graph.following import Follower, follower_of
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.observed_growth import ObservedGrowth
 from chainer_ooc.swap.storage import Saved
 
 __all__ = ["adopt", "describe", "install"]
@@ -226,6 +228,8 @@ def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) ->
             local.peak = start = manager.grown_to(manager.marks.last_used)
             mode.begin_peak(manager)
             begun = time.perf_counter() if mode.observers else 0.0
+        if outer is None and local.growth is not None and not manager.device.asks_for_room:
+            return _observed(local.growth, manager, call, *args)
         return call(*args)
     finally:
         local.running = outer
@@ -234,6 +238,31 @@ def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) ->
             manager.marks.note_growth(local.peak - start)
         if begun:
             manager.ran(func.label, call is not _stock["apply"], (begun, time.perf_counter()))
+
+
+def _observed(growth: ObservedGrowth, manager: SwapManager, call: Any, *args: Any) -> Any:
+    """Call a function whose allocations are not announced: room is made for what it was seen to take before."""
+    func, inputs = mode.local.running
+    described = tuple((x.shape, x.dtype) for x in inputs if hasattr(x, "dtype"))
+    kind = func._impl_name, call is _stock["apply"], described
+    own = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described)
+    nbytes = growth.expected(kind, otherwise=own)
+    manager.make_room(nbytes)
+    used = manager.marks.last_used
+    # What can run in pieces finds out for itself how many.
+    if used + nbytes > manager.limit and manager.settings().split == "never":
+        error = manager.shortage(nbytes, describe(mode.local.running))
+        if error is not None:
+            raise error
+    before = manager.grown_to(used)
+    start = growth.begin(kind, used)
+    try:
+        return call(*args)
+    finally:
+        taken = None
+        if start is not None:
+            taken = growth.end(kind, start, manager.marks.used_bytes())
+        mode.note_used(before + (nbytes if taken is None else taken))
 
 
 def describe(running: tuple[Any, Any] | None) -> str:

@@ -64,7 +64,8 @@ def patch(cls: Any, name: str, rule: Callable[..., Work | None]) -> None:
     def forward(self: Any, *args: Any) -> Any:
         settings = mode.current()
         # Below the low-water mark allocations are not announced, and nothing is looked at.
-        if settings is None or not mode.local.hooked or settings.split == "never":
+        watched = mode.local.hooked or mode.local.growth is not None
+        if settings is None or not watched or settings.split == "never":
             return stock(self, *args)
         arrays = args[0] if isinstance(args[0], tuple) else args
         if any(type(one) is not np.ndarray for one in arrays[:2]) or _uses_ideep(self):

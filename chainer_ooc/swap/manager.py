@@ -11,7 +11,7 @@ from typing import Any
 
 from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import native, verify
+from chainer_ooc.swap import forks, native, verify
 from chainer_ooc.swap.devices.base import Device
 from chainer_ooc.swap.mover import Counters, Mover
 from chainer_ooc.swap.observing import Observer, Span
@@ -76,6 +76,7 @@ class SwapManager:
         self.follows_plan = False
         # What is given up again once it has served to make others.
         self._passing: weakref.WeakSet[Storage] = weakref.WeakSet()
+        _managers.add(self)
 
     @property
     def counters(self) -> Counters:
@@ -406,6 +407,8 @@ class SwapManager:
                     self._reclaimer.give_up(needed)
 
     def _run_again(self, storage: Storage, recipe: Recipe) -> None:
+        if native.allocator is None and not self.device.asks_for_room:
+            self._reclaimer.reclaim(storage.nbytes)  # what it allocates does not ask
         arrays = [self.read(saved, trusted=True) for saved in recipe.inputs]
         start, waited = time.perf_counter(), self.counters.waited_seconds
         self._is_remaking = True  # what is allocated for it asks for room, as in any function
@@ -503,6 +506,21 @@ class SwapManager:
             f"{_mib(size[State.COMING_IN])} coming in; so far {_mib(counters.bytes_out)} out, "
             f"{_mib(counters.bytes_in)} in>"
         )
+
+
+_managers: weakref.WeakSet[SwapManager] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    forks.hold([manager._lock for manager in tuple(_managers)])
+
+
+def _after_fork() -> None:
+    for manager in tuple(_managers):
+        manager._lock = native.EngineLock()
+
+
+forks.register(_before_fork, _after_fork)
 
 
 def _is_writeable(array: Any) -> bool:

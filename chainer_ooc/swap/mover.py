@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.errors import CorruptCopyError, SwapSpaceError
 from chainer_ooc.swap import verify
 from chainer_ooc.swap.devices.base import Copy, Device, Transfer
 from chainer_ooc.swap.observing import Copied, Observer, Span
@@ -165,7 +165,13 @@ class Mover:
         Raises:
             SwapSpaceError: If there is no space for it outside; it stays RESIDENT.
         """
-        storage.transfer = self._copy_out(storage)
+        refused = None
+        try:
+            storage.transfer = self._copy_out(storage)
+        except SwapSpaceError as error:
+            refused = _explained(SwapSpaceError, error, f"{storage!r} cannot be moved out")
+        if refused is not None:  # here the first error is gone, whose frames hold the memory
+            raise refused
         self._move(storage, State.GOING_OUT)
         storage.tainted = False
         self.leaving.append(weakref.ref(storage))
@@ -190,11 +196,8 @@ class Mover:
             storage.transfer = None
             self._move(storage, State.RESIDENT)
             transfer.copy.free()
-            raise SwapSpaceError(
-                error.errno,
-                f"{storage!r} could not be written to the swap file ({error.strerror}); it stays in memory, no data "
-                "was lost",
-            ) from error
+            what = f"{storage!r} could not be written, twice; it stays in memory, no data was lost"
+            raise _explained(SwapSpaceError, error, what) from error
         finally:
             self.stalled("room", start)
         storage.transfer = None
@@ -282,7 +285,13 @@ class Mover:
             self._join_arrival(storage)
         except OSError:
             self.begin_in(storage)
-            self._join_arrival(storage)
+            try:
+                self._join_arrival(storage)
+            except CorruptCopyError:
+                raise
+            except OSError as error:
+                what = f"{storage!r} could not be read, twice"
+                raise _explained(OSError, error, what) from error
         finally:
             self.stalled("late" if storage.ahead else "fetch", start)
 
@@ -443,3 +452,8 @@ class Mover:
                 # What is free may be in pieces: more is given up until it fits.
                 if not self._make_room(nbytes):
                     raise
+
+
+def _explained(kind: type[OSError], error: OSError, what: str) -> OSError:
+    """Return an error of that kind with the number and the file of another, which names a storage, too."""
+    return kind(error.errno, f"{what}: {error.strerror or error}", error.filename)

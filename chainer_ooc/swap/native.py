@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 from typing import Any
 
-__all__ = ["EngineLock", "Mortal", "allocator"]
+__all__ = ["HOW_TO_GET_IT", "WITHOUT_IT", "EngineLock", "Mortal", "allocator"]
 
+#: What is different without the extension.
+WITHOUT_IT = (
+    "without its C extension NumPy's allocations are not announced, and the limit is held between functions only: a "
+    "function may pass it when it runs for the first time"
+)
+#: What to do about it.
+HOW_TO_GET_IT = (
+    "install a C compiler and Python's headers (Debian and Ubuntu: apt install gcc python3-dev), then reinstall "
+    "chainer_ooc with: pip install --force-reinstall --no-deps --no-cache-dir"
+)
 #: The module of C, ``None`` where it could not be built: allocations are not announced then.
 allocator: Any
 #: A recursive lock for a ``with``. While the main thread has it, signals wait, if the extension is there.
@@ -27,6 +38,10 @@ class _Mortal:
 
 
 try:
+    if os.environ.get(
+        "_CHAINER_OOC_WITHOUT_EXTENSION"
+    ):  # for tests, and the processes that they start
+        raise ImportError
     from chainer_ooc.swap.devices.ram import _allocator
 except ImportError:
     allocator, EngineLock, Mortal = None, threading.RLock, _Mortal

@@ -6,8 +6,10 @@ import enum
 import math
 import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chainer_ooc import references
 from chainer_ooc.errors import OutOfCoreError
 from chainer_ooc.swap import native
 
@@ -186,14 +188,14 @@ class Storage(native.Mortal):
     @property
     def held(self) -> bool:
         """Whether somebody besides this storage refers to the memory, so that letting go frees nothing."""
-        # One reference is this object's, one the argument's.
-        return sys.getrefcount(self.owner) > 2
+        return references.attribute_is_referenced_externally(self, "owner")
 
     def __repr__(self) -> str:
         return f"<Storage {self.sequence} of {self.label}: {self.nbytes} bytes, {self.state.value}>"
 
-    def _die(self) -> None:
-        self.manager.bury(self)
+    def _die(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # when the interpreter ends, modules may be gone
+            self.manager.bury(self)
 
 
 class Saved:

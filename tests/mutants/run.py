@@ -181,7 +181,7 @@ PLANTED = (
         "release what is held",
         "chainer_ooc/swap/storage.py",
         "Storage.held",
-        "sys.getrefcount(self.owner) > 2",
+        'references.attribute_is_referenced_externally(self, "owner")',
         "False",
     ),
     (

@@ -2,10 +2,10 @@
 
     python tests/swap/allocation_sweep.py PLACE ONE_OF
 
-``PLACE`` is where the calls are made: see ``PLACES``; one of ``ONE_OF`` calls is made.
-Each is made in a forked child: for each the output has ``made``, its number of allocations; ``odd``, what arrived that is not the error itself, and how
-often; ``late``, how many errors arrived between two bytecodes, as where NumPy cannot take that an allocation
-fails.
+``PLACE`` is where the calls are made: see ``PLACES``; one of ``ONE_OF`` calls is made. Each is made in a
+forked child: for each the output has ``made``, its number of allocations; ``odd``, what arrived that is not
+the error itself, and how often; ``late``, how many errors arrived between two bytecodes, as where NumPy
+cannot take that an allocation fails.
 """
 
 from __future__ import annotations

@@ -102,14 +102,10 @@ static void raise(PyObject *error)
     Py_DECREF(error);
 }
 
-/* Has an error raised in this thread between two of its bytecodes. One that is no Exception, as of a signal, counts
-   for more than one that is. */
+/* Has an error raised in this thread between two of its bytecodes. `before` is made of such: one that waits comes first. */
 void raise_later(PyObject *error)
 {
-    PyObject *earlier = take(DEFERRED);
-    bool is_more = PyObject_IsInstance(error, PyExc_Exception) != 1;
-    store(DEFERRED, earlier && !is_more ? earlier : error);
-    Py_XDECREF(earlier);
+    store(DEFERRED, error);
     PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), deferred_type);
     PyErr_Clear();
 }

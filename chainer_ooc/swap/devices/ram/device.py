@@ -210,9 +210,7 @@ class RamDevice:
 
     def capacity(self) -> int:
         """Return what this process has and what is available to it, less a reserve of 5 % (bytes)."""
-        free = process_memory.available_bytes()
-        ranks = ranks_of_this_node()
-        return self._resident.bytes() + int(free * 0.95) // ranks
+        return process_memory.attainable_bytes(0.05, ranks_of_this_node())
 
     def total_bytes(self) -> int:
         """Return this process's share of the memory there is (bytes)."""
@@ -266,7 +264,6 @@ class RamDevice:
     def after_fork(self) -> None:
         """Start with no threads and with a file of one's own."""
         self._threads, self._lock, self._arriving = None, threading.Lock(), {}
-        self.file.after_fork()
         self.file = SwapFile(self.file.directory)
 
     def close(self) -> None:

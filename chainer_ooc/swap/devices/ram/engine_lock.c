@@ -22,13 +22,14 @@
 typedef void (*handler)(int);
 
 static pthread_t main_thread;
-static volatile sig_atomic_t depth; /* of the main thread alone */
+static _Thread_local volatile sig_atomic_t depth;    /* how often this thread has asked that signals wait */
+static volatile sig_atomic_t *volatile depth_of_main; /* that of the main thread; NULL: it never has */
 static volatile sig_atomic_t noted[NSIG], any_noted;
 static handler pythons; /* function of C that notes a signal for Python; NULL: not known yet */
 
 static void note_signal(int number)
 {
-    if (depth) {
+    if (depth_of_main && *depth_of_main) {
         noted[number] = 1;
         any_noted = 1;
     } else {
@@ -80,16 +81,16 @@ static void follow_handlers(void)
 
 void hold_signals(void)
 {
-    if (!pthread_equal(pthread_self(), main_thread))
-        return;
-    if (!depth)
+    if (!depth && pthread_equal(pthread_self(), main_thread)) {
+        depth_of_main = &depth;
         follow_handlers();
+    }
     depth++;
 }
 
 void let_signals(void)
 {
-    if (!pthread_equal(pthread_self(), main_thread) || --depth || !any_noted)
+    if (--depth || !any_noted || !pthread_equal(pthread_self(), main_thread))
         return;
     any_noted = 0;
     for (int number = 1; number < NSIG; number++)
@@ -101,10 +102,8 @@ void let_signals(void)
 
 static void after_fork_in_child(void)
 {
-    if (!pthread_equal(pthread_self(), main_thread)) {
-        main_thread = pthread_self(); /* as it is for Python */
-        depth = 0;
-    }
+    main_thread = pthread_self(); /* as it is for Python */
+    depth_of_main = &depth;
 }
 
 typedef struct {
@@ -119,17 +118,24 @@ static bool is_owned(EngineLock *self)
     return __atomic_load_n(&self->count, __ATOMIC_RELAXED) && pthread_equal(self->owner, pthread_self());
 }
 
-static PyObject *lock_enter(PyObject *object, PyObject *unused)
+/* Takes the lock within so many seconds; negative: whenever it is free. Returns 0 if it was not, -1 with an exception set. */
+static int acquire(EngineLock *self, double seconds)
 {
-    EngineLock *self = (EngineLock *)object;
-    (void)unused;
     if (!pythons && pthread_equal(pthread_self(), main_thread) && find_pythons() < 0)
-        return NULL;
+        return -1;
     if (!is_owned(self)) {
         if (pthread_mutex_trylock(&self->mutex)) {
+            int failed;
+            struct timespec until;
+            clock_gettime(CLOCK_REALTIME, &until);
+            double end = (double)until.tv_nsec / 1e9 + seconds;
+            until.tv_sec += (time_t)end;
+            until.tv_nsec = (long)((end - (double)(time_t)end) * 1e9);
             Py_BEGIN_ALLOW_THREADS
-            pthread_mutex_lock(&self->mutex);
+            failed = seconds < 0 ? pthread_mutex_lock(&self->mutex) : pthread_mutex_timedlock(&self->mutex, &until);
             Py_END_ALLOW_THREADS
+            if (failed)
+                return 0;
         }
         self->owner = pthread_self();
     }
@@ -140,9 +146,28 @@ static PyObject *lock_enter(PyObject *object, PyObject *unused)
         self->count = 0;
         pthread_mutex_unlock(&self->mutex);
         let_signals();
-        return NULL;
+        return -1;
     }
+    return 1;
+}
+
+static PyObject *lock_enter(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    if (acquire((EngineLock *)object, -1) < 0)
+        return NULL;
     Py_RETURN_NONE;
+}
+
+static PyObject *lock_acquire(PyObject *object, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"blocking", "timeout", NULL};
+    int blocking = 1;
+    double timeout = -1;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|pd", names, &blocking, &timeout))
+        return NULL;
+    int done = acquire((EngineLock *)object, blocking ? timeout : 0);
+    return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
 static PyObject *lock_exit(PyObject *object, PyObject *unused)
@@ -186,6 +211,9 @@ static void lock_dealloc(PyObject *object)
 
 static PyMethodDef lock_methods[] = {
     {"__enter__", lock_enter, METH_NOARGS, "Take the lock; wait until no other thread has it."},
+    {"acquire", (PyCFunction)(void (*)(void))lock_acquire, METH_VARARGS | METH_KEYWORDS,
+     "Take the lock, as with threading.RLock; return whether it was free in time."},
+    {"release", lock_exit, METH_NOARGS, "Let go of the lock. Signals that came meanwhile are delivered."},
     {"__exit__", lock_exit, METH_VARARGS, "Let go of the lock. Signals that came meanwhile are delivered."},
     {"_is_owned", lock_is_owned, METH_NOARGS, "Return whether the calling thread has the lock."},
     {NULL, NULL, 0, NULL},
