@@ -220,13 +220,14 @@ def _after(manager: SwapManager, settings: Settings) -> None:
 def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
     """Call a function of the graph; take note of what it takes for itself, and how long."""
     local = mode.local
-    outer, local.running = local.running, (func, inputs)
+    outer = local.running
     start, begun = 0, 0.0
-    if outer is None:  # a function inside another one takes part in what that takes
-        local.peak = start = manager.grown_to(manager.marks.last_used)
-        mode.begin_peak(manager)
-        begun = time.perf_counter() if mode.observers else 0.0
-    try:
+    try:  # a signal's handler may raise anywhere
+        local.running = (func, inputs)
+        if outer is None:  # a function inside another one takes part in what that takes
+            local.peak = start = manager.grown_to(manager.marks.last_used)
+            mode.begin_peak(manager)
+            begun = time.perf_counter() if mode.observers else 0.0
         if outer is None and local.growth is not None and not manager.device.asks_for_room:
             return _observed(local.growth, manager, call, *args)
         return call(*args)

@@ -18,6 +18,7 @@ from chainer_ooc.planning.recording import Recorder
 from chainer_ooc.planning.steps import BACKWARD, FORWARD, OTHER, key_of
 from chainer_ooc.planning.system import System, Tier
 from chainer_ooc.settings import Settings
+from chainer_ooc.swap import native
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.player import Player
 from chainer_ooc.swap.storage import Saved, Storage
@@ -63,7 +64,7 @@ class Follower:
         self.manager = manager
         self.book = PlanBook()
         self._counters = manager.counters
-        self._lock = threading.RLock()
+        self._lock = native.EngineLock()
         self._thread = 0
         self._iteration = self._number = -1  # no function of an iteration has run yet
         # Whether backward has run: the next function that runs forward begins an iteration.

@@ -7,7 +7,7 @@ import os
 import threading
 from typing import Any
 
-__all__ = ["HOW_TO_GET_IT", "WITHOUT_IT", "EngineLock", "allocator"]
+__all__ = ["HOW_TO_GET_IT", "WITHOUT_IT", "EngineLock", "Mortal", "allocator"]
 
 #: What is different without the extension.
 WITHOUT_IT = "NumPy's allocations are not announced, the limit is held between functions only"
@@ -19,6 +19,20 @@ HOW_TO_GET_IT = (
 allocator: Any
 #: A recursive lock for a ``with``. While the main thread has it, signals wait, if the extension is there.
 EngineLock: Any
+#: A base class: ``_die()`` is called when an object dies; no signal handler runs in it, if the extension is there.
+Mortal: Any
+
+
+class _Mortal:
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        self._die()
+
+    def _die(self) -> None:
+        """Do what is to be done in the end."""
+
+
 try:
     if os.environ.get(
         "_CHAINER_OOC_WITHOUT_EXTENSION"
@@ -26,7 +40,7 @@ try:
         raise ImportError
     from chainer_ooc.swap.devices.ram import _allocator
 except ImportError:
-    allocator, EngineLock = None, threading.RLock
+    allocator, EngineLock, Mortal = None, threading.RLock, _Mortal
 else:
-    allocator, EngineLock = _allocator, _allocator.EngineLock
+    allocator, EngineLock, Mortal = _allocator, _allocator.EngineLock, _allocator.Mortal
     atexit.register(_allocator.end)

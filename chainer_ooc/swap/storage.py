@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chainer_ooc import references
 from chainer_ooc.errors import OutOfCoreError
+from chainer_ooc.swap import native
 
 if TYPE_CHECKING:
     from chainer_ooc.swap.devices.base import Copy, Transfer
@@ -64,7 +65,7 @@ class Layout(NamedTuple):
     writeable: bool
 
 
-class Storage:
+class Storage(native.Mortal):
     """One allocation, shared by all arrays that are views of it.
 
     Its state changes in :meth:`move_to` alone. It lives as long as one :class:`Saved` of it.
@@ -192,7 +193,7 @@ class Storage:
     def __repr__(self) -> str:
         return f"<Storage {self.sequence} of {self.label}: {self.nbytes} bytes, {self.state.value}>"
 
-    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+    def _die(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():  # when the interpreter ends, modules may be gone
             self.manager.bury(self)
 

@@ -165,12 +165,12 @@ class Arena:
 def differences(stock: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
     """Yield what differs between two outcomes."""
     for number, (a, b) in enumerate(zip(stock["record"], other["record"], strict=False)):
-        if a == b:
+        if a[:2] == b[:2]:
             continue
         if a[0] == "the end":
             yield f"left behind: {', '.join(b[1]) if b[1] else b}"
         elif a[1] != b[1]:
-            yield f"step {number}: raises {b[1]} instead of {a[1]}"
+            yield f"step {number}: raises {b[1]} ({b[2]}) instead of {a[1]}"
         elif len(a[0]) == len(b[0]):
             wrong = next(i for i in range(len(a[0])) if a[0][i] != b[0][i])
             yield f"step {number}: value {wrong} is {b[0][wrong]} instead of {a[0][wrong]}"

@@ -1,5 +1,6 @@
 """The steps of random programs: each kind is a function that returns source."""
 
+# ruff: noqa: E501 - a line of a program is a line here
 from __future__ import annotations
 
 import random
@@ -249,19 +250,48 @@ def take(names: Names) -> str:
     return f"{text}\nsee({name})"
 
 
+def use(names: Names, v: str) -> str:
+    """Return nothing, or what uses a variable once more."""
+    y = names.rng.choice(
+        [None, f"F.sum(F.exp({v}) * {v})", f"F.sum(F.absolute({v}))", f"F.sum({v})"]
+    )
+    return "" if y is None else f"\n{y}.backward()\nsee({', '.join(names.leaves)})"
+
+
 def edit(names: Names) -> str:
+    if names.rng.random() < 0.5:
+        v, y, text = names.variable(), names.new("v"), names.rng.choice(EDITS).format(a="a")
+        names.variables[y] = names.variables[v]
+        chain = v
+        for _ in range(names.rng.randint(1, 4)):
+            chain = (
+                names.rng.choice(UNARY[:12]).format(x=chain)
+                if len(chain) < 60
+                else f"F.sin({chain})"
+            )
+        return (
+            f"{y} = {chain}\na = inner({y}, {names.rng.randint(1, 4)})\nsee(a)\n{text}\n"
+            f"{names.rng.choice(['', 'see(a)'])}\ndel a\nF.tanh(F.exp({y}))" + use(names, y)
+        )
     where = names.rng.choice(names.arrays) if names.arrays and names.rng.random() < 0.6 else None
     text = names.rng.choice(EDITS)
     if where is None:
         v = names.variable()
-        return f"a = {v}.array\n{text.format(a='a')}\nsee(a)\ndel a"
+        return f"a = {v}.array\n{text.format(a='a')}\nsee(a)\ndel a" + use(names, v)
     return f"{text.format(a=where)}\nsee({where})"
 
 
 def assign(names: Names) -> str:
     v = names.variable()
+    if names.rng.random() < 0.5:  # to a variable whose node has been saved
+        new = names.new("v")
+        names.variables[new] = names.variables[v]
+        before, v = f"{new} = F.tanh({v})\ny = F.exp(F.sin({new}))\n", new
+    else:
+        before = ""
     return (
-        names.rng.choice(
+        before
+        + names.rng.choice(
             [
                 f"{v}.array = {v}.array.copy()",
                 f"{v}.array = {v}.array * 0.5",
@@ -274,6 +304,7 @@ def assign(names: Names) -> str:
             ]
         )
         + f"\nsee({v})"
+        + use(names, v)
     )
 
 
@@ -532,7 +563,8 @@ def once(names: Names) -> str:
     text = ", ".join([limit, "min_bytes=1", *chosen])
     if names.rng.random() < 0.5:
         return f"with mode({text}):\n    f = {names.function()}\n    see(f(), f())"
-    kind = names.rng.choice(["mlp", "conv", "norm"])
+    # With verify, BatchNormalization's running mean is reported: Chainer updates it in place.
+    kind = names.rng.choice(["mlp", "conv"] if "verify=True" in chosen else ["mlp", "conv", "norm"])
     shape = (30, 3, 12, 12) if kind == "conv" else (30, 64)
     return (
         f"m = net({kind!r}); o = chainer.optimizers.SGD(0.01).setup(m)\nwith mode({text}):\n"
@@ -624,7 +656,7 @@ def cycles(names: Names) -> str:
             f"see(np.fromiter((i * 0.5 for i in range({min(names.size(), 20000)})), 'd'))",
             f"see(np.sort(rand(({names.size()},)))[:5], np.argsort(rand((20, 300)), axis=0), np.unique(rand((99,)) > 0))",
             f"see(rand(({min(names.size(), 20000)},), 'd').astype('>f4').astype('U9'))",
-            f"a = rand((30, 40)); b = a[1:]; b += a[:-1]; see(a, np.asarray([a, a]).T @ np.ones((2, 30, 3), 'f')[0])",
+            "a = rand((30, 40)); b = a[1:]; b += a[:-1]; see(a, np.asarray([a, a]).T @ np.ones((2, 30, 3), 'f')[0])",
         ]
     )
 

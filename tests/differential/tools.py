@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import types
 import warnings
 import weakref
@@ -50,6 +51,7 @@ __all__ = [
     "functools",
     "gc",
     "in_threads",
+    "inner",
     "interrupt",
     "io",
     "kill",
@@ -119,17 +121,21 @@ def describe(error: BaseException | None, depth: int = 4) -> str:
     if error is None or not depth:
         return ""
     lines = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename.startswith("<step"):
-            lines.append(str(traceback.tb_lineno))
-        traceback = traceback.tb_next
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename.startswith("<step"):
+            lines.append(str(number))
     text = f"{type(error).__name__}: {plain(str(error))} @{','.join(lines)}"
     if error.__cause__ is not None:
         return f"{text} from ({describe(error.__cause__, depth - 1)})"
     if error.__context__ is not None and not error.__suppress_context__:
         return f"{text} after ({describe(error.__context__, depth - 1)})"
     return text
+
+
+def place_of(error: BaseException) -> str:
+    """Return the innermost places of an error's traceback."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return ", ".join(f"{os.path.basename(frame.filename)}:{frame.lineno}" for frame in frames)
 
 
 def plain(text: str) -> str:
@@ -176,6 +182,17 @@ def add(a: Any, b: Any) -> Any:
 
 def check(condition: Any) -> None:
     see(bool(condition))
+
+
+def inner(y: chainer.Variable, depth: int) -> np.ndarray:
+    """Return an array of the graph that no variable has: of ``depth`` functions before ``y``, or fewer."""
+    node = y.node
+    for _ in range(depth):
+        creator = node.creator_node
+        if creator is None or creator.inputs[0].creator_node is None:
+            break
+        node = creator.inputs[0]
+    return node.data
 
 
 class Own(chainer.FunctionNode):
@@ -380,6 +397,8 @@ def interrupt(
             deadline = time.monotonic() + 30
             while not fired and time.monotonic() < deadline:
                 function()
+            for _ in range(9):  # a signal is handled between two bytecodes, somewhat later
+                pass
             outcome = "lost" if fired else "no signal"
         except BaseException as caught:
             outcome = f"{type(caught).__name__}: {caught}"

@@ -17,6 +17,7 @@ import signal
 import sys
 import types
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,14 @@ class Modes:
         if self.is_on:
             chainer_ooc.disable()
 
-    def mode(self, enabled: bool = True, **settings: Any) -> Any:
+    @contextlib.contextmanager
+    def mode(self, enabled: bool = True, **settings: Any) -> Iterator[None]:
         if not self.is_on:
-            return contextlib.nullcontext()
-        context = chainer_ooc.out_of_core_mode(enabled, **self._resolved(settings))
-        engine.be_quiet()
-        return context
+            yield
+            return
+        with chainer_ooc.out_of_core_mode(enabled, **self._resolved(settings)):
+            engine.be_quiet()
+            yield
 
     def strictly(self, function: Any, **settings: Any) -> Any:
         """Call ``function``; where it does not fit under a limit that is strict, call it again without."""
@@ -146,15 +149,15 @@ def run(request: dict[str, Any]) -> None:
 
     for number, step in enumerate(program["steps"]):
         tools.seen.clear()
-        error = None
+        error = place = None
         try:
             exec(compile(step, f"<step {number}>", "exec"), names)
         except tools.Leave:
             raise
         except BaseException as caught:
-            error = tools.describe(caught)
+            error, place = tools.describe(caught), tools.place_of(caught)
             del caught
-        note([list(tools.seen), error])
+        note([list(tools.seen), error, place])
     leaks = None
     gc.collect()
     if not program["keeps"]:

@@ -2,15 +2,16 @@
 
     python tests/swap/allocation_sweep.py PLACE ONE_OF
 
-``PLACE`` is where the calls are made: see ``PLACES``; one of ``ONE_OF`` calls is made. Each call is made in a forked child: for each the
-output has ``made``, its number of allocations; ``odd``, what arrived that is not the error itself, and how
-often; ``late``, how many errors arrived between two bytecodes, as where NumPy cannot take that an allocation
-fails.
+``PLACE`` is where the calls are made: see ``PLACES``; one of ``ONE_OF`` calls is made. Each is made in a
+forked child: for each the output has ``made``, its number of allocations; ``odd``, what arrived that is not
+the error itself, and how often; ``late``, how many errors arrived between two bytecodes, as where NumPy
+cannot take that an allocation fails.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import json
 import os
@@ -112,17 +113,10 @@ def calls() -> dict[str, Callable[[], Any]]:
             else (a * 50).astype("i2").astype("U4")
         )
         for axis in (0, 1, None):
-            found[f"sort {dtype} {axis}"] = lambda array=array, axis=axis: np.sort(array, axis=axis)
-            found[f"argsort {dtype} {axis}"] = lambda array=array, axis=axis: np.argsort(
-                array, axis=axis, kind="stable"
-            )
-            if dtype != "O":
-                found[f"partition {dtype} {axis}"] = lambda array=array, axis=axis: np.partition(
-                    array, 3, axis=axis
-                )
-                found[f"argpartition {dtype} {axis}"] = lambda array=array, axis=axis: (
-                    np.argpartition(array, 3, axis=axis)
-                )
+            names = ["sort", "argsort", *([] if dtype == "O" else ["partition", "argpartition"])]
+            for name in names:
+                how = {"axis": axis} | ({"kth": 3} if "partition" in name else {"kind": "stable"})
+                found[f"{name} {dtype} {axis}"] = functools.partial(getattr(np, name), array, **how)
     for kind in ("quicksort", "heapsort", "stable"):
         found[f"in place {kind}"] = lambda kind=kind: sort_in_place(kind)
     found |= {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from chainer_ooc.swap.observing import Span
-from chainer_ooc.swap.storage import Layout
+
+if TYPE_CHECKING:
+    from chainer_ooc.swap.storage import Layout
 
 __all__ = ["Copy", "Device", "Location", "Transfer"]
 

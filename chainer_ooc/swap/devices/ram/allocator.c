@@ -103,11 +103,21 @@ static void raise(PyObject *error)
 }
 
 /* Has an error raised in this thread between two of its bytecodes. `before` is made of such: one that waits comes first. */
-static void raise_later(PyObject *error)
+void raise_later(PyObject *error)
 {
     store(DEFERRED, error);
     PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), deferred_type);
     PyErr_Clear();
+}
+
+int raise_deferred(void)
+{
+    PyObject *error = take(DEFERRED);
+    if (!error)
+        return 0;
+    PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), NULL);
+    raise(error);
+    return -1;
 }
 
 /* __new__ of the class of deferred errors: raises the thread's. */
@@ -144,8 +154,10 @@ static void forget_stored(void)
     PyGILState_STATE state = PyGILState_Ensure();
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    own.has_stored = false;
-    Py_XDECREF(take(STORED));
+    if (!type) { /* one that is pending may be NumPy's MemoryError, which Python 3.11 makes when it is caught */
+        own.has_stored = false;
+        Py_XDECREF(take(STORED));
+    }
     PyErr_Restore(type, value, traceback);
     PyGILState_Release(state);
 }

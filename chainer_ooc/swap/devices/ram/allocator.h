@@ -11,7 +11,11 @@
    They nest. */
 void hold_signals(void);
 void let_signals(void);
-/* Adds the type EngineLock to a module. Returns -1 with an exception set if it fails. */
+/* allocator.c: has an error, whose reference is borrowed, raised in this thread between two of its bytecodes; raises one
+   that waits for that at once, and returns -1. */
+void raise_later(PyObject *error);
+int raise_deferred(void);
+/* Adds the types EngineLock and Mortal to a module. Returns -1 with an exception set if it fails. */
 int add_engine_lock(PyObject *module);
 
 #endif

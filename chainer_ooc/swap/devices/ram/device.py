@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -21,7 +21,9 @@ from chainer_ooc.swap.devices.signs import SignCopy, SignTransfer
 from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
 from chainer_ooc.swap.observing import Span
 from chainer_ooc.swap.ranks import ranks_of_this_node
-from chainer_ooc.swap.storage import Layout
+
+if TYPE_CHECKING:
+    from chainer_ooc.swap.storage import Layout
 
 __all__ = ["RamDevice"]
 

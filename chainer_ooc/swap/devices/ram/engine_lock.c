@@ -142,7 +142,7 @@ static int acquire(EngineLock *self, double seconds)
     self->count++;
     hold_signals();
     /* A signal that came before is handled now, with nothing begun. */
-    if (self->count == 1 && PyErr_CheckSignals() < 0) {
+    if (self->count == 1 && (PyErr_CheckSignals() < 0 || raise_deferred() < 0)) {
         self->count = 0;
         pthread_mutex_unlock(&self->mutex);
         let_signals();
@@ -231,6 +231,53 @@ static PyType_Spec lock_spec = {
     "chainer_ooc.swap.devices.ram._allocator.EngineLock", sizeof(EngineLock), 0, Py_TPFLAGS_DEFAULT, lock_slots,
 };
 
+/* Mortal: a base class. `_die()` is called when an object dies, and no signal handler runs in it, where what it raises
+   would be lost: that of a signal that came before is run first, and its error raised between two bytecodes. */
+
+static void mortal_finalize(PyObject *self)
+{
+    PyObject *type, *value, *traceback;
+    PyObject *error_type = NULL, *error = NULL, *error_traceback = NULL;
+    PyErr_Fetch(&type, &value, &traceback);
+    hold_signals();
+    if (PyErr_CheckSignals() < 0 || raise_deferred() < 0) {
+        PyErr_Fetch(&error_type, &error, &error_traceback);
+        PyErr_NormalizeException(&error_type, &error, &error_traceback);
+        if (error_traceback)
+            PyException_SetTraceback(error, error_traceback);
+    }
+    PyObject *done = PyObject_CallMethod(self, "_die", NULL);
+    if (!done)
+        PyErr_WriteUnraisable(self);
+    Py_XDECREF(done);
+    if (error)
+        raise_later(error); /* not before: it would be raised in _die() */
+    Py_XDECREF(error_type), Py_XDECREF(error), Py_XDECREF(error_traceback);
+    let_signals();
+    PyErr_Restore(type, value, traceback);
+}
+
+static PyType_Slot mortal_slots[] = {
+    {Py_tp_doc, "A base class: `_die()` is called when an object dies, and no signal handler runs in it."},
+    {Py_tp_finalize, mortal_finalize},
+    {0, NULL},
+};
+
+static PyType_Spec mortal_spec = {
+    "chainer_ooc.swap.devices.ram._allocator.Mortal", sizeof(PyObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    mortal_slots,
+};
+
+static int add_type(PyObject *module, const char *name, PyType_Spec *spec)
+{
+    PyObject *type = PyType_FromSpec(spec);
+    if (!type)
+        return -1;
+    int failed = PyModule_AddObjectRef(module, name, type);
+    Py_DECREF(type);
+    return failed;
+}
+
 int add_engine_lock(PyObject *module)
 {
     PyObject *threading = PyImport_ImportModule("threading");
@@ -244,10 +291,5 @@ int add_engine_lock(PyObject *module)
         return -1;
     main_thread = (pthread_t)number;
     pthread_atfork(NULL, NULL, after_fork_in_child);
-    PyObject *type = PyType_FromSpec(&lock_spec);
-    if (!type)
-        return -1;
-    int failed = PyModule_AddObjectRef(module, "EngineLock", type);
-    Py_DECREF(type);
-    return failed;
+    return add_type(module, "EngineLock", &lock_spec) || add_type(module, "Mortal", &mortal_spec) ? -1 : 0;
 }
