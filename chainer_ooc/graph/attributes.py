@@ -12,6 +12,7 @@ from typing import Any
 
 from chainer_ooc import references
 from chainer_ooc.swap.storage import Saved
+from chainer_ooc.wording import repr_of
 
 __all__ = ["SavedTuple", "save_attributes", "saved_attributes"]
 
@@ -87,10 +88,10 @@ def saved_attributes(cls: type, names: tuple[str, ...] | list[str]) -> None:
 
     if not (isinstance(cls, type) and issubclass(cls, chainer.FunctionNode | chainer.Function)):
         raise TypeError(
-            f"cls={cls!r} is not a subclass of chainer.FunctionNode or chainer.Function"
+            f"cls={repr_of(cls)} is not a subclass of chainer.FunctionNode or chainer.Function"
         )
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"names={names!r} is not a list of attribute names")
+        raise TypeError(f"names={repr_of(names)} is not a list of attribute names")
     _nested[cls] = (*_nested.get(cls, ()), *names)
 
 

@@ -322,11 +322,14 @@ class Follower:
         return self._storages[number]() if number < len(self._storages) else None
 
     def _describe(self, x: Any) -> str:
-        node = getattr(x, "node", None)
-        array = getattr(x, "raw_array", x)  # what is no array gets Chainer's own error
-        dtype, shape = getattr(array, "dtype", None), getattr(array, "shape", ())
-        maker = None if node is None else node._creator_node
-        return describe_input(dtype, shape, self._step_of(maker))
+        try:
+            node = getattr(x, "node", None)
+            array = getattr(x, "raw_array", x)
+            dtype, shape = getattr(array, "dtype", None), getattr(array, "shape", ())
+            maker = None if node is None else node._creator_node
+            return describe_input(dtype, shape, self._step_of(maker))
+        except Exception:  # what is no array gets Chainer's own error
+            return type(x).__name__
 
     def _step_of(self, func: Any) -> int:
         iteration, number = (-1, -1) if func is None else func.__dict__.get(STEP, (-1, -1))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+from chainer_ooc import wording
 from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap import forks, native, verify
@@ -257,14 +257,30 @@ class SwapManager:
         """
         with self._lock:
             self._mover.clear_graves()  # the dead need nothing any more
-            for storage in {saved.storage for saved in group}:
+            storages = {saved.storage for saved in group}
+            for storage in storages:
                 storage.expected -= 1
-                is_needed = not drop or not storage.used or storage.dependents
-                if is_needed and storage.resident and storage.held:
-                    # Backward gave it to somebody, a gradient say, who may write to it.
-                    self._taint(storage)
-                if drop and storage.used and not storage.dependents:
-                    self._mover.drop(storage)
+            over = {s for s in storages if drop and s.used and not (s.kept or s.dependents)}
+            self._note_who_holds(storages - over)
+            for storage in over:
+                self._mover.drop(storage)
+
+    def returned(self, group: Iterable[Saved]) -> None:
+        """Tell that a function has used ``group`` in backward, and will use it once more: see :meth:`keep`."""
+        with self._lock:
+            self._note_who_holds({saved.storage for saved in group})
+
+    def keep(self, group: Iterable[Saved]) -> None:
+        """Drop none of ``group`` after its last use: others may read it than the functions that are expected to."""
+        with self._lock:
+            for saved in group:
+                saved.storage.kept = True
+
+    def _note_who_holds(self, storages: Iterable[Storage]) -> None:
+        for storage in storages:
+            if storage.resident and storage.held:
+                # Backward gave it to somebody, a gradient say, who may write to it.
+                self._taint(storage)
 
     def grown_to(self, used: int) -> int:
         """Return what memory in use would be (bytes) if nothing had been moved since the manager was made.
@@ -451,7 +467,7 @@ class SwapManager:
         if strict:
             return OutOfMemoryError(message)
         self._has_warned = True
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        wording.warn(message, stacklevel=2)
         return None
 
     def explain_shortage(self, nbytes: int, what: str) -> str:

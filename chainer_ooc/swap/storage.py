@@ -85,6 +85,7 @@ class Storage(native.Mortal):
         transfer: The copy under way, or ``None``.
         tainted: Somebody outside backward got the array since the copy was begun, and may write.
         expected: How many functions of the graph have yet to use it in backward.
+        kept: Others may read it than these functions: it is not dropped after its last use.
         rank: The highest rank of these functions in the graph: backward runs by falling rank.
         forward: What it was saved with, in a row, and ``number``, its place there.
         ahead: It was fetched before it was asked for, and has not been used since.
@@ -108,6 +109,7 @@ class Storage(native.Mortal):
         "dependents",
         "expected",
         "forward",
+        "kept",
         "label",
         "lossy",
         "manager",
@@ -142,6 +144,7 @@ class Storage(native.Mortal):
         self.transfer: Transfer | None = None
         self.tainted = False
         self.expected = 0
+        self.kept = False
         self.rank = 0
         self.forward: Forward
         self.number = 0

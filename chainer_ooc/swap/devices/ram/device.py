@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,9 @@ import numpy as np
 import psutil
 import xxhash
 
+from chainer_ooc import wording
 from chainer_ooc.swap import native, process_memory
-from chainer_ooc.swap.devices.base import Location
+from chainer_ooc.swap.devices.base import Location, checksum_of_array
 from chainer_ooc.swap.devices.copy_threads import CopyThreads
 from chainer_ooc.swap.devices.file_copies import FileCopy, FileTransfer
 from chainer_ooc.swap.devices.signs import SignCopy, SignTransfer
@@ -163,6 +163,10 @@ class RamDevice:
         """Return the XXH3 of a storage's bytes: about as fast as memory is."""
         return xxhash.xxh3_64_intdigest(_bytes_of(owner)[origin : origin + nbytes])
 
+    def checksum_of(self, array: np.ndarray) -> int | None:
+        """Return the checksum of an array that need not be saved."""
+        return checksum_of_array(array, self.locate, self.checksum)
+
     def before_release(self) -> None:
         """Do nothing: who computes has ended when the call returns."""
 
@@ -238,10 +242,9 @@ class RamDevice:
             # Only now: what is given back at once must be taken again at once, which costs time.
             self._memory_is_short = True
             if process_memory.ucx_keeps_freed_memory():
-                warnings.warn(
+                wording.warn(
                     "MPI's transport UCX keeps freed memory from going back to the system: memory will grow past "
                     "the limit; set UCX_MEM_EVENTS=no in the environment before MPI is loaded",
-                    RuntimeWarning,
                     stacklevel=2,
                 )
             process_memory.keep_less_freed_memory(RETURNED)
