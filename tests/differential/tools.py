@@ -388,7 +388,7 @@ def interrupt(
         raise error("interrupted")
 
     which, number = _TIMERS[timer]
-    config = dict(vars(chainer.config._local))
+    config, numeric = dict(vars(chainer.config._local)), np.geterr()
     for delay in delays:
         fired.clear()
         old = signal.signal(number, handler)
@@ -407,7 +407,8 @@ def interrupt(
             signal.setitimer(which, 0)
             signal.signal(number, old)
         see(outcome)
-        # Chainer's own contexts may leave their settings behind when they are interrupted.
+        # Contexts of Chainer and NumPy may leave their settings behind when they are interrupted, on stock, too.
+        np.seterr(**numeric)
         vars(chainer.config._local).clear()
         vars(chainer.config._local).update(config)
     np.random.seed(0)
