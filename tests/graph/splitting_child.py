@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 
 import chainer_ooc
+from chainer_ooc.swap.process_memory import ResidentMemory
 
 import chainer  # isort: skip
 import chainer.functions as F  # isort: skip
@@ -70,8 +71,7 @@ def main(network, limit, *settings):
     digest = hashlib.sha256()
     for parameter in model.params():
         digest.update(parameter.array.tobytes())
-    with open("/proc/self/status") as status:
-        (peak,) = (int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
+    peak = ResidentMemory.peak_bytes()
     print(peak, digest.hexdigest(), sum(w.category is RuntimeWarning for w in caught))
 
 
