@@ -216,7 +216,7 @@ PLANTED = (
         "drop before the last use",
         "chainer_ooc/swap/manager.py",
         "SwapManager.finish",
-        "drop and storage.used and (not storage.dependents)",
+        "drop and s.used and (not (s.kept or s.dependents))",
         "drop",
     ),
 )
