@@ -153,18 +153,28 @@ def install() -> None:
     )
 
 
-class _Seen(NamedTuple):
-    """An array when a function used it.
+class _Content(NamedTuple):
+    """What an array was at a moment.
 
     Attributes:
         checksum: Of its bytes: of its storage where it is saved.
-        layout: Its dtype, shape and strides.
-        saved: What stands in for it, where it is saved.
-        constant: The same of a large array that is not saved, and that no function has made.
+        layout: Its dtype, shape, strides and offset.
     """
 
     checksum: int
     layout: tuple[Any, ...]
+
+
+class _Seen(NamedTuple):
+    """An array when a function used it.
+
+    Attributes:
+        content: What it was.
+        saved: What stands in for it, where it is saved.
+        constant: The same of a large array that is not saved, and that no function has made.
+    """
+
+    content: _Content | None
     saved: Saved | None = None
     constant: Constant | None = None
 
@@ -175,13 +185,13 @@ class _Run:
 
     Attributes:
         inputs: What it computed from.
-        made: The checksums of what it made, ``None`` where nobody knows.
+        made: What it made, ``None`` where nobody knows.
         attributes: Those that it needs to run again, :class:`_Seen` for arrays.
         configuration: The values of :data:`_CONFIGURATION`.
     """
 
     inputs: list[_Seen]
-    made: list[int | None]
+    made: list[_Content | None]
     attributes: dict[str, Any]
     configuration: dict[str, Any]
 
@@ -246,7 +256,7 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> N
         for name in rule.makes:
             leaves, value = _Leaves(), func.__dict__.get(name)
             if type(value) is Saved:
-                made = value.storage.manager.look_at(value)
+                made = _content_of(value)
                 _offer(value, made, _attribute(func, name, leaves), leaves)
         for index in func._output_indexes_to_retain or ():
             node = func.outputs[index]()
@@ -254,22 +264,22 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> N
                 _offer_node(node, run.made[index])
     for index in retained:
         found = seen[index]
-        _offer_node(func.inputs[index], None if found is None else found.checksum)
+        _offer_node(func.inputs[index], None if found is None else found.content)
 
 
-def _offer_node(node: Any, checksum: int | None) -> None:
-    """Give a recipe to the array of a node, which has that checksum now, if it is what the node's function made."""
+def _offer_node(node: Any, content: _Content | None) -> None:
+    """Give a recipe to the array of a node, which is that now, if it is what the node's function made."""
     saved = node.__dict__.get("_data")
-    if type(saved) is Saved and saved.storage.recipe is None and checksum == _made(node):
+    if type(saved) is Saved and saved.storage.recipe is None and content == _made(node):
         leaves = _Leaves()
-        _offer(saved, checksum, _expression_of(node, leaves, _LONGEST), leaves)
+        _offer(saved, content, _expression_of(node, leaves, _LONGEST), leaves)
 
 
 def _offer(
-    saved: Saved, checksum: int | None, expression: _Expression | None, leaves: _Leaves
+    saved: Saved, content: _Content | None, expression: _Expression | None, leaves: _Leaves
 ) -> None:
-    """Give a saved array the recipe that computes ``expression`` from ``leaves``, if it can have one."""
-    if expression is None or checksum is None:
+    """Give a saved array, which is that now, the recipe that computes ``expression``, if it can have one."""
+    if expression is None or content is None:
         return
     # A view is not made from what it is a view of.
     if any(leaf.storage is saved.storage for leaf in leaves.saved):
@@ -282,7 +292,7 @@ def _offer(
             inputs=tuple(leaves.saved),
             run=_quiet(expression),
             layout=saved.layout,
-            checksum=checksum,
+            checksum=content.checksum,
             input_checksums=tuple(leaves.checksums),
             functions=tuple(leaves.steps),
             constants=constants,
@@ -325,16 +335,14 @@ def _is_array(value: Any) -> bool:
     return isinstance(getattr(value, "nbytes", None), int) and not isinstance(value, np.generic)
 
 
-def _made_now(y: Any) -> int | None:
-    """Return the checksum of an output."""
+def _made_now(y: Any) -> _Content | None:
+    """Return what an output is now."""
     saved, array = y.node.__dict__.get("_data"), y.raw_array
-    if type(saved) is Saved and saved.alive() is array:
-        return saved.storage.manager.look_at(saved)
-    return _checksum(array)
+    return _content_of(saved if type(saved) is Saved and saved.alive() is array else array)
 
 
-def _made(node: Any) -> int | None:
-    """Return the checksum that the array of a node had when its function made it; ``None`` if nobody knows."""
+def _made(node: Any) -> _Content | None:
+    """Return what the array of a node was when its function made it; ``None`` if nobody knows."""
     func = node._creator_node
     run = None if func is None else func.__dict__.get(_RUN)
     return None if run is None else run.made[_index_of(node)]
@@ -356,38 +364,41 @@ def _see(node: Any, array: Any, most: int, used: bool) -> _Seen | None:
     """
     saved = node.__dict__.get("_data")
     if type(saved) is Saved and saved.alive() is array:
-        checksum = saved.storage.manager.look_at(saved)
-        return None if checksum is None else _Seen(checksum, _layout_of(saved.layout), saved)
+        content = _content_of(saved)
+        return None if content is None else _Seen(content, saved)
     if not used or array is None:
         return None
     if node._creator_node is None and _SMALL < array.nbytes <= most:
         manager = mode.manager_for(array)
         location = None if manager is None else manager.device.locate(array)
         if manager is not None and location is not None and array.flags.c_contiguous:
-            return _Seen(0, _layout_of(array), constant=Constant(manager.device, array))
+            return _Seen(None, constant=Constant(manager.device, array))
     if array.nbytes > _SMALL and _made(node) is None:
         return None
-    found = _checksum(array)
-    return None if found is None else _Seen(found, _layout_of(array))
+    content = _content_of(array)
+    return None if content is None else _Seen(content)
 
 
 def _see_attribute(value: Any) -> _Seen | None:
     """Return what an array among the attributes of a function is now, ``None`` if it is too large to be copied."""
-    if type(value) is Saved:
-        checksum = value.storage.manager.look_at(value)
-        return None if checksum is None else _Seen(checksum, _layout_of(value.layout), value)
-    found = None if value.nbytes > _SMALL else _checksum(value)
-    return None if found is None else _Seen(found, _layout_of(value))
+    saved = value if type(value) is Saved else None
+    content = None if saved is None and value.nbytes > _SMALL else _content_of(value)
+    return None if content is None else _Seen(content, saved)
 
 
-def _layout_of(array: Any) -> tuple[Any, ...]:
-    return array.dtype, array.shape, array.strides
-
-
-def _checksum(array: Any) -> int | None:
-    """Return the checksum of an array that is not saved, ``None`` if it has none."""
-    manager = mode.manager_for(array)
-    return None if manager is None else manager.device.checksum_of(array)
+def _content_of(data: Any) -> _Content | None:
+    """Return what an array is now, or what stands in for it; ``None`` if nobody can tell."""
+    if type(data) is Saved:
+        checksum, offset = data.storage.manager.look_at(data), data.layout.offset
+        data = data.layout
+    else:
+        manager = mode.manager_for(data)
+        checksum, offset = (None if manager is None else manager.device.checksum_of(data)) or (
+            None,
+            0,
+        )
+    layout = data.dtype, data.shape, data.strides, offset
+    return None if checksum is None else _Content(checksum, layout)
 
 
 def _nbytes(y: Any) -> int:
@@ -459,7 +470,7 @@ def _source(node: Any, seen: _Seen, leaves: _Leaves, longest: int) -> _Expressio
     """Return what gives an input as it was when it was used; ``None`` if that cannot be had any more."""
     data = _data_of(node)
     if data is None and seen.saved is None and node._creator_node is not None:
-        return _expression_of(node, leaves, longest) if _made(node) == seen.checksum else None
+        return _expression_of(node, leaves, longest) if _made(node) == seen.content else None
     return _kept(seen, data, leaves)
 
 
@@ -471,21 +482,19 @@ def _kept(seen: _Seen, data: Any, leaves: _Leaves) -> _Expression | None:
         data: The array now, or what stands in for it; ``None`` if nobody has it.
         leaves: What is needed of what is saved is added to these.
     """
-    if seen.saved is not None:
-        return leaves.add(seen.saved, seen.checksum)
     if seen.constant is not None:
         constant = leaves.constants.setdefault(id(seen.constant.array), seen.constant)
         return lambda arrays: constant.array
-    if data is None:
-        return None
-    if type(data) is Saved:  # it has been saved since
-        whole = data.storage.nbytes == data.nbytes and _layout_of(data.layout) == seen.layout
-        if not whole or data.storage.manager.look_at(data) != seen.checksum:
+    saved = seen.saved
+    if saved is None:
+        is_large = type(data) is not Saved and data is not None and data.nbytes > _SMALL
+        if data is None or is_large or _content_of(data) != seen.content:
             return None
-        return leaves.add(data, seen.checksum)
-    if data.nbytes > _SMALL or _layout_of(data) != seen.layout or _checksum(data) != seen.checksum:
-        return None
-    return _Copy(data.copy())
+        if type(data) is not Saved:
+            return _Copy(data.copy())
+        saved = data  # it has been saved since
+    assert seen.content is not None
+    return leaves.add(saved, seen.content.checksum)
 
 
 def _data_of(node: Any) -> Any:

@@ -80,8 +80,8 @@ class AdoptedArrays:
         self._note("what is computed next", False, _address(owner), owner.nbytes)
         return RamDevice.checksum(None, owner, origin, nbytes)  # type: ignore[arg-type]
 
-    def checksum_of(self, array: Any) -> int | None:
-        """Return the checksum of an array. If it is not the GPU's memory yet, it does not become that."""
+    def checksum_of(self, array: Any) -> tuple[int, int] | None:
+        """Return the checksum and the offset of an array, which does not become the GPU's memory by that."""
         ram: Any = RamDevice
         return checksum_of_array(
             array, lambda one: ram.locate(None, one), lambda *where: ram.checksum(None, *where)

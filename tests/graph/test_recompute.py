@@ -367,6 +367,8 @@ def edited(v, how):
         v.array.ravel()[::3] += 0.125
     elif how == "anew":
         v.array = v.array * 0.9
+    elif how == "reversed":
+        v.array = v.array[::-1]
     elif how == "another layout":
         v.array = np.asfortranarray(v.array)
     elif how == "of a node":
@@ -391,7 +393,15 @@ CHAINS = {
     "views": (F.tanh, lambda x: F.reshape(x, (-1, 5)), F.transpose, lambda x: x * 2, F.sin),
     "sums": (F.tanh, lambda x: F.add(x, x, F.sigmoid(x)), lambda x: x - F.relu(x), F.absolute),
 }
-EDITS = ("in place", "a part of a view", "anew", "another layout", "of a node", "the input")
+EDITS = (
+    "in place",
+    "a part of a view",
+    "anew",
+    "reversed",
+    "another layout",
+    "of a node",
+    "the input",
+)
 SHORT = {
     "all out": {"swap_all": True, "min_bytes": 64},
     "little memory": {"limit": "1MiB", "min_bytes": 64},

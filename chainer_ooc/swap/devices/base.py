@@ -121,8 +121,8 @@ class Device(Protocol):
     def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
         """Return a checksum of a resident storage's bytes. Waits for what computes them."""
 
-    def checksum_of(self, array: Any) -> int | None:
-        """Return a checksum of an array that need not be saved, by :func:`checksum_of_array`."""
+    def checksum_of(self, array: Any) -> tuple[int, int] | None:
+        """Return what :func:`checksum_of_array` does, of an array that need not be saved."""
 
     def before_release(self) -> None:
         """Make sure that memory which is given up after this is used by nobody who came before."""
@@ -171,8 +171,8 @@ def checksum_of_array(
     array: Any,
     locate: Callable[[Any], Location | None],
     checksum: Callable[[Any, int, int], int],
-) -> int | None:
-    """Return a checksum of an array's bytes, in the order of memory.
+) -> tuple[int, int] | None:
+    """Return a checksum of an array's bytes, in the order of memory, and where it begins in its allocation (bytes).
 
     Args:
         array: An array of the device.
@@ -180,8 +180,8 @@ def checksum_of_array(
         checksum: The device's.
 
     Returns:
-        That of the whole allocation for a crop of it; ``None`` for arrays that must stay where they are and for large
-        ones that are strewn over far more.
+        The checksum is that of the whole allocation for a crop of it; ``None`` for arrays that must stay where they
+        are and for large ones that are strewn over far more.
     """
     location = locate(array)
     if location is None:
@@ -191,4 +191,4 @@ def checksum_of_array(
         if location.nbytes > CROPPED * nbytes:
             return checksum_of_array(array.copy(), locate, checksum) if nbytes <= SMALL else None
         start, nbytes = 0, location.nbytes
-    return checksum(location.owner, start, nbytes)
+    return checksum(location.owner, start, nbytes), location.offset

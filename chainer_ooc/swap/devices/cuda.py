@@ -72,8 +72,8 @@ class CupyArrays:
         """Return the checksum of ``nbytes`` at byte ``origin`` of ``owner``. Waits."""
         return self._checksum(owner.ptr + origin, nbytes)
 
-    def checksum_of(self, array: Any) -> int | None:
-        """Return the checksum of an array that need not be saved. Waits."""
+    def checksum_of(self, array: Any) -> tuple[int, int] | None:
+        """Return the checksum and the offset of an array that need not be saved. Waits."""
         return checksum_of_array(array, self.locate, self.checksum)
 
     def view(self, owner: Any, origin: int, layout: Layout) -> Any:
@@ -216,8 +216,8 @@ class CudaDevice:
         with self.streams.on_device():
             return self.arrays.checksum(owner, origin, nbytes)
 
-    def checksum_of(self, array: Any) -> int | None:
-        """Return the checksum of an array that need not be saved. The host waits for it."""
+    def checksum_of(self, array: Any) -> tuple[int, int] | None:
+        """Return the checksum and the offset of an array that need not be saved. The host waits for it."""
         with self.streams.on_device():
             return self.arrays.checksum_of(array)
 

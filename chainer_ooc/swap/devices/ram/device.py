@@ -163,8 +163,8 @@ class RamDevice:
         """Return the XXH3 of a storage's bytes: about as fast as memory is."""
         return xxhash.xxh3_64_intdigest(_bytes_of(owner)[origin : origin + nbytes])
 
-    def checksum_of(self, array: np.ndarray) -> int | None:
-        """Return the checksum of an array that need not be saved."""
+    def checksum_of(self, array: np.ndarray) -> tuple[int, int] | None:
+        """Return the checksum and the offset of an array that need not be saved."""
         return checksum_of_array(array, self.locate, self.checksum)
 
     def before_release(self) -> None:
