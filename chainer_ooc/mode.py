@@ -51,7 +51,10 @@ class _Local(threading.local):
     """The modes that this thread has entered, the innermost last: settings, or off."""
 
     def __init__(self) -> None:
-        self.stack: list[Any] = []
+        # What finalizers compute that the collector of garbage runs in a thread of ours must not wait for the engine:
+        # that may be waiting for this thread.
+        ours = threading.current_thread().name.startswith("chainer_ooc-")
+        self.stack: list[Any] = [_OFF] if ours else []
         self.running: Any = None  # the function of the graph that runs, and its inputs
         self.trusted = False  # the code that runs now leaves the arrays it reads as they are
         self.hooked = False

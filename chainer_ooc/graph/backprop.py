@@ -82,6 +82,7 @@ def install() -> None:
         attributes.saved_attributes(batch_normalization.BatchNormalization, ["_impl"])
         attributes.saved_attributes(batch_normalization.BatchNormalizationGrad, ["_impl"])
         _stock["config"] = chainer.config
+        _stock["variable"] = chainer.Variable
         _stock["apply"] = chainer.FunctionNode.apply
         _stock["backprop_step"] = _backprop_utils.backprop_step
         _stock["add_hook"] = chainer.FunctionNode.add_hook
@@ -92,41 +93,53 @@ def install() -> None:
 
 def _apply(self: Any, inputs: Any) -> Any:
     settings = mode.current()
-    # What static_graph runs again writes to the arrays of the first time.
-    if settings is None or _stock["config"].schedule_func is not None:
-        return _stock["apply"](self, inputs)
-    if not isinstance(inputs, tuple | list):  # it can be looked at only once
-        return _stock["apply"](self, inputs)
-    manager, plenty = _before(inputs, settings)
-    if manager is None:
-        return _stock["apply"](self, inputs)
     apply = _stock["apply"]
-    follower = None if plenty else _follower(manager, settings)
+    if settings is None or not isinstance(
+        inputs, tuple | list
+    ):  # others can be looked at only once
+        return apply(self, inputs)
+    manager, plenty = _before(inputs, settings)
+    if plenty:
+        outputs = apply(self, inputs)
+        if self.inputs is not None and manager is not None and not _is_foreign(self):
+            _note(self, settings)
+        return outputs
+    if manager is None or _stock["config"].schedule_func is not None:
+        return apply(self, inputs)
+    follower = _follower(manager, settings)
     if follower is not None and _keeps_graph(inputs):
         follower.forward(self, inputs, settings)
-    outputs = apply(self, inputs) if plenty else _run(self, inputs, manager, apply, self, inputs)
+    outputs = _run(self, inputs, manager, apply, self, inputs)
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
-        _pending.append((weakref.ref(self), settings.single_backward, settings.sign_bits))
+        _note(self, settings)
         if _recomputes(manager, settings):
             adopt()
             # Now, not when it is saved: what it computed from, and what it made, is as it was.
             recompute.offer_recipes(self, inputs, outputs)
-        elif len(_pending) > _most_pending:
-            _forget_dead()
-    if not plenty:
-        if follower is not None:
-            adopt()
-            record = self.__dict__.get(_RECORD)
-            follower.saved(self, () if record is None else record.group)
-            follower.ran(mode.local.peak)
-        _after(manager, settings)
+    if follower is not None:
+        adopt()
+        record = self.__dict__.get(_RECORD)
+        follower.saved(self, () if record is None else record.group)
+        follower.ran(mode.local.peak)
+    _after(manager, settings)
     return outputs
+
+
+def _is_foreign(func: Any) -> bool:
+    """Tell whether the arrays of a function are not ours to move: what static_graph runs again writes to them."""
+    return func._is_chainerx_fallback_mode or _stock["config"].schedule_func is not None
+
+
+def _note(func: Any, settings: Settings) -> None:
+    """Note a function that has been applied, to be looked at when memory gets short."""
+    _pending.append((weakref.ref(func), settings.single_backward, settings.sign_bits))
+    if len(_pending) > _most_pending:
+        _forget_dead()
 
 
 def _backprop_step(
     func: Any, target_input_indexes: Any, grad_outputs: Any, grad_inputs: Any, is_debug: Any
 ) -> None:
-    arguments = (func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
     record = func.__dict__.get(_RECORD)
     settings = mode.current()
     manager, plenty = (None, True) if settings is None else _before(grad_outputs, settings)
@@ -134,7 +147,9 @@ def _backprop_step(
     twice = bool(_stock["config"].enable_backprop)
     if record is None and plenty:
         func.__dict__[_TWICE if twice else _USED] = True
-        return _stock["backprop_step"](*arguments)
+        _stock["backprop_step"](func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
+        return
+    arguments = (func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
     follower = None
     if manager is not None and settings is not None:
         follower = _follower(manager, settings)
@@ -207,16 +222,23 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
 
     If memory is short, the thread's allocations are announced from now on.
     """
-    manager = None
+    variable = _stock["variable"]
+    for first in inputs:
+        # raw_array is a property: a call for each input of each function.
+        array = first._data[0] if isinstance(first, variable) else first
+        if array is not None:
+            manager = mode.manager_for(array)
+            if manager is not None:
+                break
+    else:
+        return None, True
+    if mode.local.hooked or settings.swap_all:
+        return manager, False
     nbytes = 0
     for x in inputs:
-        array = getattr(x, "raw_array", x)
-        own = mode.manager_for(array)
-        if own is not None:  # what is no array gets Chainer's own error
-            manager = manager or own
+        array = x._data[0] if isinstance(x, variable) else x
+        if mode.manager_for(array) is not None:  # what is no array gets Chainer's own error
             nbytes += array.nbytes
-    if manager is None or mode.local.hooked or settings.swap_all:
-        return manager, manager is None
     if manager.marks.are_far(_EXPANSION * nbytes, settings):
         looks = settings.verify or mode.observers or _recomputes(manager, settings)
         if not (looks or _plans(manager, settings)):

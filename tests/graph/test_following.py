@@ -112,6 +112,7 @@ def pages():
     return follower_of(mode._managers["ram"]).book.pages
 
 
+@pytest.mark.extension  # the memory is a double: of what functions take it knows what is announced
 @pytest.mark.parametrize(
     "settings",
     [
@@ -132,6 +133,7 @@ def test_from_the_third_iteration_on_the_plan_is_followed(device, settings):
     assert moved
 
 
+@pytest.mark.extension
 def test_what_moves_is_what_was_planned(device):
     training = Training()
     moved = []
