@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 import re
@@ -39,7 +40,7 @@ class Failure:
 
     def __str__(self) -> str:
         text = "\n".join(f"  {line}" for line in self.differences[:6])
-        tail = "\n".join(f"    | {line}" for line in self.stderr.splitlines()[:25])
+        tail = "\n".join(f"    | {line}" for line in self.stderr.splitlines()[:80])
         return f"seed {self.program.seed}:\n{text}\n{self.program}\n  stderr out of core:\n{tail}"
 
 
@@ -170,7 +171,7 @@ def differences(stock: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
         if a[0] == "the end":
             yield f"left behind: {', '.join(b[1]) if b[1] else b}"
         elif a[1] != b[1]:
-            yield f"step {number}: raises {b[1]} ({b[2]}) instead of {a[1]}"
+            yield f"step {number}: raises {b[1]} ({b[2]}) instead of {a[1]} ({a[2]})"
         elif len(a[0]) == len(b[0]):
             wrong = next(i for i in range(len(a[0])) if a[0][i] != b[0][i])
             yield f"step {number}: value {wrong} is {b[0][wrong]} instead of {a[0][wrong]}"
@@ -184,9 +185,8 @@ def differences(stock: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
         yield f"stdout {other['stdout'][-300:]!r} instead of {stock['stdout'][-300:]!r}"
     printed, expected = (essence(outcome["stderr"]) for outcome in (other, stock))
     if printed != expected:
-        extra = [line for line in printed if line not in expected]
-        missing = [line for line in expected if line not in printed]
-        yield f"stderr has {extra[:4]}, lacks {missing[:4]}"
+        changed = [line for line in difflib.ndiff(expected, printed) if line[0] in "+-"]
+        yield f"stderr has more (+) and less (-): {changed[:6]}"
 
 
 def essence(stderr: str) -> list[str]:
