@@ -209,7 +209,7 @@ static bool ask(size_t nbytes, bool can_fail)
         }
         Py_XDECREF(done);
         PyErr_Restore(type, value, traceback);
-        let_signals();
+        let_signals(0);
         own.asks = false;
     }
     PyGILState_Release(state);

@@ -8,9 +8,9 @@
 #include <Python.h>
 
 /* engine_lock.c: signal handlers of Python do not run in the calling thread between these two, if it is the main one.
-   They nest. */
+   They nest. The second delivers those that came; with `now`, handlers run at once, and it returns -1 if one has raised. */
 void hold_signals(void);
-void let_signals(void);
+int let_signals(int now);
 /* allocator.c: has an error, whose reference is borrowed, raised in this thread between two of its bytecodes; raises one
    that waits for that at once, and returns -1. */
 void raise_later(PyObject *error);

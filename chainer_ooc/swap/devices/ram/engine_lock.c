@@ -88,16 +88,21 @@ void hold_signals(void)
     depth++;
 }
 
-void let_signals(void)
+int let_signals(int now)
 {
+    int failed = 0;
     if (--depth || !any_noted || !pthread_equal(pthread_self(), main_thread))
-        return;
+        return 0;
     any_noted = 0;
     for (int number = 1; number < NSIG; number++)
         if (noted[number]) {
             noted[number] = 0;
             pythons(number);
+            /* One at a time: a handler that raises would leave those behind it to be forgotten until the next signal. */
+            if (now && !failed)
+                failed = PyErr_CheckSignals();
         }
+    return failed;
 }
 
 static void after_fork_in_child(void)
@@ -145,7 +150,7 @@ static int acquire(EngineLock *self, double seconds)
     if (self->count == 1 && (PyErr_CheckSignals() < 0 || raise_deferred() < 0)) {
         self->count = 0;
         pthread_mutex_unlock(&self->mutex);
-        let_signals();
+        let_signals(0);
         return -1;
     }
     return 1;
@@ -180,7 +185,10 @@ static PyObject *lock_exit(PyObject *object, PyObject *unused)
     }
     if (!--self->count)
         pthread_mutex_unlock(&self->mutex);
-    let_signals();
+    /* Handlers run now, as they do when os.kill() has sent the signal: in a child that was forked from another thread
+       than the main one, Python 3.13 and later run none between two bytecodes. */
+    if (let_signals(1) < 0)
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -253,7 +261,7 @@ static void mortal_finalize(PyObject *self)
     if (error)
         raise_later(error); /* not before: it would be raised in _die() */
     Py_XDECREF(error_type), Py_XDECREF(error), Py_XDECREF(error_traceback);
-    let_signals();
+    let_signals(0);
     PyErr_Restore(type, value, traceback);
 }
 
