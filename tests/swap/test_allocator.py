@@ -220,16 +220,19 @@ def test_an_error_arrives_as_itself_and_nothing_is_allocated(asked, in_thread):
         work()
     assert arrived == [error]
     assert error.__traceback__ is not None
+    assert not hasattr(error, "__notes__")
+    assert error.__cause__ is error.__context__ is None
     assert asked.sizes == [8 * MIB]
 
 
 def test_where_memory_cannot_be_refused_the_error_comes_a_moment_later(asked):
     array = np.ones(32 * KIB, np.uint8)
     asked.answer = raising(Mine("mine"))
-    with pytest.raises(Mine, match="mine"):
+    with pytest.raises(Mine, match="mine") as caught:
         array.resize(MIB, refcheck=False)
         for _ in range(1000):
             pass
+    assert not hasattr(caught.value, "__notes__")
     asked.answer = lambda: None
     assert np.ones(MIB, np.uint8).sum() == MIB
 

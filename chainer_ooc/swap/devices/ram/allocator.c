@@ -120,29 +120,36 @@ int raise_deferred(void)
     return -1;
 }
 
-/* __new__ of the class of deferred errors: raises the thread's. */
+/* Has an error take the place of one that Python is about to make: what __new__ returns for it. Python 3.11 goes by the
+   class that it was about to raise; later ones by that of what they get, and add a note to what is raised instead. */
+static PyObject *instead(PyObject *error)
+{
+    if (Py_Version >= 0x030c0000)
+        return error;
+    raise(error);
+    return NULL;
+}
+
+/* __new__ of the class of deferred errors. */
 static PyObject *new_deferred(PyObject *self, PyObject *args)
 {
     (void)self, (void)args;
     PyObject *error = take(DEFERRED);
     if (error)
-        raise(error);
-    else
-        PyErr_SetString(PyExc_MemoryError, "an allocation has failed");
+        return instead(error);
+    PyErr_SetString(PyExc_MemoryError, "an allocation has failed");
     return NULL;
 }
 
-/* __new__ of NumPy's _ArrayMemoryError: raises the thread's stored error if there is one. */
+/* __new__ of NumPy's _ArrayMemoryError: the thread's stored error if there is one. */
 static PyObject *new_array_memory_error(PyObject *self, PyObject *args, PyObject *keywords)
 {
     (void)self;
     if (own.has_stored) {
         own.has_stored = false;
         PyObject *error = take(STORED);
-        if (error && traceback_of(error) == own.stored_traceback) {
-            raise(error);
-            return NULL;
-        }
+        if (error && traceback_of(error) == own.stored_traceback)
+            return instead(error);
         Py_XDECREF(error); /* it has passed a frame of Python, as itself: this is another failure */
     }
     return PyObject_Call(stock_new, args, keywords);
