@@ -58,13 +58,11 @@ class _Local(threading.local):
         self.running: Any = None  # the function of the graph that runs, and its inputs
         self.trusted = False  # the code that runs now leaves the arrays it reads as they are
         self.hooked = False
-        self.growth: ObservedGrowth | None = (
-            None  # where this thread's allocations cannot be announced
-        )
+        # Where this thread's allocations cannot be announced.
+        self.growth: ObservedGrowth | None = None
         self.peak = 0  # the highest SwapManager.grown_to() while the function ran (bytes)
-        self.uninterrupted = (
-            native.EngineLock()
-        )  # no signal handler runs in the main thread that has it
+        # No signal handler runs in the main thread while it has this.
+        self.uninterrupted = native.EngineLock()
 
 
 local = _Local()
