@@ -155,7 +155,8 @@ def _run_piece(work: Work, start: int, stop: int, told: set[str]) -> Arrays:
         told: The errors that the user has been told of, added to.
     """
     found: set[str] = set()
-    with np.errstate(all="call", call=lambda kind, flag: found.add(kind)):
+    heard: Any = {kind: "call" for kind, how in np.geterr().items() if how != "ignore"}
+    with np.errstate(call=lambda kind, flag: found.add(kind), **heard):
         pieces = work.run(start, stop)
     if found - told:
         del pieces
