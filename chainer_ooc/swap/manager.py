@@ -262,8 +262,9 @@ class SwapManager:
                 storage.expected -= 1
             over = {s for s in storages if drop and s.used and not (s.kept or s.dependents)}
             self._note_who_holds(storages - over)
-            for storage in over:
-                self._mover.drop(storage)
+            for storage in storages:  # what is made from one may have been made meanwhile
+                if drop and storage.used and not (storage.kept or storage.dependents):
+                    self._mover.drop(storage)
 
     def returned(self, group: Iterable[Saved]) -> None:
         """Tell that a function has used ``group`` in backward, and will use it once more: see :meth:`keep`."""

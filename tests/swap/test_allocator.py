@@ -58,7 +58,7 @@ def asked():
     yield asked
     native.allocator.uninstall()
     native.allocator.configure(None, 1 << 62, device.pages, 64 * KIB)
-    mode._announces = False
+    mode._announces = mode.local.hooked = False
     device.close()
 
 

@@ -443,7 +443,8 @@ def hook():
     native.allocator.install()
     yield pool
     native.allocator.uninstall()
-    mode._announces = False  # as it was: whoever comes next says who is to be asked
+    # Whoever comes next says who is to be asked.
+    mode._announces = mode.local.hooked = False
     pool.set_cached_limit(0)
 
 
