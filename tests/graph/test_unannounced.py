@@ -58,7 +58,7 @@ def test_it_is_said_once_where_it_is_turned_on_and_costs_nothing_far_from_the_li
 @pytest.mark.parametrize("split", ["never", "exact"])
 def test_strict_is_an_error_before_the_function_that_was_seen_not_to_fit(run, split):
     in_core = run("none")
-    limit = int(0.35 * max(in_core.peaks))
+    limit = int(0.4 * max(in_core.peaks))  # enough for all but the convolutions
     done = run(limit, "strict=1", f"split={split}")
     if split == "exact":  # what can run in pieces asks for itself
         assert done.error is None
