@@ -1,6 +1,7 @@
 # make demo   train on four ranks, out of core, with no GPU and no data needed
 # make test   ruff, mypy and the tests
 # make docs   the documentation, in docs/_build
+# make sanitize   the C extension under gcc's sanitizers
 # Each makes .venv and installs what it needs there first. PYTHON=… chooses the interpreter.
 
 VENV := .venv
@@ -17,7 +18,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 
-.PHONY: demo test docs clean
+# What an install depends on: the extension is built anew when its sources change.
+INSTALLED := pyproject.toml setup.py build-constraints.txt $(wildcard chainer_ooc/swap/devices/ram/*.[ch])
+
+.PHONY: demo test docs sanitize clean
 
 demo: $(VENV)/.demo
 	mpiexec -n 4 python examples/imagenet/train.py --ooc
@@ -28,24 +32,27 @@ test: $(VENV)/.test
 	mypy
 	python -m pytest
 
+sanitize: $(VENV)/.test
+	tests/native/sanitize.sh
+
 docs: $(VENV)/.docs
 	sphinx-build -q -W --keep-going -b html docs docs/_build
 
 clean:
-	rm -rf $(VENV) result build docs/_build *.egg-info
+	rm -rf $(VENV) result build docs/_build *.egg-info chainer_ooc/swap/devices/ram/*.so
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; install one or call make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml setup.py build-constraints.txt | $(VENV)/bin/python
+$(VENV)/.demo: $(INSTALLED) | $(VENV)/bin/python
 	python -m pip install -q -e '.[mpi,examples]'
 	touch $@
 
-$(VENV)/.test: pyproject.toml setup.py build-constraints.txt | $(VENV)/bin/python
+$(VENV)/.test: $(INSTALLED) | $(VENV)/bin/python
 	python -m pip install -q -e '.[mpi,examples,dev]'
 	touch $@ $(VENV)/.demo
 
-$(VENV)/.docs: pyproject.toml setup.py build-constraints.txt | $(VENV)/bin/python
+$(VENV)/.docs: $(INSTALLED) | $(VENV)/bin/python
 	python -m pip install -q -e '.[docs]'
 	touch $@

@@ -9,6 +9,7 @@ from typing import Any
 
 from chainer_ooc import mode
 from chainer_ooc.errors import SettingError
+from chainer_ooc.wording import repr_of
 
 __all__ = ["Stats", "disable", "enable", "is_enabled", "out_of_core_mode", "stats"]
 
@@ -218,7 +219,7 @@ def out_of_core_mode(
             f"out_of_core_mode() got an unexpected keyword argument {next(iter(ibm))!r}"
         )
     if not isinstance(enabled, bool):
-        raise SettingError(f"enabled={enabled!r} is not allowed; give True or False")
+        raise SettingError(f"enabled={repr_of(enabled)} is not allowed; give True or False")
     context = mode.out_of_core_mode(enabled, given)
     return _printing(context) if debug else context
 

@@ -108,6 +108,7 @@ def examine() -> Iterator[Finding]:
     yield _python()
     yield _numpy()
     yield _chainer()
+    yield _extension()
     yield from _mpi()
     yield _examples()
     yield from _gpu()
@@ -142,6 +143,15 @@ def _chainer() -> Finding:
         fix = f"PIP_CONSTRAINT=FILE PIP_BUILD_CONSTRAINT=FILE {pip_install('chainer==7.8.1')}"
         fix += "   (FILE: one line, setuptools<81)"
         return Finding("Chainer", _first_line(error), False, True, fix)
+
+
+def _extension() -> Finding:
+    from chainer_ooc.swap import native
+
+    if native.allocator is None:
+        text = f"not built: {native.WITHOUT_IT}"
+        return Finding("extension", text, False, False, native.HOW_TO_GET_IT)
+    return Finding("extension", "NumPy's allocations are announced before they are made")
 
 
 def _mpi() -> Iterator[Finding]:

@@ -8,15 +8,17 @@ import dataclasses
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap.devices.ram.numpy_allocator import AllocatorHook
+from chainer_ooc.swap import native
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.observed_growth import ObservedGrowth
 from chainer_ooc.swap.observing import Observer
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ __all__ = [
 _ANNOUNCED = 1 << 20
 #: NumPy arrays of this size (bytes) and more lie in pages that are used again, while memory may get short.
 _POOLED = 64 << 10
+_UNLIMITED = (1 << 63) - 1
 
 _OFF = object()
 _ON_CPU: frozenset[type] = frozenset({np.ndarray})
@@ -48,12 +51,18 @@ class _Local(threading.local):
     """The modes that this thread has entered, the innermost last: settings, or off."""
 
     def __init__(self) -> None:
-        self.stack: list[Any] = []
+        # What finalizers compute that the collector of garbage runs in a thread of ours must not wait for the engine:
+        # that may be waiting for this thread.
+        ours = threading.current_thread().name.startswith("chainer_ooc-")
+        self.stack: list[Any] = [_OFF] if ours else []
         self.running: Any = None  # the function of the graph that runs, and its inputs
         self.trusted = False  # the code that runs now leaves the arrays it reads as they are
         self.hooked = False
-        self.error: BaseException | None = None
+        # Where this thread's allocations cannot be announced.
+        self.growth: ObservedGrowth | None = None
         self.peak = 0  # the highest SwapManager.grown_to() while the function ran (bytes)
+        # No signal handler runs in the main thread while it has this.
+        self.uninterrupted = native.EngineLock()
 
 
 local = _Local()
@@ -62,7 +71,9 @@ _enabled: Settings | None = None
 _last = Settings()
 _managers: dict[Any, SwapManager] = {}
 _lock = threading.RLock()
-_hook: AllocatorHook | None = None
+_announces = False  # NumPy's allocations ask _before_allocation
+_growth = ObservedGrowth()
+_has_warned = False  # that allocations cannot be announced
 _traces: dict[str, Trace] = {}
 _gpus: Gpus | None = None
 
@@ -90,6 +101,7 @@ def enable(**given: Any) -> None:
     settings = Settings.resolve(given)
     _prepare(settings)
     _enabled = settings
+    _void_levels()
     _write_traces()
 
 
@@ -97,6 +109,7 @@ def disable() -> None:
     """Turn it off. What was saved until then is restored when it is read, as before."""
     global _enabled
     _enabled = None
+    _void_levels()
     _unhook_allocations()
     _keep_no_free_memory()  # nor for other threads
     if _gpus is not None:
@@ -112,10 +125,12 @@ def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
         entry = Settings.resolve(given, current())
         _prepare(entry)
     local.stack.append(entry)
+    _void_levels()
     try:
         yield
     finally:
         _leave(entry)
+        _void_levels()
         if current() is None:
             _unhook_allocations()
         if _gpus is not None:
@@ -141,6 +156,7 @@ def _prepare(settings: Settings) -> None:
 
     global _last
     backprop.install()
+    _warn_without_extension()
     with _lock:
         _last = settings
         manager = _managers.get("ram") or _make_ram_manager(settings)
@@ -155,6 +171,17 @@ def _prepare(settings: Settings) -> None:
             local.stack.pop()
         if settings.trace is not None and settings.trace not in _traces:
             _begin_trace(settings.trace)
+
+
+def _warn_without_extension() -> None:
+    """Say once in a process what is different where the package was built without its C extension."""
+    global _has_warned
+    if native.allocator is None and not _has_warned:
+        _has_warned = True
+        message = (
+            f"chainer_ooc has no C extension here: {native.WITHOUT_IT}; {native.HOW_TO_GET_IT}"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=5)  # where enable() was called
 
 
 def _make_ram_manager(settings: Settings) -> SwapManager:
@@ -176,7 +203,7 @@ def _prepare_gpus(settings: Settings) -> None:
         from chainer_ooc.graph.backprop import describe
         from chainer_ooc.swap.devices.gpus import Gpus
 
-        _gpus = Gpus(cupy, _make_manager, current, lambda: describe(local.running), _note_used)
+        _gpus = Gpus(cupy, _make_manager, current, lambda: describe(local.running), note_used)
     if _gpus is not None:
         _gpus.enable(settings)
 
@@ -211,7 +238,8 @@ def _write_last_traces() -> None:
         _traces.popitem()[1].write()
 
 
-def _note_used(nbytes: int) -> None:
+def note_used(nbytes: int) -> None:
+    """Tell what memory in use would be, had nothing been moved, while a function of this thread runs (bytes)."""
     local.peak = max(local.peak, nbytes)
 
 
@@ -235,24 +263,31 @@ def managers() -> list[SwapManager]:
 
 
 def hook_allocations() -> None:
-    """Have the calling thread's large NumPy allocations announced to the manager from now on."""
-    global _hook
-    if not local.hooked:
-        with _lock:
-            if _hook is None:
-                device = _managers["ram"].device
-                pool = device.keep_pages() if isinstance(device, RamDevice) else None
-                _hook = AllocatorHook(_before_allocation, _ANNOUNCED, pool, _POOLED)
-        _hook.install()
-        local.hooked = True
+    """Have the calling thread's large NumPy allocations announced to the manager from now on.
+
+    Where they cannot be, room is made before each function for what it was seen to take.
+    """
+    global _announces
+    if native.allocator is None:
+        local.growth = _growth
+    if local.hooked or native.allocator is None:
+        return
+    with _lock:
+        if not _announces:
+            device = _managers["ram"].device
+            pool = device.keep_pages() if isinstance(device, RamDevice) else None
+            native.allocator.configure(_before_allocation, _ANNOUNCED, pool, _POOLED)
+            _announces = True
+    native.allocator.install()
+    local.hooked = True
 
 
 def _unhook_allocations() -> None:
     """Announce the calling thread's no more, and keep no free memory for them."""
-    if local.hooked and _hook is not None:
-        _hook.uninstall()
+    if local.hooked:
+        native.allocator.uninstall()
         _keep_no_free_memory()
-    local.hooked = False
+    local.hooked, local.growth = False, None
 
 
 def _keep_no_free_memory() -> None:
@@ -260,42 +295,63 @@ def _keep_no_free_memory() -> None:
         manager.device.hold(0)
 
 
-def _before_allocation(nbytes: int) -> bool:
-    """Make room for an allocation. Called by NumPy: an error is kept, and raised by the function that runs."""
+def _void_levels() -> None:
+    """Have the next allocation of each thread ask for room: other settings may be in force."""
+    if native.allocator is not None:
+        native.allocator.ask_again()
+
+
+def begin_peak(manager: SwapManager) -> None:
+    """Begin to take note of the most memory that a function takes; ``manager`` is its device's."""
+    if local.hooked and manager is _managers.get("ram"):
+        native.allocator.set_moved_bytes(manager.moved_bytes())
+        native.allocator.take_peak()
+
+
+def end_peak() -> None:
+    """Take note of what the allocations have taken that were granted with nobody asked."""
+    if local.hooked:
+        local.peak = max(local.peak, native.allocator.take_peak())
+
+
+def _before_allocation(nbytes: int) -> None:
+    """Make room for an allocation of a NumPy array.
+
+    Raises:
+        OutOfMemoryError: If there is none, and the mode is ``strict``.
+        SwapSpaceError: If there is no more space outside.
+    """
     if current() is None:
-        return True
+        native.allocator.set_level(_UNLIMITED)
+        return
     manager = _managers["ram"]
     if manager.busy:
-        return True
-    try:
-        manager.make_room(nbytes)
-        used = manager.marks.last_used + nbytes
-        local.peak = max(local.peak, manager.grown_to(used))
-        if used > manager.limit:
-            from chainer_ooc.graph.backprop import describe
+        return
+    manager.make_room(nbytes)
+    used = manager.marks.last_used + nbytes
+    local.peak = max(local.peak, manager.grown_to(used))
+    if used > manager.limit:
+        from chainer_ooc.graph.backprop import describe
 
-            error = manager.shortage(nbytes, describe(local.running))
-            if error is not None:
-                raise error
-    except BaseException as error:
-        # Between functions nobody would turn NumPy's MemoryError into this one.
-        if local.running is not None:
-            local.error = error
-            return False
-    return True
+        error = manager.shortage(nbytes, describe(local.running))
+        if error is not None:
+            raise error
+    native.allocator.set_moved_bytes(manager.moved_bytes())
+    native.allocator.set_level(manager.granted_bytes())
 
 
 def _after_fork() -> None:
     """A child begins with out-of-core mode off, with no threads, and lets its parent's file alone."""
-    global _enabled, _managers, _lock, _hook, _gpus
-    if _hook is not None:
-        _hook.uninstall()
-    _enabled = None
+    global _enabled, _managers, _lock, _announces, _growth, _gpus
+    if local.hooked:
+        native.allocator.uninstall()
+    _enabled, _announces = None, False
     for manager in _managers.values():
         manager.after_fork()
     if _gpus is not None:
         _gpus.after_fork()
     _managers, _gpus, _lock = {}, None, threading.RLock()
+    _growth = ObservedGrowth()
     _traces.clear()
     observers.clear()
     local.__init__()  # type: ignore[misc]

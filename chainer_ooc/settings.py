@@ -16,6 +16,7 @@ import psutil
 
 from chainer_ooc.errors import SettingError
 from chainer_ooc.swap.disk import EXTENT
+from chainer_ooc.wording import repr_of
 
 __all__ = ["Settings", "parse_bytes", "parse_limit"]
 
@@ -50,7 +51,7 @@ def parse_bytes(name: str, value: int | float | str) -> int:
     elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise SettingError(
-        f'{name}={value!r} is not a number of bytes; give an int such as {8 << 30} or text such as "8GiB"'
+        f'{name}={repr_of(value)} is not a number of bytes; give an int such as {8 << 30} or text such as "8GiB"'
     )
 
 
@@ -73,7 +74,7 @@ def parse_limit(value: int | float | str | None) -> Limit:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     raise SettingError(
-        f'limit={value!r} is not allowed; give bytes (an int > 0), text such as "8GiB", a fraction of the '
+        f'limit={repr_of(value)} is not allowed; give bytes (an int > 0), text such as "8GiB", a fraction of the '
         "device's memory (a float, 0 < fraction <= 1), or None for all that is free"
     )
 
@@ -86,12 +87,12 @@ def _parse_flag(name: str, value: Any) -> bool:
             return True
         if value.strip().lower() in _FALSE:
             return False
-    raise SettingError(f"{name}={value!r} is not allowed; give True or False")
+    raise SettingError(f"{name}={repr_of(value)} is not allowed; give True or False")
 
 
 def _parse_split(name: str, value: Any) -> str:
     if value not in _SPLITS:
-        raise SettingError(f"{name}={value!r} is not allowed; give one of {_SPLITS}")
+        raise SettingError(f"{name}={repr_of(value)} is not allowed; give one of {_SPLITS}")
     return str(value)
 
 
@@ -220,7 +221,7 @@ class Settings:
         for name in given:
             if name not in fields:
                 raise SettingError(
-                    f"{name}={given[name]!r}: there is no such setting; there are {sorted(fields)}"
+                    f"{name}={repr_of(given[name])}: there is no such setting; there are {sorted(fields)}"
                 )
         values = dict(given)
         sources = dict.fromkeys(given, "")

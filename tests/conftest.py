@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc  # the import hook comes before any import of Chainer
+from chainer_ooc.swap import native
 
 ROOT = Path(chainer_ooc.__file__).resolve().parents[1]
 
@@ -33,6 +34,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --exhaustive"))
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="no GPU, or no CuPy"))
+        if item.get_closest_marker("extension") and native.allocator is None:
+            reason = f"needs the C extension: {native.HOW_TO_GET_IT}"
+            item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("mpi") and (mpiexec() is None or not has_mpi4py()):
             item.add_marker(pytest.mark.skip(reason="needs mpi4py and mpiexec"))
 

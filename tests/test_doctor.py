@@ -13,8 +13,8 @@ import chainer_ooc
 from chainer_ooc import doctor
 
 ROOT = Path(chainer_ooc.__file__).resolve().parents[1]
-NAMES = ["Python", "NumPy", "Chainer", "mpi4py", "mpiexec", "examples", "CuPy", "CUDA", "cuDNN"]
-NAMES += ["NCCL", "CPU", "memory", "swap disk"]
+NAMES = ["Python", "NumPy", "Chainer", "extension", "mpi4py", "mpiexec", "examples", "CuPy"]
+NAMES += ["CUDA", "cuDNN", "NCCL", "CPU", "memory", "swap disk"]
 
 
 @pytest.mark.mpi
@@ -27,6 +27,18 @@ def test_the_report_names_everything_and_exits_0_where_the_main_job_can_run(run_
     assert "  mpiexec -n 4 python examples/imagenet/train.py --ooc\n" in done.stdout
     assert "4 ranks tried" in done.stdout
     assert max(map(len, done.stdout.splitlines())) < 120
+
+
+def test_without_the_extension_it_says_what_that_means_and_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr("chainer_ooc.swap.native.allocator", None)
+    doctor.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) < 120
+    found, fix = (line for line in lines if " extension " in line)
+    assert re.match(r"  -- extension  not built: .*not announced.*between functions only$", found)
+    assert re.match(
+        r"  extension.* install a C compiler and Python\.h .*reinstall chainer_ooc$", fix
+    )
 
 
 def test_without_mpiexec_it_names_the_command_and_exits_1(monkeypatch, capsys):

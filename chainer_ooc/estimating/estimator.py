@@ -142,7 +142,7 @@ class _Estimator:
         from chainer_ooc.swap import process_memory
 
         if parsed is None:
-            return psutil.Process().memory_info().rss + int(process_memory.available_bytes() * 0.95)
+            return process_memory.attainable_bytes(0.05)
         return (
             int(parsed * process_memory.physical_bytes()) if isinstance(parsed, float) else parsed
         )

@@ -7,11 +7,12 @@ wrapper, a gradient function, the user) gets the array.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from chainer_ooc import references
 from chainer_ooc.swap.storage import Saved
+from chainer_ooc.wording import repr_of
 
 __all__ = ["SavedTuple", "save_attributes", "saved_attributes"]
 
@@ -90,10 +91,10 @@ def saved_attributes(cls: type, names: tuple[str, ...] | list[str]) -> None:
 
     if not (isinstance(cls, type) and issubclass(cls, chainer.FunctionNode | chainer.Function)):
         raise TypeError(
-            f"cls={cls!r} is not a subclass of chainer.FunctionNode or chainer.Function"
+            f"cls={repr_of(cls)} is not a subclass of chainer.FunctionNode or chainer.Function"
         )
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"names={names!r} is not a list of attribute names")
+        raise TypeError(f"names={repr_of(names)} is not a list of attribute names")
     _nested[cls] = (*_nested.get(cls, ()), *names)
 
 
@@ -114,7 +115,8 @@ def save_attributes(
     for holder in _holders(func):
         attributes = holder.__dict__
         cls = type(holder)
-        for name, value in list(attributes.items()):
+        for name in list(attributes):
+            value = attributes[name]
             kind = type(value)
             replacement: Any = None
             if kind is Saved:
@@ -133,23 +135,16 @@ def save_attributes(
                     group += saved
             elif kind is SavedTuple:
                 group += [item for item in value if type(item) is Saved]
-            elif (
-                kind is list
-                and not (arrays | {Saved}).isdisjoint(map(type, value))
+            elif kind is list and not (arrays | {Saved}).isdisjoint(map(type, value)):
+                value = None  # which would count
                 # Readers of the attribute get the list restored; other holders of it would not.
-                and sys.getrefcount(value) <= _LIST_REFERENCES
-                and _descriptor(cls, name)
-            ):
-                group += _save_list(value, save, arrays)
+                held = references.item_is_referenced_externally(attributes, name)
+                if not held and _descriptor(cls, name):
+                    group += _save_list(attributes[name], save, arrays)
             if replacement is not None and _descriptor(cls, name):
                 attributes[name] = replacement
             value = None
     return group
-
-
-# References to a list in ``save_attributes``: of the attribute, of the copied items, and of the local
-# variable and the argument of getrefcount.
-_LIST_REFERENCES = 5
 
 
 def _save_list(

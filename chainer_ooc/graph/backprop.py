@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import weakref
 from collections import deque
 from typing import Any
 
-from chainer_ooc import mode
+from chainer_ooc import mode, wording
 from chainer_ooc.graph import attributes, nodes, recompute, splitting_rules
 from chainer_ooc.graph.following import Follower, follower_of
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.observed_growth import ObservedGrowth
 from chainer_ooc.swap.storage import Saved
 
 __all__ = ["adopt", "describe", "install"]
 
 _RECORD = "_ooc_record"
 _USED = "_ooc_used"
+#: Of a function that has run backward for a double backward, which will run through it once more.
+_TWICE = "_ooc_twice"
 
 #: A function may need this many times the bytes of its inputs and outputs for itself (im2col needs
 #: twice the size of its kernel): with less room than that, its allocations are watched.
@@ -31,9 +35,9 @@ _WRITERS = frozenset(
     {"chainer.functions.util.forget", "chainer.functions.loss.ctc", "chainer.functions.loss.hinge"}
 )
 
-# Functions that have been applied and not been looked at yet, with their ``single_backward``, and whether
-# they may be run again: while memory is plenty nobody looks.
-_pending: deque[tuple[weakref.ref[Any], bool, bool, bool]] = deque()
+# Functions that have been applied and not been looked at yet, with their ``single_backward`` and ``sign_bits``:
+# while memory is plenty nobody looks.
+_pending: deque[tuple[weakref.ref[Any], bool, bool]] = deque()
 _most_pending = 4096
 _stock: dict[str, Any] = {}
 _install_lock = threading.Lock()
@@ -81,20 +85,24 @@ def install() -> None:
         _stock["variable"] = chainer.Variable
         _stock["apply"] = chainer.FunctionNode.apply
         _stock["backprop_step"] = _backprop_utils.backprop_step
+        _stock["add_hook"] = chainer.FunctionNode.add_hook
         chainer.FunctionNode.apply = _apply
+        chainer.FunctionNode.add_hook = _add_hook
         _backprop_utils.backprop_step = _backprop_step
 
 
 def _apply(self: Any, inputs: Any) -> Any:
     settings = mode.current()
     apply = _stock["apply"]
-    if settings is None:
+    if settings is None or not isinstance(
+        inputs, tuple | list
+    ):  # others can be looked at only once
         return apply(self, inputs)
     manager, plenty = _before(inputs, settings)
     if plenty:
         outputs = apply(self, inputs)
         if self.inputs is not None and manager is not None and not _is_foreign(self):
-            _note(self, settings, False)
+            _note(self, settings)
         return outputs
     if manager is None or _stock["config"].schedule_func is not None:
         return apply(self, inputs)
@@ -104,9 +112,13 @@ def _apply(self: Any, inputs: Any) -> Any:
     outputs = _run(self, inputs, manager, apply, self, inputs)
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
         if follower is not None and follower.is_selective and follower.moves(self):
-            _save(self, settings.single_backward, False, settings.sign_bits)
+            _save(self, settings.single_backward, settings.sign_bits)
         else:
-            _note(self, settings, _recomputes(manager, settings))
+            _note(self, settings)
+        if _recomputes(manager, settings):
+            adopt()
+            # Now, not when it is saved: what it computed from, and what it made, is as it was.
+            recompute.offer_recipes(self, inputs, outputs)
     if follower is not None:
         if not follower.is_selective:
             adopt()
@@ -125,9 +137,9 @@ def _is_foreign(func: Any) -> bool:
     return func._is_chainerx_fallback_mode or _stock["config"].schedule_func is not None
 
 
-def _note(func: Any, settings: Settings, recomputes: bool) -> None:
+def _note(func: Any, settings: Settings) -> None:
     """Note a function that has been applied, to be looked at when memory gets short."""
-    _pending.append((weakref.ref(func), settings.single_backward, recomputes, settings.sign_bits))
+    _pending.append((weakref.ref(func), settings.single_backward, settings.sign_bits))
     if len(_pending) > _most_pending:
         _forget_dead()
 
@@ -138,8 +150,10 @@ def _backprop_step(
     record = func.__dict__.get(_RECORD)
     settings = mode.current()
     manager, plenty = (None, True) if settings is None else _before(grad_outputs, settings)
+    # The gradients get a graph of their own: a backward through that comes back to this function.
+    twice = bool(_stock["config"].enable_backprop)
     if record is None and plenty:
-        func.__dict__[_USED] = True
+        func.__dict__[_TWICE if twice else _USED] = True
         _stock["backprop_step"](func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
         return
     arguments = (func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
@@ -163,15 +177,43 @@ def _backprop_step(
     finally:
         mode.local.trusted = outer
         arrays.clear()
-        if record is not None:
-            for owner, group in record.by_manager:
-                owner.finish(group, record.drop)
+        if record is None:
+            func.__dict__[_TWICE if twice else _USED] = True
+        elif twice:
+            _keep(record)
         else:
-            func.__dict__[_USED] = True
+            drop = record.drop and not _is_watched(func)
+            for owner, group in record.by_manager:
+                owner.finish(group, drop)
     if manager is not None and settings is not None:
         if follower is not None:
             follower.ran(mode.local.peak)
         _after(manager, settings)
+
+
+def _keep(record: Record) -> None:
+    """Note that what a function saved will be used once more, and by functions that did not save it.
+
+    The gradient of max pooling, for one, reads the indexes of the function that it is the gradient of.
+    """
+    for owner, group in record.by_manager:
+        owner.keep(group)
+        owner.returned(group)
+
+
+def _is_watched(func: Any) -> bool:
+    """Tell whether hooks may read what a function has used, or others after it: they get what stock gives them."""
+    import chainer
+
+    return bool(chainer.get_function_hooks()) or func._n_local_function_hooks > 0
+
+
+def _add_hook(self: Any, hook: Any, name: Any = None) -> None:
+    _stock["add_hook"](self, hook, name)
+    # It gets the inputs in backward, also those that only others have saved.
+    for node in self.inputs or ():
+        if node is not None:
+            nodes.keep(node)
 
 
 def _before_hooks(func: Any) -> None:
@@ -202,7 +244,8 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     nbytes = 0
     for x in inputs:
         array = x._data[0] if isinstance(x, variable) else x
-        nbytes += getattr(array, "nbytes", 0)  # what is no array gets Chainer's own error
+        if mode.manager_for(array) is not None:  # what is no array gets Chainer's own error
+            nbytes += array.nbytes
     if manager.marks.are_far(_EXPANSION * nbytes, settings):
         looks = settings.verify or mode.observers or _recomputes(manager, settings)
         if not (looks or _plans(manager, settings)):
@@ -236,40 +279,67 @@ def _after(manager: SwapManager, settings: Settings) -> None:
         adopt()
         manager.move_all_out()
     elif mode.local.running is None:
-        if settings.verify or _recomputes(manager, settings):
+        if settings.verify:
             adopt()  # now: what it computed from is as it was
         manager.make_room(0)
 
 
 def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
-    """Call a function of the graph; turn a failed allocation into the error that says why."""
+    """Call a function of the graph; take note of what it takes for itself, and how long."""
     local = mode.local
-    outer, local.running = local.running, (func, inputs)
+    outer = local.running
     start, begun = 0, 0.0
-    if outer is None:  # a function inside another one takes part in what that takes
-        local.peak = start = manager.grown_to(manager.marks.last_used)
-        begun = time.perf_counter() if mode.observers else 0.0
-    try:
+    try:  # a signal's handler may raise anywhere
+        local.running = (func, inputs)
+        if outer is None:  # a function inside another one takes part in what that takes
+            local.peak = start = manager.grown_to(manager.marks.last_used)
+            mode.begin_peak(manager)
+            begun = time.perf_counter() if mode.observers else 0.0
+        if outer is None and local.growth is not None and not manager.device.asks_for_room:
+            return _observed(local.growth, manager, call, *args)
         return call(*args)
-    except MemoryError as error:
-        reason, local.error = local.error, None
-        if reason is None:
-            raise
-        raise reason from error
     finally:
         local.running = outer
         if outer is None:
+            mode.end_peak()
             manager.marks.note_growth(local.peak - start)
         if begun:
-            manager.ran(func.label, call is not _stock["apply"], (begun, time.perf_counter()))
+            label = wording.label_of(func)
+            manager.ran(label, call is not _stock["apply"], (begun, time.perf_counter()))
+
+
+def _observed(growth: ObservedGrowth, manager: SwapManager, call: Any, *args: Any) -> Any:
+    """Call a function whose allocations are not announced: room is made for what it was seen to take before."""
+    func, inputs = mode.local.running
+    described = tuple((x.shape, x.dtype) for x in inputs if hasattr(x, "dtype"))
+    kind = func._impl_name, call is _stock["apply"], described
+    own = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described)
+    nbytes = growth.expected(kind, otherwise=own)
+    manager.make_room(nbytes)
+    used = manager.marks.last_used
+    # What can run in pieces finds out for itself how many.
+    if used + nbytes > manager.limit and manager.settings().split == "never":
+        error = manager.shortage(nbytes, describe(mode.local.running))
+        if error is not None:
+            raise error
+    before = manager.grown_to(used)
+    start = growth.begin(kind, used)
+    try:
+        return call(*args)
+    finally:
+        taken = None
+        if start is not None:
+            taken = growth.end(kind, start, manager.marks.used_bytes())
+        mode.note_used(before + (nbytes if taken is None else taken))
 
 
 def describe(running: tuple[Any, Any] | None) -> str:
-    """Name a function that runs and the shapes of its inputs."""
+    """Name a function that runs and the shapes of its inputs, ``None`` for those that are not given."""
     if running is None:
         return "what runs between two functions"
     func, inputs = running
-    return f"{func.label}({', '.join(str(x.shape) for x in inputs)})"
+    shapes = [wording.shape_of(x) for x in inputs] if isinstance(inputs, tuple | list) else ["?"]
+    return f"{wording.label_of(func)}({', '.join(shapes)})"
 
 
 def _fetch(record: Record, manager: SwapManager | None) -> list[Any]:
@@ -297,7 +367,8 @@ def adopt() -> None:
             return
         func = reference()
         if func is not None and func.inputs is not None and _RECORD not in func.__dict__:
-            _save(func, *how)
+            with mode.local.uninterrupted:  # all that it keeps is saved, or nothing
+                _save(func, *how)
 
 
 def _recomputes(manager: SwapManager, settings: Settings) -> bool:
@@ -316,26 +387,29 @@ def _needs_signs(func: Any) -> bool:
     return type(func) is ReLU and not func._use_cudnn and not chainer.get_function_hooks()
 
 
-def _save(func: Any, drop: bool, recomputes: bool, sign_bits: bool) -> None:
+def _save(func: Any, drop: bool, sign_bits: bool) -> None:
     label = func._impl_name
 
     def save(array: Any) -> Saved | None:
         manager = mode.manager_for(array)
         return None if manager is None else manager.save(array, label)
 
+    if func._n_local_function_hooks:
+        for node in func.inputs:
+            nodes.keep(node)
     group = nodes.save_inputs(func, save) + nodes.save_outputs(func, save)
     group += attributes.save_attributes(func, save, mode.array_types())
-    if recomputes:
-        recompute.offer_recipes(func)
     if not group:
         return
     func.__dict__[_RECORD] = record = Record(group, drop)
-    used = func.__dict__.pop(_USED, False)
+    used, twice = func.__dict__.pop(_USED, False), func.__dict__.pop(_TWICE, False)
     signs = sign_bits and _needs_signs(func)
     for owner, saved in record.by_manager:
         owner.expect(saved, func.rank, signs)
+        if twice:
+            owner.keep(saved)
         if used:
-            owner.finish(saved, drop)
+            owner.finish(saved, drop and not _is_watched(func))
 
 
 def _is_chainers(func: Any) -> bool:

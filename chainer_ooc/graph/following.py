@@ -18,6 +18,7 @@ from chainer_ooc.planning.recording import Recorder
 from chainer_ooc.planning.steps import BACKWARD, FORWARD, OTHER, key_of
 from chainer_ooc.planning.system import System, Tier
 from chainer_ooc.settings import Settings
+from chainer_ooc.swap import native
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.player import Player
 from chainer_ooc.swap.storage import Saved, Storage
@@ -65,7 +66,7 @@ class Follower:
         self.manager = manager
         self.book = PlanBook()
         self._counters = manager.counters
-        self._lock = threading.RLock()
+        self._lock = native.EngineLock()
         self._thread = 0
         self._iteration = self._number = -1  # no function of an iteration has run yet
         # Whether backward has run: the next function that runs forward begins an iteration.
@@ -385,28 +386,22 @@ class Follower:
     def _describe(self, func: Any, inputs: Iterable[Any]) -> tuple[str, tuple[str, ...]]:
         """Return the key of a function that runs forward, and what describes its inputs."""
         label = func._impl_name
-        facts = []
-        for x in inputs:
-            if x is None:
-                continue
-            node = getattr(x, "_node", None)  # node and raw_array are properties, a call for each
-            array = x if node is None else x._data[0]  # what is no array gets Chainer's own error
-            maker = None if node is None else node._creator_node
-            dtype, shape = getattr(array, "dtype", None), getattr(array, "shape", ())
-            facts.append((dtype, shape, self._step_of(maker)))
-        known: Any = (label, *facts)
         try:
+            facts = tuple(self._facts(x) for x in inputs if x is not None)
+            known = (label, facts)
+            if known not in self._texts:
+                if len(self._texts) >= _MOST_TEXTS:
+                    self._texts.clear()
+                described = tuple(describe_input(*one) for one in facts)
+                self._texts[known] = key_of(FORWARD, label, described), described
             return self._texts[known]
-        except KeyError:
-            if len(self._texts) >= _MOST_TEXTS:
-                self._texts.clear()
-        except TypeError:  # a shape of what is no array
-            known = None
-        described = tuple(describe_input(*one) for one in facts)
-        found = key_of(FORWARD, label, described), described
-        if known is not None:
-            self._texts[known] = found
-        return found
+        except Exception:  # what is no array gets Chainer's own error
+            return label, ()
+
+    def _facts(self, x: Any) -> tuple[Any, Any, int]:
+        node = getattr(x, "_node", None)  # node and raw_array are properties, a call for each
+        array, maker = (x, None) if node is None else (x._data[0], node._creator_node)
+        return getattr(array, "dtype", None), getattr(array, "shape", ()), self._step_of(maker)
 
     def _step_of(self, func: Any) -> int:
         step = None if func is None else func.__dict__.get(STEP)

@@ -68,14 +68,15 @@ class Product(NamedTuple):
         if units * self.each % _TILE or self.other % _TILE:
             return False  # sums in a last tile that is not a whole one depend on where its neighbours end
         size = _TILE * math.ceil(_LEAST / (_TILE * min(self.depth, 4096) * self.other))
-        return _keeps_bits(
-            self.side,
-            size,
-            min(self.depth, 4096),
-            self.other,
-            units * self.each % _TILE,
-            self.dtype.char,
-        )
+        with np.errstate(all="ignore"):  # what the user wants to be told is of his own numbers
+            return _keeps_bits(
+                self.side,
+                size,
+                min(self.depth, 4096),
+                self.other,
+                units * self.each % _TILE,
+                self.dtype.char,
+            )
 
 
 @functools.lru_cache(256)

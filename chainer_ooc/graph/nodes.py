@@ -12,7 +12,10 @@ from typing import Any
 from chainer_ooc.graph.attributes import SavedTuple
 from chainer_ooc.swap.storage import Saved
 
-__all__ = ["install", "save_inputs", "save_outputs"]
+__all__ = ["install", "keep", "save_inputs", "save_outputs"]
+
+#: Of a node whose array others may read than the functions that saved it.
+_KEPT = "_ooc_kept"
 
 
 def _get_data(node: Any) -> Any:
@@ -21,6 +24,10 @@ def _get_data(node: Any) -> Any:
 
 
 def _set_data(node: Any, data: Any) -> None:
+    old = node.__dict__.get("_data")
+    if old is not None and data is not (old.alive() if type(old) is Saved else old):
+        # The functions that saved the old array will read the new one, of which they know nothing.
+        node.__dict__[_KEPT] = True
     node.__dict__["_data"] = data
 
 
@@ -61,6 +68,14 @@ def install(stand_in: Callable[[Saved], Any], before_hooks: Callable[[Any], None
     chainer.FunctionNode._retained_output_data = property(_get_retained, _set_retained)
 
 
+def keep(node: Any) -> None:
+    """Note that others may read a node's array than the functions that save it: it is not dropped."""
+    node.__dict__[_KEPT] = True
+    data = node.__dict__.get("_data")
+    if type(data) is Saved:
+        data.storage.manager.keep([data])
+
+
 def save_inputs(func: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
     """Save the arrays of the retained inputs. Leaves (parameters, input data) stay as they are."""
     group = []
@@ -99,4 +114,6 @@ def _save_node(node: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
         if data is None:
             return []
         node.__dict__["_data"] = data
+    if _KEPT in node.__dict__:
+        data.storage.manager.keep([data])
     return [data]

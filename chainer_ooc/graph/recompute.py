@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from chainer_ooc import mode
 from chainer_ooc.swap.recipe import Constant, Recipe
 from chainer_ooc.swap.storage import Saved
+from chainer_ooc.wording import repr_of
 
 __all__ = ["STEP", "install", "offer_recipes", "recomputable"]
 
@@ -28,13 +30,16 @@ _SMALL = 64 << 10
 #: Larger ones, such as the filters of a convolution, are copied when what needs them is given up, if they are this many
 #: times smaller.
 _SMALLER = 4
-#: What a node has that belongs to the graph.
-_SEEN = "_ooc_seen"
+#: What of Chainer's configuration chooses the code of a function.
+_CONFIGURATION = ("use_cudnn", "use_ideep", "autotune")
+#: How a function ran; ``None`` in a copy of it.
+_RUN = "_ooc_run"
 #: The number of a function's step in its iteration, where iterations are followed: (iteration, number).
 STEP = "_ooc_step"
+#: What a function has that belongs to the graph.
 _OF_THE_GRAPH = (
-    *("inputs", "outputs", "_retained_output_data", "lazy_grad_sum"),
-    *("_ooc_record", _SEEN, STEP),
+    *("inputs", "outputs", "_retained_output_data", "lazy_grad_sum", "_local_function_hooks"),
+    *("_ooc_record", "_ooc_used", "_ooc_twice", _RUN, STEP),
 )
 
 #: Computes an array from those of the leaves.
@@ -83,7 +88,7 @@ def recomputable(
     import chainer
 
     if not (isinstance(cls, type) and issubclass(cls, chainer.FunctionNode)):
-        raise TypeError(f"cls={cls!r} is not a subclass of chainer.FunctionNode")
+        raise TypeError(f"cls={repr_of(cls)} is not a subclass of chainer.FunctionNode")
     _rules[cls] = _Rule(rerun or _forward, when or (lambda func: True), unused, costly, makes)
 
 
@@ -148,6 +153,55 @@ def install() -> None:
     )
 
 
+class _Content(NamedTuple):
+    """What an array was at a moment.
+
+    Attributes:
+        checksum: Of its bytes: of its storage where it is saved.
+        layout: Its dtype, shape, strides and offset.
+    """
+
+    checksum: int
+    layout: tuple[Any, ...]
+
+
+class _Seen(NamedTuple):
+    """An array when a function used it.
+
+    Attributes:
+        content: What it was.
+        saved: What stands in for it, where it is saved.
+        constant: The same of a large array that is not saved, and that no function has made.
+    """
+
+    content: _Content | None
+    saved: Saved | None = None
+    constant: Constant | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class _Run:
+    """How a function ran: what the recipes that run it again are bound to, whenever they are made.
+
+    Attributes:
+        inputs: What it computed from.
+        made: What it made, ``None`` where nobody knows.
+        attributes: Those that it needs to run again, :class:`_Seen` for arrays.
+        configuration: The values of :data:`_CONFIGURATION`.
+    """
+
+    inputs: list[_Seen]
+    made: list[_Content | None]
+    attributes: dict[str, Any]
+    configuration: dict[str, Any]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a function has arrays of its own: it has not run."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 class _Leaves:
     """The arrays from which something is made again, checksums of the saved ones, and the steps that do it."""
 
@@ -158,10 +212,8 @@ class _Leaves:
         self.steps: list[Any] = []
         self.costly = False
 
-    def add(self, saved: Saved, checksum: Any) -> _Leaf | None:
-        """Return what gives the array of ``saved``, ``None`` if its content at the time is not known."""
-        if type(checksum) is not int:
-            return None
+    def add(self, saved: Saved, checksum: int) -> _Leaf:
+        """Return what gives the array of ``saved``, whose storage had that checksum when it was used."""
         self.saved.append(saved)
         self.checksums.append(checksum)
         return _Leaf(len(self.saved) - 1)
@@ -177,94 +229,188 @@ class _Leaf:
         return arrays[self.place]
 
 
-def offer_recipes(func: Any) -> None:
+def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
     """Give recipes to what a function has just saved: its inputs, which others made, outputs and attributes.
 
-    To be called for each function when it has been applied, before anybody can write to what it has used.
+    To be called for each function as soon as it has been applied and saved, before anybody can write to what it has
+    used and made: a recipe gives what was there then, and is used only where that is still so.
+
+    Args:
+        func: The function.
+        inputs: What it was applied to: variables or arrays.
+        outputs: The variables that it returned.
     """
+    retained = func._input_indexes_to_retain or ()
     rule = _rules.get(type(func))
-    if rule is not None:
-        func.__dict__[_SEEN] = _look(func)
+    if rule is not None and not (rule.when(func) and _is_unwatched(func)):
+        rule = None
+    most = max((_nbytes(y) for y in outputs), default=0) // _SMALLER
+    seen = {
+        index: _see(node, getattr(x, "raw_array", x), most, rule is not None)
+        for index, (node, x) in enumerate(zip(func.inputs, inputs, strict=True))
+        if rule is not None or index in retained
+    }
+    run = None if rule is None else _note_run(func, rule, list(seen.values()), outputs)
+    if run is not None and rule is not None:
+        func.__dict__[_RUN] = run
         for name in rule.makes:
-            leaves = _Leaves()
-            _offer(func.__dict__.get(name), _attribute(func, name, leaves), leaves)
-    nodes = [func.inputs[index] for index in func._input_indexes_to_retain or ()]
-    nodes += [func.outputs[index]() for index in func._output_indexes_to_retain or ()]
-    for node in nodes:
-        saved = None if node is None else node.__dict__.get("_data")
-        if type(saved) is Saved and saved.storage.recipe is None:
-            leaves = _Leaves()
-            _offer(saved, _expression_of(node, leaves, _LONGEST), leaves)
+            leaves, value = _Leaves(), func.__dict__.get(name)
+            if type(value) is Saved:
+                made = _content_of(value)
+                _offer(value, made, _attribute(func, name, leaves), leaves)
+        for index in func._output_indexes_to_retain or ():
+            node = func.outputs[index]()
+            if node is not None:
+                _offer_node(node, run.made[index])
+    for index in retained:
+        found = seen[index]
+        _offer_node(func.inputs[index], None if found is None else found.content)
 
 
-def _offer(saved: Any, expression: _Expression | None, leaves: _Leaves) -> None:
-    """Give a saved array the recipe that computes ``expression`` from ``leaves``, if it can have one."""
-    if type(saved) is not Saved or expression is None:
+def _offer_node(node: Any, content: _Content | None) -> None:
+    """Give a recipe to the array of a node, which is that now, if it is what the node's function made."""
+    saved = node.__dict__.get("_data")
+    if type(saved) is Saved and saved.storage.recipe is None and content == _made(node):
+        leaves = _Leaves()
+        _offer(saved, content, _expression_of(node, leaves, _LONGEST), leaves)
+
+
+def _offer(
+    saved: Saved, content: _Content | None, expression: _Expression | None, leaves: _Leaves
+) -> None:
+    """Give a saved array, which is that now, the recipe that computes ``expression``, if it can have one."""
+    if expression is None or content is None:
         return
     # A view is not made from what it is a view of.
     if any(leaf.storage is saved.storage for leaf in leaves.saved):
         return
-    manager = saved.storage.manager
-    checksum = manager.look_at(saved)
     constants = tuple(leaves.constants.values())
     if sum(one.array.nbytes for one in constants) * _SMALLER > saved.storage.nbytes:
         return
-    if checksum is not None and (leaves.saved or constants):
+    if leaves.saved or constants:
         recipe = Recipe(
             inputs=tuple(leaves.saved),
-            run=_as_configured_now(expression),
+            run=_quiet(expression),
             layout=saved.layout,
-            checksum=checksum,
+            checksum=content.checksum,
             input_checksums=tuple(leaves.checksums),
             functions=tuple(leaves.steps),
             constants=constants,
             costly=leaves.costly,
         )
-        manager.give_recipe(saved, recipe)
+        saved.storage.manager.give_recipe(saved, recipe)
 
 
-def _look(func: Any) -> dict[Any, int | Constant | None]:
-    """Return the checksums of the saved arrays that a function has used: inputs by index, attributes by name.
+def _note_run(
+    func: Any, rule: _Rule, inputs: list[_Seen | None], outputs: Sequence[Any]
+) -> _Run | None:
+    """Return how a function ran just now; ``None`` if it cannot be run again from what is known of it."""
+    import chainer
 
-    For large inputs that are not saved, and have been made by no function, it is their :class:`Constant`.
+    attributes: dict[str, Any] = {}
+    for name, value in func.__dict__.items():
+        if name in _OF_THE_GRAPH or name in rule.unused or name in rule.makes:
+            continue
+        if type(value) is Saved or type(value) in mode.array_types():
+            value = _see_attribute(value)
+            if value is None:
+                return None
+        elif isinstance(value, tuple | list):
+            if any(type(item) is Saved or _is_array(item) for item in value):
+                return None
+            value = value[:]
+        elif _is_array(value):
+            return None
+        attributes[name] = value
+    known = [one for one in inputs if one is not None]
+    if len(known) < len(inputs):
+        return None
+    config = chainer.config
+    made = [_made_now(y) for y in outputs]
+    return _Run(known, made, attributes, {name: getattr(config, name) for name in _CONFIGURATION})
+
+
+def _is_array(value: Any) -> bool:
+    """Tell whether something is an array of any kind; a scalar is not, nobody can write to it."""
+    return isinstance(getattr(value, "nbytes", None), int) and not isinstance(value, np.generic)
+
+
+def _made_now(y: Any) -> _Content | None:
+    """Return what an output is now."""
+    saved, array = y.node.__dict__.get("_data"), y.raw_array
+    return _content_of(saved if type(saved) is Saved and saved.alive() is array else array)
+
+
+def _made(node: Any) -> _Content | None:
+    """Return what the array of a node was when its function made it; ``None`` if nobody knows."""
+    func = node._creator_node
+    run = None if func is None else func.__dict__.get(_RUN)
+    return None if run is None else run.made[_index_of(node)]
+
+
+def _index_of(node: Any) -> int:
+    """Return which output of its function a node is."""
+    return next(i for i, output in enumerate(node._creator_node.outputs) if output() is node)
+
+
+def _see(node: Any, array: Any, most: int, used: bool) -> _Seen | None:
+    """Return what an input of a function is now, ``None`` if nothing can be made from it.
+
+    Args:
+        node: Its node.
+        array: The array.
+        most: The most bytes of a constant.
+        used: Whether the function can be run again; else it is only asked whether the array is what was made.
     """
-    used = {index: _data_of(node) for index, node in enumerate(func.inputs)}
-    seen: dict[Any, int | Constant | None] = {
-        key: value.storage.manager.look_at(value)
-        for key, value in (*used.items(), *func.__dict__.items())
-        if type(value) is Saved
-    }
-    most = max((_nbytes(node) for ref in func.outputs if (node := ref())), default=0) // _SMALLER
-    for index, array in used.items():
-        is_leaf = type(array) is not Saved and func.inputs[index]._creator_node is None
-        if is_leaf and array is not None and _SMALL < array.nbytes <= most:
-            manager = mode.manager_for(array)
-            location = None if manager is None else manager.device.locate(array)
-            if manager is not None and location is not None and array.flags.c_contiguous:
-                seen[index] = Constant(manager.device, array)
-    return seen
+    saved = node.__dict__.get("_data")
+    if type(saved) is Saved and saved.alive() is array:
+        content = _content_of(saved)
+        return None if content is None else _Seen(content, saved)
+    if not used or array is None:
+        return None
+    if node._creator_node is None and _SMALL < array.nbytes <= most:
+        manager = mode.manager_for(array)
+        location = None if manager is None else manager.device.locate(array)
+        if manager is not None and location is not None and array.flags.c_contiguous:
+            return _Seen(None, constant=Constant(manager.device, array))
+    if array.nbytes > _SMALL and _made(node) is None:
+        return None
+    content = _content_of(array)
+    return None if content is None else _Seen(content)
 
 
-def _data_of(node: Any) -> Any:
-    """Return the array of an input of a function, or what stands in for it; ``None`` if nobody has it."""
-    data = node.__dict__.get("_data")
-    if data is None and node._creator_node is None:
-        variable = node.get_variable_or_none()
-        data = None if variable is None else variable.array
-    return data
+def _see_attribute(value: Any) -> _Seen | None:
+    """Return what an array among the attributes of a function is now, ``None`` if it is too large to be copied."""
+    saved = value if type(value) is Saved else None
+    content = None if saved is None and value.nbytes > _SMALL else _content_of(value)
+    return None if content is None else _Seen(content, saved)
 
 
-def _nbytes(node: Any) -> int:
-    return math.prod(node.shape) * node.dtype.itemsize
+def _content_of(data: Any) -> _Content | None:
+    """Return what an array is now, or what stands in for it; ``None`` if nobody can tell."""
+    if type(data) is Saved:
+        checksum, offset = data.storage.manager.look_at(data), data.layout.offset
+        data = data.layout
+    else:
+        manager = mode.manager_for(data)
+        checksum, offset = (None if manager is None else manager.device.checksum_of(data)) or (
+            None,
+            0,
+        )
+    layout = data.dtype, data.shape, data.strides, offset
+    return None if checksum is None else _Content(checksum, layout)
+
+
+def _nbytes(y: Any) -> int:
+    return math.prod(y.shape) * y.dtype.itemsize
 
 
 def _expression_of(node: Any, leaves: _Leaves, longest: int) -> _Expression | None:
     """Return what computes the array of a node from those of ``leaves``, which it adds to."""
-    func = node._creator_node
-    rerun = _rerun_of(func, leaves, longest)
+    rerun = _rerun_of(node._creator_node, leaves, longest)
     if rerun is None:
         return None
-    index = next(i for i, output in enumerate(func.outputs) if output() is node)
+    index = _index_of(node)
     return lambda arrays: rerun(arrays)[1][index]
 
 
@@ -278,83 +424,119 @@ def _rerun_of(
     func: Any, leaves: _Leaves, longest: int
 ) -> Callable[[Sequence[Any]], tuple[Any, Sequence[Any]]] | None:
     """Return what runs a copy of a function again, from the arrays of ``leaves``: the copy, and its outputs."""
-    rule = _rules.get(type(func))
-    seen = None if rule is None else func.__dict__.get(_SEEN)
-    if rule is None or seen is None or longest == 0 or not rule.when(func):
+    ran: _Run | None = func.__dict__.get(_RUN)
+    if ran is None or longest == 0:
         return None
+    rule = _rules[type(func)]
     inputs = []
-    for position, source in enumerate(func.inputs):
-        read = _source(source, seen.get(position), leaves, longest - 1)
+    for node, seen in zip(func.inputs, ran.inputs, strict=True):
+        read = _source(node, seen, leaves, longest - 1)
         if read is None:
             return None
         inputs.append(read)
-    attributes = _attributes(func, {*rule.unused, *rule.makes}, seen, leaves)
-    if attributes is None:
-        return None
+    attributes = {}
+    for name, value in ran.attributes.items():
+        if type(value) is _Seen:
+            value = _kept(value, func.__dict__.get(name), leaves)
+            if value is None:
+                return None
+        attributes[name] = value
     leaves.steps.append(func.__dict__.get(STEP))
     leaves.costly |= rule.costly
-    cls = type(func)
+    cls, configuration = type(func), ran.configuration
 
     def run(arrays: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
         again = object.__new__(cls)
         for name, value in attributes.items():
-            again.__dict__[name] = value(arrays) if type(value) is _Leaf else value
-        return again, rule.rerun(again, [read(arrays) for read in inputs])
+            again.__dict__[name] = value(arrays) if isinstance(value, _Leaf | _Copy) else value
+        sources = [read(arrays) for read in inputs]
+        with _configured(configuration):
+            return again, rule.rerun(again, sources)
 
     return run
 
 
-def _source(node: Any, seen: Any, leaves: _Leaves, longest: int) -> _Expression | None:
-    """Return what gives an input: a saved array, a constant, or what is computed itself."""
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """A small array, as it was."""
+
+    array: Any
+
+    def __call__(self, arrays: Sequence[Any]) -> Any:
+        return self.array
+
+
+def _source(node: Any, seen: _Seen, leaves: _Leaves, longest: int) -> _Expression | None:
+    """Return what gives an input as it was when it was used; ``None`` if that cannot be had any more."""
     data = _data_of(node)
-    if type(data) is Saved:
-        return leaves.add(data, seen)
-    if data is None:
-        return None if node._creator_node is None else _expression_of(node, leaves, longest)
-    if data.nbytes <= _SMALL:
-        small = data.copy()
-        return lambda arrays: small
-    if type(seen) is not Constant:
-        return None
-    constant = leaves.constants.setdefault(id(seen.array), seen)
-    return lambda arrays: constant.array
+    if data is None and seen.saved is None and node._creator_node is not None:
+        return _expression_of(node, leaves, longest) if _made(node) == seen.content else None
+    return _kept(seen, data, leaves)
 
 
-def _attributes(
-    func: Any, unused: Collection[str], seen: dict[Any, Any], leaves: _Leaves
-) -> dict[str, Any] | None:
-    """Return the attributes of a function, with leaves for what is saved of them; ``None`` if that cannot be."""
-    attributes = {}
-    for name, value in func.__dict__.items():
-        if name in _OF_THE_GRAPH or name in unused:
-            continue
-        if type(value) is Saved:
-            value = leaves.add(value, seen.get(name))
-            if value is None:
-                return None
-        elif isinstance(value, tuple | list) and any(type(item) is Saved for item in value):
+def _kept(seen: _Seen, data: Any, leaves: _Leaves) -> _Expression | None:
+    """Return what gives an array as it was seen: its storage, a constant, or a copy of what is there now.
+
+    Args:
+        seen: What it was.
+        data: The array now, or what stands in for it; ``None`` if nobody has it.
+        leaves: What is needed of what is saved is added to these.
+    """
+    if seen.constant is not None:
+        constant = leaves.constants.setdefault(id(seen.constant.array), seen.constant)
+        return lambda arrays: constant.array
+    saved = seen.saved
+    if saved is None:
+        is_large = type(data) is not Saved and data is not None and data.nbytes > _SMALL
+        if data is None or is_large or _content_of(data) != seen.content:
             return None
-        elif isinstance(getattr(value, "nbytes", None), int):  # an array, or a scalar
-            if value.nbytes > _SMALL:
-                return None
-            value = value.copy()
-        attributes[name] = value
-    return attributes
+        if type(data) is not Saved:
+            return _Copy(data.copy())
+        saved = data  # it has been saved since
+    assert seen.content is not None
+    return leaves.add(saved, seen.content.checksum)
 
 
-def _as_configured_now(expression: _Expression) -> _Expression:
-    """Return what computes an expression with the configuration of Chainer that is in force now."""
+def _data_of(node: Any) -> Any:
+    """Return the array of an input of a function, or what stands in for it; ``None`` if nobody has it."""
+    data = node.__dict__.get("_data")
+    if data is None and node._creator_node is None:
+        variable = node.get_variable_or_none()
+        data = None if variable is None else variable.raw_array
+    return data
+
+
+def _is_unwatched(func: Any) -> bool:
+    """Tell whether no hook of the user's had the inputs after they were used: it may have written to them."""
     import chainer
 
-    config = chainer.config
-    now = {name: getattr(config, name) for name in ("use_cudnn", "use_ideep", "autotune")}
+    hooks = [*chainer.get_function_hooks().values(), *(func._local_function_hooks or {}).values()]
+    return all(type(hook).__module__.startswith("chainer.") for hook in hooks)
+
+
+@contextlib.contextmanager
+def _configured(configuration: dict[str, Any]) -> Iterator[None]:
+    """Have the configuration of Chainer under which a function ran."""
+    import chainer
+
+    with contextlib.ExitStack() as stack:
+        for name, value in configuration.items():
+            if getattr(chainer.config, name) != value:
+                stack.enter_context(chainer.using_config(name, value))
+        yield
+
+
+def _quiet(expression: _Expression) -> _Expression:
+    """Return what computes an expression without a word: NumPy's errors and warnings were told when it ran first."""
 
     def run(arrays: Sequence[Any]) -> Any:
-        with contextlib.ExitStack() as stack:
-            for name, value in now.items():
-                if getattr(config, name) != value:
-                    stack.enter_context(chainer.using_config(name, value))
-            return expression(arrays)
+        with np.errstate(all="ignore"):
+            try:
+                return expression(arrays)
+            except Warning:  # the function's own, which the user's filters make an error of
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    return expression(arrays)
 
     return run
 

@@ -24,6 +24,14 @@ __all__ = ["Arrays", "Work", "patch"]
 
 Arrays = tuple[np.ndarray, ...]
 
+#: NumPy's errors, as those who handle them are told, and as they are set.
+_KINDS = {
+    "divide by zero": "divide",
+    "overflow": "over",
+    "underflow": "under",
+    "invalid value": "invalid",
+}
+
 
 class Work(NamedTuple):
     """What a function has to do, in units of which any number can be done at a time.
@@ -64,7 +72,8 @@ def patch(cls: Any, name: str, rule: Callable[..., Work | None]) -> None:
     def forward(self: Any, *args: Any) -> Any:
         settings = mode.current()
         # Below the low-water mark allocations are not announced, and nothing is looked at.
-        if settings is None or not mode.local.hooked or settings.split == "never":
+        watched = mode.local.hooked or mode.local.growth is not None
+        if settings is None or not watched or settings.split == "never":
             return stock(self, *args)
         arrays = args[0] if isinstance(args[0], tuple) else args
         if any(type(one) is not np.ndarray for one in arrays[:2]) or _uses_ideep(self):
@@ -124,8 +133,9 @@ def _steps(work: Work, manager: SwapManager | None, exact: bool) -> list[tuple[i
 
 def _run(work: Work, steps: list[tuple[int, int]]) -> Arrays:
     wholes: list[np.ndarray] = []
+    told: set[str] = set()
     for start, stop in steps:
-        pieces = work.run(start, stop)
+        pieces = _run_piece(work, start, stop, told)
         if not wholes:
             wholes = [_whole(piece, work, stop - start) for piece in pieces]
         for whole, piece in zip(wholes, pieces, strict=True):
@@ -133,6 +143,27 @@ def _run(work: Work, steps: list[tuple[int, int]]) -> Arrays:
             whole[(slice(None),) * work.axis + (slice(start * each, stop * each),)] = piece
         del pieces, piece  # before the next piece is made
     return tuple(wholes)
+
+
+def _run_piece(work: Work, start: int, stop: int, told: set[str]) -> Arrays:
+    """Do some units. Of each of NumPy's errors the user is told by the first piece that has it, as by the whole.
+
+    Args:
+        work: What there is to do.
+        start: The first unit.
+        stop: The first unit that is not meant.
+        told: The errors that the user has been told of, added to.
+    """
+    found: set[str] = set()
+    heard: Any = {kind: "call" for kind, how in np.geterr().items() if how != "ignore"}
+    with np.errstate(call=lambda kind, flag: found.add(kind), **heard):
+        pieces = work.run(start, stop)
+    if found - told:
+        del pieces
+        with np.errstate(**{_KINDS[kind]: "ignore" for kind in told}):  # type: ignore[arg-type]
+            pieces = work.run(start, stop)
+        told |= found
+    return pieces
 
 
 def _whole(piece: np.ndarray, work: Work, units: int) -> np.ndarray:

@@ -173,17 +173,18 @@ _grouped_weight_gradient = functools.partial(_by_groups, _group_weight_gradient,
 def _max_pooling(stock: Any, self: Any, inputs: Any) -> Work:
     (x,) = inputs
     outs = x.shape[1] * math.prod(_out_sizes(self, x, self.ksize))
+    names = ("indexes",)
 
     def run(i: int, j: int) -> Arrays:
         (y,) = stock(self, (x[i:j],))
         self._in_shape = x.shape
-        return y, self.indexes
+        return y, *_taken(self, names)
 
     each = x.itemsize + np.dtype(np.intp).itemsize
     # The padded image, its patches, those in the order in which argmax looks, and both results.
     taps = 2 * math.prod(self.ksize)
     temporary = _frame(self, x.shape) * x.itemsize + outs * (taps * x.itemsize + each)
-    return Work(len(x), temporary, len(x) * outs * each, run, names=("indexes",))
+    return Work(len(x), temporary, len(x) * outs * each, run, names=names)
 
 
 def _max_pooling_gradient(stock: Any, self: Any, inputs: Any) -> Work | None:
@@ -301,13 +302,13 @@ def _spread_patches(stock: Any, self: Any, inputs: Any, func: Any, sizes: Sequen
 
 def _normalization(stock: Any, self: Any, inputs: Any) -> Work:
     (x,) = inputs
+    names = ("unit_scale", "scale")
 
     def run(i: int, j: int) -> Arrays:
         (y,) = stock(self, (x[i:j],))
-        return y, self.unit_scale, self.scale
+        return y, *_taken(self, names)
 
-    # Squares, their sums, and the three results.
-    names = ("unit_scale", "scale")
+    # Squares, their sums, and the three results; before there is the last of these, a product that may be a temporary.
     return Work(len(x), 5 * x[0].nbytes, 3 * x.nbytes, run, names=names)
 
 
@@ -319,7 +320,7 @@ def _normalization_gradient(stock: Any, self: Any, inputs: Any) -> Work:
         part.scale, part.unit_scale = scale[i:j], unit_scale[i:j]
         return stock(part, tuple(array[i:j] for array in inputs))
 
-    # The summands, their sums, two products, and the result.
+    # The summands, their sums, two products, and the result or the product before it.
     x = inputs[0]
     return Work(len(x), 5 * x[0].nbytes, x.nbytes, run)
 
@@ -354,6 +355,14 @@ def _sampling_gradient(stock: Any, self: Any, inputs: Any, grad_outputs: Any) ->
     # The same, two gradients for each neighbourhood, and the padded result.
     temporary = 2 * x[0].nbytes + 8 * gy[0].nbytes + 8 * grid[0].nbytes
     return Work(len(x), temporary, x.nbytes + grid.nbytes, run)
+
+
+def _taken(func: Any, names: tuple[str, ...]) -> Arrays:
+    """Take arrays from a function, which would hold those of a piece while the next one is made."""
+    arrays = tuple(getattr(func, name) for name in names)
+    for name in names:
+        setattr(func, name, None)
+    return arrays
 
 
 def _stripped(func: Any) -> Any:

@@ -50,6 +50,7 @@ class Arranger:
         """
         profile, system = self.profile, self.system
         gone = {i for i in dropped if self._drop_from[i] < profile.storages[i].uses[0]}
+        self._keep_what_is_made_from_nothing(gone)
         evicted: set[Eviction] = set()
         for _ in range(_REPAIRS):
             needs = needs_of(profile, system, gone, evicted)
@@ -65,6 +66,26 @@ class Arranger:
             if not self._repair(memory, needs, gone, set(swapped), evicted):
                 break
         return self._plan_of(memory, needs, gone, swapped, evicted)
+
+    def _keep_what_is_made_from_nothing(self, gone: set[int]) -> None:
+        """Leave out what would be made again from what ``single_backward`` has dropped after its last use."""
+        if not self.system.single_backward:
+            return
+        storages, makers = self.profile.storages, self.profile.makers
+        for i in sorted(gone):
+            now, todo, seen = storages[i].uses[-1], [i], {i}
+            while todo:
+                one = todo.pop()
+                number = makers.get(one)
+                rerun = None if number is None else self.profile.steps[number].rerun
+                if rerun is None:
+                    gone.remove(i)
+                    break
+                for read in rerun.reads:
+                    uses = storages[read].uses
+                    if (read in gone or not uses or uses[-1] < now) and read not in seen:
+                        seen.add(read)
+                        todo.append(read)
 
     def _free_from(self, i: int) -> int:
         storages = self.profile.storages

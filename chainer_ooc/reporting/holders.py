@@ -106,7 +106,7 @@ def _find_holders(
         location = manager.device.locate(array) if manager else None
         storage = owners.get(id(location.owner)) if location else None
         if storage is not None:
-            found.setdefault(id(storage), set()).add(name())
+            found.setdefault(id(storage), set()).add(_worded(name))
     return found
 
 
@@ -123,13 +123,21 @@ def _references(paths: dict[int, str]) -> Iterator[tuple[Any, Callable[[], str]]
         while step is not None:
             if step.f_code.co_filename != __file__:
                 variables = step.f_locals
-                for name, value in variables.items():
+                for name, value in list(variables.items()):  # another thread may add to a module's
                     if mode.manager_for(value) is not None:
                         yield value, functools.partial(_name_of_local, name, step.f_code)
                 if sys.version_info < (3, 13) and step.f_code.co_flags & inspect.CO_OPTIMIZED:
                     variables.clear()  # a copy that the frame would keep: it would hold the arrays, too
             step = step.f_back
         del frame  # this one's own would refer to itself, and to everything
+
+
+def _worded(name: Callable[[], str]) -> str:
+    """Return a name; where an object does not let itself be looked at, say so."""
+    try:
+        return name()
+    except Exception:
+        return "something that cannot be looked at"
 
 
 def _name_of_local(name: str, code: types.CodeType) -> str:

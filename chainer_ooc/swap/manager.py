@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+from chainer_ooc import wording
 from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import verify
+from chainer_ooc.swap import forks, native, verify
 from chainer_ooc.swap.devices.base import Device
 from chainer_ooc.swap.mover import Counters, Mover
 from chainer_ooc.swap.observing import Observer, Span
@@ -70,13 +69,14 @@ class SwapManager:
         self._mover = self._mover_type(device, self.reclaim, self._observers)
         self._reclaimer = Reclaimer(self._mover, self.marks)
         self._order = UseOrder()
-        self._lock = threading.RLock()
+        self._lock = native.EngineLock()
         self._sequence = 0
         self._has_warned = self._is_remaking = False
         self.has_been_short = False
         self.follows_plan = False
         # What is given up again once it has served to make others.
         self._passing: weakref.WeakSet[Storage] = weakref.WeakSet()
+        _managers.add(self)
 
     @property
     def counters(self) -> Counters:
@@ -91,7 +91,7 @@ class SwapManager:
     @property
     def busy(self) -> bool:
         """Whether the calling thread is inside one of these methods, but not in what a recipe runs."""
-        return self._lock._is_owned() and not self._is_remaking  # type: ignore[attr-defined]
+        return bool(self._lock._is_owned()) and not self._is_remaking
 
     # What the graph asks.
 
@@ -258,14 +258,31 @@ class SwapManager:
         """
         with self._lock:
             self._mover.clear_graves()  # the dead need nothing any more
-            for storage in {saved.storage for saved in group}:
+            storages = {saved.storage for saved in group}
+            for storage in storages:
                 storage.expected -= 1
-                is_needed = not drop or not storage.used or storage.dependents
-                if is_needed and storage.resident and storage.held:
-                    # Backward gave it to somebody, a gradient say, who may write to it.
-                    self._taint(storage)
-                if drop and storage.used and not storage.dependents:
+            over = {s for s in storages if drop and s.used and not (s.kept or s.dependents)}
+            self._note_who_holds(storages - over)
+            for storage in storages:  # what is made from one may have been made meanwhile
+                if drop and storage.used and not (storage.kept or storage.dependents):
                     self._mover.drop(storage)
+
+    def returned(self, group: Iterable[Saved]) -> None:
+        """Tell that a function has used ``group`` in backward, and will use it once more: see :meth:`keep`."""
+        with self._lock:
+            self._note_who_holds({saved.storage for saved in group})
+
+    def keep(self, group: Iterable[Saved]) -> None:
+        """Drop none of ``group`` after its last use: others may read it than the functions that are expected to."""
+        with self._lock:
+            for saved in group:
+                saved.storage.kept = True
+
+    def _note_who_holds(self, storages: Iterable[Storage]) -> None:
+        for storage in storages:
+            if storage.resident and storage.held:
+                # Backward gave it to somebody, a gradient say, who may write to it.
+                self._taint(storage)
 
     def grown_to(self, used: int) -> int:
         """Return what memory in use would be (bytes) if nothing had been moved since the manager was made.
@@ -276,6 +293,17 @@ class SwapManager:
             with self._lock:
                 self._mover.clear_graves()
         return used - self._mover.moved_bytes()
+
+    def moved_bytes(self) -> int:
+        """Return by how much moves have changed the memory in use since the manager was made (bytes)."""
+        return self._mover.moved_bytes()
+
+    def granted_bytes(self) -> int:
+        """Return up to which memory in use allocations may be made with nobody asked (bytes)."""
+        if self._observers:  # they are told of each
+            return 0
+        _, high, low = self.marks.levels()
+        return high if self.has_been_short and not self._is_between_graphs() else low
 
     def ran(self, label: str, backward: bool, span: Span) -> None:
         """Tell the observers that a function has run, and how much memory is in use now."""
@@ -399,6 +427,8 @@ class SwapManager:
                     self._reclaimer.give_up(needed)
 
     def _run_again(self, storage: Storage, recipe: Recipe) -> None:
+        if native.allocator is None and not self.device.asks_for_room:
+            self._reclaimer.reclaim(storage.nbytes)  # what it allocates does not ask
         arrays = [self.read(saved, trusted=True) for saved in recipe.inputs]
         start, waited = time.perf_counter(), self.counters.waited_seconds
         self._is_remaking = True  # what is allocated for it asks for room, as in any function
@@ -441,7 +471,7 @@ class SwapManager:
         if strict:
             return OutOfMemoryError(message)
         self._has_warned = True
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        wording.warn(message, stacklevel=2)
         return None
 
     def explain_shortage(self, nbytes: int, what: str) -> str:
@@ -467,12 +497,14 @@ class SwapManager:
 
     def after_fork(self) -> None:
         """In a forked child: what the parent saved can be read, and nothing of the parent's is touched."""
-        self._lock = threading.RLock()
+        self._lock = native.EngineLock()
         self.device.after_fork()
 
     def bury(self, storage: Storage) -> None:
         """Forget a dying storage. Called at any time in any thread, even inside these methods."""
         self._mover.bury(storage)
+        if native.allocator is not None and not self._mover.has_living:
+            native.allocator.ask_again()  # between two graphs less is granted
 
     def settle(self) -> None:
         """Wait for all that is under way and give back the space of all that died."""
@@ -494,6 +526,21 @@ class SwapManager:
             f"{_mib(size[State.COMING_IN])} coming in; so far {_mib(counters.bytes_out)} out, "
             f"{_mib(counters.bytes_in)} in>"
         )
+
+
+_managers: weakref.WeakSet[SwapManager] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    forks.hold([manager._lock for manager in tuple(_managers)])
+
+
+def _after_fork() -> None:
+    for manager in tuple(_managers):
+        manager._lock = native.EngineLock()
+
+
+forks.register(_before_fork, _after_fork)
 
 
 def _is_writeable(array: Any) -> bool:

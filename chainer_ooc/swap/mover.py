@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.errors import CorruptCopyError, SwapSpaceError
 from chainer_ooc.swap import verify
 from chainer_ooc.swap.devices.base import Copy, Device, Transfer
 from chainer_ooc.swap.observing import Copied, Observer, Span
@@ -108,6 +108,7 @@ class Mover:
         self.nbytes = dict.fromkeys(State, 0)
         # Dead storages, and what they left: filled at any time by any thread.
         self._dead: deque[tuple[State, int, int, Forward]] = deque()
+        self._known = 0  # how many live, or are dead and not forgotten yet
         self._graves: deque[tuple[Copy | None, Transfer | None]] = deque()
         self._recipes: deque[Recipe] = deque()
 
@@ -143,6 +144,12 @@ class Mover:
         self._by_owner[id(storage.owner)] = reference
         self._members[storage.state][storage.sequence] = reference
         self.nbytes[storage.state] += storage.nbytes
+        self._known += 1
+
+    @property
+    def has_living(self) -> bool:
+        """Whether a storage lives. Asked at any time in any thread."""
+        return self._known > len(self._dead)
 
     def members(self, *states: State, newest_first: bool = False) -> Iterator[Storage]:
         """Return the storages that are in one of the states now, in the order of saving."""
@@ -158,7 +165,13 @@ class Mover:
         Raises:
             SwapSpaceError: If there is no space for it outside; it stays RESIDENT.
         """
-        storage.transfer = self._copy_out(storage)
+        refused = None
+        try:
+            storage.transfer = self._copy_out(storage)
+        except SwapSpaceError as error:
+            refused = _explained(SwapSpaceError, error, f"{storage!r} cannot be moved out")
+        if refused is not None:  # here the first error is gone, whose frames hold the memory
+            raise refused
         self._move(storage, State.GOING_OUT)
         storage.tainted = False
         self.leaving.append(weakref.ref(storage))
@@ -183,11 +196,8 @@ class Mover:
             storage.transfer = None
             self._move(storage, State.RESIDENT)
             transfer.copy.free()
-            raise SwapSpaceError(
-                error.errno,
-                f"{storage!r} could not be written to the swap file ({error.strerror}); it stays in memory, no data "
-                "was lost",
-            ) from error
+            what = f"{storage!r} could not be written, twice; it stays in memory, no data was lost"
+            raise _explained(SwapSpaceError, error, what) from error
         finally:
             self.stalled("room", start)
         storage.transfer = None
@@ -275,7 +285,13 @@ class Mover:
             self._join_arrival(storage)
         except OSError:
             self.begin_in(storage)
-            self._join_arrival(storage)
+            try:
+                self._join_arrival(storage)
+            except CorruptCopyError:
+                raise
+            except OSError as error:
+                what = f"{storage!r} could not be read, twice"
+                raise _explained(OSError, error, what) from error
         finally:
             self.stalled("late" if storage.ahead else "fetch", start)
 
@@ -329,6 +345,7 @@ class Mover:
                 continue
             state, number, nbytes, forward = self._dead.popleft()
             forward.living -= 1
+            self._known -= 1
             del self._members[state][number]
             self.nbytes[state] -= nbytes
             # Had nothing moved, it would free its memory now.
@@ -440,3 +457,8 @@ class Mover:
                 # What is free may be in pieces: more is given up until it fits.
                 if not self._make_room(nbytes):
                     raise
+
+
+def _explained(kind: type[OSError], error: OSError, what: str) -> OSError:
+    """Return an error of that kind with the number and the file of another, which names a storage, too."""
+    return kind(error.errno, f"{what}: {error.strerror or error}", error.filename)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import resource
+from typing import NamedTuple
 
 import psutil
 
 __all__ = [
     "ResidentMemory",
+    "attainable_bytes",
     "available_bytes",
     "keep_less_freed_memory",
     "physical_bytes",
@@ -20,11 +23,14 @@ __all__ = [
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_CGROUP = "/sys/fs/cgroup"
+_ROOT = "/"  # tests put files of their own in place of the kernel's
 
 
 class ResidentMemory:
-    """Reads this process's resident memory (RSS) in about a microsecond."""
+    """Reads this process's resident memory (RSS) in about a microsecond, its peak in ten."""
+
+    #: The highest peak before it was reset (bytes), and in which process.
+    _before_reset = (0, 0)
 
     def __init__(self) -> None:
         self._pid, self._fd = 0, -1
@@ -40,29 +46,72 @@ class ResidentMemory:
             )
         return int(os.pread(self._fd, 128, 0).split()[1]) * _PAGE
 
+    @classmethod
+    def peak_bytes(cls) -> int:
+        """Return the most that it has been since the process began (bytes)."""
+        pid, before = cls._before_reset
+        now = cls.peak_since_reset()
+        return max(before, now) if pid == os.getpid() else now
+
     @staticmethod
-    def peak_bytes() -> int:
-        """Return the most that it has been since the process began (bytes), the kernel's ``VmHWM``."""
-        with open("/proc/self/status") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) << 10
-        return 0
+    def peak_since_reset() -> int:
+        """Return the most that it has been since :meth:`reset_peak` (bytes), the kernel's ``VmHWM``."""
+        with open("/proc/self/status", "rb", buffering=0) as file:
+            status = file.read(8192)
+        start = status.find(b"VmHWM:")
+        return int(status[start + 6 : status.index(b"kB", start)]) << 10 if start >= 0 else 0
+
+    @classmethod
+    def reset_peak(cls) -> bool:
+        """Let the kernel begin its peak anew from here. Return whether it does that."""
+        cls._before_reset = os.getpid(), cls.peak_bytes()
+        try:
+            with open("/proc/self/clear_refs", "wb", buffering=0) as file:
+                file.write(b"5")
+        except OSError:
+            return False
+        return True
 
 
 def physical_bytes() -> int:
     """Return the memory this process could have at all (bytes): the machine's, its cgroups', its rlimit's."""
-    return min([psutil.virtual_memory().total, *_cgroup_limits(), *_rlimit()])
+    return min([psutil.virtual_memory().total, *(group.limit for group in _cgroups()), *_rlimit()])
 
 
 def available_bytes() -> int:
-    """Return the memory this process could take more of now (bytes)."""
+    """Return the memory this process could take more of now (bytes).
+
+    What cached files take counts as available, that of this process's own libraries too: the kernel takes it back.
+    """
     room = [psutil.virtual_memory().available]
-    room += [max(limit - used, 0) for limit, used in _cgroups()]
+    room += [max(group.limit - group.used, 0) for group in _cgroups()]
     address_space = _rlimit()
     if address_space:
         room.append(max(address_space[0] - psutil.Process().memory_info().vms, 0))
     return min(room)
+
+
+def attainable_bytes(reserve: float, sharers: int = 1) -> int:
+    """Return how much resident memory this process could come to have (bytes).
+
+    That is what it has itself, and what is available. Pages of files, which resident memory includes, are not added:
+    they are in what is available, or charged to another cgroup, as those of libraries that others use, too.
+
+    Args:
+        reserve: The share of what is available that is left alone.
+        sharers: How many processes like this one take what is available.
+    """
+    own = _own_bytes("RssAnon") + _own_bytes("RssShmem") // sharers
+    attainable = own + int(available_bytes() * (1 - reserve)) // sharers
+    # What it has may be charged to a cgroup in which it was before.
+    return min(attainable, physical_bytes())
+
+
+def _own_bytes(name: str) -> int:
+    for line in _read_lines("/proc/self/status"):
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) << 10
+    return 0
 
 
 def _rlimit() -> list[int]:
@@ -70,50 +119,97 @@ def _rlimit() -> list[int]:
     return [] if soft == resource.RLIM_INFINITY else [soft]
 
 
-def _cgroup_limits() -> list[int]:
-    return [limit for limit, _ in _cgroups()]
+class _Cgroup(NamedTuple):
+    limit: int  #: the most that its processes may have (bytes)
+    used: int  #: what they have, but for cached files (bytes)
 
 
-def _cgroups() -> list[tuple[int, int]]:
-    """Return (limit, used) in bytes of this process's cgroup and those above it, where there is a limit."""
+def _cgroups() -> list[_Cgroup]:
+    """Return this process's cgroups that have a limit, and those above them, as far as they can be seen from here."""
     found = []
     for directory in _cgroup_directories():
-        for limit_name, used_name in (
-            ("memory.max", "memory.current"),  # version 2
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
-        ):
-            limit, used = (
-                _read_int(os.path.join(directory, name)) for name in (limit_name, used_name)
-            )
-            if limit is not None and limit < 1 << 60:
-                found.append((limit, used or 0))
+        limits = [
+            _read_int(directory, name)
+            # Version 2, in which a process beyond the second is slowed down until it gives back; version 1.
+            for name in ("memory.max", "memory.high", "memory.limit_in_bytes")
+        ]
+        statistics = _read_statistics(directory)
+        # Version 1: the least limit of this one and of all above it, those that cannot be seen included.
+        limits.append(statistics.get("hierarchical_memory_limit"))
+        real = [limit for limit in limits if limit is not None and limit < 1 << 60]
+        if not real:
+            continue
+        used = _read_int(directory, "memory.current")
+        prefix = ""
+        if used is None:
+            used = _read_int(directory, "memory.usage_in_bytes")
+            prefix = "total_"  # with those below it
+        files = sum(statistics.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+        found.append(_Cgroup(min(real), max((used or 0) - files, 0)))
     return found
 
 
-@functools.cache
 def _cgroup_directories() -> list[str]:
-    directories = []
+    """Return the directories of the cgroups that bound this process's memory, the innermost first."""
+    directories: dict[str, None] = {}
+    mounts = _cgroup_mounts()
+    for line in _read_lines("/proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        for root, mounted in mounts["memory" if controllers else ""]:
+            # In a container what is mounted may begin at its own cgroup, while the path is the host's.
+            relative = os.path.relpath(path, root)
+            parts = [part for part in relative.split("/") if part not in (".", "")]
+            if (
+                ".." in parts
+            ):  # neither is of use for the other: the path from the top, as far as it is there
+                parts = [part for part in path.split("/") if part not in ("..", "")]
+            for count in range(len(parts), -1, -1):
+                directories[os.path.join(mounted, *parts[:count])] = None
+    return [directory for directory in directories if os.path.isdir(_below_root(directory))]
+
+
+def _cgroup_mounts() -> dict[str, list[tuple[str, str]]]:
+    """Return where cgroups of version 2 (``""``) and of version 1's memory are mounted, and which one is there."""
+    mounts: dict[str, list[tuple[str, str]]] = {"": [], "memory": []}
+    for line in _read_lines("/proc/self/mountinfo"):
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split(" ", 2)
+        root, mounted = (_unescape(field) for field in before.split(" ")[3:5])
+        if kind == "cgroup2":
+            mounts[""].append((root, mounted))
+        elif kind == "cgroup" and "memory" in options.split(","):
+            mounts["memory"].append((root, mounted))
+    mounts[""] = mounts[""] or [("/", "/sys/fs/cgroup")]
+    mounts["memory"] = mounts["memory"] or [("/", "/sys/fs/cgroup/memory")]
+    return mounts
+
+
+def _unescape(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def _below_root(path: str) -> str:
+    return os.path.join(_ROOT, path.lstrip("/"))
+
+
+def _read_lines(path: str) -> list[str]:
     try:
-        with open("/proc/self/cgroup") as lines:
-            for line in lines:
-                _, controllers, path = line.rstrip("\n").split(":", 2)
-                if controllers and "memory" not in controllers.split(","):
-                    continue
-                root = os.path.join(_CGROUP, "memory") if controllers else _CGROUP
-                # In a container the path may be the host's, which is not mounted: its parts that are.
-                parts = path.strip("/").split("/") if path.strip("/") else []
-                directories += [os.path.join(root, *parts[:n]) for n in range(len(parts), -1, -1)]
+        with open(_below_root(path)) as file:
+            return file.read().splitlines()
     except OSError:
-        pass
-    return [directory for directory in dict.fromkeys(directories) if os.path.isdir(directory)]
+        return []
 
 
-def _read_int(path: str) -> int | None:
-    try:
-        with open(path) as file:
-            return int(file.read())
-    except (OSError, ValueError):  # "max", in version 2
-        return None
+def _read_int(directory: str, name: str) -> int | None:
+    lines = _read_lines(os.path.join(directory, name))
+    return int(lines[0]) if lines and lines[0].isdigit() else None  # else it is "max"
+
+
+def _read_statistics(directory: str) -> dict[str, int]:
+    lines = map(str.split, _read_lines(os.path.join(directory, "memory.stat")))
+    return {fields[0]: int(fields[1]) for fields in lines if len(fields) == 2}
 
 
 @functools.cache

@@ -6,9 +6,12 @@ import enum
 import math
 import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chainer_ooc import references
 from chainer_ooc.errors import OutOfCoreError
+from chainer_ooc.swap import native
 
 if TYPE_CHECKING:
     from chainer_ooc.swap.devices.base import Copy, Transfer
@@ -62,7 +65,7 @@ class Layout(NamedTuple):
     writeable: bool
 
 
-class Storage:
+class Storage(native.Mortal):
     """One allocation, shared by all arrays that are views of it.
 
     Its state changes in :meth:`move_to` alone. It lives as long as one :class:`Saved` of it.
@@ -82,6 +85,7 @@ class Storage:
         transfer: The copy under way, or ``None``.
         tainted: Somebody outside backward got the array since the copy was begun, and may write.
         expected: How many functions of the graph have yet to use it in backward.
+        kept: Others may read it than these functions: it is not dropped after its last use.
         rank: The highest rank of these functions in the graph: backward runs by falling rank.
         forward: What it was saved with, in a row, and ``number``, its place there.
         ahead: It was fetched before it was asked for, and has not been used since.
@@ -105,6 +109,7 @@ class Storage:
         "dependents",
         "expected",
         "forward",
+        "kept",
         "label",
         "lossy",
         "manager",
@@ -139,6 +144,7 @@ class Storage:
         self.transfer: Transfer | None = None
         self.tainted = False
         self.expected = 0
+        self.kept = False
         self.rank = 0
         self.forward: Forward
         self.number = 0
@@ -185,14 +191,14 @@ class Storage:
     @property
     def held(self) -> bool:
         """Whether somebody besides this storage refers to the memory, so that letting go frees nothing."""
-        # One reference is this object's, one the argument's.
-        return sys.getrefcount(self.owner) > 2
+        return references.attribute_is_referenced_externally(self, "owner")
 
     def __repr__(self) -> str:
         return f"<Storage {self.sequence} of {self.label}: {self.nbytes} bytes, {self.state.value}>"
 
-    def __del__(self) -> None:
-        self.manager.bury(self)
+    def _die(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # when the interpreter ends, modules may be gone
+            self.manager.bury(self)
 
 
 class Saved:

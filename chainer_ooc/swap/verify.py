@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import warnings
 from typing import Any
 
+from chainer_ooc import wording
 from chainer_ooc.errors import CorruptCopyError
 from chainer_ooc.swap.devices.base import Device
 from chainer_ooc.swap.recipe import checksum_of
@@ -31,10 +31,9 @@ def check_unchanged(device: Device, storage: Storage) -> None:
         return
     storage.checksum = checksum_of(device, storage)
     if storage.checksum != before and storage.verified and not storage.used:
-        warnings.warn(
+        wording.warn(
             f"an array of {storage.nbytes} bytes that {storage.label} saved for backward has been modified in place "
             "since: backward computes with the new values, as it does in stock Chainer",
-            RuntimeWarning,
             stacklevel=2,
         )
 

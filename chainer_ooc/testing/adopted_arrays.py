@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from chainer_ooc import mode
-from chainer_ooc.swap.devices.base import Location
+from chainer_ooc.swap.devices.base import Location, checksum_of_array
 from chainer_ooc.swap.devices.cuda import CudaDevice
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
@@ -79,6 +79,13 @@ class AdoptedArrays:
         """Return the checksum of ``nbytes`` at byte ``origin`` of ``owner``."""
         self._note("what is computed next", False, _address(owner), owner.nbytes)
         return RamDevice.checksum(None, owner, origin, nbytes)  # type: ignore[arg-type]
+
+    def checksum_of(self, array: Any) -> tuple[int, int] | None:
+        """Return the checksum and the offset of an array, which does not become the GPU's memory by that."""
+        ram: Any = RamDevice
+        return checksum_of_array(
+            array, lambda one: ram.locate(None, one), lambda *where: ram.checksum(None, *where)
+        )
 
     def empty(self) -> np.ndarray:
         """Return an array without elements."""

@@ -1,6 +1,8 @@
-"""Trains a network of wide functions in a process of its own: prints its peak memory, a digest and the warnings.
+"""Trains a network of wide functions in a process of its own: prints its peak and limit, a digest and the warnings.
 
-usage: splitting_child.py NETWORK LIMIT|none [SETTING=VALUE ...]
+usage: splitting_child.py NETWORK ROOM|none [SETTING=VALUE ...]
+
+The limit is ROOM (bytes) above what the interpreter and its libraries take, which differs with their versions.
 """
 
 import hashlib
@@ -10,6 +12,7 @@ import warnings
 import numpy as np
 
 import chainer_ooc
+from chainer_ooc.swap.process_memory import ResidentMemory
 
 import chainer  # isort: skip
 import chainer.functions as F  # isort: skip
@@ -51,8 +54,15 @@ NETWORKS = {
 }
 
 
-def main(network, limit, *settings):
-    if limit != "none":
+def resident(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(name))
+
+
+def main(network, room, *settings):
+    limit = 0
+    if room != "none":
+        limit = resident("VmRSS:") + int(room)
         chainer_ooc.enable(limit, **dict(setting.split("=") for setting in settings))
     np.random.seed(0)
     model = chainer.Sequential(
@@ -70,9 +80,8 @@ def main(network, limit, *settings):
     digest = hashlib.sha256()
     for parameter in model.params():
         digest.update(parameter.array.tobytes())
-    with open("/proc/self/status") as status:
-        (peak,) = (int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
-    print(peak, digest.hexdigest(), sum(w.category is RuntimeWarning for w in caught))
+    warned = sum(w.category is RuntimeWarning for w in caught)
+    print(ResidentMemory.peak_bytes(), limit, digest.hexdigest(), warned)
 
 
 main(*sys.argv[1:])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 import chainer
 import chainer.functions as F
 import numpy as np
+import pytest
 
 import chainer_ooc
 from chainer_ooc.graph import backprop
@@ -64,6 +68,52 @@ def test_they_are_expected_once_and_dropped_after_it():
         y.backward()
     np.testing.assert_array_equal(x.grad, ONES * 2 * 3)
     assert {one.storage.state for one in saved} == {State.DROPPED}
+
+
+class Given(chainer.FunctionNode):
+    """Keeps a list that its maker has."""
+
+    def __init__(self, things):
+        self.things = things
+
+    def forward(self, inputs):
+        self.things.append(inputs[0] + 1)
+        return (inputs[0] * self.things[-1],)
+
+    def backward(self, indexes, gradients):
+        return (gradients[0] * self.things[-1],)
+
+
+HOLDERS_OF_LISTS = {
+    "nobody": lambda things: None,
+    "a variable": lambda things: things,
+    "two": lambda things: (things, things),
+    "an attribute": lambda things: SimpleNamespace(things=things),
+    "another function": Given,
+    "an iterator": iter,
+    "a partial": lambda things: functools.partial(len, things),
+    "a closure": lambda things: lambda: things,
+    "a suspended generator": lambda things: (thing for thing in things),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS_OF_LISTS)
+def test_a_list_that_somebody_else_has_keeps_its_arrays(name):
+    things = [ONES + 1]
+    held = HOLDERS_OF_LISTS[name](things)
+    with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
+        func = Given(things)
+        del things
+        x = chainer.Variable(ONES)
+        (h,) = func.apply((x,))
+        y = F.sum(h)
+        del h
+        F.exp(ONES)
+        kinds = {type(thing) for thing in vars(func)["things"]}
+        assert kinds == ({Saved} if name == "nobody" else {np.ndarray})
+        y.backward()
+    np.testing.assert_array_equal(x.grad, ONES * 2)
+    del held
 
 
 class Two(chainer.FunctionNode):

@@ -33,6 +33,9 @@ KIB, MIB = 1 << 10, 1 << 20
 #: What counts as used by something else: memory is always past the low-water mark.
 OTHER = 8 * MIB
 
+# Memory is a double here, and the limit some hundred KiB above OTHER. Without the extension what functions take is seen
+# in the kernel's figures, which vary by more than that: the limit with plans made from these is in test_unannounced.py.
+
 
 @contextlib.contextmanager
 def on_gpu(directory, monkeypatch, other):
@@ -113,6 +116,7 @@ def pages():
     return follower_of(mode._managers["ram"]).book.pages
 
 
+@pytest.mark.extension
 @pytest.mark.parametrize(
     "settings",
     [
@@ -133,6 +137,7 @@ def test_from_the_third_iteration_on_the_plan_is_followed(device, settings):
     assert moved
 
 
+@pytest.mark.extension
 def test_what_moves_is_what_was_planned(device):
     training = Training()
     moved = []
@@ -315,6 +320,7 @@ def test_a_plan_that_is_slower_than_on_demand_is_not_followed(device, monkeypatc
         assert (list(pages().values()), len(page.seconds)) == ([page], followed)
 
 
+@pytest.mark.extension
 def test_where_copies_cannot_hide_what_can_be_made_again_is(device, monkeypatch):
     """On a slow link the plan drops what is cheap to make again, and that is what happens."""
     monkeypatch.setattr(type(device), "bandwidths", lambda self, otherwise: (1e6, 1e6))
@@ -339,6 +345,7 @@ def test_where_copies_cannot_hide_what_can_be_made_again_is(device, monkeypatch)
     assert report.seconds >= report.bound_seconds > 0
 
 
+@pytest.mark.extension
 def test_what_is_reported_of_plans(device):
     assert chainer_ooc.plans() == []
     with chainer_ooc.out_of_core_mode(limit=OTHER + 700 * KIB, min_bytes=1):
@@ -531,6 +538,7 @@ def test_threads_that_train_at_the_same_time_are_right(device):
         assert_same_bits(found[number], expected)
 
 
+@pytest.mark.extension
 @pytest.mark.parametrize("single_backward", [True, False])
 def test_where_the_way_out_is_slow_chains_with_products_run_again_as_planned(
     device, monkeypatch, single_backward

@@ -17,6 +17,7 @@ import chainer_ooc
 from chainer_ooc import mode
 from chainer_ooc.errors import GraphReleasedError
 from chainer_ooc.graph import backprop
+from chainer_ooc.swap.devices.copy_threads import CopyThreads
 from chainer_ooc.swap.storage import Saved
 from chainer_ooc.testing import assert_same_bits, force_copies
 
@@ -442,3 +443,21 @@ def test_another_thread_saves_the_last_function_first(monkeypatch):
     monkeypatch.setattr(backprop, "_pending", Emptied())
     backprop.adopt()
     backprop._forget_dead()
+
+
+def test_what_is_computed_in_a_thread_that_copies_stays_in_memory():
+    """The collector of garbage may run finalizers there, and the engine may be waiting for that thread."""
+    seen = []
+
+    def compute():
+        before = chainer_ooc.stats().storages_out
+        x = chainer.Variable(np.ones((64, 64), "f"))
+        F.sum(F.exp(F.exp(x))).backward()
+        seen.append((chainer_ooc.is_enabled(), chainer_ooc.stats().storages_out - before))
+
+    chainer_ooc.enable(swap_all=True, min_bytes=1)
+    threads = CopyThreads(1, "chainer_ooc-copy")
+    threads.submit(compute)
+    threads.close()
+    chainer_ooc.disable()
+    assert seen == [(False, 0)]

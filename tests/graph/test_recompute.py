@@ -357,3 +357,259 @@ def test_users_register_functions_and_other_bits_are_an_error():
 def test_what_is_no_function_is_refused(cls):
     with pytest.raises(TypeError, match="is not a subclass of"):
         chainer_ooc.recomputable(cls)
+
+
+def edited(v, how):
+    """Write to the array of a variable, or give it another one, between two functions."""
+    if how == "in place":
+        v.array[...] *= 0.9
+    elif how == "a part of a view":
+        v.array.ravel()[::3] += 0.125
+    elif how == "anew":
+        v.array = v.array * 0.9
+    elif how == "reversed":
+        v.array = v.array[::-1]
+    elif how == "another layout":
+        v.array = np.asfortranarray(v.array)
+    elif how == "of a node":
+        v.node.data = v._data[0] = v.array - 0.25
+    elif how == "the mask":
+        v.creator_node.mask[::2] *= 0.5
+    elif how == "a number":
+        v.creator_node.slope = 0.75
+    elif how == "the input":
+        array = v.creator_node.inputs[0].get_variable().array
+        if array is not None:
+            array[...] += 0.25
+
+
+#: Of these some retain their inputs, some their outputs, some neither.
+CHAINS = {
+    "dropout": (lambda x: F.dropout(x, 0.4), F.tanh, F.exp, F.sin),
+    "leaky": (lambda x: F.leaky_relu(x, 0.25), F.square, F.sin),
+    "nothing retained": (lambda x: x * 0.5, lambda x: x + 1, lambda x: -x, F.tanh, F.sin),
+    "outputs": (F.tanh, F.sigmoid, F.relu, F.exp),
+    "mixed": (F.sigmoid, lambda x: x * x, lambda x: x + 2, F.sin, F.relu, F.sin),
+    "views": (F.tanh, lambda x: F.reshape(x, (-1, 5)), F.transpose, lambda x: x * 2, F.sin),
+    "sums": (F.tanh, lambda x: F.add(x, x, F.sigmoid(x)), lambda x: x - F.relu(x), F.absolute),
+}
+EDITS = (
+    "in place",
+    "a part of a view",
+    "anew",
+    "reversed",
+    "another layout",
+    "of a node",
+    "the input",
+)
+SHORT = {
+    "all out": {"swap_all": True, "min_bytes": 64},
+    "little memory": {"limit": "1MiB", "min_bytes": 64},
+    "little memory, large arrays": {"limit": "1MiB", "min_bytes": 15_000},
+    "single_backward": {"swap_all": True, "min_bytes": 64, "single_backward": True},
+}
+
+
+def chain_with_an_edit(functions, where, how):
+    def program():
+        x = chainer.Variable(np.linspace(-1, 1, 4000).astype("f").reshape(20, 200))
+        v = x * 1
+        for number, function in enumerate(functions):
+            v = function(v)
+            if number == where:
+                edited(v, how)
+        loss = F.sum(F.sin(v))
+        del v
+        F.tanh(x)  # all goes
+        loss.backward()
+        return [x.grad, loss.array]
+
+    return program
+
+
+@pytest.mark.filterwarnings("ignore:.* needs .* more:RuntimeWarning")
+@pytest.mark.parametrize("mode_of", SHORT)
+@pytest.mark.parametrize("how", EDITS)
+@pytest.mark.parametrize("name", CHAINS)
+def test_edits_between_functions(name, how, mode_of):
+    for where in range(len(CHAINS[name])):
+        program = chain_with_an_edit(CHAINS[name], where, how)
+        both(program, **{"swap_all": False, **SHORT[mode_of]})
+
+
+@pytest.mark.parametrize(("name", "how"), [("dropout", "the mask"), ("leaky", "a number")])
+def test_edits_of_attributes_between_functions(name, how):
+    both(chain_with_an_edit(CHAINS[name], 0, how), min_bytes=64)
+    both(chain_with_an_edit(CHAINS[name], 0, how), min_bytes=64_000)  # a mask that is not saved
+
+
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+@pytest.mark.parametrize("size", [40, 4000])
+def test_edits_of_leaves(when, size):
+    """Small ones are copied when a recipe is made: what matters is when the function ran."""
+
+    def program():
+        x = chainer.Variable(np.linspace(-1, 1, 40 * size).astype("f").reshape(40, size))
+        bias = chainer.Variable(np.linspace(0, 1, size).astype("f"))
+        h = F.tanh(x)
+        y = h + F.broadcast_to(bias, h.shape)
+        w = F.leaky_relu(bias * 2)
+        if when == "before":
+            bias.array[...] -= 0.5
+        z = F.sin(y) * F.broadcast_to(F.sin(w), y.shape)
+        if when == "between":
+            bias.array = bias.array + 1
+        loss = F.sum(F.sin(z))
+        del h, y, w, z
+        F.tanh(x)
+        if when == "after":
+            bias.array[...] *= 2
+        loss.backward()
+        return [x.grad, bias.grad]
+
+    both(program, min_bytes=64)
+    both(program, min_bytes=100_000)
+
+
+@pytest.mark.parametrize("what", ["gamma in place", "gamma anew", "mean", "the function's mean"])
+def test_edits_of_small_arrays_that_are_not_saved(what):
+    """They are copied for a recipe when that is made, which is later than the function ran."""
+
+    def program():
+        x = chainer.Variable(np.linspace(-1, 1, 80_000).astype("f").reshape(200, 400))
+        gamma, beta, mean = (chainer.Variable(np.full(400, k, "f")) for k in (1.5, 0.5, 0.25))
+        h = F.tanh(x)
+        if what == "the function's mean":
+            y = F.batch_normalization(h, gamma, beta)
+            y.creator_node.mean[...] += 0.125
+        else:
+            y = F.fixed_batch_normalization(h, gamma, beta, mean, mean * 4)
+        if what == "gamma in place":
+            gamma.array[...] *= 2
+        elif what == "gamma anew":
+            gamma.array = gamma.array * 2
+        elif what == "mean":
+            mean.array[...] -= 0.5
+        z = F.sin(y)
+        del h, y
+        F.tanh(x)
+        loss = F.sum(F.sin(z))
+        del z
+        loss.backward()
+        return [x.grad, gamma.grad, beta.grad, loss.array]
+
+    both(program, min_bytes=100_000)
+
+
+class Writes(chainer.FunctionHook):
+    """Writes to what a function has used."""
+
+    name = "writes"
+
+    def forward_postprocess(self, function, in_data):
+        for array in in_data:
+            array[...] *= 0.5
+
+
+@pytest.mark.parametrize("of_one", [False, True])
+def test_hooks_that_write_to_inputs(of_one, remade):
+    def program():
+        x = chainer.Variable(np.random.rand(50, 50).astype("f"))
+        h = F.tanh(x)
+        if of_one:
+            function = F.activation.leaky_relu.LeakyReLU(0.25)
+            function.add_hook(Writes())
+            (y,) = function.apply((h,))
+        else:
+            with Writes():
+                y = F.leaky_relu(h)
+        z = F.sin(y)
+        del h, y
+        F.tanh(x)
+        loss = F.sum(z)
+        loss.backward()
+        return [x.grad, loss.array]
+
+    both(program)
+
+
+def test_with_chainers_own_hooks_functions_are_run_again(remade):
+    def program():
+        x = chainer.Variable(np.random.rand(50, 50).astype("f"))
+        with chainer.function_hooks.TimerHook():
+            loss = F.sum(F.sin(F.sigmoid(F.tanh(x)) * 2))
+            F.tanh(x)
+            loss.backward()
+        return [x.grad]
+
+    both(program)
+    assert remade() > 0
+
+
+def test_functions_inside_another_are_edited_before_that_ends():
+    class Outer(chainer.FunctionNode):
+        """Computes with Chainer's functions, and edits what they gave, in its own backward."""
+
+        def forward(self, inputs):
+            self.retain_inputs((0,))
+            return (np.tanh(inputs[0]),)
+
+        def backward(self, indexes, gradients):
+            (x,) = self.get_retained_inputs()
+            y = chainer.Variable(x.array.copy())
+            with chainer.force_backprop_mode():
+                h = F.dropout(y, 0.4)
+                h.array[...] *= 0.9
+                inner = F.sum(F.sin(F.exp(F.tanh(h))))
+                del h
+                inner.backward()
+            return (chainer.Variable(y.grad) * gradients[0],)
+
+    def program():
+        x = chainer.Variable(np.linspace(-1, 1, 4000).astype("f").reshape(20, 200))
+        (y,) = Outer().apply((F.sin(x),))
+        F.sum(y).backward()
+        return [x.grad]
+
+    both(program)
+
+
+@pytest.mark.filterwarnings("ignore:.* needs .* more:RuntimeWarning")
+@pytest.mark.parametrize("limit", [None, "1MiB"])
+def test_edits_while_memory_is_plenty_and_short_later(limit):
+    """Functions that ran before memory was short are saved later."""
+    manager = mode.managers()[0]
+
+    def program():
+        manager.has_been_short = False
+        x = chainer.Variable(np.linspace(-1, 1, 4000).astype("f").reshape(20, 200))
+        v = F.dropout(x, 0.4)
+        w = F.leaky_relu(v)
+        v.array[...] *= 0.9
+        if chainer_ooc.is_enabled():
+            manager.has_been_short = True
+        y = F.exp(F.tanh(w))
+        w.array[...] *= 0.5
+        z = F.sin(y) * F.sin(F.tanh(v))
+        del v, w, y
+        if chainer_ooc.is_enabled():
+            manager.move_all_out()
+        loss = F.sum(z)
+        loss.backward()
+        return [x.grad, loss.array]
+
+    both(program, swap_all=False, min_bytes=64, limit=limit or 1 << 40)
+
+
+def test_a_copy_of_a_function_has_not_run():
+    import copy
+    import pickle
+
+    with chainer_ooc.out_of_core_mode(**ON):
+        x = chainer.Variable(np.random.rand(50, 50).astype("f"))
+        h = F.tanh(x)
+        y = F.leaky_relu(h)
+        function = y.creator_node
+        assert function.__dict__["_ooc_run"] is not None
+        assert copy.deepcopy(function.__dict__["_ooc_run"]) is None
+        assert pickle.loads(pickle.dumps(function.__dict__["_ooc_run"])) is None

@@ -181,7 +181,7 @@ PLANTED = (
         "release what is held",
         "chainer_ooc/swap/storage.py",
         "Storage.held",
-        "sys.getrefcount(self.owner) > 2",
+        'references.attribute_is_referenced_externally(self, "owner")',
         "False",
     ),
     (
@@ -216,7 +216,7 @@ PLANTED = (
         "drop before the last use",
         "chainer_ooc/swap/manager.py",
         "SwapManager.finish",
-        "drop and storage.used and (not storage.dependents)",
+        "drop and s.used and (not (s.kept or s.dependents))",
         "drop",
     ),
 )

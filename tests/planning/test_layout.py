@@ -4,8 +4,11 @@ import pytest
 
 from chainer_ooc.planning.arrange import Arranger
 from chainer_ooc.planning.layout import Memory, needs_of
+from chainer_ooc.planning.planner import make_plan
+from chainer_ooc.planning.policies import Planned
 from chainer_ooc.planning.profile import BACKWARD, FORWARD, Profile, Rerun, Step, Storage
 from chainer_ooc.planning.system import System, Tier
+from chainer_ooc.planning.timeline import simulate
 
 from .instances import chain_of
 
@@ -39,6 +42,23 @@ def test_what_a_rerun_made_on_the_way_stays_or_is_made_twice():
     twice = needs_of(profile, system, [0, 2], [(0, 3)])
     assert twice.reruns == [(3, (0, 1, 2)), (5, (0,))]
     assert twice.rerun_seconds == kept.rerun_seconds + 1.0
+
+
+def test_nothing_is_dropped_that_is_made_from_what_is_gone_by_then():
+    """With ``single_backward`` the first, which cannot be made again, is dropped when backward begins."""
+    forward = [Step(f"f{n}", FORWARD, 1.0) for n in range(4)]
+    for n in (1, 2):
+        forward[n] = Step(f"f{n}", FORWARD, 1.0, rerun=Rerun(1.0, 0, (n - 1,), (n,)))
+    backward = [Step(f"f{n}", BACKWARD, 1.0, function=n) for n in (3, 2, 1)]
+    uses = [(4,), (6,), (5,), (4,)]
+    storages = tuple(Storage(100, n, 4, uses[n]) for n in range(4))
+    profile = Profile("skipping", "none", True, 0, (*forward, *backward), storages)
+    for single_backward, again in ((True, (2,)), (False, (1, 2))):
+        system = System(250, (TIER,), single_backward=single_backward, margin=0.0)
+        plan = Arranger(profile, system).plan((1, 2), (), 0)
+        assert [i for i in (1, 2) if plan.choices[i].name == "RECOMPUTE"] == list(again)
+        simulate(profile, system, Planned(plan))
+        make_plan(profile, system)
 
 
 def test_cover_takes_out_nothing_that_is_needless():

@@ -42,9 +42,9 @@ def test_what_is_written_is_read(file):
 def test_nobody_else_can_see_it(file, tmp_path):
     file.allocate(1)
     assert os.listdir(tmp_path) == []
-    mode = os.fstat(file._fd).st_mode
-    assert stat.S_IMODE(mode) == 0o600
-    assert os.fstat(file._fd).st_nlink == 0
+    status = os.fstat(file._file.number())
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    assert status.st_nlink == 0
 
 
 @given(

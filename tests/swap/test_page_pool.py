@@ -5,21 +5,26 @@ from __future__ import annotations
 import ctypes
 import gc
 import mmap
+import os
 import random
 import sys
 import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 
-from chainer_ooc.swap.devices.ram import page_pool
-from chainer_ooc.swap.devices.ram.numpy_allocator import AllocatorHook
-from chainer_ooc.swap.devices.ram.page_pool import GAP, PAGE, PagePool
+from chainer_ooc import mode
+from chainer_ooc.swap import native
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.disk import SwapFile
 from chainer_ooc.swap.process_memory import ResidentMemory
 
+if native.allocator is None:
+    pytest.skip(f"needs the C extension: {native.HOW_TO_GET_IT}", allow_module_level=True)
+PagePool = native.allocator.PagePool
+GAP, PAGE = 16, mmap.PAGESIZE
 MIB = 1 << 20
 
 
@@ -49,47 +54,6 @@ def mappings():
         return [tuple(int(n, 16) for n in line.split()[0].split("-")) for line in lines]
 
 
-class Libc:
-    """The real one, watched.
-
-    Attributes:
-        moves: How often ``mremap`` was called.
-        maps: How often ``mmap`` was called.
-        looks: How often ``mincore`` was called.
-        refused: The number of a call of ``mremap`` that fails, from 1 on; 0 for none.
-    """
-
-    def __init__(self, libc):
-        self._libc = libc
-        self.moves = self.maps = self.looks = self.refused = 0
-
-    def __getattr__(self, name):
-        return getattr(self._libc, name)
-
-    def mmap(self, *arguments):
-        self.maps += 1
-        return self._libc.mmap(*arguments)
-
-    def mincore(self, *arguments):
-        self.looks += 1
-        return self._libc.mincore(*arguments)
-
-    def mremap(self, address, nbytes, *rest):
-        # Before Linux 6.17 only pages of one mapping are moved at a time.
-        assert any(first <= address < address + nbytes <= last for first, last in mappings())
-        self.moves += 1
-        if self.moves == self.refused:
-            return page_pool._FAILED
-        return self._libc.mremap(address, nbytes, *rest)
-
-
-@pytest.fixture
-def libc(monkeypatch):
-    libc = Libc(page_pool._libc())
-    monkeypatch.setattr(page_pool, "_libc", lambda: libc)
-    return libc
-
-
 def filled(pool, n):
     """Return a block of ``n`` MiB of ones, put together of as many that lay apart."""
     blocks = [take(pool, MIB) for _ in range(2 * n)]
@@ -112,16 +76,16 @@ def test_a_block_of_the_same_size_has_the_pages_of_the_last_one(pool):
     first = take(pool, MIB)
     fill(first, MIB)
     pool.free(first)
-    assert pool.warm_bytes == MIB
+    assert pool.cached_bytes == MIB
     again = take(pool, MIB)
     assert again == first
     assert faults_of(lambda: fill(again, MIB)) < 10
-    assert pool.warm_bytes == 0
+    assert pool.cached_bytes == 0
 
 
-def test_pages_are_moved_with_one_call_for_each_mapping_and_no_other(pool, libc):
+def test_pages_are_moved_with_one_call_for_each_mapping_and_no_other(pool):
     filled(pool, 4)
-    assert (libc.moves, libc.maps) == (4, 0)
+    assert (pool.counts["moves"], pool.counts["maps"]) == (4, 0)
 
 
 def test_pages_of_scattered_blocks_serve_one_large_block(pool):
@@ -131,7 +95,7 @@ def test_pages_of_scattered_blocks_serve_one_large_block(pool):
     for block in blocks[::2]:
         pool.free(block)
     large = take(pool, 8 * MIB)
-    assert pool.warm_bytes == 0
+    assert pool.cached_bytes == 0
     assert faults_of(lambda: fill(large, 8 * MIB, 2)) < 100
     for block in blocks[1::2]:  # what was between them is as it was
         assert ctypes.string_at(block, MIB) == b"\1" * MIB
@@ -144,16 +108,16 @@ def test_what_is_given_back_is_not_resident_any_more(pool):
     fill(block, 64 * MIB)
     pool.free(block)
     before = memory.bytes()
-    assert pool.give_back(16 * MIB) == 16 * MIB
-    assert pool.warm_bytes == 48 * MIB
+    assert pool.decommit(16 * MIB) == 16 * MIB
+    assert pool.cached_bytes == 48 * MIB
     assert before - memory.bytes() > 15 * MIB
-    pool.keep(False)
-    assert pool.warm_bytes == 0
+    pool.set_cached_limit(0)
+    assert pool.cached_bytes == 0
     assert before - memory.bytes() > 62 * MIB
     block = take(pool, MIB)
     fill(block, MIB)
     pool.free(block)  # nothing is kept any more
-    assert pool.warm_bytes == 0
+    assert pool.cached_bytes == 0
 
 
 def test_pages_that_nobody_touched_do_not_count_as_warm():
@@ -161,24 +125,24 @@ def test_pages_that_nobody_touched_do_not_count_as_warm():
     block = take(pool, 4 * MIB)
     fill(block, MIB)
     pool.free(block)
-    assert pool.warm_bytes == 0
+    assert pool.cached_bytes == 0
     assert take(pool, 4 * MIB) == block  # and are not lost
 
 
-def test_what_is_made_of_used_pages_alone_is_not_looked_at_when_it_is_free(pool, libc):
+def test_what_is_made_of_used_pages_alone_is_not_looked_at_when_it_is_free(pool):
     large = filled(pool, 2)
-    assert libc.looks == 2  # at the two blocks that it was made of
+    assert pool.counts["looks"] == 2  # at the two blocks that it was made of
     pool.free(large)
-    assert pool.warm_bytes == 2 * MIB
-    assert libc.looks == 2
+    assert pool.cached_bytes == 2 * MIB
+    assert pool.counts["looks"] == 2
 
 
 def test_nothing_is_given_back_when_free_pages_go_on_being_kept(pool):
     block = take(pool, MIB)
     fill(block, MIB)
     pool.free(block)
-    pool.keep(True)
-    assert pool.warm_bytes == MIB
+    pool.set_cached_limit(1 << 62)
+    assert pool.cached_bytes == MIB
 
 
 def test_memory_that_need_not_be_zero_is_not_touched(pool):
@@ -202,13 +166,9 @@ def test_cleared_memory_is_zero_on_used_pages_too(pool):
 
 @pytest.mark.parametrize(("worth", "moves"), [(1, 50), (16, 20)])
 @pytest.mark.parametrize("seed", range(6))
-def test_blocks_keep_what_is_written_to_them_whatever_comes_and_goes(
-    monkeypatch, libc, seed, worth, moves
-):
-    monkeypatch.setattr(page_pool, "MOST_SEAMS", 40 if seed % 2 else 8192)
-    monkeypatch.setattr(page_pool, "WORTH_MOVING", worth * PAGE)
+def test_blocks_keep_what_is_written_to_them_whatever_comes_and_goes(seed, worth, moves):
     size = 64 << 20
-    pool = PagePool(size)
+    pool = PagePool(size, worth_moving=worth, most_boundaries=40 if seed % 2 else 8192)
     mapped = len(mappings())
     chance = random.Random(seed)
     living = {}
@@ -232,24 +192,22 @@ def test_blocks_keep_what_is_written_to_them_whatever_comes_and_goes(
             living[address] = nbytes, step % 251
             fill(address, nbytes, step % 251)
         if chance.random() < 0.02:
-            pool.give_back(chance.randrange(100) * PAGE)
+            pool.decommit(chance.randrange(100) * PAGE)
     most = len(mappings())
     for address, (nbytes, value) in living.items():
         assert ctypes.string_at(address, nbytes) == bytes([value]) * nbytes
         pool.free(address)
     resident = memory.bytes() - base
-    assert pool.warm_bytes <= resident + 2 * MIB
-    pool.give_back(size)
+    assert pool.cached_bytes <= resident + 2 * MIB
+    pool.decommit(size)
     assert memory.bytes() - base < 8 * MIB
-    assert libc.moves > moves
+    assert pool.counts["moves"] > moves
     assert most - mapped < (120 if seed % 2 else 2000)
     assert take(pool, size) is not None  # no address is lost
 
 
-def test_without_moves_new_pages_are_taken(pool, libc, monkeypatch):
-    monkeypatch.setattr(
-        page_pool, "_MOVE_TO_AND_LEAVE_MAPPED", 1 << 20
-    )  # as an old kernel: refused
+def test_where_pages_cannot_be_moved_new_ones_are_taken():
+    pool = PagePool(1 << 32, worth_moving=16, most_boundaries=8192, failing_move=1)
     blocks = [take(pool, MIB) for _ in range(4)]
     for block in blocks:
         fill(block, MIB)
@@ -260,12 +218,11 @@ def test_without_moves_new_pages_are_taken(pool, libc, monkeypatch):
     assert ctypes.string_at(blocks[1], MIB) == ctypes.string_at(blocks[3], MIB) == b"\1" * MIB
     pool.free(blocks[1])
     assert take(pool, 3 * MIB) is not None
-    assert libc.moves == 1  # it was tried once
+    assert pool.counts["moves"] == 1  # it was tried once, as on an old kernel
 
 
-def test_a_move_that_fails_loses_no_address(libc):
-    pool = PagePool(8 * MIB)
-    libc.refused = 1
+def test_a_move_that_fails_loses_no_address():
+    pool = PagePool(8 * MIB, worth_moving=16, most_boundaries=8192, failing_move=1)
     blocks = [take(pool, MIB) for _ in range(4)]
     for block in blocks:
         fill(block, MIB)
@@ -274,123 +231,130 @@ def test_a_move_that_fails_loses_no_address(libc):
     large = take(pool, 2 * MIB)
     for block in (blocks[1], blocks[3], large):
         pool.free(block)
-    pool.give_back(8 * MIB)
+    pool.decommit(8 * MIB)
     assert take(pool, 8 * MIB) is not None
 
 
-def test_a_move_that_fails_halfway_leaves_zeros(pool, libc):
+def test_a_move_that_fails_halfway_leaves_zeros():
+    pool = PagePool(1 << 32, worth_moving=16, most_boundaries=8192, failing_move=4)
     block = filled(pool, 2)
     pool.free(block)  # two mappings
-    libc.refused = libc.moves + 2
     block = take(pool, 3 * MIB, clear=True)
-    assert libc.moves == libc.refused
+    assert pool.counts["moves"] == 4
     assert ctypes.string_at(block, 3 * MIB) == bytes(3 * MIB)
 
 
-def test_pages_are_moved_by_mappings_and_not_by_those_that_were_there_before(libc):
+def test_pages_are_moved_by_mappings_and_not_by_those_that_were_there_before():
     pool = PagePool(16 * MIB)
     first, second, between = (take(pool, n * MIB) for n in (3, 2, 1))
     for block, nbytes in ((first, 3 * MIB), (second, 2 * MIB)):
         fill(block, nbytes)
     pool.free(first)
-    pool.give_back(MIB)
-    pool.give_back(2 * MIB)  # there are two mappings now
+    pool.decommit(MIB)
+    pool.decommit(2 * MIB)  # there are two mappings now
     pool.free(second)
     block = take(pool, 3 * MIB)
-    assert (block, libc.moves) == (first, 1)
+    assert (block, pool.counts["moves"]) == (first, 1)
     fill(block, 3 * MIB)
     pool.free(block)
     assert take(pool, 4 * MIB) > between
-    assert libc.moves == 1 + 2  # what was moved, and what was new
+    assert pool.counts["moves"] == 1 + 2  # what was moved, and what was new
 
 
-def test_pages_that_were_taken_anew_in_the_midst_of_a_mapping_are_another(libc):
-    pool = PagePool(16 * MIB)
-    two, _, one, _ = blocks = [take(pool, nbytes) for nbytes in (2 * MIB, PAGE, MIB, PAGE)]
-    for block in blocks:
-        fill(block, pool.size_of(block))
-    pool.free(two)
-    pool.free(one)
-    start = take(pool, 3 * MIB)
-    pool.free(start)
-    parts = [take(pool, MIB) for _ in range(3)]
-    assert parts == [start, start + MIB, start + 2 * MIB]
-    pool.free(parts[1])
-    assert pool.give_back(MIB) == MIB
-    assert [take(pool, MIB), take(pool, MIB)] == [one, parts[1]]
-    for part in parts[:2]:
-        fill(part, MIB)
-        pool.free(part)
-    libc.moves = 0
-    take(pool, 4 * MIB)
-    assert libc.moves == 2
-
-
-def test_free_pages_go_where_they_are_in_too_many_mappings(pool, monkeypatch):
+def test_free_pages_in_too_many_mappings_go_back_to_the_system():
+    pool = PagePool(1 << 32, worth_moving=16, most_boundaries=8)
     blocks = [filled(pool, 4) for _ in range(4)]
     for block in blocks[1:]:
         pool.free(block)
-    assert pool.warm_bytes == 12 * MIB
-    monkeypatch.setattr(page_pool, "MOST_SEAMS", 8)
-    take(pool, 5 * MIB)
-    assert pool.warm_bytes == 0
+    take(pool, 13 * MIB)
+    assert pool.cached_bytes == 0
     assert ctypes.string_at(blocks[0], 4 * MIB) == b"\1" * 4 * MIB
 
 
-def test_free_pages_stay_where_free_addresses_alone_are_in_too_many_mappings(pool, monkeypatch):
-    monkeypatch.setattr(page_pool, "MOST_SEAMS", 32)
+def test_free_pages_stay_where_free_addresses_alone_are_in_too_many_mappings():
+    pool = PagePool(1 << 32, worth_moving=16, most_boundaries=32)
     blocks = [take(pool, nbytes) for nbytes in (MIB, PAGE, MIB, PAGE, 40 * PAGE, PAGE)]
     for block in blocks[::2]:
         fill(block, pool.size_of(block))
     pool.free(blocks[4])
     for _ in range(40):
-        pool.give_back(PAGE)
-    assert len(pool._seams) > 32
+        pool.decommit(PAGE)
+    assert pool.counts["boundaries"] > 32
     pool.free(blocks[0])
     pool.free(blocks[2])
     take(pool, 3 * MIB // 2)
-    assert len(pool._seams) <= 16
-    assert pool.warm_bytes == MIB // 2
+    assert pool.counts["boundaries"] <= 16
+    assert pool.cached_bytes == MIB // 2
 
 
-def test_what_interrupts_the_pool_gets_nothing_of_it(pool, monkeypatch):
-    """A finalizer may allocate in the midst of anything."""
-    got = []
-    is_resident = page_pool._is_resident
-
-    def interrupted(*block):
-        got.append((take(pool, PAGE), pool.give_back(PAGE), pool.warm_bytes))
-        return is_resident(*block)
-
-    monkeypatch.setattr(page_pool, "_is_resident", interrupted)
-    for block in [take(pool, MIB), take(pool, 2 * MIB)]:
-        fill(block, pool.size_of(block))
-        pool.free(block)
-    assert pool.warm_bytes == 3 * MIB
-    assert got == [(None, 0, 0), (None, 0, MIB)]  # each block was looked at by itself
-
-
-def test_a_child_gets_nothing_of_the_pool(pool, monkeypatch):
-    block = take(pool, MIB)
+def test_a_forked_child_has_the_pool_to_itself(pool):
+    """Its pages are copies: what either of them writes is not seen by the other."""
+    kept, block = take(pool, MIB), take(pool, MIB)
+    fill(kept, MIB)
     fill(block, MIB)
     pool.free(block)
-    assert pool.warm_bytes == MIB
-    pid = page_pool.os.getpid()
-    with monkeypatch.context() as child:
-        child.setattr(page_pool.os, "getpid", lambda: pid + 1)
-        assert (take(pool, MIB), pool.give_back(MIB), pool.warm_bytes) == (None, 0, 0)
-    assert pool.warm_bytes == MIB
+    child = os.fork()
+    if not child:
+        new = take(pool, MIB)
+        fill(new, MIB, 2)
+        fill(kept, MIB, 3)
+        pool.free(kept)
+        good = new == block and take(pool, 2 * MIB) is not None
+        os._exit(0 if good and pool.used_bytes() < pool.used_bytes() + MIB else 1)
+    new = take(pool, MIB)
+    fill(new, MIB, 4)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ctypes.string_at(kept, MIB) == b"\1" * MIB
+    assert ctypes.string_at(new, MIB) == b"\4" * MIB
 
 
-def test_where_address_space_is_limited_there_is_none(monkeypatch):
-    monkeypatch.setattr(page_pool.resource, "getrlimit", lambda which: (1 << 40, 1 << 40))
-    with pytest.raises(MemoryError, match="limited"):
-        PagePool(MIB)
+def test_forks_in_the_midst_of_allocations_leave_the_pool_whole_in_the_children():
+    pool = PagePool(256 * MIB)
+    over = threading.Event()
+
+    def work(value):
+        chance = random.Random(value)
+        while not over.is_set():
+            blocks = [take(pool, chance.randrange(1, 400) * PAGE) for _ in range(8)]
+            for block in blocks:
+                fill(block, PAGE, value)
+            for block in blocks:
+                pool.free(block)
+            pool.decommit(chance.randrange(200) * PAGE)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in (1, 2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(40):
+            child = os.fork()
+            if not child:
+                for n in range(1, 50):
+                    block = take(pool, n * 8 * PAGE)
+                    fill(block, n * 8 * PAGE, 3)
+                    pool.free(block)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
-def test_more_than_the_address_space_cannot_be_reserved():
-    with pytest.raises(MemoryError, match="mapped"):
-        PagePool(1 << 60)
+@pytest.mark.parametrize("nbytes", [1 << 60, -1, 0])
+def test_what_is_no_address_space_cannot_be_reserved(nbytes):
+    with pytest.raises(MemoryError, match=f"{nbytes} bytes of address space cannot be mapped"):
+        PagePool(nbytes)
+
+
+def test_what_is_no_block_is_refused(pool):
+    for call in (pool.free, pool.size_of, pool.untouched_bytes):
+        with pytest.raises(ValueError, match="address=4096 is not in this pool"):
+            call(4096)
+        with pytest.raises(TypeError):
+            call("4096")
+    assert 4096 not in pool
+    assert pool.allocate(1 << 62) is None
 
 
 def test_a_full_address_space_is_none():
@@ -419,7 +383,7 @@ def test_threads_do_not_get_the_same_memory():
                     failures.append(value)
                 pool.free(address)
             if step % 50 == 7 * value:
-                pool.give_back(chance.randrange(100) * PAGE)
+                pool.decommit(chance.randrange(100) * PAGE)
         for address, _ in held:
             pool.free(address)
 
@@ -434,49 +398,24 @@ def test_threads_do_not_get_the_same_memory():
     finally:
         sys.setswitchinterval(interval)
     assert not failures
-    pool.give_back(size)
+    pool.decommit(size)
     assert take(pool, size) is not None  # no address is lost
 
 
-def test_what_is_taken_while_free_blocks_are_merged_is_not_free(monkeypatch):
-    pool = PagePool(8 * MIB)
-    blocks = [take(pool, MIB) for _ in range(7)]
+def test_many_sizes_are_no_matter():
+    """There is room for the lists of so many; beyond that all are merged."""
+    pool = PagePool(1 << 33)
+    blocks = [take(pool, n * PAGE) for n in range(1, 900)]
     for block in blocks:
-        fill(block, MIB)
-    for block in blocks[:5]:
+        fill(block, pool.size_of(block))
         pool.free(block)
-    insert, taken = pool._warm.insert, []
-
-    def interrupted(address, nbytes):
-        if not taken:
-            pool.free(blocks[6])
-        if (block := take(pool, MIB)) is not None:
-            taken.append(block)
-        insert(address, nbytes)
-
-    monkeypatch.setattr(pool._warm, "insert", interrupted)
-    pool.give_back(8 * MIB)
-    assert len(set(taken)) == len(taken) > 1
-    for block in (*taken, blocks[5]):
-        assert ctypes.string_at(block, MIB) == b"\1" * MIB  # or it would be zero
+    assert pool.cached_bytes == sum(range(1, 900)) * PAGE
+    assert take(pool, 899 * PAGE) == blocks[-1]  # freed since they were merged
+    pool.decommit(1 << 62)
+    assert pool.cached_bytes == 0
 
 
-def test_sizes_that_nobody_has_are_forgotten(monkeypatch):
-    monkeypatch.setattr(page_pool, "MANY_SIZES", 8)
-    pool = PagePool(64 * MIB)
-    kept = take(pool, 50 * PAGE)
-    for n in range(1, 40):
-        block = take(pool, n * PAGE)
-        fill(block, n * PAGE)
-        pool.free(block)
-    assert len(pool._as_freed) <= 9 + 1
-    fill(kept, 50 * PAGE)
-    pool.free(kept)
-    assert take(pool, 50 * PAGE) == kept
-    assert take(pool, 39 * PAGE) == block
-
-
-def test_pages_in_small_mappings_are_given_back_and_taken_anew(pool, libc):
+def test_pages_in_small_mappings_are_given_back_and_taken_anew(pool):
     """A call of the kernel for each of them would take longer."""
     memory = ResidentMemory()
     blocks = [take(pool, 8 * PAGE) for _ in range(1024)]
@@ -487,49 +426,65 @@ def test_pages_in_small_mappings_are_given_back_and_taken_anew(pool, libc):
     before = memory.bytes()
     block = take(pool, 8 * MIB)
     fill(block, 8 * MIB, 2)
-    assert libc.moves == 0
-    assert pool.warm_bytes >= 8 * MIB
+    assert pool.counts["moves"] == 0
+    assert pool.cached_bytes >= 8 * MIB
     assert memory.bytes() - before < 4 * MIB
     for block in blocks[1::2]:
         assert ctypes.string_at(block, 8 * PAGE) == bytes([1]) * 8 * PAGE
 
 
 @pytest.fixture
-def hook(pool):
-    hook = AllocatorHook(lambda nbytes: True, 1 << 62, pool, MIB)
-    hook.install()
-    yield hook
-    hook.uninstall()
+def hook():
+    """The arrays of this thread lie in the process's pool, from 1 MiB on; nobody is asked for room."""
+    device = RamDevice("/tmp")
+    device.hold(1 << 62)
+    pool = device.keep_pages()
+    native.allocator.configure(None, 1, pool, MIB)
+    native.allocator.install()
+    yield pool
+    native.allocator.uninstall()
+    # Whoever comes next says who is to be asked.
+    mode._announces = mode.local.hooked = False
+    pool.set_cached_limit(0)
 
 
 def address_of(array):
     return array.__array_interface__["data"][0]
 
 
-def test_large_arrays_lie_in_the_pool_and_small_ones_do_not(hook, pool):
+def test_large_arrays_lie_in_the_pool_and_small_ones_do_not(hook):
     large, small = np.ones(MIB, np.uint8), np.ones(MIB // 2, np.uint8)
-    assert address_of(large) in pool.addresses
-    assert address_of(small) not in pool.addresses
+    assert address_of(large) in hook
+    assert address_of(small) not in hook
     assert np.zeros(MIB, np.uint8).sum() == 0
 
 
-def test_arrays_outlive_the_hook(hook, pool):
+def test_arrays_outlive_the_hook(hook):
     array = np.arange(MIB, dtype=np.int32)
-    hook.uninstall()
+    native.allocator.uninstall()
     assert array[-1] == MIB - 1
+    cached = hook.cached_bytes
     del array
     gc.collect()
-    assert pool.warm_bytes == 4 * MIB + PAGE
+    assert hook.cached_bytes - cached == 4 * MIB + PAGE
 
 
 @pytest.mark.parametrize("size", [MIB // 8, MIB, 4 * MIB])
-def test_resizing_keeps_what_is_in_it(hook, pool, size):
+def test_resizing_keeps_what_is_in_it(hook, size):
     array = np.arange(MIB // 2, dtype=np.int32)
     array.resize(size, refcheck=False)
     n = min(size, MIB // 2)
     assert (array[:n] == np.arange(n)).all()
     assert not array[n:].any()
-    assert (address_of(array) in pool.addresses) is (4 * size >= MIB)
+    assert (address_of(array) in hook) is (4 * size >= MIB)
+
+
+def test_arrays_of_whole_pages_do_not_touch(hook):
+    """NumPy 1 has other loops, with other bits, where they do."""
+    arrays = [np.empty(MIB, np.uint8) for _ in range(8)]
+    assert all(address_of(array) in hook for array in arrays)
+    starts = {address_of(array) for array in arrays}
+    assert not starts & {start + MIB for start in starts}
 
 
 def test_a_process_ends_with_arrays_of_the_pool_in_every_corner(run_python, tmp_path):
@@ -544,7 +499,7 @@ def test_a_process_ends_with_arrays_of_the_pool_in_every_corner(run_python, tmp_
         "    def __del__(self, copy=np.ones(1 << 20).copy): copy()\n"
         "sys.kept = [np.ones(1 << 20), Late()]\n"
         "np.kept = [np.ones(1 << 20), Late()]\n"
-        "assert np.kept[0].__array_interface__['data'][0] in pool.addresses\n"
+        "assert np.kept[0].__array_interface__['data'][0] in pool\n"
         "cycle = [np.ones(1 << 20)]; cycle.append(cycle)\n"
         "thread = threading.Thread(target=threading.Event().wait, args=(30,), daemon=True); thread.start()\n"
         "print('done')\n"
@@ -591,9 +546,15 @@ def test_under_a_limit_of_address_space_there_is_no_pool(run_python, tmp_path):
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
-def test_free_pages_do_not_count_as_used_and_go_where_they_are_too_many(tmp_path):
+@pytest.fixture
+def device(tmp_path, pool):
     device = RamDevice(str(tmp_path))
-    pool = device.keep_pages()
+    device.pages = pool  # of its own
+    yield device
+    device.close()
+
+
+def test_free_pages_do_not_count_as_used_and_go_where_they_are_too_many(device, pool):
     before = device.used_bytes()
     device.hold(before + 32 * MIB)
     block = take(pool, 64 * MIB)
@@ -601,42 +562,36 @@ def test_free_pages_do_not_count_as_used_and_go_where_they_are_too_many(tmp_path
     assert device.used_bytes() - before > 60 * MIB
     pool.free(block)
     assert device.used_bytes() - before < 4 * MIB
-    assert 20 * MIB < pool.warm_bytes < 40 * MIB  # the others went back to the system
+    assert 20 * MIB < pool.cached_bytes < 40 * MIB  # the others went back to the system
     assert device.used_bytes() - before < 4 * MIB
     device.hold(0)
-    assert pool.warm_bytes == 0
-    device.close()
+    assert pool.cached_bytes == 0
 
 
-def test_what_is_given_back_beside_a_look_is_counted_once(tmp_path, monkeypatch):
-    """By the thread that does so as memory grows that nobody announces."""
-    device = RamDevice(str(tmp_path))
-    pool = device.keep_pages()
-    before = device.used_bytes()
-    block = take(pool, 64 * MIB)
-    fill(block, 64 * MIB)
-    pool.free(block)
-    resident, read, threads = device._resident.bytes, [], []
+def test_what_is_given_back_beside_a_look_is_counted_once(pool):
+    """By a thread that does so as memory grows that nobody announces."""
+    over, seen = threading.Event(), []
+    blocks = [take(pool, 16 * MIB) for _ in range(4)]
 
-    def bytes_beside_another():
-        read.append(resident())
-        threads.append(threading.Thread(target=pool.give_back, args=(48 * MIB,)))
-        threads[-1].start()
-        threads[-1].join(0.1)
-        return read[-1]
+    def give_back():
+        while not over.is_set():
+            pool.decommit(4 * MIB)
 
-    device._ceiling = 1 << 40  # with no thread of its own
-    monkeypatch.setattr(device._resident, "bytes", bytes_beside_another)
-    assert abs(device.used_bytes() - before) < 8 * MIB
-    monkeypatch.undo()
-    threads[-1].join()
-    assert pool.warm_bytes == 16 * MIB
-    device.close()
+    before = pool.used_bytes()
+    thread = threading.Thread(target=give_back)
+    thread.start()
+    for _ in range(20):
+        for block in blocks:
+            fill(block, 16 * MIB)
+            pool.free(block)
+        seen += [pool.used_bytes() for _ in range(100)]
+        blocks = [take(pool, 16 * MIB) for _ in range(4)]
+    over.set()
+    thread.join()
+    assert max(seen) - before < 8 * MIB
 
 
-def test_copies_in_under_way_count_with_all_their_bytes(tmp_path, monkeypatch):
-    device = RamDevice(str(tmp_path))
-    device.keep_pages()
+def test_copies_in_under_way_count_with_all_their_bytes(device, pool, monkeypatch):
     array = np.ones(32 * MIB, np.uint8)
     out = device.copy_out(array, 0, array.nbytes)
     out.join()
@@ -657,12 +612,10 @@ def test_copies_in_under_way_count_with_all_their_bytes(tmp_path, monkeypatch):
     back.join()
     assert 30 * MIB < device.used_bytes() - before < 40 * MIB
     assert (owner[origin:][: array.nbytes] == 1).all()
-    device.close()
 
 
-def test_what_others_take_unannounced_takes_the_place_of_free_pages(tmp_path):
-    device = RamDevice(str(tmp_path))
-    pool, memory = device.keep_pages(), ResidentMemory()
+def test_what_others_take_unannounced_takes_the_place_of_free_pages(device, pool):
+    memory = ResidentMemory()
     block = take(pool, 64 * MIB)
     fill(block, 64 * MIB)
     pool.free(block)
@@ -674,9 +627,24 @@ def test_what_others_take_unannounced_takes_the_place_of_free_pages(tmp_path):
         others[-1][:] = bytes(2 * MIB)
         time.sleep(0.05)
     assert memory.bytes() < limit + 4 * MIB
-    assert 16 * MIB < pool.warm_bytes < 40 * MIB
+    assert 16 * MIB < pool.cached_bytes < 40 * MIB
     device.close()
-    assert pool.warm_bytes == 0
+    assert pool.cached_bytes == 0
+
+
+def test_the_thread_that_does_so_is_not_there_while_a_process_forks(device, pool):
+    """Python warns of a fork beside threads; the child has none of them."""
+    device.hold(1 << 50)
+    process = psutil.Process()
+    with_guard = process.num_threads()
+    for _ in range(20):
+        take(pool, PAGE)
+        assert process.num_threads() == with_guard
+        child = os.fork()
+        if not child:
+            os._exit(len(os.listdir("/proc/self/task")))
+        assert process.num_threads() == with_guard - 1
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_disabling_gives_back_what_another_thread_left(run_python, tmp_path):
@@ -689,9 +657,9 @@ def test_disabling_gives_back_what_another_thread_left(run_python, tmp_path):
         "    mode.hook_allocations(); np.ones(1 << 22)\n"
         "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
         "pool = mode._managers['ram'].device.pages\n"
-        "assert pool.warm_bytes >= 8 << 22\n"
+        "assert pool.cached_bytes >= 8 << 22\n"
         "chainer_ooc.disable()\n"
-        "assert pool.warm_bytes == 0\n"
+        "assert pool.cached_bytes == 0\n"
         "print('done')\n"
     )
     done = run_python(script)
@@ -702,26 +670,32 @@ def test_a_block_whose_gap_has_a_page_of_its_own_keeps_its_pages(pool):
     block = pool.allocate(MIB)
     fill(block, MIB)
     pool.free(block)
-    assert pool.warm_bytes == MIB + PAGE
+    assert pool.cached_bytes == MIB + PAGE
     assert pool.allocate(MIB) == block
 
 
-def test_arrays_of_whole_pages_do_not_touch(hook, pool):
-    """NumPy 1 has other loops, with other bits, where they do."""
-    arrays = [np.empty(MIB, np.uint8) for _ in range(8)]
-    assert all(address_of(array) in pool.addresses for array in arrays)
-    starts = {address_of(array) for array in arrays}
-    assert not starts & {start + MIB for start in starts}
-
-
-def test_what_was_never_held_is_given_back_as_well(tmp_path):
+def test_what_was_never_held_is_given_back_as_well(device, pool):
     """Arrays too small to be announced may be all there are."""
-    device = RamDevice(str(tmp_path))
-    pool = device.keep_pages()
     block = take(pool, MIB)
     fill(block, MIB)
     pool.free(block)
-    assert pool.warm_bytes == MIB
+    assert pool.cached_bytes == MIB
+    device.hold(1)
     device.hold(0)
-    assert pool.warm_bytes == 0
-    device.close()
+    assert pool.cached_bytes == 0
+
+
+def test_the_cache_is_turned_on_and_off_by_several_threads(pool):
+    """Each may end and start the thread that guards it."""
+
+    def work():
+        for n in range(300):
+            pool.set_cached_limit(0 if n % 2 else 1 << 50)
+            pool.free(take(pool, MIB))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)

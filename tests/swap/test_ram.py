@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from chainer_ooc.references import attribute_is_referenced_externally
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.file_copies import PACKED_PIECE, PIECE
 from chainer_ooc.swap.devices.ram import RamDevice
@@ -234,24 +235,24 @@ def test_what_went_out_whole_comes_back_whole_whatever_is_said_later(manager):
 def test_a_failed_write_or_read_holds_no_memory(tmp_path, monkeypatch, share):
     device = RamDevice(str(tmp_path))
     device.skips_zeros = True
-    array = sparse(4 * PACKED_PIECE, share)
+    memory = SimpleNamespace(owner=sparse(4 * PACKED_PIECE, share))
+    nbytes = memory.owner.nbytes
 
     def fail(offset, buffer):
         raise OSError(5, "broken")
 
-    holders = sys.getrefcount(array)
     with monkeypatch.context() as patch:
         patch.setattr(device.file, "write", fail)
-        transfer = device.copy_out(array, 0, array.nbytes)
+        transfer = device.copy_out(memory.owner, 0, nbytes)
         with pytest.raises(OSError, match="broken"):
             transfer.join()
-    assert sys.getrefcount(array) == holders
-    transfer = device.copy_out(array, 0, array.nbytes)
+    assert not attribute_is_referenced_externally(memory, "owner")
+    transfer = device.copy_out(memory.owner, 0, nbytes)
     transfer.join()
     assert (transfer.copy.skipped_bytes > 0) is (share == 0.5)
     with monkeypatch.context() as patch:
         patch.setattr(device.file, "read", fail)
-        _, _, arriving = device.copy_in(transfer.copy, array.nbytes, 0)
+        _, _, arriving = device.copy_in(transfer.copy, nbytes, 0)
         with pytest.raises(OSError, match="broken"):
             arriving.join()
     device.close()

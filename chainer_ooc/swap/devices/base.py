@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from chainer_ooc.swap.observing import Span
-from chainer_ooc.swap.storage import Layout
 
-__all__ = ["Copy", "Device", "Location", "Transfer"]
+if TYPE_CHECKING:
+    from chainer_ooc.swap.storage import Layout
+
+__all__ = ["Copy", "Device", "Location", "Transfer", "checksum_of_array"]
+
+#: An array may be a view of so many times its bytes, to have a checksum; a smaller one, of anything.
+CROPPED, SMALL = 2, 64 << 10
 
 
 class Location(NamedTuple):
@@ -116,6 +121,9 @@ class Device(Protocol):
     def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
         """Return a checksum of a resident storage's bytes. Waits for what computes them."""
 
+    def checksum_of(self, array: Any) -> tuple[int, int] | None:
+        """Return what :func:`checksum_of_array` does, of an array that need not be saved."""
+
     def before_release(self) -> None:
         """Make sure that memory which is given up after this is used by nobody who came before."""
 
@@ -157,3 +165,30 @@ class Device(Protocol):
 
     def close(self) -> None:
         """End threads and give up all space outside."""
+
+
+def checksum_of_array(
+    array: Any,
+    locate: Callable[[Any], Location | None],
+    checksum: Callable[[Any, int, int], int],
+) -> tuple[int, int] | None:
+    """Return a checksum of an array's bytes, in the order of memory, and where it begins in its allocation (bytes).
+
+    Args:
+        array: An array of the device.
+        locate: The device's, or what tells the same.
+        checksum: The device's.
+
+    Returns:
+        The checksum is that of the whole allocation for a crop of it; ``None`` for arrays that must stay where they
+        are and for large ones that are strewn over far more.
+    """
+    location = locate(array)
+    if location is None:
+        return None
+    start, nbytes = location.offset, array.nbytes
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        if location.nbytes > CROPPED * nbytes:
+            return checksum_of_array(array.copy(), locate, checksum) if nbytes <= SMALL else None
+        start, nbytes = 0, location.nbytes
+    return checksum(location.owner, start, nbytes), location.offset

@@ -8,7 +8,7 @@ from typing import Any
 
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap import process_memory
-from chainer_ooc.swap.devices.base import Location, Transfer
+from chainer_ooc.swap.devices.base import Location, Transfer, checksum_of_array
 from chainer_ooc.swap.devices.cuda_checksum import CudaChecksum
 from chainer_ooc.swap.devices.cuda_host import PIECE, THREADS, DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda_streams import CopyStreams
@@ -71,6 +71,10 @@ class CupyArrays:
     def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
         """Return the checksum of ``nbytes`` at byte ``origin`` of ``owner``. Waits."""
         return self._checksum(owner.ptr + origin, nbytes)
+
+    def checksum_of(self, array: Any) -> tuple[int, int] | None:
+        """Return the checksum and the offset of an array that need not be saved. Waits."""
+        return checksum_of_array(array, self.locate, self.checksum)
 
     def view(self, owner: Any, origin: int, layout: Layout) -> Any:
         """Return the array of that layout at byte ``origin`` of ``owner``."""
@@ -211,6 +215,11 @@ class CudaDevice:
         """Return a checksum of a storage's bytes, computed on the current stream. The host waits for it."""
         with self.streams.on_device():
             return self.arrays.checksum(owner, origin, nbytes)
+
+    def checksum_of(self, array: Any) -> tuple[int, int] | None:
+        """Return the checksum and the offset of an array that need not be saved. The host waits for it."""
+        with self.streams.on_device():
+            return self.arrays.checksum_of(array)
 
     def before_release(self) -> None:
         """Order the computing streams, if there are several: one may use memory that another allocated."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from chainer_ooc import errors
 from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.wording import repr_of
 
 __all__ = ["CupyAllocator", "out_of_memory_class"]
 
@@ -65,7 +66,7 @@ class CupyAllocator:
         self._installed = True
         if not self._has_pool():
             warnings.warn(
-                f"CuPy allocates with {allocator!r}, which is not of a cupy.cuda.MemoryPool: the limit cannot "
+                f"CuPy allocates with {repr_of(allocator)}, which is not of a cupy.cuda.MemoryPool: the limit cannot "
                 "be held, and of arrays whose memory is not CuPy's nothing is moved out; call "
                 "cupy.cuda.set_allocator(cupy.cuda.MemoryPool().malloc) first",
                 RuntimeWarning,

@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import sys
 import threading
 import time
 from collections.abc import Iterable
 from typing import Any
+
+from chainer_ooc import references
 
 __all__ = ["CopyStreams"]
 
@@ -192,9 +193,8 @@ class CopyStreams:
 
     def _forget_idle(self) -> None:
         table = self._compute
-        # One reference is the table's, one the argument's.
         self._compute = {
             pointer: table[pointer]
             for pointer in table
-            if sys.getrefcount(table[pointer]) > 2 or not table[pointer].done
+            if references.item_is_referenced_externally(table, pointer) or not table[pointer].done
         }

@@ -33,7 +33,16 @@ from typing import IO, Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[3]
 SWAP = ROOT / "chainer_ooc" / "swap"
 #: What has no state, or only looks on.
-NOT_HERE = {"__init__.py", "disk.py", "process_memory.py", "observing.py", "ranks.py"}
+NOT_HERE = {
+    "__init__.py",
+    "disk.py",
+    "forked_readers.py",
+    "forks.py",
+    "native.py",
+    "observing.py",
+    "process_memory.py",
+    "ranks.py",
+}
 #: The tests, the fastest first. Against more than a few mutants those take part that run the changed function.
 TESTS = (
     "tests/swap/test_mover.py",
@@ -80,8 +89,7 @@ EQUIVALENT: dict[str, str] = {
     "recipe.Constant.is_unchanged: no self.is_kept": "saves time only",
     "manager.SwapManager.play: True for passing": "saves time only",
     "recipe.Constant.keep: True for not self.is_kept": "a copy of a copy",
-    "manager.SwapManager.finish: no is_needed in": "what is dropped next is written to by nobody",
-    "manager.SwapManager.finish: no storage.resident": "taint() leaves what is not here as it is",
+    "manager.SwapManager._note_who_holds: no storage.resident": "taint() leaves what is not here as it is",
     "manager.SwapManager.make_room: no used > low": "less than nothing is written behind",
     "manager.SwapManager.make_room: True for used + nbytes > high": "saves time only",
     "mover.Mover.clear_graves: False for not (": "saves time only",

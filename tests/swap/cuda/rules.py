@@ -11,10 +11,12 @@ import contextlib
 import ctypes
 import gc
 import mmap
-import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
+
+from chainer_ooc.references import attribute_is_referenced_externally
 
 KIB = 1 << 10
 SIZE = 64 * KIB
@@ -289,21 +291,21 @@ def nothing_is_memory_of_no_pool(bench):
 
 @rule
 def whoever_has_an_array_has_its_memory(bench):
-    """What tells whether a storage is held: two references are the caller's own."""
+    """What tells whether a storage is held."""
     array = bench.empty()
-    owner = array.data.mem
-    assert type(owner) is bench.cupy.cuda.memory.PooledMemory
-    assert owner.identity == "Memory"
-    assert sys.getrefcount(owner) > 2
-    pointer = bench.cupy.cuda.MemoryPointer(owner, 512)
+    storage = SimpleNamespace(owner=array.data.mem)
+    assert type(storage.owner) is bench.cupy.cuda.memory.PooledMemory
+    assert storage.owner.identity == "Memory"
+    assert attribute_is_referenced_externally(storage, "owner")
+    pointer = bench.cupy.cuda.MemoryPointer(storage.owner, 512)
     view = bench.cupy.ndarray((4,), "f4", pointer, (8,))
     del pointer
     assert view.data.ptr == array.data.ptr + 512
-    assert view.data.mem is owner
+    assert view.data.mem is storage.owner
     del array
-    assert sys.getrefcount(owner) > 2
+    assert attribute_is_referenced_externally(storage, "owner")
     del view
-    assert sys.getrefcount(owner) == 2
+    assert not attribute_is_referenced_externally(storage, "owner")
 
 
 @rule

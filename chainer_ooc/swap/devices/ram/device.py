@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import time
-import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import xxhash
 
-from chainer_ooc.swap import process_memory
-from chainer_ooc.swap.devices.base import Location
+from chainer_ooc import wording
+from chainer_ooc.swap import native, process_memory
+from chainer_ooc.swap.devices.base import Location, checksum_of_array
 from chainer_ooc.swap.devices.copy_threads import CopyThreads
 from chainer_ooc.swap.devices.file_copies import FileCopy, FileTransfer
-from chainer_ooc.swap.devices.ram.page_pool import PagePool
 from chainer_ooc.swap.devices.signs import SignCopy, SignTransfer
 from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
 from chainer_ooc.swap.observing import Span
 from chainer_ooc.swap.ranks import ranks_of_this_node
-from chainer_ooc.swap.storage import Layout
+
+if TYPE_CHECKING:
+    from chainer_ooc.swap.storage import Layout
 
 __all__ = ["RamDevice"]
 
@@ -32,8 +32,6 @@ THREADS = 4
 #: Freed arrays of this size (bytes) and more go back to the system at once, when memory has become short.
 #: NumPy asks for huge pages from this size on, so that taking them again is cheap.
 RETURNED = 4 << 20
-#: As often as this resident memory is looked at while free pages are kept (seconds).
-GUARDED = 0.01
 
 
 class _Patience:
@@ -67,7 +65,7 @@ class RamDevice:
     Attributes:
         file: The swap file.
         skips_zeros: What is written next leaves out zeros.
-        pages: Where large arrays are allocated, once memory may get short.
+        pages: The PagePool in which large arrays lie, once memory may get short.
     """
 
     name = "RAM"
@@ -77,13 +75,12 @@ class RamDevice:
     def __init__(self, directory: str) -> None:
         self.file = SwapFile(directory)
         self.skips_zeros = False
-        self.pages: PagePool | None = None
+        self.pages: Any = None
         self._resident = process_memory.ResidentMemory()
         self._threads: CopyThreads | None = None
         self._lock = threading.Lock()
         self._memory_is_short = False
-        self._ceiling = 0
-        self._is_guarded = False
+        self._cached_limit = 0
         # Copies in, and how many bytes of what they fill the system does not count before.
         self._arriving: dict[int, tuple[FileTransfer, int]] = {}
         self._ordinary, self._desperate = _Patience(), _Patience()
@@ -133,13 +130,14 @@ class RamDevice:
             copy.fill(_elements(owner, origin, nbytes, copy.dtype))
             return owner, origin, SignTransfer(copy)
         address = _address(owner)
-        pooled = self.pages is not None and address in self.pages.addresses
-        untouched = self.pages.untouched_bytes(address) if self.pages and pooled else nbytes
+        pooled = self.pages is not None and address in self.pages
+        untouched = self.pages.untouched_bytes(address) if pooled else nbytes
         memory = _bytes_of(owner)[origin : origin + nbytes]
         transfer = self._start(copy, copy.read(memory))
-        self._arriving_bytes()  # forgets those that have ended
         if untouched:
             self._arriving[id(transfer)] = transfer, untouched
+        if self._arriving:
+            self._arriving_bytes()  # forgets those that have ended
         return owner, origin, transfer
 
     def adopt(
@@ -165,6 +163,10 @@ class RamDevice:
         """Return the XXH3 of a storage's bytes: about as fast as memory is."""
         return xxhash.xxh3_64_intdigest(_bytes_of(owner)[origin : origin + nbytes])
 
+    def checksum_of(self, array: np.ndarray) -> tuple[int, int] | None:
+        """Return the checksum and the offset of an array that need not be saved."""
+        return checksum_of_array(array, self.locate, self.checksum)
+
     def before_release(self) -> None:
         """Do nothing: who computes has ended when the call returns."""
 
@@ -174,59 +176,37 @@ class RamDevice:
         Those wait for the next allocation, and are given back to the system as far as they are too many: see
         :meth:`hold`.
         """
-        pages, read = self.pages, self._resident.bytes
-        resident, warm = (read(), 0) if pages is None else pages.look(read)
-        if self._arriving:  # the system counts their pages when they are filled
-            resident += self._arriving_bytes()
-        if pages is not None and warm and resident > self._ceiling:
-            pages.give_back(resident - self._ceiling)
-        return resident - warm
+        arriving = self._arriving_bytes() if self._arriving else 0
+        if self.pages is None:
+            return self._resident.bytes() + arriving
+        return int(self.pages.used_bytes())
 
     def _arriving_bytes(self) -> int:
+        """Return the bytes that copies in are about to fill: the system counts their pages when they have."""
         total = 0
         for key, (transfer, nbytes) in list(self._arriving.items()):  # other threads add to it
             if transfer.done():
                 self._arriving.pop(key, None)
             else:
                 total += nbytes
+        if self.pages is not None:
+            self.pages.set_arriving_bytes(total)
         return total
 
     def hold(self, nbytes: int) -> None:
         """Keep free pages for the next allocation as long as resident memory is below ``nbytes``."""
-        if self.pages is not None and self.pages.keeps is not (nbytes > 0):
-            self.pages.keep(nbytes > 0)
-        if nbytes != self._ceiling:
-            self._ceiling = nbytes
-            self._begin_to_guard()
+        if nbytes != self._cached_limit:
+            self._cached_limit = nbytes
+            if self.pages is not None:
+                self.pages.set_cached_limit(nbytes)
 
-    def keep_pages(self) -> PagePool | None:
+    def keep_pages(self) -> Any:
         """Return where large arrays are to be allocated from now on, ``None`` if that cannot be had."""
         if self.pages is None:
-            with contextlib.suppress(MemoryError):
-                self.pages = PagePool(4 * psutil.virtual_memory().total)
-        self._begin_to_guard()
+            self.pages = _pool_of_process()
+            if self.pages is not None:
+                self.pages.set_cached_limit(self._cached_limit)
         return self.pages
-
-    def _begin_to_guard(self) -> None:
-        with self._lock:
-            if self.pages is not None and self._ceiling > 0 and not self._is_guarded:
-                self._is_guarded = True
-                arguments = self.pages, self._resident
-                threading.Thread(
-                    target=self._guard, args=arguments, name="chainer_ooc-pages", daemon=True
-                ).start()
-
-    def _guard(self, pages: PagePool, memory: process_memory.ResidentMemory) -> None:
-        """Give free pages back as memory grows that nobody announces: snapshots, decoders, imports."""
-        while True:
-            time.sleep(GUARDED)
-            with self._lock:
-                if self.pages is not pages or self._ceiling <= 0:
-                    self._is_guarded = False
-                    return
-            excess = memory.bytes() - self._ceiling
-            if excess > 0 and pages.warm_bytes:
-                pages.give_back(excess)
 
     def peak_bytes(self) -> int:
         """Return the highest resident memory since the process began (bytes)."""
@@ -234,9 +214,7 @@ class RamDevice:
 
     def capacity(self) -> int:
         """Return what this process has and what is available to it, less a reserve of 5 % (bytes)."""
-        free = process_memory.available_bytes()
-        ranks = ranks_of_this_node()
-        return self._resident.bytes() + int(free * 0.95) // ranks
+        return process_memory.attainable_bytes(0.05, ranks_of_this_node())
 
     def total_bytes(self) -> int:
         """Return this process's share of the memory there is (bytes)."""
@@ -264,10 +242,9 @@ class RamDevice:
             # Only now: what is given back at once must be taken again at once, which costs time.
             self._memory_is_short = True
             if process_memory.ucx_keeps_freed_memory():
-                warnings.warn(
+                wording.warn(
                     "MPI's transport UCX keeps freed memory from going back to the system: memory will grow past "
                     "the limit; set UCX_MEM_EVENTS=no in the environment before MPI is loaded",
-                    RuntimeWarning,
                     stacklevel=2,
                 )
             process_memory.keep_less_freed_memory(RETURNED)
@@ -289,9 +266,7 @@ class RamDevice:
 
     def after_fork(self) -> None:
         """Start with no threads and with a file of one's own."""
-        self._threads, self._lock, self.pages = None, threading.Lock(), None
-        self._is_guarded, self._arriving = False, {}
-        self.file.after_fork()
+        self._threads, self._lock, self._arriving = None, threading.Lock(), {}
         self.file = SwapFile(self.file.directory)
 
     def close(self) -> None:
@@ -311,6 +286,18 @@ class RamDevice:
             for job in jobs:
                 self._threads.submit(functools.partial(transfer.run, job))
         return transfer
+
+
+@functools.cache
+def _pool_of_process() -> Any:
+    """Return the one PagePool of this process, ``None`` without the extension or where address space is limited.
+
+    Arrays in it may outlive the device. A forked child has a copy of it.
+    """
+    try:
+        return native.allocator and native.allocator.PagePool(4 * psutil.virtual_memory().total)
+    except MemoryError:
+        return None
 
 
 def _empty(nbytes: int, phase: int) -> tuple[np.ndarray, int]:
