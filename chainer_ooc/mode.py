@@ -257,6 +257,11 @@ def manager_for(array: Any) -> SwapManager | None:
     return None
 
 
+def manager_of_ram() -> SwapManager | None:
+    """Return the manager of the arrays of NumPy, if out-of-core mode has ever been on."""
+    return _managers.get("ram")
+
+
 def managers() -> list[SwapManager]:
     """Return the managers there are."""
     return [*_managers.values(), *(_gpus.managers.values() if _gpus is not None else ())]

@@ -10,6 +10,8 @@ import weakref
 from collections import deque
 from typing import Any
 
+from numpy import ndarray
+
 from chainer_ooc import mode, wording
 from chainer_ooc.graph import attributes, nodes, recompute, splitting_rules
 from chainer_ooc.graph.following import Follower, follower_of
@@ -39,6 +41,7 @@ _WRITERS = frozenset(
 # while memory is plenty nobody looks.
 _pending: deque[tuple[weakref.ref[Any], bool, bool]] = deque()
 _most_pending = 4096
+_SEQUENCES = (tuple, list)
 _stock: dict[str, Any] = {}
 _install_lock = threading.Lock()
 
@@ -91,12 +94,17 @@ def install() -> None:
         _backprop_utils.backprop_step = _backprop_step
 
 
+def _config(name: str) -> Any:
+    """Return what ``chainer.config`` has, without the failure of the look-up by which that finds it."""
+    config = _stock["config"]
+    own = config._local.__dict__
+    return own[name] if name in own else getattr(config._global, name)
+
+
 def _apply(self: Any, inputs: Any) -> Any:
     settings = mode.current()
     apply = _stock["apply"]
-    if settings is None or not isinstance(
-        inputs, tuple | list
-    ):  # others can be looked at only once
+    if settings is None or not isinstance(inputs, _SEQUENCES):  # others can be looked at only once
         return apply(self, inputs)
     manager, plenty = _before(inputs, settings)
     if plenty:
@@ -104,7 +112,7 @@ def _apply(self: Any, inputs: Any) -> Any:
         if self.inputs is not None and manager is not None and not _is_foreign(self):
             _note(self, settings)
         return outputs
-    if manager is None or _stock["config"].schedule_func is not None:
+    if manager is None or _config("schedule_func") is not None:
         return apply(self, inputs)
     follower = _follower(manager, settings)
     if follower is not None and _keeps_graph(inputs):
@@ -134,7 +142,7 @@ def _apply(self: Any, inputs: Any) -> Any:
 
 def _is_foreign(func: Any) -> bool:
     """Tell whether the arrays of a function are not ours to move: what static_graph runs again writes to them."""
-    return func._is_chainerx_fallback_mode or _stock["config"].schedule_func is not None
+    return func._is_chainerx_fallback_mode or _config("schedule_func") is not None
 
 
 def _note(func: Any, settings: Settings) -> None:
@@ -151,7 +159,7 @@ def _backprop_step(
     settings = mode.current()
     manager, plenty = (None, True) if settings is None else _before(grad_outputs, settings)
     # The gradients get a graph of their own: a backward through that comes back to this function.
-    twice = bool(_stock["config"].enable_backprop)
+    twice = bool(_config("enable_backprop"))
     if record is None and plenty:
         func.__dict__[_TWICE if twice else _USED] = True
         _stock["backprop_step"](func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
@@ -229,26 +237,24 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
 
     If memory is short, the thread's allocations are announced from now on.
     """
-    variable = _stock["variable"]
-    for first in inputs:
-        # raw_array is a property: a call for each input of each function.
-        array = first._data[0] if isinstance(first, variable) else first
-        if array is not None:
-            manager = mode.manager_for(array)
-            if manager is not None:
-                break
-    else:
-        return None, True
-    if mode.local.hooked or settings.swap_all:
-        return manager, False
-    nbytes = 0
+    # This runs around each function: few calls, and raw_array is a property.
+    variable, closely = _stock["variable"], mode.local.hooked or settings.swap_all
+    in_ram, manager, nbytes = mode.manager_of_ram(), None, 0
     for x in inputs:
         array = x._data[0] if isinstance(x, variable) else x
-        if mode.manager_for(array) is not None:  # what is no array gets Chainer's own error
+        owner = in_ram if type(array) is ndarray else mode.manager_for(array)
+        if owner is not None:  # what is no array gets Chainer's own error
+            if manager is None:
+                if closely:
+                    return owner, False
+                manager = owner
             nbytes += array.nbytes
+    if manager is None:
+        return None, True
     if manager.marks.are_far(_EXPANSION * nbytes, settings):
-        looks = settings.verify or mode.observers or _recomputes(manager, settings)
-        if not (looks or _plans(manager, settings)):
+        looks = settings.verify or mode.observers
+        # While memory has never been short nobody plans or recomputes.
+        if not looks and not (manager.has_been_short and (settings.plan or settings.recompute)):
             return manager, True
     if not manager.device.asks_for_room:
         mode.hook_allocations()
@@ -270,7 +276,7 @@ def _follower(manager: SwapManager, settings: Settings) -> Follower | None:
 def _keeps_graph(inputs: Any) -> bool:
     for x in inputs:
         if getattr(x, "requires_grad", False):
-            return bool(_stock["config"].enable_backprop)
+            return bool(_config("enable_backprop"))
     return False
 
 
