@@ -14,7 +14,6 @@ import pytest
 
 import chainer_ooc
 from chainer_ooc import mode
-from chainer_ooc.errors import OutOfMemoryError
 from chainer_ooc.swap import native
 from chainer_ooc.swap.devices.ram import RamDevice
 
