@@ -587,8 +587,7 @@ def signals(names: Names) -> str:
         [names.function(), names.function(), "lambda: train(m, o, rand((30, 64)), 1)"]
     )
     timer = names.rng.choice(["real", "prof", "virtual"])
-    # Not sooner: the engine's lock looks for new handlers once in a millisecond.
-    delays = [round(names.rng.uniform(0.003, 0.03), 4) for _ in range(names.rng.randint(2, 6))]
+    delays = [round(10 ** names.rng.uniform(-5, -1.5), 6) for _ in range(names.rng.randint(2, 6))]
     error = names.rng.choice(["Alarm", "Alarm", "KeyboardInterrupt", "TimeoutError", "Budget"])
     start = (
         "m = net('norm'); o = chainer.optimizers.SGD(0.01).setup(m)\n"
