@@ -14,7 +14,7 @@ from chainer_ooc import references
 from chainer_ooc.swap.storage import Saved
 from chainer_ooc.wording import repr_of
 
-__all__ = ["SavedTuple", "save_attributes", "saved_attributes"]
+__all__ = ["SavedTuple", "arrays_of", "save_attributes", "saved_attributes"]
 
 _MISSING = object()
 
@@ -145,6 +145,18 @@ def save_attributes(
                 attributes[name] = replacement
             value = None
     return group
+
+
+def arrays_of(func: Any, arrays: frozenset[type]) -> list[Any]:
+    """Return the arrays among the attributes of a function, also in tuples and lists; nothing is fetched.
+
+    Args:
+        func: A function node.
+        arrays: The types of arrays.
+    """
+    values = [value for holder in _holders(func) for value in holder.__dict__.values()]
+    items = [item for value in values if type(value) in (tuple, list) for item in value]
+    return [item for item in values + items if type(item) in arrays]
 
 
 def _save_list(

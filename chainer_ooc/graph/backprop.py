@@ -117,7 +117,8 @@ def _apply(self: Any, inputs: Any) -> Any:
     follower = _follower(manager, settings)
     if follower is not None and _keeps_graph(inputs):
         follower.forward(self, inputs, settings)
-    outputs = _run(self, inputs, manager, apply, self, inputs)
+    run = _run_verified if settings.verify else _run
+    outputs = run(self, inputs, manager, apply, self, inputs)
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
         if follower is not None and follower.is_selective and follower.moves(self):
             _save(self, settings.single_backward, settings.sign_bits)
@@ -312,6 +313,22 @@ def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) ->
         if begun:
             label = wording.label_of(func)
             manager.ran(label, call is not _stock["apply"], (begun, time.perf_counter()))
+
+
+def _run_verified(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
+    """Run a function forward that may write to the arrays it was made with, running statistics say.
+
+    That is no mistake of its caller's, which ``verify`` reports.
+    """
+    given = attributes.arrays_of(func, mode.array_types())
+    owners = [(owner, array) for array in given if (owner := mode.manager_for(array))]
+    for owner, array in owners:
+        owner.check_unchanged(array)
+    try:
+        return _run(func, inputs, manager, call, *args)
+    finally:
+        for owner, array in owners:
+            owner.accept_changes(array)
 
 
 def _observed(growth: ObservedGrowth, manager: SwapManager, call: Any, *args: Any) -> Any:

@@ -161,6 +161,25 @@ class SwapManager:
                     verify.check_unchanged(self.device, storage)
             return storage.checksum
 
+    def check_unchanged(self, array: Any) -> None:
+        """Warn if an array that is saved, and that ``verify`` looks at, has been written to."""
+        with self._lock:
+            if (storage := self._resident_of(array)) is not None:
+                verify.check_unchanged(self.device, storage)
+
+    def accept_changes(self, array: Any) -> None:
+        """Take what an array that is saved has now for what it should have."""
+        with self._lock:
+            storage = self._resident_of(array)
+            if storage is not None and storage.checksum is not None:
+                self._taint(storage)
+                storage.checksum = checksum_of(self.device, storage)
+
+    def _resident_of(self, array: Any) -> Storage | None:
+        location = self.device.locate(array)
+        storage = None if location is None else self._mover.find(location.owner)
+        return storage if storage is not None and storage.resident else None
+
     def give_recipe(self, saved: Saved, recipe: Recipe) -> None:
         """Let the storage of ``saved``, a resident array, be computed again instead of moved.
 

@@ -563,8 +563,7 @@ def once(names: Names) -> str:
     text = ", ".join([limit, "min_bytes=1", *chosen])
     if names.rng.random() < 0.5:
         return f"with mode({text}):\n    f = {names.function()}\n    see(f(), f())"
-    # With verify, BatchNormalization's running mean is reported: Chainer updates it in place.
-    kind = names.rng.choice(["mlp", "conv"] if "verify=True" in chosen else ["mlp", "conv", "norm"])
+    kind = names.rng.choice(["mlp", "conv", "norm"])
     shape = (30, 3, 12, 12) if kind == "conv" else (30, 64)
     return (
         f"m = net({kind!r}); o = chainer.optimizers.SGD(0.01).setup(m)\nwith mode({text}):\n"
@@ -587,8 +586,7 @@ def signals(names: Names) -> str:
         [names.function(), names.function(), "lambda: train(m, o, rand((30, 64)), 1)"]
     )
     timer = names.rng.choice(["real", "prof", "virtual"])
-    # Not sooner: the engine's lock looks for new handlers once in a millisecond.
-    delays = [round(names.rng.uniform(0.003, 0.03), 4) for _ in range(names.rng.randint(2, 6))]
+    delays = [round(10 ** names.rng.uniform(-5, -1.5), 6) for _ in range(names.rng.randint(2, 6))]
     error = names.rng.choice(["Alarm", "Alarm", "KeyboardInterrupt", "TimeoutError", "Budget"])
     start = (
         "m = net('norm'); o = chainer.optimizers.SGD(0.01).setup(m)\n"

@@ -55,6 +55,50 @@ def test_timers_do_not_count_what_backward_waits_for(x, monkeypatch):
     assert timed <= elapsed - 0.9 * waited
 
 
+class Counting(chainer.FunctionNode):
+    """Counts its calls in an array that its maker has, and keeps it in some way."""
+
+    def __init__(self, state, keep):
+        self.kept = keep(state)
+
+    def forward(self, inputs):
+        state = self.kept[0] if type(self.kept) in (tuple, list) else self.kept
+        state += 1
+        return (inputs[0] * 2,)
+
+    def backward(self, indexes, grads):
+        return (grads[0] * 2,)
+
+
+class Counter:
+    def __init__(self, keep):
+        self.state, self.keep = np.zeros(8, "f"), keep
+
+    def __call__(self, x):
+        return Counting(self.state, self.keep).apply((x,))[0]
+
+
+class Normalization:
+    def __init__(self):
+        self.running_mean, self.running_var = np.zeros(8, "f"), np.ones(8, "f")
+
+    def __call__(self, x):
+        state = {"running_mean": self.running_mean, "running_var": self.running_var}
+        return F.batch_normalization(x, np.ones(8, "f"), np.zeros(8, "f"), **state)
+
+
+#: What writes forward to arrays that outlive its functions.
+STATEFUL = {
+    "batch normalization": lambda: chainer.links.BatchNormalization(8),
+    "batch renormalization": lambda: chainer.links.BatchRenormalization(8),
+    "decorrelated batch normalization": lambda: chainer.links.DecorrelatedBatchNormalization(8, 2),
+    "statistics of the caller's own": Normalization,
+    "an attribute": lambda: Counter(lambda state: state),
+    "in a tuple": lambda: Counter(lambda state: (state, 1)),
+    "a view in a list": lambda: Counter(lambda state: [state[:]]),
+}
+
+
 class TestVerify:
     @pytest.fixture(autouse=True)
     def verifying(self):
@@ -68,6 +112,29 @@ class TestVerify:
                 x.cleargrad()
                 chain(x).backward()
         assert not told
+
+    @pytest.mark.parametrize("kind", list(STATEFUL))
+    @pytest.mark.parametrize("settings", [{}, {"swap_all": False, "limit": "1MiB"}])
+    def test_what_functions_write_to_what_they_were_made_with_is_not_reported(self, kind, settings):
+        x = chainer.Variable(np.random.RandomState(0).rand(16, 8, 1, 1).astype("f"))
+        function = STATEFUL[kind]()
+        with chainer_ooc.out_of_core_mode(**settings), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            once, twice = function(F.sin(x)), function(F.sin(x))
+            F.sum(once + twice).backward()
+            for _ in range(2):
+                F.sum(function(F.sin(x))).backward()
+        assert not told
+
+    @pytest.mark.parametrize("kind", list(STATEFUL))
+    def test_what_others_write_to_the_state_of_functions_is_reported(self, kind):
+        function = STATEFUL[kind]()
+        y = function(chainer.Variable(np.ones((16, 8, 1, 1), "f")))
+        names = [n for n in ("avg_mean", "running_mean", "state") if n in vars(function)]
+        getattr(function, names[0])[...] += 1
+        with pytest.warns(RuntimeWarning, match="32 bytes that .* saved .* modified in place"):
+            function(F.sin(np.ones((16, 8, 1, 1), "f")))
+        del y
 
     def test_what_is_modified_is_reported_with_who_saved_it(self, x):
         h = F.tanh(x)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import _signal
+import _thread
+import asyncio
 import os
 import signal
 import sys
@@ -35,7 +38,6 @@ def handled():
         raise Interrupt(number)
 
     before = signal.signal(signal.SIGUSR1, handle)
-    time.sleep(0.002)  # handlers are looked at once in a millisecond
     yield notes
     signal.signal(signal.SIGUSR1, before)
 
@@ -62,7 +64,6 @@ def test_a_signal_waits_until_the_lock_is_free(lock, handled):
 def test_the_lock_is_free_when_the_handler_runs(lock):
     owned = []
     before = signal.signal(signal.SIGUSR1, lambda *_: owned.append(lock._is_owned()))
-    time.sleep(0.002)
     with lock:
         interrupt()
         assert not owned
@@ -79,10 +80,134 @@ def test_what_the_program_sees_of_its_handlers_does_not_change(lock, handled):
     assert signal.getsignal(signal.SIGRTMAX) == signal.SIG_DFL
 
 
+def set_by_signal(handle):
+    signal.signal(signal.SIGUSR1, handle)
+
+
+def set_by_the_function_of_c(handle):
+    _signal.signal(int(signal.SIGUSR1), handle)
+
+
+def set_where_one_was_ignored(handle):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, handle)
+
+
+def set_back(handle):
+    signal.signal(signal.SIGUSR1, handle)
+    signal.signal(signal.SIGUSR1, signal.signal(signal.SIGUSR1, signal.SIG_DFL))
+
+
+def set_as_one_that_interrupts(handle):
+    signal.signal(signal.SIGUSR1, handle)
+    signal.siginterrupt(signal.SIGUSR1, False)
+
+
+def set_after_asyncio(handle):
+    loop = asyncio.new_event_loop()
+    loop.add_signal_handler(signal.SIGUSR1, print)
+    loop.close()
+    signal.signal(signal.SIGUSR1, handle)
+
+
+@pytest.mark.parametrize(
+    "set_handler",
+    [
+        set_by_signal,
+        set_by_the_function_of_c,
+        set_where_one_was_ignored,
+        set_back,
+        set_as_one_that_interrupts,
+        set_after_asyncio,
+    ],
+)
+def test_a_handler_that_was_set_just_now_waits(lock, set_handler):
+    before = signal.getsignal(signal.SIGUSR1)
+    with lock:  # what there is has been looked at
+        pass
+    notes = []
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    set_handler(lambda *_: notes.append(lock._is_owned()))
+    with lock:
+        interrupt()
+        assert notes == []
+    assert notes == [False]
+    signal.signal(signal.SIGUSR1, before)
+
+
+OF_OTHERS = """
+import _signal, ctypes, os, signal, time
+
+notes = []
+signal.signal(signal.SIGUSR1, lambda *_: notes.append(lock._is_owned()))
+ctypes.pythonapi.PyOS_getsig.restype = ctypes.c_void_p
+pythons = ctypes.pythonapi.PyOS_getsig(signal.SIGUSR1)
+stock = _signal.signal
+from chainer_ooc.swap import native
+
+lock = native.EngineLock()
+
+
+def interrupted():
+    notes.clear()
+    with lock:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        for _ in range(1000):
+            pass
+    return notes
+
+
+assert interrupted() == [False]  # set before there was a lock
+ctypes.pythonapi.PyOS_setsig(signal.SIGUSR1, ctypes.c_void_p(pythons))  # as libraries of C put back what there was
+deadline = time.monotonic() + 30
+while interrupted() != [False] and time.monotonic() < deadline:
+    time.sleep(0.02)
+assert notes == [False]
+
+for args in ((), (1,), ("x", print), (0, print), (65, print), (signal.SIGKILL, print), (1, 7), (1 << 40, print)):
+    errors = []
+    for function in (stock, _signal.signal):
+        try:
+            function(*args)
+        except (TypeError, ValueError, OSError, OverflowError) as error:
+            errors.append((type(error), str(error)))
+    assert errors[0] == errors[1], errors
+"""
+
+
+def test_handlers_that_others_set_wait_soon_and_errors_are_those_of_python(tmp_path, run_python):
+    script = tmp_path / "script.py"
+    script.write_text(OF_OTHERS)
+    done = run_python(script)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("args", [(), (signal.SIGUSR1,), (signal.SIGURG,)])
+def test_what_another_thread_says_to_the_main_one_waits(lock, args):
+    notes = []
+    number = args[0] if args else signal.SIGINT
+    before = signal.signal(number, lambda *_: notes.append(lock._is_owned()))
+    with lock:
+        thread = threading.Thread(target=_thread.interrupt_main, args=args)
+        thread.start()
+        thread.join()
+        for _ in range(1000):
+            pass
+        assert notes == []
+    assert notes == [False]
+    for wrong in ((0,), (99,), ("x",), (1, 2)):
+        with pytest.raises((TypeError, ValueError)), lock:
+            _thread.interrupt_main(*wrong)
+    signal.signal(number, signal.SIG_IGN)
+    with lock:
+        _thread.interrupt_main(*args)  # it is ignored
+    assert notes == [False]
+    signal.signal(number, before)
+
+
 def test_handlers_of_each_kind_are_left_as_they_are(lock):
     for other in (signal.SIG_IGN, signal.SIG_DFL):
         before = signal.signal(signal.SIGURG, other)
-        time.sleep(0.002)
         with lock:
             os.kill(os.getpid(), signal.SIGURG)  # it is ignored by default, too
         assert signal.signal(signal.SIGURG, before) == other
@@ -92,15 +217,14 @@ def test_a_signal_that_came_before_is_handled_before_the_lock_is_taken(lock, han
     for _ in range(50):
         with pytest.raises(Interrupt):
             os.kill(os.getpid(), signal.SIGUSR1)
-            with lock:
-                pass
+        with lock:
+            pass
         assert not lock._is_owned()
 
 
 def test_two_signals_are_both_handled(lock, handled):
     more = []
     before = signal.signal(signal.SIGUSR2, lambda *_: more.append(1))
-    time.sleep(0.002)
     with pytest.raises(Interrupt), lock:
         os.kill(os.getpid(), signal.SIGUSR2)
         interrupt()

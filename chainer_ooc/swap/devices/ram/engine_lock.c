@@ -6,8 +6,10 @@
    lets go of the lock they are delivered, and the handler runs where the program computes, as it would have.
 
    For that our function is put in front of Python's own at the level of C (sigaction). Nothing that Python shows
-   changes: signal.getsignal() is the program's handler. Handlers that the program sets later are followed: the
-   process's actions are looked at when the lock is taken, at most once in a millisecond. */
+   changes: signal.getsignal() is the program's handler. What signal.signal() sets later is followed before it returns:
+   it calls _signal.signal, in whose place a function of ours is, as in that of _thread.interrupt_main, which notes a
+   signal that the system never sees. What libraries of C put back is found when the lock is taken: the process's
+   actions are looked at then, at most ten times a second, since that takes 64 calls of the kernel. */
 
 #include "allocator.h"
 
@@ -17,7 +19,7 @@
 #include <string.h>
 #include <time.h>
 
-#define LOOK_PERIOD 1000000 /* nanoseconds */
+#define LOOK_PERIOD 100000000 /* nanoseconds */
 
 typedef void (*handler)(int);
 
@@ -27,14 +29,84 @@ static volatile sig_atomic_t *volatile depth_of_main; /* that of the main thread
 static volatile sig_atomic_t noted[NSIG], any_noted;
 static handler pythons; /* function of C that notes a signal for Python; NULL: not known yet */
 
+/* Notes a signal if the main thread has the lock. Returns whether it has. */
+static bool note(int number)
+{
+    if (!depth_of_main || !*depth_of_main)
+        return false;
+    noted[number] = 1;
+    any_noted = 1;
+    return true;
+}
+
 static void note_signal(int number)
 {
-    if (depth_of_main && *depth_of_main) {
-        noted[number] = 1;
-        any_noted = 1;
-    } else {
+    if (!note(number))
         pythons(number);
+}
+
+static void follow_handler(int number)
+{
+    struct sigaction action;
+    if (!sigaction(number, NULL, &action) && action.sa_handler == pythons) {
+        action.sa_handler = note_signal;
+        sigaction(number, &action, NULL);
     }
+}
+
+static void follow_handlers(void)
+{
+    static struct timespec last;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (!pythons || (last.tv_sec && (now.tv_sec - last.tv_sec) * 1000000000 + now.tv_nsec - last.tv_nsec < LOOK_PERIOD))
+        return;
+    last = now;
+    for (int number = 1; number < NSIG; number++)
+        follow_handler(number);
+}
+
+static PyObject *stock_signal, *stock_interrupt_main;
+
+/* Takes the place of _signal.signal(number, handler). */
+static PyObject *set_handler(PyObject *self, PyObject *args)
+{
+    (void)self;
+    PyObject *before = PyObject_Call(stock_signal, args, NULL);
+    if (before) {
+        int number = (int)PyLong_AsLong(PyTuple_GetItem(args, 0));
+        struct sigaction action;
+        if (!pythons && !sigaction(number, NULL, &action) && action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN)
+            pythons = action.sa_handler;
+        follow_handler(number);
+    }
+    return before;
+}
+
+/* Takes the place of _thread.interrupt_main(number=SIGINT). */
+static PyObject *interrupt_main(PyObject *self, PyObject *args)
+{
+    int number = SIGINT;
+    (void)self;
+    if (PyArg_ParseTuple(args, "|i", &number) && number > 0 && number < NSIG && note(number))
+        Py_RETURN_NONE;
+    PyErr_Clear();
+    return PyObject_Call(stock_interrupt_main, args, NULL);
+}
+
+/* Has a function of a module go by way of ours. Returns it, NULL with an exception set if there is none. */
+static PyObject *replace(const char *module_name, PyMethodDef *ours)
+{
+    PyObject *module = PyImport_ImportModule(module_name);
+    PyObject *stock = module ? PyObject_GetAttrString(module, ours->ml_name) : NULL;
+    PyObject *name = stock ? PyUnicode_FromString(module_name) : NULL;
+    PyObject *function = name ? PyCFunction_NewEx(ours, module, name) : NULL;
+    if (!function || PyObject_SetAttrString(module, ours->ml_name, function))
+        Py_CLEAR(stock);
+    Py_XDECREF(function);
+    Py_XDECREF(name);
+    Py_XDECREF(module);
+    return stock;
 }
 
 /* Finds out which function Python has for signals that it handles: that of a signal for which it has just been set.
@@ -45,38 +117,15 @@ static int find_pythons(void)
     PyObject *before = signals ? PyObject_CallMethod(signals, "getsignal", "i", SIGRTMAX) : NULL;
     PyObject *any = before ? PyObject_GetAttrString(signals, "default_int_handler") : NULL;
     if (any && before != Py_None) {
-        PyObject *set = PyObject_CallMethod(signals, "signal", "iO", SIGRTMAX, any);
-        struct sigaction action;
-        if (set && !sigaction(SIGRTMAX, NULL, &action)) {
-            pythons = action.sa_handler;
-            PyObject *reset = PyObject_CallMethod(signals, "signal", "iO", SIGRTMAX, before);
-            Py_XDECREF(reset);
-        }
+        PyObject *set = PyObject_CallMethod(signals, "signal", "iO", SIGRTMAX, any); /* see set_handler() */
+        PyObject *reset = set ? PyObject_CallMethod(signals, "signal", "iO", SIGRTMAX, before) : NULL;
+        Py_XDECREF(reset);
         Py_XDECREF(set);
     }
     Py_XDECREF(any);
     Py_XDECREF(before);
     Py_XDECREF(signals);
     return PyErr_Occurred() ? -1 : 0;
-}
-
-static void follow_handlers(void)
-{
-    static struct timespec last;
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    if (last.tv_sec && (now.tv_sec - last.tv_sec) * 1000000000 + now.tv_nsec - last.tv_nsec < LOOK_PERIOD)
-        return;
-    last = now;
-    if (!pythons)
-        return;
-    for (int number = 1; number < NSIG; number++) {
-        struct sigaction action;
-        if (!sigaction(number, NULL, &action) && action.sa_handler == pythons) {
-            action.sa_handler = note_signal;
-            sigaction(number, &action, NULL);
-        }
-    }
 }
 
 void hold_signals(void)
@@ -97,7 +146,7 @@ int let_signals(int now)
     for (int number = 1; number < NSIG; number++)
         if (noted[number]) {
             noted[number] = 0;
-            pythons(number);
+            PyErr_SetInterruptEx(number); /* as Python's own function does, which interrupt_main() needs not know */
             /* One at a time: a handler that raises would leave those behind it to be forgotten until the next signal. */
             if (now && !failed)
                 failed = PyErr_CheckSignals();
@@ -299,5 +348,9 @@ int add_engine_lock(PyObject *module)
         return -1;
     main_thread = (pthread_t)number;
     pthread_atfork(NULL, NULL, after_fork_in_child);
+    static PyMethodDef of_signal = {"signal", set_handler, METH_VARARGS, NULL};
+    static PyMethodDef of_thread = {"interrupt_main", interrupt_main, METH_VARARGS, NULL};
+    if (!(stock_signal = replace("_signal", &of_signal)) || !(stock_interrupt_main = replace("_thread", &of_thread)))
+        return -1;
     return add_type(module, "EngineLock", &lock_spec) || add_type(module, "Mortal", &mortal_spec) ? -1 : 0;
 }
