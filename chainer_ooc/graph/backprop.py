@@ -121,7 +121,8 @@ def _apply(self: Any, inputs: Any) -> Any:
     outputs = run(self, inputs, manager, apply, self, inputs)
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
         if follower is not None and follower.is_selective and follower.moves(self):
-            _save(self, settings.single_backward, settings.sign_bits)
+            with mode.local.uninterrupted:
+                _save(self, settings.single_backward, settings.sign_bits)
         else:
             _note(self, settings)
         if _recomputes(manager, settings):
