@@ -6,6 +6,7 @@ One rank alone, without MPI, has the same methods, so the trainer has one path f
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import warnings
@@ -23,6 +24,9 @@ from chainer_ooc.compat.communicators import current_name
 
 #: A launcher has read what a rank wrote so long ago (seconds). MPICH's drops what it has not read when a rank aborts.
 FORWARDED = 0.5
+
+LONGEST_ABORT = 5
+"""Seconds that MPI gets to end all ranks."""
 
 
 class World:
@@ -104,6 +108,17 @@ def abort(status: int) -> None:
                 stream.flush()
         time.sleep(FORWARDED)
         MPI.COMM_WORLD.Abort(status)
+
+
+def end_at_once(number: int) -> None:
+    """Ends all ranks because of a signal, with status 128 + ``number``, whatever other threads are doing."""
+    signal.alarm(LONGEST_ABORT)  # its default action ends the process even if MPI does not return
+    try:
+        if launcher.rank() == 0:
+            os.write(2, b"train.py: interrupted\n")
+        abort(128 + number)
+    finally:
+        os._exit(128 + number)
 
 
 def communicator_name(requested: str | None, use_gpu: bool) -> tuple[str | None, str | None]:
