@@ -25,6 +25,9 @@ from chainer_ooc.compat.communicators import current_name
 #: A launcher has read what a rank wrote so long ago (seconds). MPICH's drops what it has not read when a rank aborts.
 FORWARDED = 0.5
 
+POLL = 0.05
+"""Seconds between two looks of a rank that sleeps."""
+
 LONGEST_ABORT = 5
 """Seconds that MPI gets to end all ranks."""
 
@@ -78,6 +81,20 @@ class World:
         """Waits for all ranks. Collective."""
         if self.comm is not None:
             self.comm.mpi_comm.Barrier()
+
+    @contextmanager
+    def others_wait(self) -> Iterator[bool]:
+        """Says whether this is rank 0; the others wait for the end of its block, and sleep. Collective.
+
+        MPI's own waiting, also when a rank ends, takes a core that rank 0 may need.
+        """
+        try:
+            yield self.rank == 0
+        finally:
+            if self.comm is not None:
+                request = self.comm.mpi_comm.Ibarrier()
+                while not request.Test():
+                    time.sleep(POLL)
 
     def agree(self, error: str | None) -> None:
         """Raises the same InputError on every rank when any rank has an error. Collective."""
