@@ -23,6 +23,7 @@ from datasets.build import Data
 from errors import InputError
 from evaluation import AverageStatistics, Evaluator, RecomputeStatistics
 from files import is_newer, whole_file
+from folder_lock import FolderLock
 from reports import KeepConfusion, megabytes
 from snapshot_files import MANIFEST, find_snapshots, load_npz
 from snapshots import RankState, Snapshots
@@ -47,6 +48,7 @@ class Run:
         self.world = world
         self.gpu = gpu
         self.description = description
+        self._lock = FolderLock(config.out)
         self.device = chainer.get_device(devices.device_name(config.gpu, world, gpu))
 
     def say(self, text: str) -> None:
@@ -66,6 +68,15 @@ class Run:
         with world.together():
             models.check_insize(config.arch, config.insize)
             self._make_out()
+            if world.rank == 0:
+                self._lock.acquire()
+        try:
+            return self._main()
+        finally:
+            self._lock.release()
+
+    def _main(self) -> int:
+        config, world = self.config, self.world
         self.device.use()
         chainer.set_debug(config.debug)
         if config.dtype == "mixed16":

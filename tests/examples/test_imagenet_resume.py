@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -295,6 +296,31 @@ def test_a_run_killed_before_its_reports_gets_them_with_resume(train, lists, tmp
     again = json.loads((out / "summary.json").read_text())
     assert {**again, "peak_bytes": 0} == {**summary, "peak_bytes": 0}  # drawing takes memory, too
     assert (out / "model_iter_2").exists()
+
+
+def test_the_second_run_in_a_folder_is_refused_until_the_first_is_dead(train, lists, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    args = [*lists.args, *TINY, "-o", str(out), "--snapshot-iterations", "1"]
+    with open(log, "wb") as f:
+        process = subprocess.Popen(
+            command([*args, "-i", "100000"]), env=environment(), stdout=f, stderr=f
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while not find_snapshots(out):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        refused = train(*args, "-i", 1, "--resume", "auto", status=2)
+        assert refused.stderr.count("\n") == 1
+        assert f"host {socket.gethostname()} with pid {process.pid} is writing" in refused.stderr
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    number = int(find_snapshots(out)[0].name.split("_")[-1])
+    assert f"at iteration {number}" in train(*args, "-i", number + 1, "--resume", "auto").stdout
+    assert not (out / "run.lock").exists()
 
 
 @pytest.mark.exhaustive
