@@ -36,3 +36,11 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, which appears only when it is whole."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def is_newer(path: Path, since: int) -> bool:
+    """Whether a file is there and was written after ``since`` (nanoseconds since 1970)."""
+    try:
+        return path.stat().st_mtime_ns >= since
+    except FileNotFoundError:
+        return False

@@ -21,6 +21,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 STARTED = "IMAGENET_STARTED_RANKS"
 """Variable that says that this script has started this process as one of several ranks."""
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask a run to end: Ctrl-C, and those that batch systems send before they kill."""
+
 _CHOSEN = "IMAGENET_CHOSE_THREADS"  # says that limit_threads, not the user, has set them
 
 # Hydra (MPICH, Intel MPI), Open MPI, MVAPICH2, and Slurm's srun.

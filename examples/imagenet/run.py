@@ -22,9 +22,10 @@ from config import Config
 from datasets.build import Data
 from errors import InputError
 from evaluation import AverageStatistics, Evaluator, RecomputeStatistics
-from files import whole_file
+from files import is_newer, whole_file
+from folder_lock import FolderLock
 from reports import KeepConfusion, megabytes
-from snapshot_files import find_snapshots, load_npz
+from snapshot_files import MANIFEST, find_snapshots, load_npz
 from snapshots import RankState, Snapshots
 from training import At, Stop, Updater
 from world import World
@@ -47,6 +48,7 @@ class Run:
         self.world = world
         self.gpu = gpu
         self.description = description
+        self._lock = FolderLock(config.out)
         self.device = chainer.get_device(devices.device_name(config.gpu, world, gpu))
 
     def say(self, text: str) -> None:
@@ -66,6 +68,15 @@ class Run:
         with world.together():
             models.check_insize(config.arch, config.insize)
             self._make_out()
+            if world.rank == 0:
+                self._lock.acquire()
+        try:
+            return self._main()
+        finally:
+            self._lock.release()
+
+    def _main(self) -> int:
+        config, world = self.config, self.world
         self.device.use()
         chainer.set_debug(config.debug)
         if config.dtype == "mixed16":
@@ -79,10 +90,10 @@ class Run:
         model = self._model()
         in_core_peak = self._enable_out_of_core()
         trainer = self._trainer(images, model)
-        self._resume(trainer)
-        if self.stop.reached(trainer):
+        snapshot = self._resume(trainer)
+        if snapshot is not None and self.stop.reached(trainer):
             self.say(f"the training is done: {trainer.updater.iteration} iterations")
-            self._save_model(trainer, model)
+            self._complete(trainer, model, in_core_peak, snapshot)
             return 0
         self._save_provenance()
         self.stop.listen()
@@ -243,7 +254,8 @@ class Run:
             return self.config.snapshot_iterations, "iteration"
         return (abs(self.config.snapshot), "epoch") if self.config.snapshot else None
 
-    def _resume(self, trainer: training.Trainer) -> None:
+    def _resume(self, trainer: training.Trainer) -> Path | None:
+        """Returns the snapshot that the run continues from, None if it starts anew."""
         config = self.config
         if config.resume is None:
             if find_snapshots(config.out):
@@ -251,43 +263,71 @@ class Run:
                     f"note: {config.out} has snapshots of an earlier run; this run starts anew "
                     f"(--resume auto would continue)"
                 )
-            return
+            return None
         if config.resume == Path("auto"):
             path, damaged = self.snapshots.load_latest(trainer)
             for reason in damaged:
                 self.say(f"warning: {reason}; going back to an earlier snapshot")
             if path is None:
                 self.say(f"nothing to resume in {config.out}: starting from the beginning")
-                return
+                return None
         else:
             path = config.resume
             self.snapshots.load(trainer, path)
         self.say(f"resumed from {path} at iteration {trainer.updater.iteration}")
+        return path
 
     # -- results ---------------------------------------------------------------------------------
 
     def _finish(
         self, trainer: training.Trainer, model: chainer.Chain, in_core_peak: int | None
     ) -> int:
-        """Writes the results; returns the exit status."""
-        updater = trainer.updater
-        status = 128 + self.stop.agreed if self.stop.agreed else 0
-        if self.world.rank != 0:
-            return status
-        self.reports.finish(
-            updater, in_core_peak, provenance.settings(self.config), self.environment["versions"]
-        )
-        if self.stop.agreed:
+        """Writes the results; returns the exit status. Collective."""
+        iteration = trainer.updater.iteration
+        stopped = 0 if self.stop.reached(trainer) else self.stop.agreed
+        with self.world.others_wait() as is_first:
+            if is_first and not stopped:
+                self._save_model(model, iteration)
+            if is_first:
+                versions = self.environment["versions"]
+                self._report(trainer.updater, in_core_peak, versions, draws_all=not stopped)
+        if stopped:
             self.say(
-                f"stopped by signal {self.stop.agreed} at iteration {updater.iteration}; "
+                f"stopped by signal {stopped} at iteration {iteration}; "
                 f"continue with --resume {self.snapshots.latest}"
             )
-            return status
-        self._save_model(trainer, model)
-        return 0
+        return 128 + stopped if stopped else 0
 
-    def _save_model(self, trainer: training.Trainer, model: chainer.Chain) -> None:
-        if self.world.rank == 0:
-            path = self.config.out / f"model_iter_{trainer.updater.iteration}"
-            with whole_file(path) as partial:
-                chainer.serializers.save_npz(str(partial), model, compression=False)
+    def _complete(
+        self,
+        trainer: training.Trainer,
+        model: chainer.Chain,
+        in_core_peak: int | None,
+        snapshot: Path,
+    ) -> None:
+        """Writes what the run that made its last snapshot has not come to write. Collective."""
+        since = (snapshot / MANIFEST).stat().st_mtime_ns
+        iteration = trainer.updater.iteration
+        with self.world.others_wait() as is_first:
+            if is_first and not is_newer(self._model_file(iteration), since):
+                self._save_model(model, iteration)
+            if is_first and not all(is_newer(path, since) for path in self.reports.files()):
+                self.reports.synchronize.go_back(trainer.updater)
+                self._report(trainer.updater, in_core_peak, provenance.versions(self.gpu))
+
+    def _report(
+        self,
+        updater: Any,
+        in_core_peak: int | None,
+        versions: dict[str, str | None],
+        draws_all: bool = True,
+    ) -> None:
+        settings = provenance.settings(self.config)
+        self.reports.finish(updater, in_core_peak, settings, versions, draws_all)
+
+    def _model_file(self, iteration: int) -> Path:
+        return self.config.out / f"model_iter_{iteration}"
+
+    def _save_model(self, model: chainer.Chain, iteration: int) -> None:
+        with whole_file(self._model_file(iteration)) as partial:
+            chainer.serializers.save_npz(str(partial), model, compression=False)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import chainer
 import numpy
+import stop_signals
 from chainer import training
 from chainer.dataset import concat_examples
 from datasets.preprocessed import BadExample
 from errors import InputError
-from world import World
+from world import World, end_at_once
 
 Save = Callable[[training.Trainer], None]
 Control = Callable[[float, float], None]
 """Prepares an update: from the epochs done (with a fraction), and the part of the training done."""
+
+SAME_SIGNAL = 1.0
+"""Signals that come this soon after the first (seconds) are the same one: a launcher passes on what a terminal or a
+batch system has sent to its ranks, too."""
 
 
 def first_error(batch: list[Any]) -> str | None:
@@ -120,8 +123,8 @@ class Updater(training.updaters.StandardUpdater):
 class Stop:
     """Stop trigger: the last epoch or iteration, or a signal to any rank.
 
-    SIGTERM and Ctrl-C do not stop a rank at once: ``Synchronize`` tells all ranks after the
-    iteration, so that they save one snapshot together and leave. A second Ctrl-C ends at once.
+    The first signal does not stop a rank at once: ``Synchronize`` tells all ranks after the
+    iteration, so that they save one snapshot together and leave. A second one ends at once.
 
     Args:
         epoch: Number of epochs.
@@ -134,6 +137,7 @@ class Stop:
 
     def __init__(self, epoch: int, iteration: int) -> None:
         self._length = (iteration, "iteration") if iteration else (epoch, "epoch")
+        self._since = 0.0
         self.received = 0
         self.agreed = 0
 
@@ -151,14 +155,16 @@ class Stop:
         return bool(self.agreed) or self.reached(trainer)
 
     def listen(self) -> None:
-        """Takes over SIGTERM and SIGINT."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        """Takes over the signals that ask a run to end. Only the main thread can."""
+        stop_signals.listen(self.receive)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.received = number
+    def receive(self, number: int) -> None:
+        """Takes note of a signal; ends all ranks when it is a second one."""
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._since = number, now
+        elif now - self._since > SAME_SIGNAL:
+            end_at_once(number)
 
 
 class At:

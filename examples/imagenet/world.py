@@ -6,6 +6,7 @@ One rank alone, without MPI, has the same methods, so the trainer has one path f
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import warnings
@@ -23,6 +24,12 @@ from chainer_ooc.compat.communicators import current_name
 
 #: A launcher has read what a rank wrote so long ago (seconds). MPICH's drops what it has not read when a rank aborts.
 FORWARDED = 0.5
+
+POLL = 0.05
+"""Seconds between two looks of a rank that sleeps."""
+
+LONGEST_ABORT = 5
+"""Seconds that MPI gets to end all ranks."""
 
 
 class World:
@@ -75,6 +82,20 @@ class World:
         if self.comm is not None:
             self.comm.mpi_comm.Barrier()
 
+    @contextmanager
+    def others_wait(self) -> Iterator[bool]:
+        """Says whether this is rank 0; the others wait for the end of its block, and sleep. Collective.
+
+        MPI's own waiting, also when a rank ends, takes a core that rank 0 may need.
+        """
+        try:
+            yield self.rank == 0
+        finally:
+            if self.comm is not None:
+                request = self.comm.mpi_comm.Ibarrier()
+                while not request.Test():
+                    time.sleep(POLL)
+
     def agree(self, error: str | None) -> None:
         """Raises the same InputError on every rank when any rank has an error. Collective."""
         if self.max([error is not None])[0]:
@@ -104,6 +125,17 @@ def abort(status: int) -> None:
                 stream.flush()
         time.sleep(FORWARDED)
         MPI.COMM_WORLD.Abort(status)
+
+
+def end_at_once(number: int) -> None:
+    """Ends all ranks because of a signal, with status 128 + ``number``, whatever other threads are doing."""
+    signal.alarm(LONGEST_ABORT)  # its default action ends the process even if MPI does not return
+    try:
+        if launcher.rank() == 0:
+            os.write(2, b"train.py: interrupted\n")
+        abort(128 + number)
+    finally:
+        os._exit(128 + number)
 
 
 def communicator_name(requested: str | None, use_gpu: bool) -> tuple[str | None, str | None]:

@@ -1,8 +1,11 @@
 """The same examples in the same order, whoever loads them, and no waiting for dead loaders."""
 
 import itertools
+import re
+import time
 
 import numpy
+import psutil
 import pytest
 from datasets.build import build
 from datasets.in_memory import InMemory
@@ -123,35 +126,103 @@ if __name__ == "__main__":
 """
     )
     done = run_python(script, timeout=60)
-    assert done.stdout.splitlines()[-3:] == [
-        "OSError: cannot be read",
-        "a loader process was killed, perhaps because memory ran out; use fewer of them "
-        "(--loaderjob/-j), or threads",
-        "finished",
-    ], done.stdout + done.stderr
+    lines = done.stdout.splitlines()[-3:]
+    assert lines[::2] == ["OSError: cannot be read", "finished"], done.stdout + done.stderr
+    assert re.fullmatch(
+        r"loader process \d+ was killed, perhaps because memory ran out; use fewer of them "
+        r"\(--loaderjob/-j\), or threads",
+        lines[1],
+    )
 
 
-def test_loader_processes_leave_ctrl_c_to_the_training_process_from_their_first_moment(
+IDLE = (
+    SETUP
+    + """
+import multiprocessing, signal, time
+import numpy
+class Data:
+    def __len__(self):
+        return 40
+    def __getitem__(self, i):
+        return numpy.zeros(3, numpy.float32), numpy.array(i, numpy.int32)
+def workers_of_an_idle_iterator():
+    start_worker_server()
+    it = make_iterator(Data(), 4, iterator="process", workers=2, seed=(0,))
+    it.next()
+    time.sleep(0.5)  # what is fetched ahead is there: the workers wait
+    return it, multiprocessing.active_children()
+"""
+)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_loader_that_is_killed_while_it_waits_is_named(run_python, tmp_path, which):
+    script = tmp_path / "script.py"
+    script.write_text(
+        IDLE
+        + f"""
+if __name__ == "__main__":
+    it, workers = workers_of_an_idle_iterator()
+    workers[{which}].kill()
+    while len(batch := it.next()) == 4:
+        pass
+    print(batch == it.next(), str(workers[{which}].pid) in batch[0].message)
+    it.finalize()
+    print(any(worker.is_alive() for worker in workers))
+"""
+    )
+    done = run_python(script, timeout=60)
+    assert done.stdout.split() == ["True", "True", "False"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_loaders_end_with_a_process_that_does_not_end_them(run_python, tmp_path, end):
+    script = tmp_path / "script.py"
+    script.write_text(
+        IDLE
+        + f"""
+if __name__ == "__main__":
+    it, workers = workers_of_an_idle_iterator()
+    print(*(worker.pid for worker in workers), flush=True)
+    {end}
+"""
+    )
+    pids = [int(pid) for pid in run_python(script, timeout=60).stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(map(psutil.pid_exists, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_loader_processes_leave_signals_to_the_training_process_from_their_first_moment(
     run_python, tmp_path
 ):
     script = tmp_path / "script.py"
     script.write_text(
         SETUP
         + """
-import multiprocessing, signal
-def show():
-    print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
+import multiprocessing, signal, threading
+from launcher import STOP_SIGNALS
+def survive():
+    for number in STOP_SIGNALS:  # the worker's, its server's
+        os.kill(os.getpid(), number)
+        os.kill(os.getppid(), number)
+    print("alive", flush=True)
 if __name__ == "__main__":
-    before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
+    def states():
+        return [*map(signal.getsignal, STOP_SIGNALS), *signal.pthread_sigmask(signal.SIG_BLOCK, [])]
+    before = states()
     start_worker_server()
-    print(signal.getsignal(signal.SIGINT) == before, flush=True)
-    process = multiprocessing.Process(target=show)
-    process.start()
-    process.join()
+    print(states() == before, flush=True)
+    for _ in range(2):
+        process = multiprocessing.Process(target=survive)
+        process.start()
+        process.join()
 """
     )
     done = run_python(script, timeout=60)
-    assert done.stdout.split() == ["True", "True"], done.stdout + done.stderr
+    assert done.stdout.split() == ["True", "alive", "alive"], done.stdout + done.stderr
 
 
 @pytest.mark.mpi

@@ -20,7 +20,7 @@ import reports
 from imagenet_cli import IMAGENET, TINY, command, environment
 from PIL import Image
 from reports import final, plots, terminal
-from reports.confusion import draw_confusions
+from reports.confusion import draw_confusion, draw_confusions
 from reports.divergence import WarnOfDivergence
 from reports.history import History
 from reports.progress import Progress, fit
@@ -295,6 +295,32 @@ def test_one_warning_when_the_loss_is_no_number_any_more(capsys):
         warn(SimpleNamespace(observation={"main/loss": loss}, updater=updater))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: the training loss is nan in iteration 2; stop it with Ctrl-C")
+
+
+@pytest.mark.parametrize("n", [3, 20, 21])
+def test_confusion_pictures_of_a_run_are_those_of_single_matrices(tmp_path, monkeypatch, n):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    rng = numpy.random.default_rng(0)
+    matrices = [rng.integers(0, 30, (n, n)) * rng.integers(0, 2, (n, n)) for _ in range(3)]
+    (tmp_path / "confusion").mkdir()
+    for i, matrix in enumerate(matrices):
+        numpy.savez(tmp_path / "confusion" / f"iter_{i}.npz", confusion=matrix)
+    layouts = []
+    draw = FigureCanvasAgg.draw
+    monkeypatch.setattr(FigureCanvasAgg, "draw", lambda self: layouts.append(0) or draw(self))
+    assert draw_confusions(tmp_path) == [tmp_path / "confusion" / "iter_2.png"]
+    assert len(layouts) == 1  # it takes most of the time of a picture
+    pixels = []
+    for i, matrix in enumerate(matrices):
+        draw_confusion(matrix, tmp_path / "alone.png")
+        both = [
+            numpy.asarray(Image.open(path))
+            for path in (tmp_path / "confusion" / f"iter_{i}.png", tmp_path / "alone.png")
+        ]
+        numpy.testing.assert_array_equal(*both)
+        pixels.append(both[0])
+    assert (pixels[0] != pixels[1]).any()
 
 
 def test_the_confusion_matrix_of_each_validation_is_kept_and_drawn_once(tmp_path):

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -248,6 +249,78 @@ def check_killed(train, lists, tmp_path, times, iterations, after, rng):
 @pytest.mark.slow
 def test_killed_rank_and_resume_auto_end_like_a_run_that_was_never_killed(train, lists, tmp_path):
     check_killed(train, lists, tmp_path, 1, 30, 0.5, random.Random(0))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import reports, train
+def finish(*args, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+reports.Reports.finish = finish
+if __name__ == "__main__":
+    sys.exit(train.main())
+"""
+
+
+def test_a_run_killed_before_its_reports_gets_them_with_resume(train, lists, tmp_path):
+    out, script = tmp_path / "out", tmp_path / "killed.py"
+    script.write_text(KILLED.format(folder=str(Path(training_module.__file__).parent)))
+    args = [*lists.args, *TINY, "-i", "2", "-o", out]
+    train(*args, script=script, status=-signal.SIGKILL)
+    assert (out / "model_iter_2").exists()
+    results = ["summary.json", "report.md", "loss.png", "accuracy.png", "lr.png", "memory.png",
+               "time.png", "confusion/iter_2.png"]  # fmt: skip
+    assert not any((out / name).exists() for name in results)
+
+    def times():
+        return {name: (out / name).stat().st_mtime_ns for name in [*results, "model_iter_2"]}
+
+    done = train(*args, "--resume", "auto").stdout
+    assert "the training is done: 2 iterations" in done
+    assert "summary: 1 rank" in done
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["iterations_per_second"] > 0
+    assert summary["loss_first"] > 0
+    report = (out / "report.md").read_text()
+    assert "| iterations | 2 (2 in this process) |" in report
+    assert "| images per second |" in report
+    assert "![iter_2](confusion/iter_2.png)" in report
+    before = times()
+    assert "summary" not in train(*args, "--resume", "auto").stdout
+    assert times() == before
+    # What an earlier, shorter training left is replaced; what is missing is written.
+    os.utime(out / "summary.json", ns=(0, 0))
+    (out / "model_iter_2").unlink()
+    assert "summary: 1 rank" in train(*args, "--resume", "auto").stdout
+    again = json.loads((out / "summary.json").read_text())
+    assert {**again, "peak_bytes": 0} == {**summary, "peak_bytes": 0}  # drawing takes memory, too
+    assert (out / "model_iter_2").exists()
+
+
+def test_the_second_run_in_a_folder_is_refused_until_the_first_is_dead(train, lists, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    args = [*lists.args, *TINY, "-o", str(out), "--snapshot-iterations", "1"]
+    with open(log, "wb") as f:
+        process = subprocess.Popen(
+            command([*args, "-i", "100000"]), env=environment(), stdout=f, stderr=f
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while not find_snapshots(out):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        refused = train(*args, "-i", 1, "--resume", "auto", status=2)
+        assert refused.stderr.count("\n") == 1
+        assert f"host {socket.gethostname()} with pid {process.pid} is writing" in refused.stderr
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    number = int(find_snapshots(out)[0].name.split("_")[-1])
+    assert f"at iteration {number}" in train(*args, "-i", number + 1, "--resume", "auto").stdout
+    assert not (out / "run.lock").exists()
 
 
 @pytest.mark.exhaustive

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import training as training_module
 from imagenet_cli import (
+    IMAGENET,
     TINY,
     assert_same_parameters,
     command,
@@ -21,6 +23,7 @@ from imagenet_cli import (
     parameters,
 )
 from PIL import Image
+from training import SAME_SIGNAL, Stop
 
 SUMMARY_KEYS = {
     "ranks",
@@ -148,18 +151,121 @@ def finish(process, log):
         pytest.fail("the run did not stop\n" + log.read_text())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_leaves_a_snapshot_that_continues(train, lists, tmp_path, number):
-    args = [*lists.args, *TINY, "-o", str(tmp_path / "out")]
+@pytest.mark.parametrize(
+    ("number", "iterator"),
+    [
+        (signal.SIGINT, "serial"),
+        (signal.SIGTERM, "process"),
+        (signal.SIGHUP, "thread"),
+        (signal.SIGUSR1, "process"),
+        (signal.SIGUSR2, "serial"),
+    ],
+)
+def test_signal_to_the_group_leaves_a_snapshot_that_continues(
+    train, lists, tmp_path, number, iterator
+):
+    args = [*lists.args, *TINY, "-o", str(tmp_path / "out"), "--iterator", iterator, "-j", "1"]
     process, _, log = start(args, 1, tmp_path)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     assert finish(process, log) == 128 + number
+    assert_nothing_runs([process.pid])
     match = re.search(r"stopped by signal \d+ at iteration (\d+); continue with --resume (\S+)",
                       log.read_text())  # fmt: skip
     assert match, log.read_text()
     assert "Traceback" not in log.read_text()
-    done = train(*args, "-i", int(match[1]) + 1, "-r", match[2])
-    assert f"at iteration {match[1]}" in done.stdout
+    if number in (signal.SIGINT, signal.SIGTERM):
+        done = train(*args, "-i", int(match[1]) + 1, "-r", match[2])
+        assert f"at iteration {match[1]}" in done.stdout
+
+
+def running(groups):
+    """Returns the processes of these groups, without those that only nobody has waited for."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) in groups and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def assert_nothing_runs(groups):
+    """Fails if processes of these groups are left a while after the run's end."""
+    deadline = time.monotonic() + 10
+    while left := running(groups):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@pytest.mark.mpi
+def test_sigterm_to_every_process_of_two_ranks_with_loaders(lists, tmp_path):
+    args = [*lists.args, *TINY, "-o", str(tmp_path / "out"), "--iterator", "process", "-j", "2"]
+    process, ranks, log = start(args, 2, tmp_path)
+    family = [child for rank in ranks.values() for child in [rank, *rank.children(recursive=True)]]
+    assert len(family) >= 2 * (1 + 1 + 2)  # the rank, the server of its loaders, and two of them
+    for child in family:
+        child.send_signal(signal.SIGTERM)
+    assert finish(process, log) == 128 + signal.SIGTERM
+    assert_nothing_runs({process.pid, *(rank.pid for rank in ranks.values())})
+    assert re.search(r"stopped by signal 15 at iteration \d+; continue with", log.read_text())
+    assert "Traceback" not in log.read_text()
+
+
+WAITING = """
+import os, sys, time
+sys.path.insert(0, {folder!r})
+import train, training
+update = training.Updater.update_core
+def waiting(self):
+    update(self)
+    if self._world.rank == self._world.size - 1:  # the others wait in MPI
+        time.sleep(600)
+training.Updater.update_core = waiting
+if __name__ == "__main__":
+    listen = training.Stop.listen
+    def listening(self):
+        listen(self)
+        print("listening", flush=True)
+    training.Stop.listen = listening
+    sys.exit(train.main())
+"""
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_signal_ends_at_once_whatever_the_ranks_wait_for(lists, tmp_path, ranks):
+    script, log = tmp_path / "script.py", tmp_path / "log.txt"
+    script.write_text(WAITING.format(folder=str(IMAGENET)))
+    args = [*lists.args, *TINY, "-i", "3", "-o", str(tmp_path / "out")]
+    with open(log, "wb") as f:
+        process = subprocess.Popen(command(args, ranks, script), env=environment(), stdout=f,
+                                   stderr=f, start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + 60
+    while log.read_text().count("listening") < ranks:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(SAME_SIGNAL + 0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    assert finish(process, log) == 128 + signal.SIGTERM
+    assert time.monotonic() - start < 20
+    assert_nothing_runs([process.pid])
+    assert "train.py: interrupted" in log.read_text()
+
+
+def test_two_deliveries_of_one_signal_are_one(monkeypatch):
+    ended, now = [], [0.0]
+    monkeypatch.setattr(training_module, "end_at_once", ended.append)
+    monkeypatch.setattr(training_module.time, "monotonic", lambda: now[0])
+    stop = Stop(1, 0)
+    for now[0], number in ((5.0, 15), (5.1, 15), (5.9, 2)):
+        stop.receive(number)
+    assert (stop.received, ended) == (15, [])
+    now[0] = 6.5
+    stop.receive(signal.SIGUSR1)
+    assert (stop.received, ended) == (15, [signal.SIGUSR1])
 
 
 def test_sigterm_to_one_rank_stops_all_with_one_snapshot(train, lists, tmp_path):

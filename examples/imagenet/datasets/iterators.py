@@ -8,15 +8,18 @@ iterators do the work; examples come back from processes through shared memory.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
-from multiprocessing import forkserver
+from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from chainer import iterators
 from errors import InputError
+from launcher import STOP_SIGNALS
 
 from datasets.preprocessed import EpochOrder, PreprocessedImages
 from datasets.process_iterator import ProcessIterator
@@ -37,14 +40,14 @@ def start_worker_server() -> None:
     multiprocessing.set_forkserver_preload(["chainer_ooc", "chainer", "datasets.iterators"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    # The server and all that it forks inherit that Ctrl-C is for the training process alone: a
-    # worker that gets it before it runs would die, and a batch with it.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        try:
+        # The server and all that it forks inherit that these signals wait for ever: they are for the
+        # training process. One that it gets meanwhile itself it handles afterwards. The tracker lets
+        # some of them pass again in this process, so it comes first.
+        with _held_back():
+            resource_tracker.ensure_running()
+        with _held_back():
             forkserver.ensure_running()
-        finally:
-            signal.signal(signal.SIGINT, handler)
         process = multiprocessing.Process()
         process.start()
         process.join()
@@ -53,6 +56,15 @@ def start_worker_server() -> None:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_iterator(

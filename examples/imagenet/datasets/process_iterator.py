@@ -1,11 +1,12 @@
 """Chainer's iterator of worker processes, with less to hand over and no waiting for dead workers.
 
-Order, state, prefetching thread and pool are Chainer's. Two things are not:
+Order, state and prefetching thread are Chainer's. Two things are not:
 
 - Workers put examples where they belong in a batch that lies in shared memory, and send back nothing.
   Chainer's send a pickled description of each array; for small images that takes longer than loading.
 - Chainer waits for ever for an example whose worker was killed, by the system when memory ran
-  out for instance. Here the batch is then one ``BadExample``.
+  out for instance, and so do the other workers of a pool if it held their lock. Here each has a pipe of its own, and
+  when one ends, every batch from then on is one ``BadExample`` that says so.
 """
 
 from __future__ import annotations
@@ -15,17 +16,28 @@ import multiprocessing
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import connection, util
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, NamedTuple
 
 import numpy
 from chainer.iterators import MultiprocessIterator, _statemachine, multiprocess_iterator
 from errors import InputError
+from launcher import STOP_SIGNALS
 
 from datasets.preprocessed import BadExample, PreprocessedImages
 
 _POLL = 0.2
-"""Seconds between two looks at the workers."""
+"""Seconds between two looks whether it is over."""
+_DYING = 5.0
+"""Seconds after which a killed worker, in the hands of a storage perhaps, is not waited for any longer."""
+_AHEAD = 2
+"""Tasks that a worker has at a time, so that it need not wait for the next."""
+
+Others = list[tuple[int, Any]]
+"""Rows of a batch and their examples, where these are not the arrays that there is room for."""
 
 
 class _Field(NamedTuple):
@@ -75,32 +87,119 @@ class _Slab:
         )
 
 
-_dataset: Any = None
-_slab: Any = None
-_arrays: list[numpy.ndarray] = []
+def _work(pipe: connection.Connection, dataset: PreprocessedImages, slab: _Slab) -> None:
+    """Loads what the pipe asks for, in a worker, until the training process is gone."""
+    for number in STOP_SIGNALS:  # they are for the training process
+        signal.signal(number, signal.SIG_IGN)
+    arrays = slab.arrays()
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    with suppress(EOFError, OSError):
+        while pipe in connection.wait([pipe, trainer.sentinel]):
+            pipe.send(_load(dataset, slab, arrays, *pipe.recv()))
 
 
-def _start_worker(dataset: PreprocessedImages, slab: _Slab) -> None:
-    global _dataset, _slab, _arrays
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
-    _dataset, _slab, _arrays = dataset, slab, slab.arrays()
-
-
-def _load(task: tuple[int, list[int]]) -> list[tuple[int, Any]]:
+def _load(
+    dataset: PreprocessedImages,
+    slab: _Slab,
+    arrays: list[numpy.ndarray],
+    first: int,
+    indices: list[int],
+) -> Others:
     """Puts examples into the rows from the first on; returns those that are no such arrays."""
-    first, indices = task
     others = []
     for row, index in enumerate(indices, first):
         try:
-            example = _dataset[index]
-        except Exception as e:  # it would end the thread that waits for the batch
+            example = dataset[index]
+        except Exception as e:  # it would end the worker
             example = BadExample(f"example {index}: {type(e).__name__}: {e}")
-        if _slab.fits(example):
-            for batch, array in zip(_arrays, example, strict=True):
+        if slab.fits(example):
+            for batch, array in zip(arrays, example, strict=True):
                 batch[row] = array
         else:
             others.append((row, example))
     return others
+
+
+class _Workers:
+    """Processes that load examples.
+
+    Args:
+        n: How many.
+        dataset: The examples.
+        slab: Where to put them.
+    """
+
+    def __init__(self, n: int, dataset: PreprocessedImages, slab: _Slab) -> None:
+        self._of: dict[connection.Connection, Any] = {}
+        processes: list[Any] = []
+        # They ignore SIGTERM, by which Python would end them, and then wait for ever.
+        self.terminate = util.Finalize(self, _kill, (processes,), exitpriority=15)
+        for _ in range(n):
+            pipe, theirs = multiprocessing.Pipe()
+            process = multiprocessing.Process(
+                target=_work, args=(theirs, dataset, slab), daemon=True
+            )
+            process.start()
+            theirs.close()
+            processes.append(process)
+            self._of[pipe] = process
+
+    def load(
+        self, tasks: list[tuple[int, list[int]]], stopped: Callable[[], bool]
+    ) -> Others | None:
+        """Lets the workers fill the slab.
+
+        Args:
+            tasks: First row, and indices of the examples from there on.
+            stopped: Whether to leave off.
+
+        Returns:
+            What did not fit; None if it was stopped.
+
+        Raises:
+            ChildProcessError: A worker has ended; the message says which one and how.
+        """
+        others: Others = []
+        left = iter(tasks)
+        free, busy = [*self._of] * _AHEAD, []
+        while True:
+            for pipe, task in zip(free, left, strict=False):
+                self._use(pipe, pipe.send, task)
+                busy.append(pipe)
+            if not busy:
+                return others
+            while not (free := connection.wait({*busy}, _POLL)):
+                if stopped():
+                    return None
+            for pipe in free:
+                others += self._use(pipe, pipe.recv)
+                busy.remove(pipe)
+
+    def _use(self, pipe: connection.Connection, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except (EOFError, OSError) as e:
+            raise ChildProcessError(_obituary(self._of[pipe])) from e
+
+
+def _obituary(process: Any) -> str:
+    process.join(_DYING)
+    name, status = f"loader process {process.pid}", process.exitcode
+    if status == -signal.SIGKILL:
+        return (
+            f"{name} was killed, perhaps because memory ran out; use fewer of them (--loaderjob/-j), "
+            f"or threads"
+        )
+    how = f"exit status {status}" if status is None or status >= 0 else f"signal {-status}"
+    return f"{name} ended ({how}); load with --iterator serial to see why"
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(_DYING)
 
 
 class _Loop(multiprocess_iterator._PrefetchLoop):
@@ -108,7 +207,7 @@ class _Loop(multiprocess_iterator._PrefetchLoop):
 
     def __init__(self, slab: _Slab, *args: Any) -> None:
         self.slab = slab
-        self.workers: list[Any] = []
+        self._error: BadExample | None = None
         super().__init__(*args)
 
     def measure_required(self) -> bool:
@@ -118,17 +217,14 @@ class _Loop(multiprocess_iterator._PrefetchLoop):
         pass  # the slab is there already
 
     def launch_thread(self) -> threading.Thread:
-        self._pool = multiprocessing.Pool(
-            self.n_processes, _start_worker, (self.dataset, self.slab)
-        )
-        self.workers = list(self._pool._pool)
+        self._pool = _Workers(self.n_processes, self.dataset, self.slab)
         self._thread = threading.Thread(target=self._run, name="prefetch_loop", daemon=True)
         self._thread.start()
         return self._thread
 
-    def worker_died(self) -> bool:
-        """Whether the pool had to replace a worker; the example that it was loading is lost."""
-        return any(worker not in self._pool._pool for worker in self.workers)
+    def _run(self) -> None:
+        while not self._terminating and self._task():
+            pass
 
     def _task(self) -> bool:
         status, state, reset_count = self._comm.check()
@@ -141,28 +237,31 @@ class _Loop(multiprocess_iterator._PrefetchLoop):
         )
         batch = None
         if indices is not None:
-            others = self._fetch(indices.tolist())
-            if others is None:
+            batch = self._load(indices.tolist())
+            if batch is None:
                 return False
-            # One copy of each array of the whole batch: the workers go on to the next.
-            arrays = [array[: len(indices)].copy() for array in self.slab.arrays()]
-            batch = [tuple(array[i, ...] for array in arrays) for i in range(len(indices))]
-            for row, example in others:
-                batch[row] = example
         self._comm.put(batch, self.prefetch_state, reset_count)
         return True
 
-    def _fetch(self, indices: list[int]) -> list[tuple[int, Any]] | None:
-        """Lets the workers fill the slab; returns what did not fit, or None if it is over."""
-        share = -(-len(indices) // (4 * self.n_processes))
-        tasks = [(i, indices[i : i + share]) for i in range(0, len(indices), max(share, 1))]
-        future = self._pool.map_async(_load, tasks, chunksize=1)
-        while True:
+    def _load(self, indices: list[int]) -> list[Any] | None:
+        """Returns the batch, or None if it is over."""
+        share = max(-(-len(indices) // (4 * self.n_processes)), 1)
+        tasks = [(i, indices[i : i + share]) for i in range(0, len(indices), share)]
+        if self._error is None:
             try:
-                return [other for others in future.get(_POLL) for other in others]
-            except multiprocessing.TimeoutError:
-                if self._comm.is_terminated:
-                    return None
+                others = self._pool.load(tasks, lambda: self._comm.is_terminated)
+            except Exception as e:  # it would end the thread that the training waits for
+                self._error = BadExample(str(e) or type(e).__name__)
+        if self._error is not None:
+            return [self._error]
+        if others is None:
+            return None
+        # One copy of each array of the whole batch: the workers go on to the next.
+        arrays = [array[: len(indices)].copy() for array in self.slab.arrays()]
+        batch = [tuple(array[i, ...] for array in arrays) for i in range(len(indices))]
+        for row, example in others:
+            batch[row] = example
+        return batch
 
 
 class ProcessIterator(MultiprocessIterator):
@@ -203,30 +302,3 @@ class ProcessIterator(MultiprocessIterator):
             False,
             None,
         )
-
-    def __next__(self) -> list[Any]:
-        """Returns the next batch."""
-        loop = self._prefetch_loop
-        if loop.thread is None:
-            loop.launch_thread()
-        if not self._wait(loop):
-            return [
-                BadExample(
-                    "a loader process was killed, perhaps because memory ran out; use fewer of "
-                    "them (--loaderjob/-j), or threads"
-                )
-            ]
-        return super().__next__()
-
-    next = __next__
-
-    def _wait(self, loop: _Loop) -> bool:
-        """Waits for a batch; returns False if a worker died."""
-        communicator = self._comm
-        while True:
-            with communicator._lock:
-                if communicator._batch_queue or communicator._not_empty_cond.wait(_POLL):
-                    return True
-            if loop.worker_died():
-                loop._pool.terminate()  # joining it would wait for the lost example
-                return False

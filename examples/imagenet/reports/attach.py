@@ -13,12 +13,12 @@ from chainer.training import extensions as chainer_extensions
 from training import Stop
 from world import World
 
-from reports.confusion import draw_confusions
+from reports.confusion import confusion_pictures, draw_confusions
 from reports.divergence import WarnOfDivergence
 from reports.figures import Synchronize
 from reports.final import write_report
 from reports.history import History
-from reports.plots import write_plots
+from reports.plots import plot_names, write_plots
 from reports.progress import Progress
 from reports.summary import print_summary, summarize, write_summary
 from reports.table import Table
@@ -116,12 +116,19 @@ class Reports:
         else:
             trainer.extend(board, trigger=(1, "iteration"))
 
+    def files(self) -> list[Path]:
+        """Returns the files that ``finish`` writes when the training is done."""
+        names = [f"{name}.png" for name in plot_names(self.history)]
+        files = [self._out / name for name in ("summary.json", "report.md", *names)]
+        return [*files, *confusion_pictures(self._out)]
+
     def finish(
         self,
         updater: Any,
         in_core_peak_bytes: int | None = None,
         configuration: Mapping[str, Any] | None = None,
         versions: Mapping[str, Any] | None = None,
+        draws_all: bool = True,
     ) -> None:
         """Writes summary, plots and report and prints the summary; on rank 0 only.
 
@@ -130,13 +137,14 @@ class Reports:
             in_core_peak_bytes: Measured peak of an in-core step, None if it was not measured.
             configuration: The resolved configuration, for the report.
             versions: Versions of what the run used, for the report.
+            draws_all: Whether to draw the confusion matrices; who has sent a signal does not wait for long.
         """
         if self._world.rank != 0:
             return
         rate = updater.n_updates / updater.seconds if updater.seconds else None
         limit = out_of_core.limit_bytes()
         pictures = write_plots(self.history, self._out, limit, in_core_peak_bytes)
-        if not self._stop.agreed:  # who has sent a signal does not wait for long
+        if draws_all:
             pictures += draw_confusions(self._out)
         self.synchronize.note_peak()  # of the last snapshot and the plots, too
         summary = summarize(self.history, self.synchronize, self._world, rate, in_core_peak_bytes)

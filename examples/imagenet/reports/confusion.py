@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from chainer import training
+from files import is_newer
+from PIL import Image
 
 from reports.units import write_atomically
 
@@ -46,43 +48,85 @@ class KeepConfusion(training.Extension):
             write_atomically(path, lambda f: np.savez_compressed(f, confusion=matrix))
 
 
+def _matrices(out: Path) -> list[Path]:
+    return sorted((out / FOLDER).glob("iter_*.npz"), key=lambda p: int(p.stem.partition("_")[2]))
+
+
+def confusion_pictures(out: Path) -> list[Path]:
+    """Returns the pictures that there are to be of the matrices in a folder of results."""
+    return [file.with_suffix(".png") for file in _matrices(out)]
+
+
 def draw_confusions(out: Path) -> list[Path]:
     """Draws the matrices of a folder of results that have no picture yet.
 
     Returns:
         The picture of the last validation, if there is one.
     """
-    files = sorted((out / FOLDER).glob("iter_*.npz"), key=lambda p: int(p.stem.partition("_")[2]))
-    for file in files:
+    drawing: _Drawing | None = None
+    for file in _matrices(out):
         picture = file.with_suffix(".png")
-        if not picture.exists() or picture.stat().st_mtime_ns < file.stat().st_mtime_ns:
+        if not is_newer(picture, file.stat().st_mtime_ns):
             with np.load(file) as f:
-                draw_confusion(f["confusion"], picture)
-    return [file.with_suffix(".png") for file in files[-1:]]
+                matrix = f["confusion"]
+            if drawing is None or drawing.n != len(matrix):
+                drawing = _Drawing(len(matrix))
+            drawing.draw(matrix, picture)
+    return confusion_pictures(out)[-1:]
 
 
 def draw_confusion(matrix: np.ndarray, path: Path) -> None:
     """Draws a confusion matrix in percent of each row's images."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    _Drawing(len(matrix)).draw(matrix, path)
 
-    n = len(matrix)
-    share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Any = figure.add_subplot()
-    image = axes.imshow(share, vmin=0, vmax=100, cmap="Blues", interpolation="nearest")
-    figure.colorbar(image, label="% of the images of the class")
-    axes.set_xlabel("taken for class")
-    axes.set_ylabel("class")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    if n <= 20:
-        axes.set_xticks(range(n))
-        axes.set_yticks(range(n))
-        for i, j in np.argwhere(matrix):
-            axes.text(
-                j, i, str(matrix[i, j]), ha="center", va="center", fontsize=7,
-                color="white" if share[i, j] > 50 else "black",
-            )  # fmt: skip
-    write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=120))
+
+class _Drawing:
+    """Pictures of matrices of one size; what all of them have in common is drawn once.
+
+    Layout, axes and colour bar take most of the time of a picture.
+
+    Args:
+        n: Number of classes.
+    """
+
+    def __init__(self, n: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.n = n
+        figure = Figure(figsize=(6.4, 5.6), dpi=120, layout="constrained")
+        self._canvas = FigureCanvasAgg(figure)
+        self._axes: Any = figure.add_subplot()
+        self._image = self._axes.imshow(
+            np.zeros((n, n)), vmin=0, vmax=100, cmap="Blues", interpolation="nearest"
+        )
+        figure.colorbar(self._image, label="% of the images of the class")
+        self._axes.set_xlabel("taken for class")
+        self._axes.set_ylabel("class")
+        self._axes.xaxis.get_major_locator().set_params(integer=True)
+        self._axes.yaxis.get_major_locator().set_params(integer=True)
+        if n <= 20:
+            self._axes.set_xticks(range(n))
+            self._axes.set_yticks(range(n))
+        self._changing = [self._image, *self._axes.spines.values()]
+        for artist in self._changing:
+            artist.set_animated(True)  # not drawn with the rest; the frame lies over the image
+        self._canvas.draw()
+        self._common = self._canvas.copy_from_bbox(figure.bbox)
+
+    def draw(self, matrix: np.ndarray, path: Path) -> None:
+        """Draws a matrix."""
+        share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        self._image.set_data(share)
+        self._canvas.restore_region(self._common)
+        for artist in self._changing:
+            self._axes.draw_artist(artist)
+        if self.n <= 20:
+            number = self._axes.text(0, 0, "", ha="center", va="center", fontsize=7)
+            for i, j in np.argwhere(matrix):
+                color = "white" if share[i, j] > 50 else "black"
+                number.set(x=j, y=i, text=str(matrix[i, j]), color=color)
+                self._axes.draw_artist(number)
+            number.remove()
+        picture = Image.fromarray(np.asarray(self._canvas.buffer_rgba()))
+        write_atomically(path, lambda f: picture.save(f, "PNG", dpi=(120, 120)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,16 @@ from training import Stop
 from world import World
 
 from reports.units import GIB
+
+SUMS = (
+    "bytes_out",
+    "bytes_in",
+    "peak_bytes",
+    "total_seconds",
+    "total_data_seconds",
+    "total_images",
+)
+"""Attributes of ``Synchronize`` that a snapshot keeps."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,8 @@ class Synchronize(training.Extension):
         self.total_seconds = self.total_data_seconds = 0.0
         self.total_images = self._iterations = 0
         self._logged = (0.0, 0.0, 0, 0)
+        self._updates: tuple[int, float] = (0, 0.0)
+        self._saved: Any = ({}, 0, 0.0)
 
     def note_peak(self) -> None:
         """Takes note of what this rank has held since the last iteration, by itself."""
@@ -85,7 +99,7 @@ class Synchronize(training.Extension):
             observation[key] = float(value)
         now = (updater.seconds, updater.data_seconds)
         seconds, data_seconds = (b - a for a, b in zip(self._before, now, strict=True))
-        self._before = now
+        self._before, self._updates = now, (updater.n_updates, updater.seconds)
         received, peak, resident, seconds, data_seconds = self._world.max(
             [
                 self._stop.received,
@@ -109,6 +123,21 @@ class Synchronize(training.Extension):
         if self._gpu:
             return int(chainer.backends.cuda.cupy.get_default_memory_pool().used_bytes())
         return int(self._process.memory_info().rss)
+
+    def serialize(self, serializer: Any) -> None:
+        """Saves the sums; loads those of the process that wrote the snapshot, for ``go_back``."""
+        sums = {name: getattr(self, name) for name in SUMS}
+        with contextlib.suppress(KeyError):  # of an earlier version
+            self._saved = json.loads(serializer("sums", json.dumps([sums, *self._updates])))
+
+    def go_back(self, updater: Any) -> None:
+        """Takes the sums of the process that wrote the snapshot, which has ended, for this one's.
+
+        Args:
+            updater: The run's updater, which gets ``n_updates`` and ``seconds`` of that process.
+        """
+        sums, updater.n_updates, updater.seconds = self._saved
+        vars(self).update(sums)
 
     def add_to_log(self, entry: dict[str, Any]) -> None:
         """Adds the figures since the last entry to one of LogReport (its ``postprocess``)."""

@@ -33,17 +33,22 @@ def write_plots(
         The files written, of loss.png, accuracy.png, lr.png, memory.png and time.png those for
         which there are figures.
     """
-    if not history.train:
-        return []
     plots: dict[str, Callable[[Any], None]] = {
         "loss": lambda figure: _course(figure, history, 1, "loss"),
         "accuracy": lambda figure: _course(figure, history, 2, "accuracy"),
         "lr": lambda figure: _learning_rate(figure, history),
+        "memory": lambda figure: _memory(figure, history, limit_bytes, in_core_peak_bytes),
+        "time": lambda figure: _time(figure, history),
     }
-    if any(history.column("seconds")):
-        plots["memory"] = lambda figure: _memory(figure, history, limit_bytes, in_core_peak_bytes)
-        plots["time"] = lambda figure: _time(figure, history)
-    return [_draw(out / f"{name}.png", plot) for name, plot in plots.items()]
+    return [_draw(out / f"{name}.png", plots[name]) for name in plot_names(history)]
+
+
+def plot_names(history: History) -> list[str]:
+    """Returns the names of the plots for which there are figures."""
+    if not history.train:
+        return []
+    costs = ["memory", "time"] if any(history.column("seconds")) else []
+    return ["loss", "accuracy", "lr", *costs]
 
 
 def _draw(path: Path, plot: Callable[[Any], None]) -> Path:

@@ -91,6 +91,11 @@ class TensorBoard(training.Extension):
     def _write(self, tag: str, value: Any, iteration: int) -> None:
         self._writer.add_scalar(tag, float(value), iteration)
 
+    def serialize(self, serializer: Any) -> None:
+        """Writes what is still in memory: a run that continues from the snapshot does not write it again."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def finalize(self) -> None:
         """Writes what is still in memory."""
         if self._writer is not None:
