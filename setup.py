@@ -1,7 +1,7 @@
 """Builds the C extension where that can be done, and adds ``chainer_ooc.pth`` to the wheel.
 
-The rest is in pyproject.toml, and backend/ adds Chainer. An install never fails for want of the extension: without it the package works,
-and its wheel is one for any machine.
+The rest is in pyproject.toml, and backend/ adds Chainer. An install never fails for want of the extension: without it
+the package works, and its wheel is one for any machine.
 """
 
 import atexit

@@ -1,8 +1,8 @@
 """Builds chainer_ooc's wheels, normal and editable, with stock Chainer in them.
 
-Chainer is published as a source distribution only, whose setup script needs a setuptools older than 81. No project can
-tell pip so about one of its requirements, and without being told pip fails. So Chainer is no requirement: its wheel is
-built here, and what it holds is added to ours, unchanged, as a distribution of its own that other libraries may require.
+Chainer is published as a source distribution only, whose setup script needs a setuptools older than 81. A project
+cannot tell pip so about one of its requirements, and pip fails unless it is told. So Chainer is no requirement: its
+wheel is built here, and what it holds is added to ours, as a distribution of its own that other libraries may require.
 
 All else is left to setuptools.
 """
@@ -25,9 +25,16 @@ SHA256 = "179f06176f8d7a42385bc7811956db04e68213cfe30f5081491b9e2b6ff70de8"
 SETUPTOOLS = "setuptools<81"  # later ones lack pkg_resources
 
 DIST_INFO = f"chainer-{VERSION}.dist-info"
-# What installers write. Ours has all but the third, which tells where a distribution came from, even where it says
-# nothing: of a stock Chainer that is there already they are replaced, and nothing is left of it when ours is uninstalled.
-INSTALLERS = ("INSTALLER", "REQUESTED", "direct_url.json", "RECORD", "uv_build.json", "uv_cache.json")
+# What installers write into it.
+INSTALLERS = ("INSTALLER", "REQUESTED", "RECORD", "uv_build.json", "uv_cache.json")
+
+# Settings that would build something else, or in another way.
+UNWANTED = {
+    "CHAINER_BUILD_CHAINERX",
+    "PIP_NO_BUILD_ISOLATION",
+    "UV_NO_BUILD_ISOLATION",
+    "UV_NO_VERIFY_HASHES",
+}
 
 PTH = "chainer_ooc.pth"
 
@@ -63,14 +70,18 @@ def built_chainer():
     metadata = files[f"{DIST_INFO}/METADATA"].decode()
     # Only the setup script needs it: nothing that pip should install beside Chainer, or miss.
     metadata = re.sub("(?m)^Requires-Dist: setuptools\n", "", metadata)
-    files[f"{DIST_INFO}/METADATA"] = metadata.encode()
-    files[f"{DIST_INFO}/INSTALLER"] = b"chainer_ooc\n"
-    files[f"{DIST_INFO}/REQUESTED"] = b""
-    files[f"{DIST_INFO}/LICENSE"] = files[f"{DIST_INFO}/licenses/LICENSE"]  # setuptools before 77
-    files[f"{DIST_INFO}/RECORD"] = b"".join(map(row, files, files.values())) + (
-        f"{DIST_INFO}/RECORD,,\n".encode()
-    )
-    return files
+    own = {
+        "METADATA": metadata.encode(),
+        # Every file belongs to chainer_ooc. What removes distributions that nobody asked for, such as `uv sync` and
+        # pip-sync, takes Chainer for one of them, and finds nothing to remove.
+        "RECORD": b"",
+        # All that a stock Chainer may have, so that no part of its metadata outlives ours if it was there before.
+        "INSTALLER": b"chainer_ooc\n",
+        "LICENSE": files[f"{DIST_INFO}/licenses/LICENSE"],  # its place until setuptools 77
+        "REQUESTED": b"",
+        "uv_build.json": b"{}",
+    }
+    return files | {f"{DIST_INFO}/{name}": data for name, data in own.items()}
 
 
 def install_chainer(folder):
@@ -83,14 +94,11 @@ def install_chainer(folder):
     wanted = folder / "requirements.txt"
     wanted.write_text(f"chainer=={VERSION} --hash=sha256:{SHA256}\n")
     options = ["-q", "--no-deps", "--no-binary", "chainer", "--require-hashes", "-r", str(wanted)]
-    env = os.environ | {
-        "PIP_CONSTRAINT": str(constraints),  # read up to pip 25.2
-        "PIP_BUILD_CONSTRAINT": str(constraints),
-        "CHAINER_BUILD_CHAINERX": "0",
-    }
+    env = {name: value for name, value in os.environ.items() if name not in UNWANTED}
+    # The first is read up to pip 25.2, the second from 25.3 on.
+    env |= {"PIP_CONSTRAINT": str(constraints), "PIP_BUILD_CONSTRAINT": str(constraints)}
     tree = folder / "tree"
     if uv := env.get("UV"):  # it calls us, and knows of its own settings
-        env.pop("UV_NO_VERIFY_HASHES", None)
         command = [uv, "pip", "install", "--python", sys.executable, "--target", str(tree)]
         call([*command, *options, "--build-constraints", str(constraints)], env, folder)
     else:
