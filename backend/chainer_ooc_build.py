@@ -28,13 +28,10 @@ DIST_INFO = f"chainer-{VERSION}.dist-info"
 # What installers write into it.
 INSTALLERS = ("INSTALLER", "REQUESTED", "RECORD", "uv_build.json", "uv_cache.json")
 
-# Settings that would build something else, or in another way.
-UNWANTED = {
-    "CHAINER_BUILD_CHAINERX",
-    "PIP_NO_BUILD_ISOLATION",
-    "UV_NO_BUILD_ISOLATION",
-    "UV_NO_VERIFY_HASHES",
-}
+# What would build something else, or in another way: settings, and how our own backend is found.
+UNWANTED = re.compile(
+    "CHAINER_BUILD_CHAINERX|(PIP|UV)_NO_BUILD_ISOLATION|UV_NO_VERIFY_HASHES|(_PYPROJECT_HOOKS|PEP517)_.*"
+)
 
 PTH = "chainer_ooc.pth"
 
@@ -94,7 +91,7 @@ def install_chainer(folder):
     wanted = folder / "requirements.txt"
     wanted.write_text(f"chainer=={VERSION} --hash=sha256:{SHA256}\n")
     options = ["-q", "--no-deps", "--no-binary", "chainer", "--require-hashes", "-r", str(wanted)]
-    env = {name: value for name, value in os.environ.items() if name not in UNWANTED}
+    env = {name: value for name, value in os.environ.items() if not UNWANTED.fullmatch(name)}
     # The first is read up to pip 25.2, the second from 25.3 on.
     env |= {"PIP_CONSTRAINT": str(constraints), "PIP_BUILD_CONSTRAINT": str(constraints)}
     tree = folder / "tree"

@@ -3,9 +3,10 @@
     python tests/install_matrix.py [--python /path/to/python3.13] [--client pip==25.3] [--client uv]
 
 tries each client (by default pip 23.2, 25.2, 25.3, the newest, and uv) with each way to install: from inside the clone
-and outside, editable, from a wheel, from a source distribution, and by ``uv sync``. Each is installed, checked, trains a
-step out of core and is uninstalled. Commands run without the environment but for the settings of the package index,
-without pip's configuration and without caches. It needs the interpreter, with its ensurepip; each takes half a minute.
+and outside, editable, from a wheel, from a source distribution, and by ``uv sync``. Each time it is installed and
+checked, trains a step out of core and is uninstalled. Commands run without the environment but for what leads to the
+package index, without pip's configuration and without caches. It takes half a minute for each, and no more than the
+interpreters with their ensurepip.
 """
 
 import argparse
