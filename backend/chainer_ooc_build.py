@@ -114,12 +114,11 @@ def call(command, env, folder):
     )
     sys.stderr.write(done.stderr)
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.lower().startswith("error: ")]
-        reason = (errors or lines or [f"status {done.returncode}"])[0]
+        reasons = re.findall(r"(?m)^ *(?:ERROR|cause): (.+)", done.stderr)  # of pip, of uv
+        reason = "; ".join(reasons[:2]) or done.stderr.strip().rpartition("\n")[2]
         raise SystemExit(
             f"chainer_ooc cannot be built: it takes Chainer from chainer-{VERSION}.tar.gz (SHA-256 {SHA256}), and "
-            f"{SETUPTOOLS} to build that with, from the package index, and {Path(command[0]).name} says: {reason}"
+            f"{SETUPTOOLS} to build that with, from the package index, but {Path(command[0]).name}: {reason}"
         )
 
 

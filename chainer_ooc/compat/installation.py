@@ -44,12 +44,11 @@ def replace() -> str:
 
 
 def _distribution() -> Distribution | None:
-    from importlib.metadata import PackageNotFoundError, distribution
+    from importlib.metadata import distributions
 
-    try:
-        return distribution("chainer_ooc")
-    except PackageNotFoundError:
-        return None
+    # A build leaves metadata in the clone, too, and Python may run there.
+    installed = (d for d in distributions(name="chainer_ooc") if d.read_text("INSTALLER"))
+    return next(installed, None)
 
 
 def _is_of_uv(found: Distribution | None) -> bool:
