@@ -268,13 +268,12 @@ def test_the_wheel_requires_what_chainer_requires(chainers_wheel):
     assert needed <= {re.split(r"\W", one)[0] for one in project["dependencies"]}
 
 
-@pytest.mark.parametrize("kind", ["wheel", "editable"])
 @pytest.mark.parametrize(
-    "links, reason",
+    "kind, links, reason",
     [
-        ("empty", "requirement chainer==7.8.1 (from versions: none)"),
-        ("changed", "DO NOT MATCH THE HASHES"),
-        ("alone", "Cannot install setuptools>=40.8.0"),
+        ("wheel", "empty", "requirement chainer==7.8.1 (from versions: none)"),
+        ("editable", "changed", "DO NOT MATCH THE HASHES"),
+        ("wheel", "alone", "Cannot install setuptools>=40.8.0"),
     ],
 )
 def test_without_chainers_source_one_line_says_what_is_missing(
