@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -141,8 +142,9 @@ def _chainer() -> Iterator[Finding]:
         import chainer
     except Exception as error:
         # What the import hook says of a Chainer that is missing, or another one, ends with the command.
-        text, _, fix = str(error).partition("; ")
-        yield Finding("Chainer", text, False, True, fix or installation.reinstall())
+        said = re.fullmatch(r"(.*?); ((?:uv )?pip .*)", str(error))
+        text, fix = said.groups() if said else (_first_line(error), installation.reinstall())
+        yield Finding("Chainer", text, False, True, fix)
         return
     folder = Path(chainer.__file__).parent
     yield Finding("Chainer", f"{chainer.__version__}  {folder}", True, True)
