@@ -8,18 +8,13 @@ VENV := .venv
 SHELL := /bin/bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-# Chainer's source distribution needs an old setuptools to build: see build-constraints.txt. pip reads the first of these
-# up to version 25.2, the second from 25.3 on.
-export PIP_CONSTRAINT := build-constraints.txt
-export PIP_BUILD_CONSTRAINT := build-constraints.txt
-export PIP_DISABLE_PIP_VERSION_CHECK := 1
-
 # The first interpreter that is there and not too old.
-PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(shell \
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 
+INSTALL := python -m pip install -q --disable-pip-version-check
 # What an install depends on: the extension is built anew when its sources change.
-INSTALLED := pyproject.toml setup.py build-constraints.txt $(wildcard chainer_ooc/swap/devices/ram/*.[ch])
+INSTALLED := pyproject.toml setup.py $(wildcard backend/*.py) $(wildcard chainer_ooc/swap/devices/ram/*.[ch])
 
 .PHONY: demo test docs sanitize clean
 
@@ -46,13 +41,13 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(INSTALLED) | $(VENV)/bin/python
-	python -m pip install -q -e '.[mpi,examples]'
+	$(INSTALL) -e '.[mpi,examples]'
 	touch $@
 
 $(VENV)/.test: $(INSTALLED) | $(VENV)/bin/python
-	python -m pip install -q -e '.[mpi,examples,dev]'
+	$(INSTALL) -e '.[mpi,examples,dev]'
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.docs: $(INSTALLED) | $(VENV)/bin/python
-	python -m pip install -q -e '.[docs]'
+	$(INSTALL) -e '.[docs]'
 	touch $@

@@ -1,14 +1,12 @@
-"""Builds the C extension where that can be done, and adds ``chainer_ooc.pth`` to both kinds of wheel.
+"""Builds the C extension where that can be done, and adds ``chainer_ooc.pth`` to the wheel.
 
-The rest is in pyproject.toml. An install never fails for want of the extension: without it the package works,
-and its wheel is one for any machine.
+The rest is in pyproject.toml, and backend/ adds Chainer. An install never fails for want of the extension: without it
+the package works, and its wheel is one for any machine.
 """
 
 import atexit
-import base64
 import contextlib
 import functools
-import hashlib
 import os
 import platform
 import shlex
@@ -17,7 +15,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import zipfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -213,29 +210,17 @@ class BuildPy(build_py):
 
     def get_source_files(self):
         c_files = [str(path) for end in "ch" for path in C_FILES.glob(f"*.{end}")]
-        return [*super().get_source_files(), PTH.name, *c_files]
+        backend = [str(path) for path in Path("backend").glob("*.py")]
+        return [*super().get_source_files(), PTH.name, *c_files, *backend]
 
 
 class EditableWheel(editable_wheel):
-    """Adds the ``.pth`` file to the finished editable wheel, for which setuptools has no hook."""
+    """Builds the extension into the tree, or removes one of an earlier install, which may be of other sources."""
 
     def run(self):
-        if not add_extension(
-            self.distribution
-        ):  # one of an earlier install may be of other sources
+        if not add_extension(self.distribution):
             (ROOT / C_FILES / "_allocator.abi3.so").unlink(missing_ok=True)
         super().run()
-        (wheel,) = Path(self.dist_dir).glob("chainer_ooc-*.editable-*.whl")
-        data = PTH.read_bytes()
-        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        with zipfile.ZipFile(wheel) as old:
-            members = {info.filename: old.read(info) for info in old.infolist()}
-        (record,) = (name for name in members if name.endswith(".dist-info/RECORD"))
-        members[PTH.name] = data
-        members[record] += f"{PTH.name},sha256={digest},{len(data)}\n".encode()
-        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as new:
-            for name, content in members.items():
-                new.writestr(name, content)
 
 
 setup(

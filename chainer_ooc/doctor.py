@@ -11,7 +11,9 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from chainer_ooc.compat import installation
 
 #: Packages of the extras in pyproject.toml, by extra.
 PACKAGES = {
@@ -107,7 +111,7 @@ def examine() -> Iterator[Finding]:
     """Look at the machine, one thing after the other."""
     yield _python()
     yield _numpy()
-    yield _chainer()
+    yield from _chainer()
     yield _extension()
     yield from _mpi()
     yield _examples()
@@ -133,16 +137,20 @@ def _numpy() -> Finding:
     return Finding("NumPy", version, recent, True, "" if recent else fix)
 
 
-def _chainer() -> Finding:
+def _chainer() -> Iterator[Finding]:
     try:
         import chainer
-
-        text = f"{chainer.__version__}  {Path(chainer.__file__).parent}"
-        return Finding("Chainer", text, True, True)
     except Exception as error:
-        fix = f"PIP_CONSTRAINT=FILE PIP_BUILD_CONSTRAINT=FILE {pip_install('chainer==7.8.1')}"
-        fix += "   (FILE: one line, setuptools<81)"
-        return Finding("Chainer", _first_line(error), False, True, fix)
+        # What the import hook says of a Chainer that is missing, or another one, ends with the command.
+        said = re.fullmatch(r"(.*?); ((?:uv )?pip .*)", str(error))
+        text, fix = said.groups() if said else (_first_line(error), installation.reinstall())
+        yield Finding("Chainer", text, False, True, fix)
+        return
+    folder = Path(chainer.__file__).parent
+    yield Finding("Chainer", f"{chainer.__version__}  {folder}", True, True)
+    for path in installation.leftovers(str(folder.parent)):
+        text = f"{Path(path).name} of a Chainer that was there before stays when chainer_ooc goes"
+        yield Finding("metadata", text, False, False, f"rm {shlex.quote(path)}")
 
 
 def _extension() -> Finding:

@@ -41,6 +41,32 @@ def test_without_the_extension_it_says_what_that_means_and_what_to_install(monke
     )
 
 
+def test_it_names_what_would_stay_of_a_chainer_that_was_there(tmp_path):
+    info = tmp_path / "chainer-7.8.1.dist-info"
+    info.mkdir()
+    (info / "direct_url.json").touch()
+    assert doctor.installation.leftovers(str(tmp_path)) == []
+    (info / "INSTALLER").write_text("pip\n")
+    assert doctor.installation.leftovers(str(tmp_path)) == []
+    (info / "INSTALLER").write_text("chainer_ooc\n")
+    assert doctor.installation.leftovers(str(tmp_path)) == [str(info / "direct_url.json")]
+
+
+def test_it_passes_on_what_the_import_says_of_another_chainer(run_python, tmp_path):
+    package = tmp_path / "site" / "chainer"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "_version.py").write_text("__version__ = '7.7.0'\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(package.parent)!r})\n"
+        "from chainer_ooc import doctor\n"
+        "(f,) = doctor._chainer(); print(f.ok, f.text, f.fix, sep='\\n')"
+    )
+    ok, text, fix = run_python("-c", code).stdout.splitlines()
+    assert (ok, "Chainer 7.7.0 is installed in" in text) == ("False", True)
+    assert re.match("(uv )?pip uninstall .*; (uv )?pip install ", fix)
+
+
 def test_without_mpiexec_it_names_the_command_and_exits_1(monkeypatch, capsys):
     monkeypatch.setattr(doctor.shutil, "which", lambda *args, **kwargs: None)
     assert doctor.main() == 1

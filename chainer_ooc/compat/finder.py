@@ -16,14 +16,13 @@ from __future__ import annotations
 import sys
 from importlib.machinery import ModuleSpec, SourceFileLoader
 
+from chainer_ooc.compat import installation
+
 TYPE_CHECKING = False  # typing and importlib.abc take longer to import than all the rest
 if TYPE_CHECKING:
     from importlib.abc import Loader
 
 __all__ = ["REDIRECTS", "CompatFinder", "EditedSourceLoader", "install"]
-
-#: The one Chainer version whose source text the edits know.
-CHAINER_VERSION = "7.8.1"
 
 #: Module name -> module that stands in for it when no other finder has it (CuPy 14 dropped its
 #: cuDNN modules).
@@ -57,7 +56,7 @@ class EditedSourceLoader(SourceFileLoader):
         if text is None:
             raise ImportError(
                 f"chainer_ooc edits {fullname} while it loads but found no source text for it "
-                f"({self.path}); pip install --force-reinstall chainer=={CHAINER_VERSION}",
+                f"({self.path}); {installation.reinstall()}",
                 name=fullname,
                 path=self.path,
             )
@@ -99,7 +98,7 @@ class CompatFinder:
         """Return the spec of a module to edit or to redirect, ``None`` for every other module.
 
         Raises:
-            ImportError: If Chainer is installed in a version other than 7.8.1.
+            ImportError: If Chainer is installed in a version other than 7.8.1, or missing.
         """
         if fullname in REDIRECTS:
             return self._find_redirect(fullname, path)
@@ -109,10 +108,12 @@ class CompatFinder:
         from chainer_ooc.compat import edits
 
         edited = edits.wanted(fullname)
-        if not edited and fullname != "chainer":
+        if not edited and fullname not in _EDITED_PACKAGES:
             return None
         spec = self._find_elsewhere(fullname, path, target)
         if spec is None or spec.origin is None or spec.loader is None:
+            if fullname in _EDITED_PACKAGES:  # not there, or an empty directory of that name
+                _refuse_missing(fullname)
             return spec
         if fullname == "chainer":
             _check_version(spec)
@@ -143,7 +144,7 @@ class CompatFinder:
 
 
 def _check_version(spec: ModuleSpec) -> None:
-    """Raise ``ImportError`` when ``spec`` describes another version of Chainer."""
+    """Raise ``ImportError`` when ``spec`` describes another version of Chainer, or another has been written over."""
     import os
     import re
 
@@ -154,15 +155,24 @@ def _check_version(spec: ModuleSpec) -> None:
             match = re.search(r"^__version__ = ['\"](.+)['\"]", file.read(), re.MULTILINE)
     except OSError:
         match = None
-    found = match.group(1) if match else "of unknown version"
-    if found != CHAINER_VERSION:
+    found = [match.group(1) if match else "of unknown version"]
+    directory = os.path.dirname(os.path.dirname(spec.origin))
+    if found == [installation.CHAINER_VERSION]:
+        found = installation.other_versions(directory)
+    if found:
         raise ImportError(
-            f"chainer_ooc works with Chainer {CHAINER_VERSION}, but Chainer {found} is installed "
-            f"in {os.path.dirname(spec.origin)}; install the right one "
-            f"(pip install chainer=={CHAINER_VERSION}) or uninstall chainer_ooc",
+            f"chainer_ooc works with Chainer {installation.CHAINER_VERSION}, but Chainer {', '.join(found)} is "
+            f"installed in {directory}; {installation.replace()}",
             name="chainer",
             path=spec.origin,
         )
+
+
+def _refuse_missing(package: str) -> None:
+    raise ModuleNotFoundError(
+        f"{package} is missing: it comes with chainer_ooc and has been removed; {installation.reinstall()}",
+        name=package,
+    )
 
 
 def install() -> CompatFinder:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import linecache
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import chainer
 import pytest
 
-from chainer_ooc.compat import edits, finder
+from chainer_ooc.compat import edits, finder, installation
 from chainer_ooc.compat.edits import Edit, Replace, ReplaceTail, backprop
 
 EDITED = sorted(edits._table())
@@ -132,6 +134,77 @@ def test_another_version_of_chainer_is_a_clear_error(run_python, tmp_path, versi
     last = done.stderr.splitlines()[-1]
     assert "chainer_ooc works with Chainer 7.8.1" in last
     assert (version or "unknown version") in last
+
+
+@pytest.mark.parametrize(
+    "name", ["chainer-7.7.0.dist-info", "chainer-7.7.0-py3.11.egg-info", "chainer-7.7.0.egg-info"]
+)
+def test_another_version_that_was_overwritten_is_a_clear_error(run_python, tmp_path, name):
+    package = tmp_path / "site" / "chainer"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("print('imported')")
+    (package / "_version.py").write_text("__version__ = '7.8.1'\n")
+    for other in ("chainer-7.8.1.dist-info", "chainer_ooc-7.7.0.dist-info", "chainer.egg-info"):
+        (package.parent / other).mkdir()
+    code = f"import sys; sys.path.insert(0, {str(package.parent)!r}); import chainer_ooc, chainer"
+    assert run_python("-c", code).stdout == "imported\n"
+    (package.parent / name).mkdir()
+    done = run_python("-c", code)
+    last = done.stderr.splitlines()[-1]
+    assert f"but Chainer 7.7.0 is installed in {package.parent}; " in last
+    assert last.count("uninstall") == 2
+
+
+@pytest.mark.parametrize("package", ["chainer", "chainermn", "onnx_chainer"])
+@pytest.mark.parametrize("there", ["nothing", "an empty directory"])
+def test_a_package_that_was_removed_is_a_clear_error(run_python, tmp_path, package, there):
+    if there != "nothing":
+        (tmp_path / package).mkdir()
+    code = (
+        "import sys; from importlib.machinery import PathFinder; import chainer_ooc\n"
+        "original = PathFinder.find_spec\n"
+        "def find_spec(name, path=None, target=None):\n"
+        f"    where = [{str(tmp_path)!r}] if name == {package!r} else path\n"
+        "    return original(name, where, target)\n"
+        "PathFinder.find_spec = find_spec\n"
+        f"try: import {package}\n"
+        "except ModuleNotFoundError as error: print(error.name, '|', error)"
+    )
+    (line,) = run_python("-c", code).stdout.splitlines()
+    assert line.startswith(f"{package} | {package} is missing: it comes with chainer_ooc and has")
+    assert re.search("; (uv )?pip install ", line)
+
+
+@pytest.mark.parametrize(
+    "origin, installer, command",
+    [
+        (None, "pip", "pip install --force-reinstall --no-deps chainer_ooc"),
+        ({"url": "file:///a/b%20c", "dir_info": {}}, "pip", "--no-deps '/a/b c'"),
+        ({"url": "file:///a", "dir_info": {"editable": True}}, "pip", "--no-deps -e /a"),
+        (
+            {"url": "file:///a.whl", "archive_info": {}},
+            "uv",
+            "uv pip install --reinstall --no-deps /a.whl",
+        ),
+        ({"url": "https://x/y", "vcs_info": {"vcs": "git"}}, "pip", "--no-deps git+https://x/y"),
+    ],
+)
+def test_the_command_that_reinstalls_names_where_it_came_from(
+    tmp_path, monkeypatch, origin, installer, command
+):
+    (tmp_path / "chainer_ooc.egg-info").mkdir()  # of a build in the clone
+    (tmp_path / "chainer_ooc.egg-info" / "PKG-INFO").write_text("Name: chainer_ooc\n")
+    info = tmp_path / "installed" / "chainer_ooc-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Name: chainer_ooc\n")
+    (info / "INSTALLER").write_text(f"{installer}\n")
+    if origin:
+        (info / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(info.parent)])
+    assert installation.reinstall().endswith(command)
+    info.rename(tmp_path / "gone")
+    root = Path(installation.__file__).parents[2]
+    assert installation.reinstall() == f"pip install {root}"
 
 
 def test_a_missing_module_is_provided_by_its_redirect(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
 
+from chainer_ooc.compat import installation
+
 __all__ = ["EDIT_SETS", "Edit", "Replace", "ReplaceTail", "apply", "register", "wanted"]
 
 #: Modules with a tuple ``EDITS``, in the order in which they are applied.
@@ -117,7 +119,7 @@ def _replace(edit: Edit, replacement: Replace | ReplaceTail, text: str, path: st
         raise ImportError(
             f"chainer_ooc cannot edit {edit.module} ({edit.reason}): expected {old!r} "
             f"{times} time(s) in {path}, found it {found} time(s); the file is not that "
-            "of Chainer 7.8.1: pip install --force-reinstall chainer==7.8.1",
+            f"of Chainer 7.8.1; {installation.reinstall()}",
             name=edit.module,
             path=path,
         )

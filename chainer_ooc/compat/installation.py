@@ -1,0 +1,77 @@
+"""What is installed of chainer_ooc and Chainer, and the commands that mend it.
+
+chainer_ooc's wheel has Chainer in it, as a distribution of its own whose files belong to chainer_ooc.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
+
+#: The one Chainer version whose source text the edits know.
+CHAINER_VERSION = "7.8.1"
+
+
+def reinstall() -> str:
+    """Return the shell command that installs chainer_ooc, and with it Chainer, once more from where it came from."""
+    import json
+    import shlex
+    from urllib.parse import unquote, urlsplit
+
+    found = _distribution()
+    if found is None:  # imported from a directory
+        above = os.path.dirname
+        return f"pip install {shlex.quote(above(above(above(os.path.abspath(__file__)))))}"
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    url = origin.get("url", "chainer_ooc")  # none: it came from an index
+    if url.startswith("file:"):
+        url = unquote(urlsplit(url).path)
+    elif "vcs_info" in origin:
+        url = f"{origin['vcs_info']['vcs']}+{url}"
+    editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+    install = "uv pip install --reinstall" if _is_of_uv(found) else "pip install --force-reinstall"
+    return f"{install} --no-deps {editable}{shlex.quote(url)}"
+
+
+def replace() -> str:
+    """Return the shell commands that remove every Chainer there is, and install that of chainer_ooc."""
+    # With chainer_ooc goes the Chainer in it, so that the second finds the other one.
+    uninstall = "uv pip uninstall" if _is_of_uv(_distribution()) else "pip uninstall -y"
+    return f"{uninstall} chainer_ooc; {uninstall} chainer; {reinstall()}"
+
+
+def _distribution() -> Distribution | None:
+    from importlib.metadata import distributions
+
+    # A build leaves metadata in the clone, too, and Python may run there.
+    installed = (d for d in distributions(name="chainer_ooc") if d.read_text("INSTALLER"))
+    return next(installed, None)
+
+
+def _is_of_uv(found: Distribution | None) -> bool:
+    return found is not None and (found.read_text("INSTALLER") or "").strip() == "uv"
+
+
+def other_versions(site_packages: str) -> list[str]:
+    """Return the versions of Chainer, other than 7.8.1, whose metadata lie in a directory."""
+    import re
+
+    is_chainer = re.compile(r"chainer-([^-]+)(-py[\d.]+)?\.(dist|egg)-info").fullmatch
+    found = {match[1] for match in map(is_chainer, os.listdir(site_packages)) if match}
+    return sorted(found - {CHAINER_VERSION})
+
+
+def leftovers(site_packages: str) -> list[str]:
+    """Return the files of an earlier Chainer 7.8.1 that would stay, as broken metadata, without chainer_ooc."""
+    folder = os.path.join(site_packages, f"chainer-{CHAINER_VERSION}.dist-info")
+    try:
+        with open(os.path.join(folder, "INSTALLER"), encoding="utf-8") as file:
+            if file.read().strip() != "chainer_ooc":
+                return []
+    except OSError:
+        return []
+    paths = [os.path.join(folder, name) for name in ("direct_url.json", "uv_cache.json")]
+    return [path for path in paths if os.path.exists(path)]
