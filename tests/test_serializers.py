@@ -106,7 +106,7 @@ def test_path_strict_and_ignore_names_are_chainers(tmp_path):
     path = tmp_path / "model"
     np.savez(path.with_suffix(".npz"), **{"in/w": np.ones((2, 3), "f"), "in/n": np.array(3)})
     path = path.with_suffix(".npz")
-    with pytest.raises(KeyError, match="in/[absx] is not a file in the archive"):
+    with pytest.raises(KeyError, match=r"in/[absx] is not a file in the archive"):
         load_npz(path, Link(), "in/")
     link = Link()
     load_npz(path, link, "in/", strict=False)

@@ -1,13 +1,14 @@
-"""Files that appear under their name only when they are whole."""
+"""Files that appear under their name only when they are whole, and arrays in files of others."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy
 from errors import InputError
 
 
@@ -36,3 +37,22 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, which appears only when it is whole."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, numpy.ndarray]:
+    """Returns arrays of an .npz file; pickled ones are refused, since they could run any code.
+
+    Raises:
+        InputError: The file is missing or damaged, or an array is.
+    """
+    try:
+        with numpy.load(path, allow_pickle=False) as f:
+            absent = [name for name in names if name not in f]
+            if absent:
+                raise ValueError(f"it has no array {absent[0]}")
+            return {name: f[name] for name in names}
+    except Exception as e:  # of zipfile, zlib, NumPy, Python's parser
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise InputError(
+            f"{path}: damaged or not what its name says ({reason}); get it again"
+        ) from e

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from chainer import training
+from errors import InputError
+from files import read_arrays
 
 from reports.units import write_atomically
 
@@ -51,13 +53,23 @@ def draw_confusions(out: Path) -> list[Path]:
 
     Returns:
         The picture of the last validation, if there is one.
+
+    Raises:
+        InputError: A file is not a matrix.
     """
-    files = sorted((out / FOLDER).glob("iter_*.npz"), key=lambda p: int(p.stem.partition("_")[2]))
+    numbers = {p: p.stem.removeprefix("iter_") for p in (out / FOLDER).glob("iter_*.npz")}
+    files = sorted((p for p, n in numbers.items() if n.isdecimal()), key=lambda p: int(numbers[p]))
     for file in files:
         picture = file.with_suffix(".png")
         if not picture.exists() or picture.stat().st_mtime_ns < file.stat().st_mtime_ns:
-            with np.load(file) as f:
-                draw_confusion(f["confusion"], picture)
+            matrix = read_arrays(file, ["confusion"])["confusion"]
+            if (
+                matrix.ndim != 2
+                or matrix.shape[0] != matrix.shape[1]
+                or matrix.dtype.kind not in "iu"
+            ):
+                raise InputError(f"{file}: is no confusion matrix; remove it")
+            draw_confusion(matrix, picture)
     return [file.with_suffix(".png") for file in files[-1:]]
 
 

@@ -50,7 +50,7 @@ def latest_model(folder: Path) -> Path:
     Raises:
         InputError: There is none.
     """
-    found = [p for p in folder.glob("model_iter_*") if p.name.rpartition("_")[2].isdigit()]
+    found = [p for p in folder.glob("model_iter_*") if p.name.rpartition("_")[2].isdecimal()]
     if not found:
         raise InputError(f"{folder}: has no model_iter_N; give a folder of results of a run that "
                          f"is done, or a model with --model")  # fmt: skip
