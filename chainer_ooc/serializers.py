@@ -59,9 +59,7 @@ def load_npz(
     except OSError:
         raise
     except Exception as error:  # a damaged archive can raise anything
-        raise ValueError(
-            f"{getattr(file, 'name', file)} is not an archive of arrays as save_npz writes it: {error}"
-        ) from error
+        raise ValueError(f"not an archive of arrays as save_npz writes it: {error}") from error
     with archive:
         chainer.serializers.NpzDeserializer(
             _Arrays(archive), path=path, strict=strict, ignore_names=ignore_names

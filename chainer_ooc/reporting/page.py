@@ -13,6 +13,7 @@ from chainer_ooc.reporting import page_svg as svg
 from chainer_ooc.reporting.page_data import Run, Traced, read_run
 from chainer_ooc.reporting.page_figures import seconds, size
 from chainer_ooc.reporting.page_svg import tag
+from chainer_ooc.reporting.whole import write_whole
 
 __all__ = ["write_report"]
 
@@ -72,7 +73,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> list[Path
         *((name, picture) for section in sections for name, picture in section.pictures),
     ):
         path = out / name
-        path.write_text(text)
+        write_whole(path, text)
         written.append(path)
     return written
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,24 +13,38 @@ from errors import InputError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path whose file takes the name ``path`` when the block ends well.
 
-    The folder is made if it is missing.
+    Nobody can foresee its name, so that in a folder that others write to, too, nobody can put a
+    link there that leads to another file.
+
+    Raises:
+        OSError: The file cannot be made or renamed.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Like ``replacing``; makes the folder if it is missing.
 
     Raises:
         InputError: The file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
+        with replacing(path) as partial:
+            yield partial
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror or e}); free space or choose another "
                          f"place, and run the same command again") from e  # fmt: skip
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import zlib
 from pathlib import Path
@@ -29,7 +30,7 @@ DAMAGE = (
 
 def write_npz(path: Path, target: Any) -> list[int]:
     """Writes a file to the disk itself; returns its size in bytes and its checksum."""
-    with open(path, "wb") as f:
+    with open(path, "xb") as f:
         # Uncompressed: parameters hardly compress, and the time is the training's.
         chainer.serializers.save_npz(f, target, compression=False)
         f.flush()
@@ -58,13 +59,15 @@ def sync_folder(folder: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Removes a snapshot; it has no name of a snapshot while it is incomplete."""
-    hidden = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)
+    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.removed")
     try:
         folder.rename(hidden)
     except FileNotFoundError:
         return
-    shutil.rmtree(hidden, ignore_errors=True)
+    if hidden.is_symlink():
+        hidden.unlink()
+    else:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def find_snapshots(out: Path) -> list[Path]:

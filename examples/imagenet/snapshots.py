@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,7 +123,8 @@ class Snapshots(training.Extension):
         final = self._out / f"snapshot_iter_{trainer.updater.iteration}"
         if final == self.latest:
             return
-        partial = self._out / f".{final.name}.partial"
+        token = self._world.broadcast(secrets.token_hex(8))
+        partial = self._out / f".{final.name}.{token}.partial"
         try:
             self._write(trainer, partial, final)
         except InputError:
@@ -162,7 +164,8 @@ class Snapshots(training.Extension):
                     f"that all machines share"
                 )
         try:
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            with open(partial / MANIFEST, "x") as f:
+                f.write(json.dumps(manifest, indent=1) + "\n")
             sync_folder(partial)
             remove(final)
             partial.rename(final)

@@ -180,15 +180,15 @@ def test_a_killed_make_lmdb_continues(photos, tmp_path):
     )
     command = [sys.executable, str(script), str(big), "-o", str(out)]
     process = subprocess.Popen(command, env=environment())
-    partial = tmp_path / "a.lmdb.partial"
+    data = tmp_path / "a.lmdb.partial" / "data.mdb"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if partial.exists() and partial.stat().st_size > 3_000_000:
+        if data.exists() and data.stat().st_size > 3_000_000:
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert partial.exists() and not out.exists()
+    assert data.exists() and not out.exists()
     written = []
     original = make_lmdb.put
     try:

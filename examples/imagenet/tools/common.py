@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -109,11 +110,11 @@ def partial_folder(output: Path) -> Iterator[Path]:
     """
     host = socket.gethostname()
     for old in output.glob(f".partial.{host}.*"):
-        pid = old.name.rsplit(".", 1)[1]
-        if pid.isdigit() and not Path("/proc", pid).exists():
+        pid = old.name.removeprefix(f".partial.{host}.").partition(".")[0]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
             shutil.rmtree(old, ignore_errors=True)
-    folder = output / f".partial.{host}.{os.getpid()}"
-    folder.mkdir(exist_ok=True)
+    folder = output / f".partial.{host}.{os.getpid()}.{secrets.token_hex(8)}"
+    folder.mkdir()
     try:
         yield folder
     finally:

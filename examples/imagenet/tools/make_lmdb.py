@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import stat
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -92,6 +95,30 @@ def _chunks(results: Iterator[tuple[Sample, Any]], bad: list[tuple[str, str]]) -
         yield chunk
 
 
+def make_own_folder(folder: Path) -> None:
+    """Makes a folder, unless this user has made it before.
+
+    Its name has to be known when an interrupted run continues, so others could have put something there.
+
+    Raises:
+        InputError: It cannot be made, or what is there is no folder of this user.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        return
+    except OSError as e:
+        if not os.path.lexists(folder):
+            raise InputError(
+                f"{folder}: cannot be made ({e.strerror}); choose another output"
+            ) from e
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise InputError(
+            f"{folder}: is there, and is no folder of yours; remove it, or choose another output"
+        )
+
+
 def put(env: Any, chunk: list[tuple[bytes, bytes]]) -> None:
     """Writes a chunk in one transaction; makes room first if the map is full."""
     import lmdb
@@ -129,11 +156,14 @@ def make_lmdb(args: Namespace) -> int:
             f"--output {output}: is there with other images; remove it or choose another"
         )
     partial = output.with_name(output.name + ".partial")
-    begun = partial.with_name(partial.name + ".json")
+    begun = partial / "begun.json"
     digest = json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest()})
-    if partial.exists() and (not begun.exists() or begun.read_text() != digest):
+    data = partial / "data.mdb"
+    make_own_folder(partial)
+    if not data.exists():
+        write_text(begun, digest)
+    elif not begun.is_file() or begun.read_text() != digest:
         raise InputError(f"{partial}: was begun with other images; remove it")
-    write_text(begun, digest)
 
     def value(sample: Sample) -> bytes:
         _, path, label = sample
@@ -148,8 +178,8 @@ def make_lmdb(args: Namespace) -> int:
     env = None
     try:
         # the map cannot be smaller than what is in it already
-        size = max(FIRST_MAP_SIZE, 2 * partial.stat().st_size if partial.exists() else 0)
-        env = lmdb.open(str(partial), subdir=False, map_size=size)
+        size = max(FIRST_MAP_SIZE, 2 * data.stat().st_size if data.exists() else 0)
+        env = lmdb.open(str(partial), map_size=size)
         with env.begin() as txn:
             done = {bytes(key) for key in txn.cursor().iternext(values=False)}
         todo = [sample for sample in samples if sample[0].encode() not in done]
@@ -173,9 +203,8 @@ def make_lmdb(args: Namespace) -> int:
             f"same command again: it continues"
         )
     write_text(index_path(output), text)
-    partial.rename(output)
-    for rest in (begun, partial.with_name(partial.name + "-lock")):
-        rest.unlink(missing_ok=True)
+    data.rename(output)
+    shutil.rmtree(partial)
     print(
         f"{output}: {len(samples)} images of {len(classes)} classes, {output.stat().st_size} bytes"
     )
