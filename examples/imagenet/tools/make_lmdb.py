@@ -5,8 +5,9 @@
 
 The values are the files as they are, under their paths (--format images, default), or Caffe's
 Datum with the encoded file (--format datum). OUTPUT is one file, with an index of keys and labels
-beside it (OUTPUT.json). An interrupted run continues; OUTPUT appears when it is whole. The
-database grows as needed: no size has to be known in advance.
+beside it (OUTPUT.json). A folder that lacks some of the classes needs --classes. An interrupted run
+continues; OUTPUT appears when it is whole. The database grows as needed: no size has to be known in
+advance.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from datasets import datum
 from datasets.decoding import DAMAGE, damaged, encoded_size, read_bytes
 from datasets.folders import read_folders
 from datasets.labeled import Pair, read_lines, read_list
-from datasets.lmdb_images import DATUM, RAW, index_path
+from datasets.lmdb_index import DATUM, RAW, Index, index_path, read_index
 from errors import InputError
 from files import write_text
 from parallel import in_parallel
@@ -48,20 +49,20 @@ Sample = tuple[str, str, int]
 """Key, path relative to the root, label."""
 
 
-def read_samples(args: Namespace) -> tuple[list[Sample], list[str], Path]:
-    """Returns what to write, the names of the classes, and the root of the paths."""
+def read_samples(args: Namespace) -> tuple[list[Sample], list[str], bool, Path]:
+    """Returns what to write, the names of the classes, whether they are numbers, and the root."""
+    names = read_lines(args.classes) if args.classes else None
     if args.source.is_dir():
-        pairs, classes = read_folders(args.source)
+        pairs, classes = read_folders(args.source, names)
         root = args.source
     else:
         pairs, root = read_list(args.source), args.root
-        classes = [str(i) for i in range(max(label for _, label in pairs) + 1)]
-    if args.classes:
-        names = read_lines(args.classes)
-        if len(names) < len(classes):
-            raise InputError(f"--classes {args.classes}: {len(names)} names for {len(classes)}")
-        classes = names
-    return _keys(pairs, args.format), classes, root
+        n = max(label for _, label in pairs) + 1
+        classes = names or [str(i) for i in range(n)]
+        if len(classes) < n:
+            raise InputError(f"--classes {args.classes}: {len(classes)} names for {n}")
+    numbered = not args.source.is_dir() and names is None
+    return _keys(pairs, args.format), classes, numbered, root
 
 
 def _keys(pairs: list[Pair], file_format: str) -> list[Sample]:
@@ -139,17 +140,14 @@ def make_lmdb(args: Namespace) -> int:
         import lmdb
     except ImportError as e:
         raise InputError("needs the package lmdb; run `pip install lmdb`") from e
-    samples, classes, root = read_samples(args)
-    index = {
-        "kind": FORMATS[args.format],
-        "classes": classes,
-        "samples": [[key, label] for key, _, label in samples],
-    }
-    text = json.dumps(index)
+    samples, classes, numbered, root = read_samples(args)
+    keys = [(key, label) for key, _, label in samples]
+    index = Index(kind=FORMATS[args.format], classes=classes, samples=keys, numbered=numbered)
+    text = index.model_dump_json(include={"kind", "classes", "samples"})
     output: Path = args.output
     if output.exists():
-        there = index_path(output)
-        if there.exists() and there.read_text(encoding="utf-8") == text:
+        there = read_index(output)
+        if there and there.model_dump_json(include={"kind", "classes", "samples"}) == text:
             print(f"{output}: {len(samples)} images are there already")
             return 0
         raise InputError(
@@ -202,7 +200,8 @@ def make_lmdb(args: Namespace) -> int:
             f"{len(bad)} of {len(samples)} images cannot be used (above); repair them and run the "
             f"same command again: it continues"
         )
-    write_text(index_path(output), text)
+    index.note(data)
+    write_text(index_path(output), index.model_dump_json())
     data.rename(output)
     shutil.rmtree(partial)
     print(
@@ -221,7 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--root", "-R", type=Path, default=Path("."), metavar="DIR",
         help="folder of the paths in the list (default: here)")
     add("--format", choices=tuple(FORMATS), default="images", help="what the values are")
-    add("--classes", type=Path, metavar="FILE", help="names of the classes, from make_list.py")
+    add("--classes", type=Path, metavar="FILE",
+        help="names of the classes, from make_list.py; they also number those of folders")
     # fmt: on
     parser.add_workers()
     args = parser.parse_args(argv)
