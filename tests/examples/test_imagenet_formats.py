@@ -22,7 +22,8 @@ from datasets.cifar import load_cifar
 from datasets.folders import read_folders
 from datasets.hdf5 import Hdf5Images
 from datasets.labeled import LabeledImages, read_list
-from datasets.lmdb_images import LmdbImages, index_path
+from datasets.lmdb_images import LmdbImages
+from datasets.lmdb_index import index_path
 from datasets.mnist import load_mnist, read_idx
 from datasets.opening import open_dataset
 from errors import InputError

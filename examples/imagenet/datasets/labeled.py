@@ -123,10 +123,14 @@ class LabeledImages:
     Args:
         pairs: Paths relative to ``root``, and labels.
         root: Folder of the paths.
+        names: Names of the classes by number; None: there are only numbers.
     """
 
-    def __init__(self, pairs: Sequence[Pair], root: str | Path = ".") -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], root: str | Path = ".", names: list[str] | None = None
+    ) -> None:
         self.root = Path(root)
+        self.names = names
         names = [pairs[i][0].encode() for i in range(len(pairs))]
         self._names = b"".join(names)
         self._ends = numpy.cumsum([0, *map(len, names)], dtype=numpy.int64)

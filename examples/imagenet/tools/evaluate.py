@@ -35,7 +35,7 @@ from chainer.dataset import concat_examples
 from config import read_file
 from errors import InputError
 from files import write_text
-from provenance import CONFIG_FILE
+from provenance import CONFIG_FILE, read_classes
 from reports.confusion import draw_confusion
 from snapshot_files import load_npz
 from training import first_error
@@ -90,7 +90,8 @@ def evaluate(args: Namespace) -> dict[str, Any]:
     model = models.create(config.arch, config.insize, config.n_classes)
     load_npz(path, model, "--model")
     model.to_device(devices.device_name(args.gpu, World(), gpu))
-    images = data.load(config, World(), print, ten_crop=args.ten_crop).val
+    classes = read_classes(args.result)
+    images = data.load(config, World(), print, args.ten_crop, classes).val
     batchsize = args.val_batchsize or config.val_batchsize
     if args.ten_crop and args.val_batchsize is None:
         batchsize = max(batchsize // 10, 1)
