@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def fingerprint(source: Source, *settings: Any) -> str:
     """Returns a digest of the names and labels of a set, and of what else its pixels depend on."""
     digest = hashlib.sha256(repr((len(source), settings)).encode())
     for i in range(len(source)):
-        digest.update(f"{source.name(i)}\0{source.label(i)}\n".encode())
+        digest.update(os.fsencode(f"{source.name(i)}\0{source.label(i)}\n"))
     return digest.hexdigest()
 
 

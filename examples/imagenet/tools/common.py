@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import launcher
-from errors import InputError
+from errors import InputError, printable
 from tqdm import tqdm
 
 
@@ -123,7 +123,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
 
 def print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """Prints a table with aligned columns."""
-    texts = [tuple(str(cell) for cell in row) for row in [header, *rows]]
+    texts = [tuple(printable(str(cell)) for cell in row) for row in [header, *rows]]
     widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
     for row in texts:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

@@ -30,7 +30,7 @@ from datasets.decoding import DAMAGE, damaged, encoded_size, read_bytes
 from datasets.folders import read_folders
 from datasets.labeled import Pair, read_lines, read_list
 from datasets.lmdb_index import DATUM, RAW, Index, index_path, read_index
-from errors import InputError
+from errors import InputError, is_utf8
 from files import write_text
 from parallel import in_parallel
 
@@ -72,6 +72,8 @@ def _keys(pairs: list[Pair], file_format: str) -> list[Sample]:
         key = path if file_format == "images" else f"{i:08d}_{path}"
         if key in seen:
             raise InputError(f"{path} is in the list twice; check.py shows where")
+        if not is_utf8(key):
+            raise InputError(f"{path}: the name is not UTF-8, as keys are; rename the file")
         if len(key.encode()) > MAX_KEY:
             raise InputError(
                 f"{path}: the path is longer than {MAX_KEY} bytes; LMDB allows no more"
