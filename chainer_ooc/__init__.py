@@ -48,7 +48,7 @@ _LAZY = dict.fromkeys(__all__, "chainer_ooc.api") | {
 }
 
 
-_MODULES = ("errors", "extensions", "testing")
+_MODULES = ("errors", "extensions", "serializers", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,9 +10,11 @@ from typing import Any
 
 from chainer_ooc.reporting import page_figures as figures
 from chainer_ooc.reporting import page_svg as svg
+from chainer_ooc.reporting.markdown import block, plain
 from chainer_ooc.reporting.page_data import Run, Traced, read_run
 from chainer_ooc.reporting.page_figures import seconds, size
 from chainer_ooc.reporting.page_svg import tag
+from chainer_ooc.reporting.whole import write_whole
 
 __all__ = ["write_report"]
 
@@ -72,7 +74,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> list[Path
         *((name, picture) for section in sections for name, picture in section.pictures),
     ):
         path = out / name
-        path.write_text(text)
+        write_whole(path, text)
         written.append(path)
     return written
 
@@ -268,20 +270,20 @@ def _html_table(table: _Table) -> str:
 
 
 def _markdown(run: Run, sections: Sequence[_Section]) -> str:
-    lines = [f"# Out of core: {run.folder.resolve().name}", "", _subtitle(run), ""]
-    lines += [
-        f"- {name}: **{value}** {remark}".rstrip() for name, value, remark in figures.headline(run)
-    ]
+    lines = [f"# Out of core: {plain(run.folder.resolve().name)}", "", plain(_subtitle(run)), ""]
+    for headline in figures.headline(run):
+        name, value, remark = map(plain, headline)
+        lines.append(f"- {name}: **{value}** {remark}".rstrip())
     for section in sections:
-        lines += ["", f"## {section.title}", ""]
+        lines += ["", f"## {plain(section.title)}", ""]
         if section.text:
-            lines += [section.text, ""]
+            lines += [plain(section.text), ""]
         for name, _ in section.pictures:
-            lines += [f"![{section.title}]({name})", ""]
+            lines += [f"![{plain(section.title)}]({name})", ""]
         if section.table:
             lines += _markdown_table(section.table)
         if section.preformatted:
-            lines += ["```", section.preformatted.rstrip(), "```"]
+            lines.append(block(section.preformatted))
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -293,7 +295,7 @@ def _setting(name: str, value: Any) -> str:
 def _markdown_table(table: _Table) -> list[str]:
     rule = ["--:" if right == "1" else "---" for right in table.right]
     rows = [table.header, rule, *table.rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return ["| " + " | ".join(map(plain, row)) + " |" for row in rows]
 
 
 def _subtitle(run: Run) -> str:

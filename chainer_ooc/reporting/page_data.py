@@ -158,7 +158,7 @@ def _read_trace(path: Path) -> Traced:
         spans = [
             Span(
                 e.get("cat", ""),
-                e["name"],
+                str(e["name"]),
                 e["ts"] / 1e6,
                 (e["ts"] + e.get("dur", 0)) / 1e6,
                 e.get("args", {}),
@@ -173,7 +173,10 @@ def _read_trace(path: Path) -> Traced:
         raise RunError(f"{path} has an event that is not complete: {error!r}; run again") from error
     spans.sort(key=lambda span: (span.start, -span.end))
     spans = _outermost(spans)
-    return Traced(path.name, spans, memory, document.get("otherData", {}), _iterations(spans))
+    facts = document.get("otherData", {})
+    if not isinstance(facts, dict) or not isinstance(facts.get("settings", {}), dict):
+        raise RunError(f"{path} has otherData, or settings in it, that are no mapping; run again")
+    return Traced(path.name, spans, memory, facts, _iterations(spans))
 
 
 def _outermost(spans: list[Span]) -> list[Span]:

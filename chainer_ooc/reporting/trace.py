@@ -7,7 +7,6 @@ counters (``C``) and metadata (``M``).
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chainer_ooc.reporting.whole import write_whole
 from chainer_ooc.swap import ranks
 from chainer_ooc.swap.observing import Copied, Observer, Span
 from chainer_ooc.swap.storage import Storage
@@ -96,9 +96,7 @@ class Trace(Observer):
             "displayTimeUnit": "ms",
             "otherData": {**self._facts(), "events_left_out": self._told - len(self._events)},
         }
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(document, separators=(",", ":")))
-        temporary.replace(self.path)
+        write_whole(self.path, json.dumps(document, separators=(",", ":")))
 
     def _keep(self, event: _Event) -> None:
         self._events.append(event)

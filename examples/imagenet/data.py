@@ -9,6 +9,7 @@ from typing import Any
 from config import Config
 from datasets import digits
 from datasets.build import Data, build
+from datasets.classes import Names
 from datasets.iterators import make_iterator
 from datasets.preprocessed import PreprocessedImages
 from errors import InputError
@@ -19,7 +20,13 @@ from world import World
 from chainer_ooc.swap.process_memory import physical_bytes
 
 
-def load(config: Config, world: World, say: Callable[[str], None], ten_crop: bool = False) -> Data:
+def load(
+    config: Config,
+    world: World,
+    say: Callable[[str], None],
+    ten_crop: bool = False,
+    classes: Names = None,
+) -> Data:
     """Reads the lists and takes this rank's share. Collective.
 
     Args:
@@ -27,6 +34,7 @@ def load(config: Config, world: World, say: Callable[[str], None], ten_crop: boo
         world: The ranks.
         say: Prints a line on rank 0.
         ten_crop: Validation images are ten crops each.
+        classes: Names of the classes by their numbers, of a run that was trained with them.
 
     Raises:
         InputError: A list, the mean or one of the first images cannot be used, or no memory of
@@ -49,6 +57,7 @@ def load(config: Config, world: World, say: Callable[[str], None], ten_crop: boo
             **options,
             insize=config.insize,
             n_classes=config.n_classes,
+            classes=classes,
             augmentation=config.augmentation_name,
             ten_crop=ten_crop,
             normalization=config.normalization,

@@ -1,35 +1,50 @@
-"""Files that appear under their name only when they are whole."""
+"""Files that appear under their name only when they are whole, and arrays in files of others."""
 
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy
 from errors import InputError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path whose file takes the name ``path`` when the block ends well.
 
-    The folder is made if it is missing.
+    Nobody can foresee its name, so that in a folder that others write to, too, nobody can put a
+    link there that leads to another file.
+
+    Raises:
+        OSError: The file cannot be made or renamed.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Like ``replacing``; makes the folder if it is missing.
 
     Raises:
         InputError: The file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
+        with replacing(path) as partial:
+            yield partial
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror or e}); free space or choose another "
                          f"place, and run the same command again") from e  # fmt: skip
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,3 +59,22 @@ def is_newer(path: Path, since: int) -> bool:
         return path.stat().st_mtime_ns >= since
     except FileNotFoundError:
         return False
+
+
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, numpy.ndarray]:
+    """Returns arrays of an .npz file; pickled ones are refused, since they could run any code.
+
+    Raises:
+        InputError: The file is missing or damaged, or an array is.
+    """
+    try:
+        with numpy.load(path, allow_pickle=False) as f:
+            absent = [name for name in names if name not in f]
+            if absent:
+                raise ValueError(f"it has no array {absent[0]}")
+            return {name: f[name] for name in names}
+    except Exception as e:  # of zipfile, zlib, NumPy, Python's parser
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise InputError(
+            f"{path}: damaged or not what its name says ({reason}); get it again"
+        ) from e

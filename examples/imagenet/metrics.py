@@ -21,25 +21,34 @@ def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
 def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Returns each class's average precision, (classes,); NaN where it has no image.
 
-    Images are ranked by their score for the class; the precision is averaged over the places of
-    those that belong to it.
+    It is that of scikit-learn's ``average_precision_score``: the sum of (R_n - R_(n-1)) P_n, where
+    P_n and R_n are precision and recall of the images with the n highest different scores. Images
+    of equal scores count together, so their order does not matter. (scikit-learn itself takes
+    about 100 MiB of memory, which would count in every figure of a run.)
 
     Args:
-        scores: (images, classes), comparable between images: probabilities.
+        scores: (images, classes), comparable between images: probabilities. With a NaN among them
+            there is no order, and the result of its class is NaN.
         labels: (images,), integers.
     """
     result = np.full(scores.shape[1], np.nan)
-    places = np.arange(1, len(labels) + 1)
-    for c in range(scores.shape[1]):
-        order = np.argsort(-scores[:, c], kind="stable")
-        hits = labels[order] == c
-        if hits.any():
-            result[c] = np.mean(np.cumsum(hits)[hits] / places[hits])
+    if not len(labels):
+        return result
+    for c in np.flatnonzero(~np.isnan(scores).any(axis=0)):
+        order = np.argsort(-scores[:, c])
+        ranked = scores[order, c]
+        last = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)
+        hits = np.cumsum(labels[order] == c)[last]  # among the images of the highest scores
+        if hits[-1]:
+            recalled = np.diff(hits, prepend=0) / hits[-1]
+            result[c] = np.sum(recalled * hits / (last + 1))
     return result
 
 
 def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the mean of the average precisions of the classes that have images."""
+    """Returns the mean of the average precisions of the classes that have images; NaN with NaN scores."""
+    if np.isnan(scores).any():
+        return float("nan")
     return float(np.nanmean(average_precisions(scores, labels)))
 
 

@@ -17,13 +17,17 @@ import chainer
 import launcher
 import yaml
 from config import Config
+from datasets.classes import Names
+from errors import InputError
 from files import write_text
+from pydantic import TypeAdapter, ValidationError
 from world import World
 
 import chainer_ooc
 
 CONFIG_FILE = "config.resolved.yaml"
 ENVIRONMENT_FILE = "environment.json"
+CLASSES_FILE = "classes.json"
 
 PACKAGES = ("numpy", "chainer", "mpi4py", "pillow", "simplejpeg", "pydantic", "PyYAML")
 
@@ -98,3 +102,27 @@ def save(config: Config, found: dict[str, Any], out: Path) -> None:
     text = yaml.safe_dump(settings(config), sort_keys=False)
     write_text(out / CONFIG_FILE, f"# resolved settings; start it again with --config\n{text}")
     write_text(out / ENVIRONMENT_FILE, json.dumps(found, indent=1) + "\n")
+
+
+def save_classes(classes: Names, out: Path) -> None:
+    """Writes the names of the classes by their numbers to ``out``, for evaluate.py."""
+    if classes is None:
+        (out / CLASSES_FILE).unlink(missing_ok=True)
+    else:
+        write_text(out / CLASSES_FILE, json.dumps(classes, indent=0) + "\n")
+
+
+def read_classes(out: Path) -> Names:
+    """Returns what ``save_classes`` has written; None if there is nothing.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    try:
+        return TypeAdapter(list[str]).validate_json((out / CLASSES_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as e:
+        raise InputError(
+            f"{out / CLASSES_FILE}: is no list of names; copy the folder of results again"
+        ) from e

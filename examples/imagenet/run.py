@@ -20,6 +20,7 @@ import reports
 from chainer import training
 from config import Config
 from datasets.build import Data
+from datasets.classes import fingerprint
 from errors import InputError
 from evaluation import AverageStatistics, Evaluator, RecomputeStatistics
 from files import is_newer, whole_file
@@ -95,7 +96,7 @@ class Run:
             self.say(f"the training is done: {trainer.updater.iteration} iterations")
             self._complete(trainer, model, in_core_peak, snapshot)
             return 0
-        self._save_provenance()
+        self._save_provenance(images)
         self.stop.listen()
         trainer.run(show_loop_exception_msg=False)
         return self._finish(trainer, model, in_core_peak)
@@ -115,11 +116,12 @@ class Run:
                 f"--out {self.config.out}: cannot write into this folder ({e.strerror}); choose another"
             ) from e
 
-    def _save_provenance(self) -> None:
+    def _save_provenance(self, images: Data) -> None:
         with self.world.together():
             if self.world.rank == 0:
                 self.environment = provenance.environment(self.world, self.gpu)
                 provenance.save(self.config, self.environment, self.config.out)
+                provenance.save_classes(images.classes, self.config.out)
 
     # -- model and trainer -----------------------------------------------------------------------
 
@@ -247,6 +249,7 @@ class Run:
             "ranks": self.world.size,
             "training images": images.n_train,
             "classes": config.n_classes,
+            "names of classes": images.classes and fingerprint(images.classes),
         }
 
     def _snapshot_period(self) -> tuple[int, str] | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,25 @@ from typing import Any
 import chainer
 from errors import InputError
 
+from chainer_ooc import serializers
+
 MANIFEST = "manifest.json"
+
+DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What the readers of a state raise when the values in a file are not as they should be."""
 
 
 def write_npz(path: Path, target: Any) -> list[int]:
     """Writes a file to the disk itself; returns its size in bytes and its checksum."""
-    with open(path, "wb") as f:
+    with open(path, "xb") as f:
         # Uncompressed: parameters hardly compress, and the time is the training's.
         chainer.serializers.save_npz(f, target, compression=False)
         f.flush()
@@ -46,13 +59,15 @@ def sync_folder(folder: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Removes a snapshot; it has no name of a snapshot while it is incomplete."""
-    hidden = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)
+    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.removed")
     try:
         folder.rename(hidden)
     except FileNotFoundError:
         return
-    shutil.rmtree(hidden, ignore_errors=True)
+    if hidden.is_symlink():
+        hidden.unlink()
+    else:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def find_snapshots(out: Path) -> list[Path]:
@@ -60,28 +75,26 @@ def find_snapshots(out: Path) -> list[Path]:
     found = []
     for folder in out.glob("snapshot_iter_*"):
         number = folder.name.removeprefix("snapshot_iter_")
-        if number.isdigit() and (folder / MANIFEST).is_file():
+        if number.isdecimal() and (folder / MANIFEST).is_file():
             found.append((int(number), folder))
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def load_npz(path: Path, target: Any, option: str) -> None:
+def load_npz(path: Path, target: Any, option: str, inside: str = "") -> None:
     """Loads ``target`` from ``path``.
 
     Args:
         path: The file.
         target: An object with Chainer's ``serialize``.
         option: The option that named the file, for the error.
+        inside: Where in the file the target is; nothing: it is all of it.
 
     Raises:
-        InputError: The file is missing, damaged or of another model.
+        InputError: The file is missing, damaged, of another model, or holds objects that would run
+            code if they were loaded.
     """
     try:
-        # What is no archive numpy.load would unpickle, which runs whatever it contains.
-        with open(path, "rb") as f:
-            if not zipfile.is_zipfile(f):
-                raise zipfile.BadZipFile("not an archive of arrays")
-        chainer.serializers.load_npz(str(path), target)
+        serializers.load_npz(path, target, inside)
     except (FileNotFoundError, IsADirectoryError) as e:
         raise InputError(f"{option} {path}: no such file; give one such as model_iter_N") from e
     except KeyError as e:
@@ -90,6 +103,6 @@ def load_npz(path: Path, target: Any, option: str) -> None:
             f"{option} {path}: is of another model: it has no {missing}; use the network that it "
             f"was made with"
         ) from e
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
+    except DAMAGE as e:
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{option} {path}: damaged, or not a file of this model ({reason})") from e

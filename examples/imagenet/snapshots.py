@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,14 +62,16 @@ class RankState:
         for key, link, name in _persistents(self._model):
             link.__dict__[name] = values(key, link.__dict__[name])
         states = serializer["random"]
-        name, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
+        name, keys, *rest = numpy.random.get_state(legacy=True)
         keys = states("numpy_keys", keys)
-        rest = json.loads(states("numpy", json.dumps([position, has_gauss, gauss])))
-        version, internal, gauss_next = random.getstate()
-        python = json.loads(states("python", json.dumps([version, internal, gauss_next])))
+        position, has_gauss, gauss = json.loads(states("numpy", json.dumps(rest)))
+        version, numbers, normal = json.loads(states("python", json.dumps(random.getstate())))
         if isinstance(serializer, chainer.Deserializer):
-            numpy.random.set_state((name, keys, *rest))
-            random.setstate((python[0], tuple(python[1]), python[2]))
+            if type(position) is not int or not 0 <= position <= len(keys):
+                # NumPy does not look, and would read behind the numbers
+                raise ValueError(f"random numbers cannot go on from position {position}")
+            numpy.random.set_state((name, keys, position, has_gauss, gauss))
+            random.setstate((version, tuple(numbers), normal))
 
 
 class Snapshots(training.Extension):
@@ -120,7 +123,8 @@ class Snapshots(training.Extension):
         final = self._out / f"snapshot_iter_{trainer.updater.iteration}"
         if final == self.latest:
             return
-        partial = self._out / f".{final.name}.partial"
+        token = self._world.broadcast(secrets.token_hex(8))
+        partial = self._out / f".{final.name}.{token}.partial"
         try:
             self._write(trainer, partial, final)
         except InputError:
@@ -160,7 +164,8 @@ class Snapshots(training.Extension):
                     f"that all machines share"
                 )
         try:
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            with open(partial / MANIFEST, "x") as f:
+                f.write(json.dumps(manifest, indent=1) + "\n")
             sync_folder(partial)
             remove(final)
             partial.rename(final)
@@ -226,13 +231,13 @@ class Snapshots(training.Extension):
         return None, damaged
 
     def _manifest(self, path: Path) -> dict[str, Any]:
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-        except OSError as e:
+        if not (path / MANIFEST).is_file():  # a pipe, or a device, would be read for ever
             raise InputError(
                 f"--resume {path}: not a snapshot; give a folder snapshot_iter_N of a result, or auto"
-            ) from e
-        except ValueError as e:
+            )
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except (OSError, ValueError, RecursionError) as e:
             raise Damaged(f"--resume {path}: {MANIFEST} in it is damaged") from e
         if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
             raise Damaged(f"--resume {path}: {MANIFEST} in it is damaged")
@@ -242,8 +247,12 @@ class Snapshots(training.Extension):
         """Raises Damaged when what this rank needs is not as it was written."""
         files = self._manifest(path)["files"]
         for name in ("trainer.npz", f"rank_{self._world.rank}.npz"):
+            if name not in files and name != "trainer.npz":
+                continue  # a snapshot of fewer ranks, which `_check` says
+            if not (path / name).is_file():
+                raise Damaged(f"--resume {path / name}: damaged (no such file)")
             try:
-                if name in files and fingerprint(path / name) != files[name]:
+                if fingerprint(path / name) != files.get(name):
                     raise Damaged(f"--resume {path / name}: damaged")
             except OSError as e:
                 raise Damaged(f"--resume {path / name}: damaged ({e.strerror})") from e

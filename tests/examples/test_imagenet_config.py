@@ -74,6 +74,46 @@ def test_a_file_with_every_key_of_s1(tmp_path, form):
     assert config.n_classes == 16
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("epoch: 012", "epoch", 12),
+        ("epoch: 09", "epoch", 9),
+        ("epoch: 1_000", "epoch", 1000),
+        ("epoch: +7", "epoch", 7),
+        ("seed: 0x10", "seed", 16),
+        ("gpu: 01", "gpu", (1,)),
+        ("restarts: [010, 020]\noptimizer: srsgd", "restarts", (10, 20)),
+        ("lr: 1e-3", "lr", 0.001),
+        ("lr: 1.e-3", "lr", 0.001),
+        ("lr_drops: [1e1, 020]", "lr_drops", (10, 20)),
+        ("regime: [[01, 1e-2, 5e-4]]", "regime", ((1, 0.01, 0.0005),)),
+        ("test: yes", "test", True),
+        ("test: on", "test", True),
+        ("test: off", "test", False),
+        ("average_bn: no", "average_bn", False),
+        ("out: 2020-01-01", "out", Path("2020-01-01")),
+        ("out: on", "out", Path("on")),
+        ("out: 012", "out", Path("012")),
+        ("out: 1e-3", "out", Path("1e-3")),
+        ("ooc: true\nooc_limit: 1e9", "ooc_limit", "1e9"),
+        ("walltime: 1:30:00", "walltime", "1:30:00"),
+        ("walltime: 12:30:00", "walltime", "12:30:00"),
+        ("others: {j: yes, q: no, n: 010, t: 1:30}", "others", {"j": "yes", "q": "no", "n": "010", "t": "1:30"}),
+        ("environment: {A: on, B: 007}", "environment", {"A": "on", "B": "007"}),
+        ("jobname: off", "jobname", "off"),
+    ],
+)  # fmt: skip
+def test_yaml_means_what_one_would_expect(tmp_path, text, key, value):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    config, job = read_file(path)
+    assert {**config.model_dump(), **job.model_dump()}[key] == value
+    provenance.save(config, {}, tmp_path)
+    again, _ = read_file(tmp_path / provenance.CONFIG_FILE)
+    assert again == config
+
+
 def test_lists_of_a_number_of_classes():
     assert parse_args(["--nclasses", "8", "-R", "r"]).lists == (
         Path("r/train008.txt"),
@@ -136,10 +176,22 @@ def test_s0s_command_line_with_its_lists_last():
         ("ooc: true\nooc_limit: true", "ooc_limit: True is not text"),
         ('out: ""', "out: is empty; give a value or leave it out"),
         ("walltime: 30", "walltime: 30 is not a time; allowed is hh:mm:ss"),
-        ("walltime: 20:00", "walltime: 1200 is not a time; allowed is hh:mm:ss"),
+        ("walltime: 20:00", "walltime: '20:00' is not a time; allowed is hh:mm:ss"),
+        ("walltime: 45000", "walltime: 45000 is not a time; allowed is hh:mm:ss"),
+        ("epoch: 1:30", "epoch: '1:30' is not an integer of at least 1"),
+        ("epoch: 0o17", "epoch: '0o17' is not an integer of at least 1"),
+        ("epoch: 0b11", "epoch: '0b11' is not an integer of at least 1"),
+        ("epoch: 2020-01-01", "epoch: '2020-01-01' is not an integer of at least 1"),
+        ("epoch: yes", "epoch: 'yes' is not an integer of at least 1"),
+        ("epoch: !!int 010", "not valid YAML"),
+        ("epoch: !!int [1]", "not valid YAML"),
+        ("job:\n  yes: 1\n  yes: 2", "the key yes occurs twice"),
+        ("others: {a: 1, b: 2, a: 3}", "the key a occurs twice"),
+        ("others: {on: 1, 'on': 2}", "the key on occurs twice"),
+        ("no: 1", "there is no key no"),
         ("jobname: a b", "jobname: 'a b' is not a name of at most 63 letters, digits and _.+-"),
         ("others: j", "others: 'j' is not a mapping; allowed are lines `key: value`"),
-        ("others: {j: yes}", 'others: True is not text; put it in quotes, such as "y"'),
+        ("others: {j: true}", 'others: True is not text; put it in quotes, such as "y"'),
         ("others: {m: [1]}", "others: [1] is not one line of printable characters"),
         ("memory: 5", "memory: 5 is not a size such as 200G"),
         pytest.param("{a: " * 5000, "nested too deeply", id="deep"),

@@ -120,6 +120,47 @@ def test_wrong_mean_files(tmp_path, mean, message):
         load_mean(tmp_path / "mean.npy", 8)
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "g"])
+@pytest.mark.parametrize("value", [numpy.nan, numpy.inf, -numpy.inf])
+@pytest.mark.parametrize("shape", [(3,), (3, 1, 1), (3, 8, 9)])
+def test_mean_files_of_what_is_no_finite_number(tmp_path, dtype, value, shape):
+    mean = numpy.full(shape, 100, dtype)
+    numpy.save(tmp_path / "mean.npy", mean)
+    assert (load_mean(tmp_path / "mean.npy", 8) == 100).all()
+    mean.flat[-1] = value
+    numpy.save(tmp_path / "mean.npy", mean)
+    with pytest.raises(
+        InputError,
+        match=rf"mean.npy: 1 of its {mean.size} values are no finite numbers, such as {value}",
+    ):
+        load_mean(tmp_path / "mean.npy", 8)
+
+
+def test_a_mean_that_is_finite_only_in_double_precision(tmp_path):
+    numpy.save(tmp_path / "mean.npy", numpy.array([1.0, 2.0, 1e39]))
+    with pytest.raises(InputError, match=r"1 of its 3 values are no finite numbers, such as inf"):
+        load_mean(tmp_path / "mean.npy", 8)
+
+
+def test_mean_files_whose_headers_are_crafted(tmp_path):
+    path = tmp_path / "mean.npy"
+    # more memory than there is; code; what Python's parser gives up at
+    for shape in (
+        "(3, 99999999, 999999)",
+        f"(open({str(tmp_path / 'ran')!r}, 'w'), 8)",
+        "-" * 9000,
+    ):
+        header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+        length = len(header).to_bytes(2, "little")
+        path.write_bytes(b"\x93NUMPY\x01\x00" + length + header + bytes(3 * 8 * 8 * 8))
+        with pytest.raises(InputError, match=r"mean.npy: not a .npy file of numbers"):
+            load_mean(path, 8)
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "mean.npy").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match=r"mean.npy: not a .npy file of numbers"):
+        load_mean(path, 8)
+
+
 def test_missing_and_damaged_mean_files(tmp_path):
     with pytest.raises(InputError, match=r"no such file; make it with compute_mean.py"):
         load_mean(tmp_path / "mean.npy", 8)

@@ -22,7 +22,8 @@ from datasets.cifar import load_cifar
 from datasets.folders import read_folders
 from datasets.hdf5 import Hdf5Images
 from datasets.labeled import LabeledImages, read_list
-from datasets.lmdb_images import LmdbImages, index_path
+from datasets.lmdb_images import LmdbImages
+from datasets.lmdb_index import index_path
 from datasets.mnist import load_mnist, read_idx
 from datasets.opening import open_dataset
 from errors import InputError
@@ -180,15 +181,15 @@ def test_a_killed_make_lmdb_continues(photos, tmp_path):
     )
     command = [sys.executable, str(script), str(big), "-o", str(out)]
     process = subprocess.Popen(command, env=environment())
-    partial = tmp_path / "a.lmdb.partial"
+    data = tmp_path / "a.lmdb.partial" / "data.mdb"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if partial.exists() and partial.stat().st_size > 3_000_000:
+        if data.exists() and data.stat().st_size > 3_000_000:
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert partial.exists() and not out.exists()
+    assert data.exists() and not out.exists()
     written = []
     original = make_lmdb.put
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -18,6 +19,7 @@ import numpy
 import pytest
 import reports
 from imagenet_cli import IMAGENET, TINY, command, environment
+from markdown_it import MarkdownIt
 from PIL import Image
 from reports import final, plots, terminal
 from reports.confusion import draw_confusion, draw_confusions
@@ -421,3 +423,29 @@ def test_the_report_tells_what_was_planned_and_what_came_of_it():
     assert "does not fit below the limit" in rows["iteration, foreseen"]
     assert rows["followed"] == "no: on demand was faster"
     assert final._plan([]) == []
+
+
+def test_names_in_a_report_are_only_shown(tmp_path, train):
+    out = tmp_path / "a|b](c) <b>`*x*`\n```\n# no title"
+    args = (
+        "--dataset",
+        "digits",
+        "-a",
+        "preresnet11",
+        "-is",
+        "8",
+        "-B",
+        "4",
+        "-b",
+        "360",
+        "-i",
+        "1",
+    )
+    train(*args, "-g", "-1", "-o", out)
+    tokens = MarkdownIt("commonmark").enable("table").parse((out / "report.md").read_text())
+    titles = [b.content for a, b in itertools.pairwise(tokens) if a.type == "heading_open"]
+    assert titles[0].startswith("Training report: a\\|b\\](c) \\<b>") and "no title" in titles[0]
+    assert titles[1:] == ["Outcome", "Time", "Memory", "Configuration", "Versions"]
+    assert [t.type for t in tokens].count("fence") == 1
+    kinds = {child.type for token in tokens for child in token.children or ()}
+    assert kinds <= {"text", "text_special", "image", "softbreak"}

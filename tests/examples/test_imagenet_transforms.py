@@ -1,6 +1,7 @@
 """Every transform does what its formula says, from its own generator, on uint8 and on floats."""
 
 import colorsys
+import json
 
 import numpy
 import pytest
@@ -302,3 +303,29 @@ def test_channel_statistics_are_cached_until_the_data_change(lists, tmp_path):
     assert channel_statistics(counting, cache=cache)[0] > mean
     next(cache.iterdir()).write_text("{")
     assert channel_statistics(counting, cache=cache)[0] > mean
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": [float("nan")] * 3}, {"std": [0.1, float("inf"), 0.1]}, {"std": [0.1, 0.1]},
+        {"mean": [0.1, -0.1, 0.1]}, {"mean": "abc"}, {"std": [0.1, "0.1", 0.1]}, {"mean": None},
+        {"mean": [[0.1], [0.1], [0.1]]}, {"std": [0.1, 25.0, 0.1]},
+    ],
+)  # fmt: skip
+def test_channel_statistics_that_are_none_are_made_anew(lists, tmp_path, change):
+    source = LabeledImages(read_list(lists.train), lists.root)
+    expected = channel_statistics(source, cache=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    assert channel_statistics(source, cache=tmp_path / "cache") == expected
+
+
+def test_a_channel_without_deviation_is_an_error_not_a_division_by_zero(tmp_path):
+    pixels = numpy.zeros((9, 9, 3), numpy.uint8)
+    pixels[:, :4] = 255, 0, 0
+    Image.fromarray(pixels).save(tmp_path / "b.png")
+    source = LabeledImages([("b.png", 0)], tmp_path)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"green is the same in all pixels .*--normalization"):
+            channel_statistics(source, cache=tmp_path / "cache")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from errors import InputError
@@ -23,12 +24,35 @@ class _Duplicate(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key that occurs twice is an error, not silently the last one."""
+    """Safe YAML without surprises.
+
+    A key that occurs twice is an error, not silently the last one. What YAML 1.1 reads in ways that
+    few expect stays text, as on the command line, and the schema makes of it what the key takes:
+    010 (octal 8), 1:30 (90, to base 60), 1_000, yes, no, on, off, 2020-01-01 and 1e-3 (which is
+    text there, too).
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         _check_unique(keys)
         return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern in (
+    ("null", r"~|null|Null|NULL|"),
+    ("bool", r"true|True|TRUE|false|False|FALSE"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+"),
+    (
+        "float",
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), None)
+_Loader.add_constructor(  # Python's integers; those of YAML 1.1 would come back by the tag !!int
+    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node), 0)
+)
 
 
 def _check_unique(keys: list[Any]) -> None:

@@ -22,9 +22,6 @@ NULLS = ("modules",)
 
 
 def _walltime(value: Any) -> Any:
-    # YAML 1.1 reads 12:30:00 as a number to base 60; less than an hour was written otherwise.
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 3600:
-        return f"{value // 3600:02d}:{value // 60 % 60:02d}:{value % 60:02d}"
     if isinstance(value, str) and re.fullmatch(r"\d{1,4}:[0-5]\d:[0-5]\d", value):
         return value
     raise PydanticCustomError("walltime", "is not a time; allowed is hh:mm:ss, such as 02:30:00")
@@ -38,7 +35,7 @@ def _line(value: Any) -> Any:
 
 
 def _option_value(value: Any) -> Any:
-    if isinstance(value, bool):  # YAML reads `yes` and `on` so
+    if isinstance(value, bool):
         raise PydanticCustomError("switch", 'is not text; put it in quotes, such as "y"')
     return value
 

@@ -46,6 +46,7 @@ class ArrayImages:
                 f"{len(classes) - 1}"
             )
         self.classes = classes
+        self.names = None  # labels of published sets are numbers
         self.labels = labels.astype(numpy.int32)
         self._shape = images.shape
         self._name = name

@@ -11,6 +11,7 @@ from transforms import AUGMENTATIONS, CropAndNormalize, load_mean, training, val
 from transforms.colour import PUBLISHED
 
 from datasets.arrays import ArrayImages
+from datasets.classes import Names
 from datasets.decoding import Size
 from datasets.in_memory import InMemory
 from datasets.labeled import Enlarged, Source, Subset, shard_indices
@@ -36,6 +37,7 @@ class Data:
         n_train: Number of training images of all ranks together.
         n_val: Number of validation images of all ranks together.
         n_classes: Number of classes.
+        classes: Their names, if the labels go by names.
     """
 
     train: PreprocessedImages
@@ -43,6 +45,7 @@ class Data:
     n_train: int
     n_val: int
     n_classes: int
+    classes: Names
 
 
 def build(
@@ -54,6 +57,7 @@ def build(
     data_root: str | Path = "data",
     insize: int = 224,
     n_classes: int | None = None,
+    classes: Names = None,
     augmentation: str = MEAN_IMAGE,
     mean: str | Path = "mean.npy",
     normalization: str = "published",
@@ -82,6 +86,7 @@ def build(
         data_root: Folder of the original files of the other data sets.
         insize: Side of the network's input in pixels.
         n_classes: Number of classes; labels must be below it. None: as many as the data have.
+        classes: See ``open_dataset``.
         augmentation: One of ``ALL_AUGMENTATIONS``.
         mean: Mean file, from compute_mean.py, for ``mean_image``.
         normalization: For the other augmentations: ``published``: the usual mean and standard deviation
@@ -114,6 +119,7 @@ def build(
         root=root,
         data_root=data_root,
         n_classes=n_classes,
+        classes=classes,
         warn=warn,
     )
     if enlarge is None and isinstance(sources[0], ArrayImages):
@@ -157,6 +163,7 @@ def build(
         len(sources[0]),
         len(sources[1]),
         n_classes,
+        sources[0].names,
     )
 
 

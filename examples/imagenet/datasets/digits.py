@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterable
@@ -70,11 +70,11 @@ def write_digits(folder: Path, size: int, progress: Any = None) -> None:
     images, labels = load_digits()
     order = numpy.random.default_rng(0).permutation(len(images))
     parts = {"val": order[:N_VALIDATION], "train": order[N_VALIDATION:]}
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    partial.mkdir()
     try:
         for name, indices in parts.items():
-            (partial / name).mkdir(parents=True)
+            (partial / name).mkdir()
             lines = []
             shown: Iterable[int] = indices
             if progress is not None:

@@ -5,7 +5,7 @@
     images                 uint8 (n, height, width[, 3]) or (n, 3, height, width), or encoded files of
                            any length
     labels                 integers (n,)
-    classes                names, uint8 (number, length) of ASCII padded by zeros, or strings
+    classes                names, uint8 (number, length) of UTF-8 padded by zeros, or strings
     list_images_per_class  int32 (number, most), padded by -1: which images a class has
 
 Images are stored one to a chunk, so that one is read without its neighbours.
@@ -23,6 +23,7 @@ import numpy
 from errors import InputError
 from files import whole_file
 
+from datasets.classes import numbers_are_no_names
 from datasets.decoding import Need, Size, decode, encoded_size
 from datasets.labeled import Source, file_version
 
@@ -44,6 +45,10 @@ class Hdf5Images:
         path: The file.
         part: ``train`` or ``test``.
         n_classes: Labels must be below it; None: below the number of ``classes``.
+
+    Attributes:
+        classes: Names of the classes; their numbers where the file has no names.
+        names: The same, but None where it has no names.
 
     Raises:
         InputError: The file is missing, damaged, or has another layout.
@@ -75,6 +80,7 @@ class Hdf5Images:
         if len(self.labels) != images.shape[0] or not len(self.labels):
             raise self._wrong(f"{len(self.labels)} labels for {images.shape[0]} images")
         self.classes = self._names(group)
+        self.names = numbers_are_no_names(self.classes)
         allowed = n_classes if n_classes is not None else len(self.classes)
         if self.labels.min() < 0 or self.labels.max() >= allowed:
             raise InputError(
@@ -107,7 +113,7 @@ class Hdf5Images:
             raise self._wrong(f"{group.name}/classes is no list of names")
         values = group["classes"][...]
         if values.dtype == numpy.uint8 and values.ndim == 2:
-            return [bytes(row).split(b"\0")[0].decode("ascii", "replace") for row in values]
+            return [bytes(row).split(b"\0")[0].decode("utf-8", "replace") for row in values]
         return [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]
 
     def _group(self) -> Any:
@@ -222,12 +228,12 @@ def write_hdf5(
                 images[i] = image
             labels = numpy.array([source.label(i) for i in range(len(source))], numpy.int32)
             group["labels"] = labels
-            group["classes"] = _ascii(classes)
+            group["classes"] = _padded(classes)
             group["list_images_per_class"] = _by_class(labels, len(classes))
 
 
-def _ascii(names: list[str]) -> numpy.ndarray:
-    encoded = [name.encode("ascii", "replace") for name in names]
+def _padded(names: list[str]) -> numpy.ndarray:
+    encoded = [name.encode("utf-8", "replace") for name in names]
     table = numpy.zeros((len(names), max(map(len, encoded)) + 1), numpy.uint8)
     for row, name in zip(table, encoded, strict=True):
         row[: len(name)] = numpy.frombuffer(name, numpy.uint8)

@@ -123,11 +123,15 @@ class LabeledImages:
     Args:
         pairs: Paths relative to ``root``, and labels.
         root: Folder of the paths.
+        names: Names of the classes by number; None: there are only numbers.
     """
 
-    def __init__(self, pairs: Sequence[Pair], root: str | Path = ".") -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], root: str | Path = ".", names: list[str] | None = None
+    ) -> None:
         self.root = Path(root)
-        names = [pairs[i][0].encode() for i in range(len(pairs))]
+        self.names = names
+        names = [os.fsencode(pairs[i][0]) for i in range(len(pairs))]
         self._names = b"".join(names)
         self._ends = numpy.cumsum([0, *map(len, names)], dtype=numpy.int64)
         self.labels = numpy.array([pairs[i][1] for i in range(len(pairs))], dtype=numpy.int32)
@@ -137,7 +141,7 @@ class LabeledImages:
 
     def path(self, i: int) -> Path:
         """Returns the path of the ``i``-th image."""
-        return self.root / self._names[self._ends[i] : self._ends[i + 1]].decode()
+        return self.root / os.fsdecode(self._names[self._ends[i] : self._ends[i + 1]])
 
     def name(self, i: int) -> str:
         """Returns what errors call the ``i``-th image: its path."""

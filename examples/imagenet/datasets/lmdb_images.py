@@ -9,7 +9,6 @@ A pickled index (``.lmdb.pt``) is never opened: unpickling can run anything.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 import weakref
@@ -19,19 +18,11 @@ from typing import Any
 
 import numpy
 from errors import InputError
-from files import write_text
 
 from datasets import datum
 from datasets.decoding import DAMAGE, Need, Size, damaged, decode, encoded_size
 from datasets.labeled import allowed_labels, file_version
-
-RAW, DATUM = "images", "datum"
-_MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")
-
-
-def index_path(path: Path) -> Path:
-    """Returns where the index of a database is."""
-    return path.with_name(path.name + ".json")
+from datasets.lmdb_index import RAW, find_index
 
 
 def data_file(path: Path) -> Path:
@@ -121,6 +112,7 @@ class LmdbImages:
 
     Attributes:
         classes: Names of the classes; their numbers where the database has no names.
+        names: The same, but None where it has no names.
 
     Raises:
         InputError: The database, its index or a label cannot be used.
@@ -130,15 +122,20 @@ class LmdbImages:
         self.path = Path(path)
         self._database: Database | None = None
         self._pid = 0
-        index = self._load_index() or self._make_index()
-        self.kind: str = index["kind"]
-        self.classes: list[str] = index["classes"]
-        keys = [key.encode() for key, _ in index["samples"]]
-        self.labels = numpy.array([label for _, label in index["samples"]], dtype=numpy.int32)
+        index = find_index(self.path, data_file(self.path), self._open)
+        self.kind: str = index.kind
+        self.classes = index.classes
+        self.names = index.names()
+        keys = [key.encode() for key, _ in index.samples]
+        self.labels = numpy.array([label for _, label in index.samples], dtype=numpy.int32)
         self._keys = b"".join(keys)
         self._ends = numpy.cumsum([0, *map(len, keys)], dtype=numpy.int64)
         if not len(self):
             raise InputError(f"LMDB {path}: no images in it")
+        self.check_labels(n_classes)
+
+    def check_labels(self, n_classes: int | None) -> None:
+        """Raises InputError if a label is negative, or not below ``n_classes``."""
         bad = (self.labels < 0) | (self.labels >= (n_classes or 2**31))
         if bad.any():
             i = int(bad.argmax())
@@ -146,61 +143,6 @@ class LmdbImages:
                 f"{self.name(i)}: label {self.labels[i]} is out of range; allowed are "
                 f"{allowed_labels(n_classes)}"
             )
-
-    # -- index -----------------------------------------------------------------------------------
-
-    def _load_index(self) -> dict[str, Any] | None:
-        path = index_path(self.path)
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            entries = self._open().n_entries
-            if index["kind"] not in (RAW, DATUM) or len(index["samples"]) != entries:
-                raise ValueError(f"it does not fit the {entries} entries of the database")
-            return dict(index)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            if isinstance(e, InputError):
-                raise
-            raise InputError(
-                f"{path}: not the index of {self.path} ({' '.join(str(e).split())}); remove it, "
-                f"and it is made again"
-            ) from e
-
-    def _make_index(self) -> dict[str, Any]:
-        samples: list[list[Any]] = []
-        kind = None
-        with self._open().begin() as txn:
-            for key, value in txn.cursor():
-                try:
-                    name = bytes(key).decode()
-                    if kind is None:
-                        kind = RAW if bytes(value[:4]).startswith(_MAGIC) else DATUM
-                    samples.append([name, 0 if kind == RAW else datum.parse(value).label])
-                except ValueError as e:
-                    raise InputError(
-                        f"LMDB {self.path}: entry {bytes(key)[:60]!r} is neither an image file nor "
-                        f"a Caffe Datum ({e})"
-                    ) from e
-        if kind == RAW:
-            folders = [os.path.basename(os.path.dirname(name)) for name, _ in samples]
-            if "" in folders:
-                raise InputError(
-                    f"LMDB {self.path}: the key {samples[folders.index('')][0]!r} has no folder to "
-                    f"tell the class; make the database with make_lmdb.py, which writes an index"
-                )
-            classes = sorted(set(folders))
-            numbers = {name: i for i, name in enumerate(classes)}
-            for sample, folder in zip(samples, folders, strict=True):
-                sample[1] = numbers[folder]
-        else:
-            highest = max((label for _, label in samples), default=-1)
-            classes = [str(i) for i in range(highest + 1)]
-        index = {"kind": kind or RAW, "classes": classes, "samples": samples}
-        # in a folder that cannot be written to it is made again the next time
-        with contextlib.suppress(InputError):
-            write_text(index_path(self.path), json.dumps(index))
-        return index
 
     # -- reading ---------------------------------------------------------------------------------
 

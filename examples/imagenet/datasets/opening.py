@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy
 from errors import InputError
 
 from datasets.arrays import ArrayImages
 from datasets.cifar import load_cifar
+from datasets.classes import Names, match_labels
 from datasets.digits import N_VALIDATION, load_digits
 from datasets.folders import read_folders
 from datasets.hdf5 import Hdf5Images
-from datasets.labeled import LabeledImages, Source, read_list
+from datasets.labeled import LabeledImages, read_list
 from datasets.lmdb_images import LmdbImages, data_file
 from datasets.mnist import load_mnist
 from datasets.originals import Warn
@@ -28,8 +30,9 @@ LMDB_NAMES = (
 )
 """Databases of an ImageNet data root: ours, SRSGD's, Caffe's."""
 
-Opened = tuple[Source, Source, int]
-"""Training images, validation images, number of classes."""
+Opened = tuple[Any, Any, int]
+"""Training images, validation images, number of classes. Both are sources with ``names``, those of the
+classes by number, or None where the data say only numbers."""
 
 
 def open_dataset(
@@ -40,6 +43,7 @@ def open_dataset(
     root: str | Path = ".",
     data_root: str | Path = "data",
     n_classes: int | None = None,
+    classes: Names = None,
     warn: Warn | None = None,
 ) -> Opened:
     """Opens a data set.
@@ -52,19 +56,23 @@ def open_dataset(
         root: Folder of the paths in list files.
         data_root: Folder of the original files of the others.
         n_classes: Number of classes; None: as many as the data have.
+        classes: Names of the classes by the number that a network gives them, where it was trained with
+            names; None: the training set decides. The validation set goes by them, too.
         warn: Is told of files of CIFAR and MNIST that are not the published ones; None: they are
             not compared.
 
     Raises:
-        InputError: It is missing, damaged, or not what it should be.
+        InputError: It is missing, damaged, or not what it should be, or the validation set has a class
+            that the training set has not.
     """
     folder = Path(data_root)
     if dataset == "files":
         if train is None:
             raise InputError("dataset files: give the training and validation images")
-        return _open_files(Path(train), None if val is None else Path(val), Path(root), n_classes)
+        both_paths = Path(train), None if val is None else Path(val)
+        return _open_files(*both_paths, Path(root), n_classes, classes)
     if dataset == "imagenet":
-        return _open_imagenet(folder, n_classes)
+        return _open_imagenet(folder, n_classes, classes)
     if dataset in ("cifar10", "cifar100"):
         both = load_cifar(dataset, folder, warn)
     elif dataset == "mnist":
@@ -90,16 +98,16 @@ def _digits() -> tuple[ArrayImages, ArrayImages]:
     )
 
 
-def _open_imagenet(folder: Path, n_classes: int | None) -> Opened:
+def _open_imagenet(folder: Path, n_classes: int | None, classes: Names) -> Opened:
     lists = folder / "train.txt", folder / "val.txt"
     folders = folder / "train", folder / "val"
     if all(path.is_file() for path in lists):
-        return _open_files(*lists, folder, n_classes)
+        return _open_files(*lists, folder, n_classes, classes)
     for names in LMDB_NAMES:
         if all((folder / name).exists() for name in names):
-            return _open_files(folder / names[0], folder / names[1], folder, n_classes)
+            return _open_files(folder / names[0], folder / names[1], folder, n_classes, classes)
     if all(path.is_dir() for path in folders):
-        return _open_files(*folders, folder, n_classes)
+        return _open_files(*folders, folder, n_classes, classes)
     databases = ", or ".join(" and ".join(names) for names in LMDB_NAMES)
     raise InputError(
         f"--data-root {folder}: ImageNet is not there; nothing is downloaded, so put there train.txt "
@@ -108,36 +116,50 @@ def _open_imagenet(folder: Path, n_classes: int | None) -> Opened:
     )
 
 
-def _open_files(train: Path, val: Path | None, root: Path, n_classes: int | None) -> Opened:
+def _open_files(
+    train: Path, val: Path | None, root: Path, n_classes: int | None, classes: Names
+) -> Opened:
     if val is None:
         if not _is_hdf5(train):
             raise InputError(f"{train}: give the validation images as well")
         val = train
-    classes: list[str] | None = None
-    sources: list[Source] = []
+    both: list[Any] = []
     for path, part in ((train, "train"), (val, "test")):
         if not path.exists():
             kind = "list file" if path.suffix == ".txt" else "data"
             raise InputError(f"{kind} {path}: No such file or directory; correct the path")
-        source: Source
-        if _is_lmdb(path):
-            source = LmdbImages(path, n_classes)
-        elif path.is_dir():
-            pairs, classes = read_folders(path, classes)
-            source = LabeledImages(pairs, path)
-        elif _is_hdf5(path):
-            source = Hdf5Images(path, part, n_classes)
+        source = _open_part(path, part, root, n_classes, classes)
+        if both or classes is not None:
+            n_training = _n_classes(both[0]) if both else 0
+            source.labels = match_labels(
+                source.labels, source.names, classes, n_training, str(path)
+            )
         else:
-            source = LabeledImages(read_list(path, n_classes), root)
-        sources.append(source)
-    n = max(_n_classes(source) for source in sources)
+            classes = source.names
+        source.names = classes
+        both.append(source)
+    n = max(_n_classes(source) for source in both)
     if n_classes is not None and n > n_classes:
         raise InputError(f"{train}: has {n} classes; allowed are {n_classes}")
-    return sources[0], sources[1], n_classes or n
+    return both[0], both[1], n_classes or n
 
 
-def _n_classes(source: Source) -> int:
-    return int(source.labels.max()) + 1  # type: ignore[attr-defined]
+def _open_part(path: Path, part: str, root: Path, n_classes: int | None, classes: Names) -> Any:
+    if _is_lmdb(path):
+        lmdb = LmdbImages(path)
+        if lmdb.names is None:  # else their numbers may become others
+            lmdb.check_labels(n_classes)
+        return lmdb
+    if path.is_dir():
+        pairs, names = read_folders(path, classes)
+        return LabeledImages(pairs, path, names)
+    if _is_hdf5(path):
+        return Hdf5Images(path, part, n_classes)
+    return LabeledImages(read_list(path, n_classes), root)
+
+
+def _n_classes(source: Any) -> int:
+    return int(source.labels.max()) + 1
 
 
 def _is_hdf5(path: Path) -> bool:

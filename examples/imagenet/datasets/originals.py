@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import pickle
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy
 from errors import InputError
+from files import read_arrays
 
 
 class Expected(NamedTuple):
@@ -132,33 +134,60 @@ def read_archive(path: Path, names: Sequence[str]) -> dict[str, bytes]:
     return found
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Makes NumPy arrays and Python's own plain types; everything else in a pickle is refused."""
+class _Dtype:
+    """Stands for ``numpy.dtype`` in a pickle: only numbers of one value."""
 
-    ALLOWED = frozenset(
-        [
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("_codecs", "encode"),
-        ]
-    )
+    def __init__(self, code: str, *_: Any) -> None:
+        if not re.fullmatch("[biuf][1248]", code):
+            raise pickle.UnpicklingError(f"an array of {code!r}, which no data needs")
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """Stands for an array in a pickle: NumPy's own would believe any address that it is told."""
+
+    def __init__(self, *_: Any) -> None:
+        self.value = numpy.zeros(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        data = data.encode("latin1") if isinstance(data, str) else bytes(data)
+        values = numpy.frombuffer(data, numpy.dtype(dtype.order + dtype.code))
+        self.value = values.reshape(shape, order="F" if fortran else "C")
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Makes what stands for arrays, and Python's own plain types; all else in a pickle is refused."""
+
+    ALLOWED = {  # noqa: RUF012  a constant
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+        ("numpy.core.multiarray", "_reconstruct"): _Array,
+        ("numpy._core.multiarray", "_reconstruct"): _Array,
+        ("_codecs", "encode"): _encode,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns one of the few classes that arrays consist of."""
+        """Returns what stands for one of the few names that arrays consist of."""
         if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data needs")
-        if module.startswith("numpy.core"):
-            module = numpy.ndarray.__reduce__(numpy.zeros(1))[0].__module__  # its name today
-        return super().find_class(module, name)
+        return self.ALLOWED[module, name]
 
 
 def unpickle(data: bytes, path: Path | str) -> dict[str, Any]:
     """Returns the dictionary in a pickle of Python 2, without running anything that it contains.
 
     Raises:
-        InputError: It is damaged, no dictionary, or asks for more than arrays.
+        InputError: It is damaged, no dictionary, or asks for more than arrays of numbers.
     """
     try:
         value = _ArraysOnly(io.BytesIO(data), encoding="latin1").load()
@@ -166,7 +195,7 @@ def unpickle(data: bytes, path: Path | str) -> dict[str, Any]:
         raise broken(path, e) from e
     if not isinstance(value, dict):
         raise broken(path, "it is not a dictionary")
-    return value
+    return {key: v.value if isinstance(v, _Array) else v for key, v in value.items()}
 
 
 def read_npz(path: Path, channels_first: bool) -> dict[str, numpy.ndarray]:
@@ -179,13 +208,7 @@ def read_npz(path: Path, channels_first: bool) -> dict[str, numpy.ndarray]:
     Raises:
         InputError: It is damaged, or one is missing.
     """
-    try:
-        with numpy.load(path, allow_pickle=False) as f:
-            arrays = {key: f[key] for key in ("x_train", "y_train", "x_test", "y_test")}
-    except KeyError as e:
-        raise broken(path, f"it has no array {e.args[0]}") from e
-    except Exception as e:  # of zipfile, zlib, NumPy
-        raise broken(path, e) from e
+    arrays = read_arrays(path, ("x_train", "y_train", "x_test", "y_test"))
     for key in ("x_train", "x_test"):
         x = arrays[key]
         if channels_first and x.ndim == 4 and x.shape[1] == 3 and x.shape[3] != 3:

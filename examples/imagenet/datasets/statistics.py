@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def fingerprint(source: Source, *settings: Any) -> str:
     """Returns a digest of the names and labels of a set, and of what else its pixels depend on."""
     digest = hashlib.sha256(repr((len(source), settings)).encode())
     for i in range(len(source)):
-        digest.update(f"{source.name(i)}\0{source.label(i)}\n".encode())
+        digest.update(os.fsencode(f"{source.name(i)}\0{source.label(i)}\n"))
     return digest.hexdigest()
 
 
@@ -176,7 +177,7 @@ def _load(path: Path, key: str) -> Statistics | None:
             n_images, n_pixels = map(int, f["counts"])
             image_sum = f.get("image_sum")
             return Statistics(n_images, n_pixels, f["channel_sum"], f["channel_squares"], image_sum)
-    except (OSError, ValueError, KeyError, EOFError):
+    except Exception:  # there are none, or they are damaged: they are added up anew
         return None
 
 
@@ -216,8 +217,10 @@ def channel_statistics(
         try:
             found = json.loads(path.read_text())
             if found["fingerprint"] == key:
-                return found["mean"], found["std"]
-        except (OSError, ValueError, KeyError, TypeError):
+                values = numpy.array([found["mean"], found["std"]])
+                if values.shape == (2, 3) and (values >= 0).all() and (values <= 1).all():
+                    return _usable(found["mean"], found["std"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass  # none yet, or damaged: it is made anew
     sums = collect(sample, mean_image=False, workers=workers, progress=progress)
     mean, std = (sums.mean / 255).tolist(), (sums.std / 255).tolist()
@@ -225,6 +228,16 @@ def channel_statistics(
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {"fingerprint": key, "images": len(sample), "mean": mean, "std": std}
         write_text(path, json.dumps(found) + "\n")
+    return _usable(mean, std)
+
+
+def _usable(mean: list[float], std: list[float]) -> tuple[list[float], list[float]]:
+    if not all(std):
+        channel = ("red", "green", "blue")[std.index(0)]
+        raise InputError(
+            f"normalization data: {channel} is the same in all pixels of the training images, so it "
+            f"has no deviation to divide by; use --normalization published"
+        )
     return mean, std
 
 

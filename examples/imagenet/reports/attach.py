@@ -10,6 +10,7 @@ from typing import Any
 import out_of_core
 from chainer import training
 from chainer.training import extensions as chainer_extensions
+from errors import InputError
 from training import Stop
 from world import World
 
@@ -145,7 +146,10 @@ class Reports:
         limit = out_of_core.limit_bytes()
         pictures = write_plots(self.history, self._out, limit, in_core_peak_bytes)
         if draws_all:
-            pictures += draw_confusions(self._out)
+            try:
+                pictures += draw_confusions(self._out)
+            except InputError as e:  # what is in a file of an earlier run costs no report
+                print(f"warning: {e}", flush=True)
         self.synchronize.note_peak()  # of the last snapshot and the plots, too
         summary = summarize(self.history, self.synchronize, self._world, rate, in_core_peak_bytes)
         write_summary(summary, self._out)

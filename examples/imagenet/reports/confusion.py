@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from chainer import training
-from files import is_newer
+from errors import InputError
+from files import is_newer, read_arrays
 from PIL import Image
 
 from reports.units import write_atomically
@@ -49,7 +50,8 @@ class KeepConfusion(training.Extension):
 
 
 def _matrices(out: Path) -> list[Path]:
-    return sorted((out / FOLDER).glob("iter_*.npz"), key=lambda p: int(p.stem.partition("_")[2]))
+    numbers = {p: p.stem.removeprefix("iter_") for p in (out / FOLDER).glob("iter_*.npz")}
+    return sorted((p for p, n in numbers.items() if n.isdecimal()), key=lambda p: int(numbers[p]))
 
 
 def confusion_pictures(out: Path) -> list[Path]:
@@ -62,13 +64,21 @@ def draw_confusions(out: Path) -> list[Path]:
 
     Returns:
         The picture of the last validation, if there is one.
+
+    Raises:
+        InputError: A file is not a matrix.
     """
     drawing: _Drawing | None = None
     for file in _matrices(out):
         picture = file.with_suffix(".png")
         if not is_newer(picture, file.stat().st_mtime_ns):
-            with np.load(file) as f:
-                matrix = f["confusion"]
+            matrix = read_arrays(file, ["confusion"])["confusion"]
+            if (
+                matrix.ndim != 2
+                or matrix.shape[0] != matrix.shape[1]
+                or matrix.dtype.kind not in "iu"
+            ):
+                raise InputError(f"{file}: is no confusion matrix; remove it")
             if drawing is None or drawing.n != len(matrix):
                 drawing = _Drawing(len(matrix))
             drawing.draw(matrix, picture)

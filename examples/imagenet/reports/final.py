@@ -8,8 +8,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import chainer_ooc
+from chainer_ooc.reporting.markdown import block, plain
 from reports.figures import Synchronize
 from reports.history import History
 from reports.units import duration, gibibytes, write_atomically
@@ -41,7 +43,7 @@ def write_report(
         The file.
     """
     sections = [
-        f"# Training report: {out.resolve().name}\n\n```sh\n{command_line()}\n```\n",
+        f"# Training report: {plain(out.resolve().name)}\n\n{block(command_line(), 'sh')}\n",
         _section("Outcome", _outcome(summary, history, updater)),
         _section("Time", _time(figures)),
         _section("Memory", _memory(summary)),
@@ -49,7 +51,7 @@ def write_report(
         _section("Plan, rank 0", _plan(chainer_ooc.plans() if chainer_ooc.is_enabled() else [])),
         _section("Configuration", configuration.items()),
         _section("Versions", versions.items()),
-        "".join(f"![{picture.stem}]({picture.relative_to(out)})\n" for picture in pictures),
+        "".join(f"![{plain(p.stem)}]({quote(str(p.relative_to(out)))})\n" for p in pictures),
     ]
     text = "\n".join(section for section in sections if section)
     path = out / "report.md"
@@ -72,7 +74,7 @@ def _section(title: str, rows: Iterable[tuple[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = ", ".join(map(str, value))
-    return " ".join(str(value).replace("|", "\\|").split())
+    return plain(value)
 
 
 def _number(value: float | None, form: str) -> str | None:

@@ -110,7 +110,11 @@ class History(training.Extension):
         return [row[index] for row in self.train]
 
     def serialize(self, serializer: Any) -> None:
-        """Saves or loads the history."""
+        """Saves or loads the history.
+
+        Raises:
+            ValueError: What is loaded is none.
+        """
         state = {
             "train": self.train,
             "validation": self.validation,
@@ -119,4 +123,24 @@ class History(training.Extension):
             "loss_first": self.loss_first,
             "loss_last": self.loss_last,
         }
-        vars(self).update(json.loads(serializer("history", json.dumps(state))))
+        found = json.loads(serializer("history", json.dumps(state)))
+        if not _is_history(found, state):
+            raise ValueError("the history in it is none")
+        vars(self).update(found)
+
+
+def _is_history(found: Any, state: dict[str, Any]) -> bool:
+    """Tells whether what was read is a history, and not whatever somebody wrote into a file."""
+    if not isinstance(found, dict) or found.keys() != state.keys():
+        return False
+    rows = (("train", len(COLUMNS)), ("validation", 3))
+    return (
+        all(
+            isinstance(found[key], list)
+            and all(isinstance(row, list) and len(row) == n for row in found[key])
+            and all(type(value) in (int, float) for row in found[key] for value in row)
+            for key, n in rows
+        )
+        and all(type(found[key]) is int for key in ("iterations_per_point", "_in_last"))
+        and all(type(found[key]) in (float, int, type(None)) for key in ("loss_first", "loss_last"))
+    )

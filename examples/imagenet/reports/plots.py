@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from reports.history import History
 
 MIB = 1 << 20
-HISTORY_KEY = "extensions/History/history"
+HISTORY = "extensions/History/"
+"""Where the history is in a snapshot."""
 
 
 def write_plots(
@@ -140,18 +141,14 @@ def load_history(out: Path) -> History:
     Raises:
         InputError: There is no snapshot, or it is damaged.
     """
-    import numpy
     from errors import InputError
+    from snapshot_files import find_snapshots, load_npz
 
     from reports.history import History
 
-    snapshots = sorted(out.glob("snapshot_iter_*"), key=lambda path: int(path.name[14:]))
+    snapshots = find_snapshots(out)
     if not snapshots:
         raise InputError(f"{out}: no snapshot_iter_N in this folder; give a result of train.py")
     history = History()
-    try:
-        with numpy.load(snapshots[-1] / "trainer.npz", allow_pickle=False) as arrays:
-            history.serialize(lambda key, value: str(arrays[HISTORY_KEY]))
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"{snapshots[-1]}: damaged, or not of this trainer ({e})") from e
+    load_npz(snapshots[0] / "trainer.npz", history, "result", HISTORY)
     return history

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from files import replacing
 
 GIB = 1 << 30
 
@@ -35,10 +36,5 @@ def duration(seconds: float) -> str:
 
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
     """Lets ``write`` fill a binary file that appears under its name only when it is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as f:
-            write(f)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, open(partial, "wb") as f:
+        write(f)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import launcher
-from errors import InputError
+from errors import InputError, printable
 from tqdm import tqdm
 
 
@@ -109,11 +110,11 @@ def partial_folder(output: Path) -> Iterator[Path]:
     """
     host = socket.gethostname()
     for old in output.glob(f".partial.{host}.*"):
-        pid = old.name.rsplit(".", 1)[1]
-        if pid.isdigit() and not Path("/proc", pid).exists():
+        pid = old.name.removeprefix(f".partial.{host}.").partition(".")[0]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
             shutil.rmtree(old, ignore_errors=True)
-    folder = output / f".partial.{host}.{os.getpid()}"
-    folder.mkdir(exist_ok=True)
+    folder = output / f".partial.{host}.{os.getpid()}.{secrets.token_hex(8)}"
+    folder.mkdir()
     try:
         yield folder
     finally:
@@ -122,7 +123,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
 
 def print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """Prints a table with aligned columns."""
-    texts = [tuple(str(cell) for cell in row) for row in [header, *rows]]
+    texts = [tuple(printable(str(cell)) for cell in row) for row in [header, *rows]]
     widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
     for row in texts:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

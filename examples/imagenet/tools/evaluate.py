@@ -35,7 +35,7 @@ from chainer.dataset import concat_examples
 from config import read_file
 from errors import InputError
 from files import write_text
-from provenance import CONFIG_FILE
+from provenance import CONFIG_FILE, read_classes
 from reports.confusion import draw_confusion
 from snapshot_files import load_npz
 from training import first_error
@@ -50,7 +50,7 @@ def latest_model(folder: Path) -> Path:
     Raises:
         InputError: There is none.
     """
-    found = [p for p in folder.glob("model_iter_*") if p.name.rpartition("_")[2].isdigit()]
+    found = [p for p in folder.glob("model_iter_*") if p.name.rpartition("_")[2].isdecimal()]
     if not found:
         raise InputError(f"{folder}: has no model_iter_N; give a folder of results of a run that "
                          f"is done, or a model with --model")  # fmt: skip
@@ -90,7 +90,8 @@ def evaluate(args: Namespace) -> dict[str, Any]:
     model = models.create(config.arch, config.insize, config.n_classes)
     load_npz(path, model, "--model")
     model.to_device(devices.device_name(args.gpu, World(), gpu))
-    images = data.load(config, World(), print, ten_crop=args.ten_crop).val
+    classes = read_classes(args.result)
+    images = data.load(config, World(), print, args.ten_crop, classes).val
     batchsize = args.val_batchsize or config.val_batchsize
     if args.ten_crop and args.val_batchsize is None:
         batchsize = max(batchsize // 10, 1)

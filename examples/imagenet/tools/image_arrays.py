@@ -9,6 +9,7 @@ import numpy as np
 from datasets.mnist import read_idx
 from datasets.originals import read
 from errors import InputError
+from files import read_arrays
 
 MNIST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -76,14 +77,8 @@ def _mnist(folder: Path) -> Images:
 
 
 def _npz(path: Path) -> Images:
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            x_train, t_train, x_test, t_test = (
-                f[k] for k in ("x_train", "y_train", "x_test", "y_test")
-            )
-    except (OSError, KeyError, ValueError) as e:
-        raise InputError(f"--data {path}: {e}; it has to hold x_train, y_train, x_test and y_test "
-                         f"as arrays of numbers") from e  # fmt: skip
+    arrays = read_arrays(path, ("x_train", "y_train", "x_test", "y_test"))
+    x_train, t_train, x_test, t_test = arrays.values()
     return Images(
         f"{path.stem}: {len(x_train):,} training images",
         (x_train / 255).astype(np.float32),

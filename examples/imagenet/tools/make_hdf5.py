@@ -19,6 +19,7 @@ from datasets.folders import read_folders
 from datasets.hdf5 import write_hdf5
 from datasets.labeled import Enlarged, LabeledImages, Source, read_lines, read_list
 from datasets.resizing import parse_size
+from errors import InputError
 
 from tools.common import Parser, progress, run
 
@@ -27,9 +28,14 @@ def make_hdf5(args: Namespace) -> int:
     """Writes a file; returns the exit status."""
     parts: dict[str, Source] = {}
     n_classes = 0
-    names: list[str] | None = None
+    names = read_lines(args.classes) if args.classes else None
     for name, path in (("train", args.train), ("test", args.val)):
         if path.is_dir():
+            if names is None and parts:
+                raise InputError(
+                    f"{path}: is a folder, but the training images are a list, whose numbers have no "
+                    f"names; give --classes"
+                )
             pairs, names = read_folders(path, names)
             root = path
         else:
@@ -38,8 +44,9 @@ def make_hdf5(args: Namespace) -> int:
         parts[name] = LabeledImages(pairs, root)
         if args.size:
             parts[name] = Enlarged(parts[name], parse_size(args.size))
-    classes = read_lines(args.classes) if args.classes else names
-    classes = classes or [str(i) for i in range(n_classes)]
+    classes = names or [str(i) for i in range(n_classes)]
+    if len(classes) < n_classes:
+        raise InputError(f"class {n_classes - 1}: has no name among the {len(classes)} classes")
     write_hdf5(args.output, parts, classes, progress)
     print(f"{args.output}: {len(parts['train'])} training and {len(parts['test'])} test images of "
           f"{len(classes)} classes, {args.output.stat().st_size} bytes")  # fmt: skip
@@ -57,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--root", "-R", type=Path, default=Path("."), metavar="DIR",
         help="folder of the paths in the lists (default: here)")
     add("--size", metavar="WIDTHxHEIGHT", help="resize the images to exactly this size")
-    add("--classes", type=Path, metavar="FILE", help="names of the classes, from make_list.py")
+    add("--classes", type=Path, metavar="FILE",
+        help="names of the classes, from make_list.py; they also number those of folders")
     # fmt: on
     args = parser.parse_args(argv)
     return run(lambda: make_hdf5(args))

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy
 from datasets.folders import class_folders, class_images, find_images
-from errors import InputError
+from errors import InputError, is_utf8
 from files import write_text
 from parallel import in_parallel
 
@@ -94,7 +94,7 @@ def _write(path: Path, classes: ByClass, labels: dict[str, int]) -> int:
     lines = []
     for name, images in classes.items():
         for image in images:
-            if image != image.strip() or "\n" in image or "\r" in image:
+            if image != image.strip() or len(image.splitlines()) != 1 or not is_utf8(image):
                 raise InputError(f"{image!r}: a list cannot hold this name; rename the file")
             lines.append(f"{image} {labels[name]}\n")
     write_text(path, "".join(lines))

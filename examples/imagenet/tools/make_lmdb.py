@@ -5,14 +5,18 @@
 
 The values are the files as they are, under their paths (--format images, default), or Caffe's
 Datum with the encoded file (--format datum). OUTPUT is one file, with an index of keys and labels
-beside it (OUTPUT.json). An interrupted run continues; OUTPUT appears when it is whole. The
-database grows as needed: no size has to be known in advance.
+beside it (OUTPUT.json). A folder that lacks some of the classes needs --classes. An interrupted run
+continues; OUTPUT appears when it is whole. The database grows as needed: no size has to be known in
+advance.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import stat
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -25,8 +29,8 @@ from datasets import datum
 from datasets.decoding import DAMAGE, damaged, encoded_size, read_bytes
 from datasets.folders import read_folders
 from datasets.labeled import Pair, read_lines, read_list
-from datasets.lmdb_images import DATUM, RAW, index_path
-from errors import InputError
+from datasets.lmdb_index import DATUM, RAW, Index, index_path, read_index
+from errors import InputError, is_utf8
 from files import write_text
 from parallel import in_parallel
 
@@ -45,20 +49,20 @@ Sample = tuple[str, str, int]
 """Key, path relative to the root, label."""
 
 
-def read_samples(args: Namespace) -> tuple[list[Sample], list[str], Path]:
-    """Returns what to write, the names of the classes, and the root of the paths."""
+def read_samples(args: Namespace) -> tuple[list[Sample], list[str], bool, Path]:
+    """Returns what to write, the names of the classes, whether they are numbers, and the root."""
+    names = read_lines(args.classes) if args.classes else None
     if args.source.is_dir():
-        pairs, classes = read_folders(args.source)
+        pairs, classes = read_folders(args.source, names)
         root = args.source
     else:
         pairs, root = read_list(args.source), args.root
-        classes = [str(i) for i in range(max(label for _, label in pairs) + 1)]
-    if args.classes:
-        names = read_lines(args.classes)
-        if len(names) < len(classes):
-            raise InputError(f"--classes {args.classes}: {len(names)} names for {len(classes)}")
-        classes = names
-    return _keys(pairs, args.format), classes, root
+        n = max(label for _, label in pairs) + 1
+        classes = names or [str(i) for i in range(n)]
+        if len(classes) < n:
+            raise InputError(f"--classes {args.classes}: {len(classes)} names for {n}")
+    numbered = not args.source.is_dir() and names is None
+    return _keys(pairs, args.format), classes, numbered, root
 
 
 def _keys(pairs: list[Pair], file_format: str) -> list[Sample]:
@@ -68,6 +72,8 @@ def _keys(pairs: list[Pair], file_format: str) -> list[Sample]:
         key = path if file_format == "images" else f"{i:08d}_{path}"
         if key in seen:
             raise InputError(f"{path} is in the list twice; check.py shows where")
+        if not is_utf8(key):
+            raise InputError(f"{path}: the name is not UTF-8, as keys are; rename the file")
         if len(key.encode()) > MAX_KEY:
             raise InputError(
                 f"{path}: the path is longer than {MAX_KEY} bytes; LMDB allows no more"
@@ -92,6 +98,30 @@ def _chunks(results: Iterator[tuple[Sample, Any]], bad: list[tuple[str, str]]) -
         yield chunk
 
 
+def make_own_folder(folder: Path) -> None:
+    """Makes a folder, unless this user has made it before.
+
+    Its name has to be known when an interrupted run continues, so others could have put something there.
+
+    Raises:
+        InputError: It cannot be made, or what is there is no folder of this user.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        return
+    except OSError as e:
+        if not os.path.lexists(folder):
+            raise InputError(
+                f"{folder}: cannot be made ({e.strerror}); choose another output"
+            ) from e
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise InputError(
+            f"{folder}: is there, and is no folder of yours; remove it, or choose another output"
+        )
+
+
 def put(env: Any, chunk: list[tuple[bytes, bytes]]) -> None:
     """Writes a chunk in one transaction; makes room first if the map is full."""
     import lmdb
@@ -112,28 +142,28 @@ def make_lmdb(args: Namespace) -> int:
         import lmdb
     except ImportError as e:
         raise InputError("needs the package lmdb; run `pip install lmdb`") from e
-    samples, classes, root = read_samples(args)
-    index = {
-        "kind": FORMATS[args.format],
-        "classes": classes,
-        "samples": [[key, label] for key, _, label in samples],
-    }
-    text = json.dumps(index)
+    samples, classes, numbered, root = read_samples(args)
+    keys = [(key, label) for key, _, label in samples]
+    index = Index(kind=FORMATS[args.format], classes=classes, samples=keys, numbered=numbered)
+    text = index.model_dump_json(include={"kind", "classes", "samples"})
     output: Path = args.output
     if output.exists():
-        there = index_path(output)
-        if there.exists() and there.read_text(encoding="utf-8") == text:
+        there = read_index(output)
+        if there and there.model_dump_json(include={"kind", "classes", "samples"}) == text:
             print(f"{output}: {len(samples)} images are there already")
             return 0
         raise InputError(
             f"--output {output}: is there with other images; remove it or choose another"
         )
     partial = output.with_name(output.name + ".partial")
-    begun = partial.with_name(partial.name + ".json")
+    begun = partial / "begun.json"
     digest = json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest()})
-    if partial.exists() and (not begun.exists() or begun.read_text() != digest):
+    data = partial / "data.mdb"
+    make_own_folder(partial)
+    if not data.exists():
+        write_text(begun, digest)
+    elif not begun.is_file() or begun.read_text() != digest:
         raise InputError(f"{partial}: was begun with other images; remove it")
-    write_text(begun, digest)
 
     def value(sample: Sample) -> bytes:
         _, path, label = sample
@@ -148,8 +178,8 @@ def make_lmdb(args: Namespace) -> int:
     env = None
     try:
         # the map cannot be smaller than what is in it already
-        size = max(FIRST_MAP_SIZE, 2 * partial.stat().st_size if partial.exists() else 0)
-        env = lmdb.open(str(partial), subdir=False, map_size=size)
+        size = max(FIRST_MAP_SIZE, 2 * data.stat().st_size if data.exists() else 0)
+        env = lmdb.open(str(partial), map_size=size)
         with env.begin() as txn:
             done = {bytes(key) for key in txn.cursor().iternext(values=False)}
         todo = [sample for sample in samples if sample[0].encode() not in done]
@@ -172,10 +202,10 @@ def make_lmdb(args: Namespace) -> int:
             f"{len(bad)} of {len(samples)} images cannot be used (above); repair them and run the "
             f"same command again: it continues"
         )
-    write_text(index_path(output), text)
-    partial.rename(output)
-    for rest in (begun, partial.with_name(partial.name + "-lock")):
-        rest.unlink(missing_ok=True)
+    index.note(data)
+    write_text(index_path(output), index.model_dump_json())
+    data.rename(output)
+    shutil.rmtree(partial)
     print(
         f"{output}: {len(samples)} images of {len(classes)} classes, {output.stat().st_size} bytes"
     )
@@ -192,7 +222,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--root", "-R", type=Path, default=Path("."), metavar="DIR",
         help="folder of the paths in the list (default: here)")
     add("--format", choices=tuple(FORMATS), default="images", help="what the values are")
-    add("--classes", type=Path, metavar="FILE", help="names of the classes, from make_list.py")
+    add("--classes", type=Path, metavar="FILE",
+        help="names of the classes, from make_list.py; they also number those of folders")
     # fmt: on
     parser.add_workers()
     args = parser.parse_args(argv)

@@ -20,15 +20,16 @@ def load_mean(path: str | Path, insize: int) -> numpy.ndarray:
         float32 array of shape (3, height, width) or (3, 1, 1).
 
     Raises:
-        InputError: The file cannot be read or has another shape.
+        InputError: The file cannot be read, has another shape, or a value that is not finite.
     """
     try:
-        mean = numpy.load(path, allow_pickle=False)
+        # mapped: then a header cannot ask for more memory than the file has bytes
+        mean = numpy.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as e:
         raise InputError(
             f"mean file {path}: no such file; make it with compute_mean.py or give --mean/-m"
         ) from e
-    except (OSError, ValueError, EOFError) as e:
+    except Exception as e:  # of zipfile and of Python's parser, too
         raise InputError(_no_numbers(path)) from e
     if not isinstance(mean, numpy.ndarray) or mean.dtype.kind not in "fiu":
         raise InputError(_no_numbers(path))
@@ -44,7 +45,15 @@ def load_mean(path: str | Path, insize: int) -> numpy.ndarray:
             f"mean file {path}: {mean.shape[2]}x{mean.shape[1]} pixels are less than "
             f"--insize {insize}; use larger images or a smaller --insize"
         )
-    return mean.astype(numpy.float32)
+    with numpy.errstate(over="ignore"):
+        mean = numpy.array(mean, dtype=numpy.float32)
+    bad = ~numpy.isfinite(mean)
+    if bad.any():
+        raise InputError(
+            f"mean file {path}: {bad.sum()} of its {mean.size} values are no finite numbers, such as "
+            f"{mean[bad][0]}; make it again with compute_mean.py"
+        )
+    return mean
 
 
 def _no_numbers(path: str | Path) -> str:
