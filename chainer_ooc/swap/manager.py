@@ -528,11 +528,14 @@ class SwapManager:
     def settle(self) -> None:
         """Wait for all that is under way and give back the space of all that died."""
         with self._lock:
-            for storage in self._mover.members(State.GOING_OUT):
-                self._mover.end_out(storage)
-            for storage in self._mover.members(State.COMING_IN):
-                self._mover.end_in(storage)
+            self._end_transfers()  # a function of its own: its last storage may be held by nothing else
             self._mover.wait_for_graves()
+
+    def _end_transfers(self) -> None:
+        for storage in self._mover.members(State.GOING_OUT):
+            self._mover.end_out(storage)
+        for storage in self._mover.members(State.COMING_IN):
+            self._mover.end_in(storage)
 
     def __repr__(self) -> str:
         with self._lock:

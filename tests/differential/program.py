@@ -25,6 +25,7 @@ class Program:
         constants: Sizes from which NumPy's allocations are announced and pooled (bytes).
         keeps: All that the program has made is left to the interpreter's end, instead of being looked for.
         last: Run as a script's end: what it raises ends the process.
+        edits: It writes to arrays that may be saved, of which ``verify`` tells.
     """
 
     seed: int
@@ -33,6 +34,7 @@ class Program:
     constants: dict[str, int]
     keeps: bool
     last: str
+    edits: bool = False
 
     def __str__(self) -> str:
         lines = [f"# settings={self.settings}, constants={self.constants}, keeps={self.keeps}"]
@@ -47,12 +49,12 @@ def make_program(seed: int) -> Program:
     names = steps.Names(rng)
     made = [steps.leaf(names), steps.leaf(names), steps.unary(names)]
     kinds, weights = zip(*steps.KINDS, strict=True)
-    for kind in rng.choices(kinds, weights, k=rng.randint(6, 16)):
+    chosen = rng.choices(kinds, weights, k=rng.randint(6, 16))
+    for kind in chosen:
         made.append(kind(names))
     made.append(steps.ending(names))
-    return Program(
-        seed, made, settings(rng), constants(rng), rng.random() < 0.3, rng.choice(steps.LAST)
-    )
+    how = settings(rng), constants(rng), rng.random() < 0.3, rng.choice(steps.LAST)
+    return Program(seed, made, *how, steps.edit in chosen)
 
 
 def settings(rng: random.Random) -> dict[str, Any] | None:

@@ -90,6 +90,12 @@ def calls() -> dict[str, Callable[[], Any]]:
     saved = io.BytesIO()
     np.save(saved, f)
 
+    pairs = np.zeros((9, 4), [("o", object), ("n", "i4")])
+    pairs["n"] = np.arange(36).reshape(9, 4) % 7
+
+    def objects_of(array: Any) -> Any:
+        return (array * 50).astype("i8").astype(object)
+
     def sort_in_place(kind: str) -> Any:
         array = a.copy()
         array.T.sort(kind=kind)
@@ -113,13 +119,17 @@ def calls() -> dict[str, Callable[[], Any]]:
             else (a * 50).astype("i2").astype("U4")
         )
         for axis in (0, 1, None):
-            names = ["sort", "argsort", *([] if dtype == "O" else ["partition", "argpartition"])]
-            for name in names:
+            for name in ("sort", "argsort", "partition", "argpartition"):
                 how = {"axis": axis} | ({"kth": 3} if "partition" in name else {"kind": "stable"})
                 found[f"{name} {dtype} {axis}"] = functools.partial(getattr(np, name), array, **how)
     for kind in ("quicksort", "heapsort", "stable"):
         found[f"in place {kind}"] = lambda kind=kind: sort_in_place(kind)
     found |= {
+        "sort records": lambda: np.sort(pairs, axis=0, order="n"),
+        "argsort records": lambda: np.argsort(pairs, axis=0, order="n"),
+        "sort strided objects": lambda: objects_of(a)[::2, 0].sort(),
+        "median of objects": lambda: np.median(objects_of(a), axis=0),
+        "lexsort of objects": lambda: np.lexsort((objects_of(a), objects_of(f)), axis=0),
         "lexsort": lambda: np.lexsort((a, f), axis=0),
         "add": lambda: a + a,
         "add cast": lambda: a + big,
@@ -280,6 +290,11 @@ def calls() -> dict[str, Callable[[], Any]]:
         "item": lambda: a[0].item(3),
         "lists": lambda: np.asarray([[1, 2], [3, 4]], "f") * 2,
     }
+    if hasattr(np.dtypes, "StringDType"):
+        strings = (a * 50).astype("i2").astype(np.dtypes.StringDType())
+        for name in ("sort", "argsort"):
+            function = getattr(np, name)
+            found[f"{name} strings"] = lambda function=function: function(strings, axis=0)
     return found
 
 

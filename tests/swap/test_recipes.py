@@ -56,6 +56,20 @@ def test_what_is_needed_for_it_is_not_dropped_before(manager):
     assert x.storage.used
 
 
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_nothing_is_left_of_what_a_dead_recipe_held_in_the_midst_of_a_copy(manager, way):
+    x, y = save_pair(manager)
+    if way == "in":
+        manager.move_all_out()
+        manager._mover.begin_in(x.storage)
+    else:
+        manager._mover.begin_out(x.storage)
+        manager._mover.forgo(y.storage)
+    del x, y
+    manager.settle()
+    assert (sum(manager._mover.nbytes.values()), manager.device.file.allocated) == (0, 0)
+
+
 @pytest.mark.parametrize("end", ["dies", "is dropped"])
 def test_what_ends_needs_nothing_any_more(manager, end):
     x, y = save_pair(manager)

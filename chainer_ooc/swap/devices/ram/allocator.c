@@ -8,9 +8,9 @@
    2. An exception that is pending while NumPy allocates is put aside while Python runs, and is pending again after it.
    3. What `before` raises arrives where the program computes, as itself. NumPy 2 gets NULL, with the exception set;
       most of its functions then raise a MemoryError of their own, an _ArrayMemoryError, in whose __new__ we raise the
-      error that was stored for the thread. NumPy 1 crashes on NULL (in sort, argsort, partition): there, for realloc,
-      and where another exception is pending, the allocation is granted, and the error raised in this thread between
-      two bytecodes.
+      error that was stored for the thread. NumPy crashes on NULL in sort, argsort and partition, NumPy 2 for objects
+      and strings: there (see sorting.c), for all of NumPy 1, for realloc, and where another exception is pending, the
+      allocation is granted, and the error raised in this thread between two bytecodes.
    4. A stored error that nobody has taken is forgotten with the thread's next allocation, and where NumPy has left
       the exception as it was set, so that it has arrived already.
    5. Signals wait until `before` has returned: see engine_lock.c.
@@ -201,7 +201,7 @@ static bool ask(size_t nbytes, bool can_fail)
             PyErr_NormalizeException(&error_type, &error, &error_traceback);
             if (error_traceback)
                 PyException_SetTraceback(error, error_traceback);
-            if (type || !can_fail) {
+            if (type || !can_fail || is_sorting()) {
                 raise_later(error);
             } else {
                 granted = false;
@@ -630,6 +630,7 @@ static bool reach_numpy(void)
         return false;
     *(void **)&set_handler = table[SET_HANDLER];
     *(void **)&get_handler = table[GET_HANDLER];
+    find_sorts(table);
     numpys_capsule = get_handler();
     Handler *found = numpys_capsule ? PyCapsule_GetPointer(numpys_capsule, "mem_handler") : NULL;
     if (!found)

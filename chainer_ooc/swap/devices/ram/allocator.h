@@ -6,6 +6,7 @@
 #define Py_LIMITED_API 0x030b0000
 #endif
 #include <Python.h>
+#include <stdbool.h>
 
 /* engine_lock.c: signal handlers of Python do not run in the calling thread between these two, if it is the main one.
    They nest. The second delivers those that came; with `now`, handlers run at once, and it returns -1 if one has raised. */
@@ -15,6 +16,9 @@ int let_signals(int now);
    that waits for that at once, and returns -1. */
 void raise_later(PyObject *error);
 int raise_deferred(void);
+/* sorting.c: whether NumPy allocates for a sort, which it does not survive without; given its table of C functions. */
+bool is_sorting(void);
+void find_sorts(void **numpys_table);
 /* Adds the types EngineLock and Mortal to a module. Returns -1 with an exception set if it fails. */
 int add_engine_lock(PyObject *module);
 
