@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import os
 import sys
 import threading
 import warnings
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import native
+from chainer_ooc.swap import forks, native
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.observed_growth import ObservedGrowth
@@ -362,4 +361,4 @@ def _after_fork() -> None:
     local.__init__()  # type: ignore[misc]
 
 
-os.register_at_fork(after_in_child=_after_fork)
+forks.register(_after_fork)

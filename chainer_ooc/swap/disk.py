@@ -337,4 +337,4 @@ def _after_fork() -> None:
         file._after_fork()
 
 
-forks.register(_before_fork, _after_fork)
+forks.register(_after_fork, _before_fork)

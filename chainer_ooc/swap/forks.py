@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,21 +21,27 @@ PATIENCE = 60.0
 _lock: Any = threading.RLock()  # one fork at a time
 _held: list[Any] = []
 _interrupts: list[int] = []
-_before: list[Callable[[], None]] = []
-_in_child: list[Callable[[], None]] = []
+# Weak: what os.register_at_fork() has outlives all modules, and would keep alive what they hold until the very end.
+_before: list[weakref.ref[Callable[[], None]]] = []
+_in_child: list[weakref.ref[Callable[[], None]]] = []
 
 
-def register(before: Callable[[], None], in_child: Callable[[], None]) -> None:
-    """Have two functions called at each fork of the process.
+def register(in_child: Callable[[], None], before: Callable[[], None] | None = None) -> None:
+    """Have functions of a module called at each fork of the process, as long as there is that module.
 
     Args:
-        before: Called before it, and once more if Ctrl-C interrupts it; those registered last come first. May
-            :func:`hold` locks.
         in_child: Called in the child; those registered first come first. A lock that another thread had is of no
             use there: make new ones.
+        before: Called before it, and once more if Ctrl-C interrupts it; those registered last come first. May
+            :func:`hold` locks.
     """
-    _before.insert(0, before)
-    _in_child.append(in_child)
+    _in_child.append(weakref.ref(in_child))
+    if before is not None:
+        _before.insert(0, weakref.ref(before))
+
+
+def _living(functions: list[weakref.ref[Callable[[], None]]]) -> list[Callable[[], None]]:
+    return [function for reference in functions if (function := reference()) is not None]
 
 
 def hold(locks: Iterable[Any]) -> None:
@@ -62,7 +69,7 @@ def hold(locks: Iterable[Any]) -> None:
 def _before_fork() -> None:
     hold([_lock])
     _interrupts.clear()
-    for function in _before:
+    for function in _living(_before):
         try:
             function()
         except KeyboardInterrupt:  # Python would print and forget what is raised here
@@ -81,7 +88,7 @@ def _after_fork_in_child() -> None:
     global _lock
     _after_fork_in_parent()
     _lock = threading.RLock()
-    for function in _in_child:
+    for function in _living(_in_child):
         function()
 
 

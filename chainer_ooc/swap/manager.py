@@ -562,7 +562,7 @@ def _after_fork() -> None:
         manager._lock = native.EngineLock()
 
 
-forks.register(_before_fork, _after_fork)
+forks.register(_after_fork, _before_fork)
 
 
 def _is_writeable(array: Any) -> bool:

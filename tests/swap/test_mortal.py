@@ -100,7 +100,7 @@ def dies(one):
 def dies_in_a_cycle(one):
     one.me = one
     del one
-    gc.collect(0)
+    gc.collect()
 
 
 def dies_with_another(one):

@@ -105,7 +105,7 @@ def _after_fork() -> None:
         threads._lock, threads._threads, threads._ending = threading.RLock(), [], []
 
 
-forks.register(_before_fork, _after_fork)
+forks.register(_after_fork, _before_fork)
 
 
 def _work(jobs: _Jobs) -> None:

@@ -45,7 +45,7 @@ static PyObject *(*get_handler)(void);
 static PyObject *numpys_capsule, *our_capsule;
 static Allocator numpys;
 
-static PyObject *before;        /* called with the lock of the interpreter */
+static PyObject *before;        /* called with the lock of the interpreter; NULL once it ends */
 static size_t announced = SIZE_MAX, pooled = SIZE_MAX; /* bytes from which on an allocation is announced, and in the pool */
 static struct page_pool *pool;  /* NULL: large arrays are NumPy's, too */
 static bool may_fail;           /* NumPy can take NULL */
@@ -189,12 +189,14 @@ static bool ask(size_t nbytes, bool can_fail)
 {
     bool granted = true;
     PyGILState_STATE state = PyGILState_Ensure();
-    if (!own.asks) {
+    if (!own.asks && before) {
         own.asks = true;
         hold_signals();
-        PyObject *type, *value, *traceback;
+        PyObject *asked = before, *type, *value, *traceback;
         PyErr_Fetch(&type, &value, &traceback);
-        PyObject *done = PyObject_CallFunction(before, "n", (Py_ssize_t)nbytes);
+        Py_INCREF(asked);
+        PyObject *done = PyObject_CallFunction(asked, "n", (Py_ssize_t)nbytes);
+        Py_DECREF(asked);
         if (!done) {
             PyObject *error_type, *error, *error_traceback;
             PyErr_Fetch(&error_type, &error, &error_traceback);
@@ -568,6 +570,7 @@ static PyObject *end(PyObject *self, PyObject *unused)
 {
     (void)self, (void)unused;
     ends = true;
+    Py_CLEAR(before); /* all that it knows would live until the very end */
     Py_RETURN_NONE;
 }
 
