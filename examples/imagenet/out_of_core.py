@@ -18,7 +18,7 @@ from world import World
 import chainer_ooc
 from chainer_ooc.settings import parse_bytes
 
-DIGITS_FRACTION = 0.6
+DIGITS_FRACTION = 0.64
 """Limit for the bundled digits as a fraction of a measured in-core step's peak."""
 
 
