@@ -21,6 +21,7 @@ EDIT_SETS = (
     "chainer_ooc.compat.edits.chainer",
     "chainer_ooc.compat.edits.chainermn",
     "chainer_ooc.compat.edits.cupy",
+    "chainer_ooc.compat.edits.later",
     "chainer_ooc.compat.edits.onnx",
 )
 

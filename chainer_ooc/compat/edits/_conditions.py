@@ -22,11 +22,12 @@ def protobuf_has_builder() -> bool:
 
 def h5py_3() -> bool:
     """The installed h5py, if there is one, is version 3 or later."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        import h5py
-    except ImportError:
+        return int(version("h5py").partition(".")[0]) >= 3
+    except PackageNotFoundError:
         return False
-    return int(h5py.__version__.partition(".")[0]) >= 3
 
 
 def onnx_without_mapping() -> bool:
