@@ -69,6 +69,8 @@ def enable(config: Config, world: World, gpu: int) -> int | None:
     if not config.ooc:
         return None
     options: dict[str, Any] = {}
+    if config.ooc_split is not None:
+        options["split"] = config.ooc_split
     peak: int | None = None
     if config.ooc_host_limit is not None:
         with world.together():

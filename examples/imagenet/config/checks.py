@@ -38,6 +38,8 @@ def _problem(config: Config) -> str | None:
         return f"--ooc-limit {config.ooc_limit}: only with --ooc; add --ooc"
     if config.ooc_host_limit is not None and not config.ooc:
         return f"--ooc-host-limit {config.ooc_host_limit}: only with --ooc; add --ooc"
+    if config.ooc_split is not None and not config.ooc and not config.digits:
+        return f"--ooc-split {config.ooc_split}: only with --ooc; add --ooc"
     if config.gpu is not None:
         ids = " ".join(map(str, config.gpu))
         on_gpus = [gpu for gpu in config.gpu if gpu >= 0]

@@ -237,11 +237,15 @@ class Config(BaseModel):
     ooc: bool = _option(False, "out of core", "train out of core")
     ooc_limit: str | None = _option(None, "out of core",
         "memory each rank may use: bytes, 8GiB, or a fraction such as 0.5 of the machine's; for "
-        "the digits the default is 60% of a measured in-core step", metavar="SIZE",
+        "the digits the default is 64% of a measured in-core step", metavar="SIZE",
         coerce_numbers_to_str=True)
     ooc_host_limit: str | None = _option(None, "out of core",
         "pinned host memory that the ranks of a machine may use together for what leaves their "
         "GPUs (default 80% of what is free)", metavar="SIZE", coerce_numbers_to_str=True)
+    ooc_split: Literal["never", "exact", "always"] | None = _option(None, "out of core",
+        "without a GPU, functions whose temporaries do not fit under the limit run in pieces: "
+        "exact: where the results are the same bits; always: also where they are rounded "
+        "differently (default never)")
     # fmt: on
 
     @model_validator(mode="after")

@@ -10,16 +10,16 @@ from typing import Any
 import out_of_core
 from chainer import training
 from chainer.training import extensions as chainer_extensions
-from errors import InputError
 from training import Stop
 from world import World
 
-from reports.confusion import confusion_pictures, draw_confusions
+from reports.confusion import confusion_pictures
 from reports.divergence import WarnOfDivergence
+from reports.drawing import draw
 from reports.figures import Synchronize
 from reports.final import write_report
 from reports.history import History
-from reports.plots import plot_names, write_plots
+from reports.plots import plot_names
 from reports.progress import Progress
 from reports.summary import print_summary, summarize, write_summary
 from reports.table import Table
@@ -144,13 +144,8 @@ class Reports:
             return
         rate = updater.n_updates / updater.seconds if updater.seconds else None
         limit = out_of_core.limit_bytes()
-        pictures = write_plots(self.history, self._out, limit, in_core_peak_bytes)
-        if draws_all:
-            try:
-                pictures += draw_confusions(self._out)
-            except InputError as e:  # what is in a file of an earlier run costs no report
-                print(f"warning: {e}", flush=True)
-        self.synchronize.note_peak()  # of the last snapshot and the plots, too
+        pictures = draw(self.history, self._out, limit, in_core_peak_bytes, draws_all)
+        self.synchronize.note_peak()  # of the last snapshot, too
         summary = summarize(self.history, self.synchronize, self._world, rate, in_core_peak_bytes)
         write_summary(summary, self._out)
         write_report(
