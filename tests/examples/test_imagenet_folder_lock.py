@@ -82,7 +82,8 @@ def test_the_second_is_refused_with_host_and_pid_until_the_first_is_killed(tmp_p
         f"--out {tmp_path}: a run on host {socket.gethostname()} with pid {process.pid} is writing "
         f"there; wait for its end, or choose another folder"
     )
-    process.send_signal(signal.SIGKILL)  # and nobody waits for it: a zombie
+    process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
     lock = FolderLock(tmp_path)
     lock.acquire()
     lock.release()

@@ -129,6 +129,8 @@ def start(args, ranks, tmp_path):
             stdout=f,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Under nohup the tests ignore it, and so would the run.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
     deadline = time.monotonic() + 60
     while not re.search(rb"\b[1-9]\d*/100000", log.read_bytes()):
