@@ -86,6 +86,8 @@ def run_python(tmp_path: Path) -> RunPython:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)))
         environment.setdefault("OMP_NUM_THREADS", "1")
+        if native.allocator is None:  # else all would say so
+            environment.setdefault("PYTHONWARNINGS", "ignore:chainer_ooc has no C extension")
         environment.update(env or {})
         command = [sys.executable, *map(str, arguments)]
         if ranks:

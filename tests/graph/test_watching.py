@@ -124,7 +124,7 @@ class TestVerify:
             F.sum(once + twice).backward()
             for _ in range(2):
                 F.sum(function(F.sin(x))).backward()
-        assert not told
+        assert not [one for one in told if "modified in place" in str(one.message)]
 
     @pytest.mark.parametrize("kind", list(STATEFUL))
     def test_what_others_write_to_the_state_of_functions_is_reported(self, kind):
