@@ -150,11 +150,11 @@ class Progress(training.Extension):
         step = figures.step
         memory = gibibytes(figures.peak_bytes)
         if self._limit is not None:
-            memory += f" of {gibibytes(self._limit)}"
+            limit = gibibytes(self._limit)
+            memory = f"{memory.removesuffix(limit[-4:])} of {limit}"  # the unit once
         costs = [
             f"{step.images / step.seconds:.3g} images/s",
             f"peak {memory}",
-            f"step {step.seconds:.3g} s",
             f"data {step.data_seconds / step.seconds:.0%}",
         ]
         if step.swapped_bytes:

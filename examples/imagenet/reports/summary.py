@@ -42,7 +42,7 @@ def summarize(
 
 
 def print_summary(summary: dict[str, Any], out: Path) -> None:
-    """Prints the summary and where the results are."""
+    """Prints what was shown, in three lines, and where to look."""
 
     def number(key: str, form: str) -> str:
         return "-" if summary[key] is None else format(summary[key], form)
@@ -52,14 +52,14 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
 
     ranks = summary["ranks"]
     print(f"summary: {ranks} rank{'s' if ranks > 1 else ''}, "
-          f"{number('iterations_per_second', '.3g')} iterations/s")  # fmt: skip
-    print(f"  loss          {number('loss_first', '.3f')} -> {number('loss_last', '.3f')}")
-    print(f"  val accuracy  {number('val_accuracy', '.3f')}")
-    print(f"  swapped       {summary['bytes_out'] / GIB:.2f} GiB out, "
-          f"{summary['bytes_in'] / GIB:.2f} GiB in (all ranks)")  # fmt: skip
-    print(f"  peak memory   {memory('peak_bytes')} per rank; limit {memory('limit_bytes')}; "
+          f"{number('iterations_per_second', '.3g')} iterations/s, "
+          f"loss {number('loss_first', '.3f')} -> {number('loss_last', '.3f')}, "
+          f"val accuracy {number('val_accuracy', '.3f')}")  # fmt: skip
+    print(f"  memory   peak {memory('peak_bytes')} per rank; limit {memory('limit_bytes')}; "
           f"in core {memory('in_core_peak_bytes')}")  # fmt: skip
-    print(f"  results in    {out}", flush=True)
+    print(f"  swapped  {summary['bytes_out'] / GIB:.2f} GiB out, "
+          f"{summary['bytes_in'] / GIB:.2f} GiB in (all ranks)")  # fmt: skip
+    print(f"  results  {out}: report.md, its plots, summary.json", flush=True)
 
 
 def write_summary(summary: dict[str, Any], out: Path) -> None:
