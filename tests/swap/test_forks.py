@@ -219,6 +219,7 @@ def test_ctrl_c_while_a_fork_waits_comes_after_it(run_python, tmp_path):
     (tmp_path / "main.py").write_text(
         "import os, signal, threading, time\n"
         "from chainer_ooc.swap.devices.copy_threads import CopyThreads\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "threads, ended = CopyThreads(1, 'copying'), []\n"
         "threads.submit(lambda: (time.sleep(2), ended.append(1)))\n"
         "timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))\n"
