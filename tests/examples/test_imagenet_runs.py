@@ -416,7 +416,7 @@ def test_out_of_core_on_digits_stays_below_the_measured_in_core_peak(train, tmp_
     args = ["-a", "googlenetbn", "-is", 64, "-B", 48, "-b", 15, "-i", 2, "-o", tmp_path]
     done = train(*args, "--ooc")
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["in_core_peak_bytes"] * 0.6 == pytest.approx(summary["limit_bytes"], abs=1)
+    assert summary["in_core_peak_bytes"] * 0.64 == pytest.approx(summary["limit_bytes"], abs=1)
     assert "(measured); limit" in done.stdout
     assert summary["bytes_out"] > 0
     assert summary["bytes_in"] > 0
