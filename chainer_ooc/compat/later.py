@@ -23,8 +23,12 @@ class Later:
         module = importlib.import_module(self._name)
         try:
             return getattr(module, attribute)
-        except AttributeError:  # a module below it that nobody has imported
-            return importlib.import_module(f"{self._name}.{attribute}")
+        except AttributeError:
+            name = f"{self._name}.{attribute}"
+            is_package = hasattr(module, "__path__") and not attribute.startswith("__")
+            if not is_package or importlib.util.find_spec(name) is None:
+                raise
+            return importlib.import_module(name)  # a module below it that nobody has imported
 
 
 def later(name: str) -> Any:

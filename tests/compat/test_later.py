@@ -56,6 +56,12 @@ def test_a_library_that_is_missing_is_missed_as_on_stock_chainer(
     assert result.returncode == 1 and message in result.stderr
 
 
+def test_chainers_modules_have_the_names_that_they_had():
+    from chainer.functions.math import erfinv
+
+    assert not hasattr(erfinv, "later")
+
+
 def test_a_library_that_is_there_is_taken_as_it_is():
     assert later("numpy.linalg") is np.linalg
 
@@ -68,5 +74,7 @@ def test_nobody_waits_for_what_is_not_installed():
 def test_what_stands_in_gives_attributes_and_modules_below():
     sys.modules.pop("xml.dom.minidom", None)
     assert Later("xml.dom").minidom is sys.modules["xml.dom.minidom"]
-    with pytest.raises(ImportError, match="nothing"):
-        Later("xml.dom").nothing  # noqa: B018
+    assert not hasattr(Later("xml.dom"), "nothing")
+    assert not hasattr(Later("xml.dom"), "__wrapped__")
+    with pytest.raises(AttributeError, match="nothing"):
+        Later("math").nothing  # noqa: B018  no package: there is nothing below it
