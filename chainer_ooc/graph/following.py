@@ -129,13 +129,12 @@ class Follower:
             step = func.__dict__.get(STEP)
             if step is None or step != (self._iteration, self._number):
                 return
-            storages = [saved.storage for saved in group]
-            storages = [storage for storage in storages if storage.manager is self.manager]
+            group = [saved for saved in group if saved.storage.manager is self.manager]
             if self._leaves:
                 numbers = self._saved.get(self._number, ())
-                if len(numbers) == len(storages):
-                    for number, storage in zip(numbers, storages, strict=True):
-                        self._take(storage, number)
+                if len(numbers) == len(group):
+                    for number, saved in zip(numbers, group, strict=True):
+                        self._take(saved.storage, number)
                 return
             makers = {}
             if self._recorder is not None:
@@ -147,8 +146,6 @@ class Follower:
             found = []
             for saved in group:
                 storage = saved.storage
-                if storage.manager is not self.manager:
-                    continue
                 number = self._numbers.get(storage.sequence, -1)
                 if number < 0:
                     number = len(self._storages)

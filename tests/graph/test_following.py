@@ -302,16 +302,22 @@ def test_a_plan_is_made_again_from_the_times_of_the_iterations(device, monkeypat
     assert seconds[-1] == min(seconds) > 0
 
 
-def test_a_plan_that_is_slower_than_on_demand_is_not_followed(device, monkeypatch):
+def with_a_plan_that_is_slower(monkeypatch):
+    """Train until a plan has been given up for its time; return the training and the plan's page."""
     monkeypatch.setattr(book, "_WORSE", 1.02)
+    training = Training()
+    for _ in range(4):
+        training.step()
+    (page,) = pages().values()
+    page.demand_seconds = 0.0
+    for _ in range(6):
+        training.step()
+    return training, page
+
+
+def test_a_plan_that_is_slower_than_on_demand_is_not_followed(device, monkeypatch):
     with chainer_ooc.out_of_core_mode(limit=OTHER + 700 * KIB, min_bytes=1):
-        training = Training()
-        for _ in range(4):
-            training.step()
-        (page,) = pages().values()
-        page.demand_seconds = 0.0
-        for _ in range(6):
-            training.step()
+        training, page = with_a_plan_that_is_slower(monkeypatch)
         followed = len(page.seconds)
         assert followed == 3
         assert page.is_worse
@@ -379,18 +385,11 @@ def test_once_a_plan_has_settled_nothing_is_measured_any_more(device, monkeypatc
 
 
 def test_nothing_is_recorded_for_a_graph_whose_plan_was_given_up(device, monkeypatch):
-    monkeypatch.setattr(book, "_WORSE", 1.02)
     marked = []
     mark = device.device.mark
     monkeypatch.setattr(device.device, "mark", lambda: marked.append(1) or mark())
     with chainer_ooc.out_of_core_mode(limit=OTHER + 700 * KIB, min_bytes=1):
-        training = Training()
-        for _ in range(4):
-            training.step()
-        (page,) = pages().values()
-        page.demand_seconds = 0.0
-        for _ in range(6):
-            training.step()
+        training, page = with_a_plan_that_is_slower(monkeypatch)
         before = len(marked)
         training.step()
     assert page.is_worse
