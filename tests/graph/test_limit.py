@@ -58,10 +58,10 @@ def test_with_room_enough_nothing_moves(run):
 
 
 def test_what_cannot_fit_is_one_warning_or_with_strict_an_error(run_python):
-    done = run_python(CHILD, "90MiB", env={"PYTHONWARNINGS": "default"})
+    done = run_python(CHILD, "56MiB", env={"PYTHONWARNINGS": "default"})
     assert done.returncode == 0, done.stderr  # though warnings are errors in the child
     assert done.stderr.count("RuntimeWarning: ") == 1
-    done = run_python(CHILD, "90MiB", "strict=1")
+    done = run_python(CHILD, "56MiB", "strict=1")
     assert done.returncode
     last = done.stderr.strip().splitlines()[-1]
     assert "OutOfMemoryError: Convolution2DFunction((1, 3, 192, 192), (16, 3, 3, 3), (16,))" in last

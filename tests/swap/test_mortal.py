@@ -98,6 +98,7 @@ def dies(one):
 
 
 def dies_in_a_cycle(one):
+    gc.collect()  # what others have left: a handler may run in their finalizers, too
     one.me = one
     del one
     gc.collect()
