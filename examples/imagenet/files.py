@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,24 +9,7 @@ from pathlib import Path
 import numpy
 from errors import InputError
 
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path whose file takes the name ``path`` when the block ends well.
-
-    Nobody can foresee its name, so that in a folder that others write to, too, nobody can put a
-    link there that leads to another file.
-
-    Raises:
-        OSError: The file cannot be made or renamed.
-    """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+from chainer_ooc.reporting.whole import replacing
 
 
 @contextmanager

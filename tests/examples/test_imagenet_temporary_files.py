@@ -8,14 +8,14 @@ import numpy
 import pytest
 from datasets import digits
 from errors import InputError
-from files import replacing, whole_file, write_text
+from files import whole_file, write_text
 from reports.units import write_atomically
 from snapshot_files import MANIFEST, find_snapshots
 from test_imagenet_resume import Trained
 from tools import make_lmdb
 from tools.common import partial_folder
 
-from chainer_ooc.reporting.whole import write_whole
+from chainer_ooc.reporting.whole import replacing, write_whole
 
 TOKEN = "0123456789abcdef"
 

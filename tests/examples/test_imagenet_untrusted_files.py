@@ -1,4 +1,4 @@
-"""Files of somebody else: nothing in them runs, and what is wrong with them is one line."""
+"""Files of others: nothing in them runs, and what is wrong with them is one line."""
 
 import json
 import os

@@ -130,7 +130,7 @@ class History(training.Extension):
 
 
 def _is_history(found: Any, state: dict[str, Any]) -> bool:
-    """Tells whether what was read is a history, and not whatever somebody wrote into a file."""
+    """Tells whether what was read is a history, and not whatever else a file may hold."""
     if not isinstance(found, dict) or found.keys() != state.keys():
         return False
     rows = (("train", len(COLUMNS)), ("validation", 3))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from files import replacing
+from chainer_ooc.reporting.whole import replacing
 
 GIB = 1 << 30
 
