@@ -1,4 +1,4 @@
-"""What takes bytes off the link: signs in place of values, no zeros, running again, all, against moving alone.
+"""What takes bytes off the link: no zeros, running again, against moving alone.
 
     python benchmarks/fewer_bytes.py [--nets NAME ...] [--fraction F] [--disk MB] [--repeat N] [--json FILE]
 
@@ -19,12 +19,10 @@ MIB = 1 << 20
 FOLLOWING = 6
 WAYS = {
     "move": {},
-    "signs": {"sign_bits": True},
     "no zeros": {"skip_zeros": True},
     "run again": {"recompute": True},
-    "all": {"sign_bits": True, "skip_zeros": True, "recompute": True},
 }
-MOVED = ("bytes_out", "bytes_in", "bytes_skipped", "bytes_as_signs", "bytes_forgone")
+MOVED = ("bytes_out", "bytes_in", "bytes_skipped", "bytes_forgone")
 
 
 def zeros(net: str) -> list[str]:
@@ -138,7 +136,7 @@ def main() -> None:
                     f"{row['peak_bytes'] / limit:.3f}",
                 ]
             )
-    header = ["net", "way", "MiB out", "in", "less zeros", "as signs", "run again"]
+    header = ["net", "way", "MiB out", "in", "less zeros", "run again"]
     print_table([*header, "time/move", "of stock", "peak/limit"], rows)
     write(options.json, results)
 

@@ -34,7 +34,6 @@ class Stats:
         storages_remade: Allocations that were computed again.
         recompute_seconds: Time that took.
         bytes_skipped: What copies, each way, were shorter than what they are of (bytes), zeros being left out.
-        bytes_as_signs: Bytes that were given up for one bit for each element; they are in none of the above.
         copy_seconds: Time in which copies were under way, as far as they are known to have ended.
         stall_fetch_seconds: Time that computing threads waited for arrays that were fetched when they were asked
             for. On a GPU, where the streams wait, this and the next are what the host waited.
@@ -56,7 +55,6 @@ class Stats:
     storages_remade: int
     recompute_seconds: float
     bytes_skipped: int
-    bytes_as_signs: int
     copy_seconds: float
     stall_fetch_seconds: float
     stall_late_seconds: float
@@ -102,7 +100,6 @@ def enable(
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
-    sign_bits: bool = _UNSET,
     skip_zeros: bool = _UNSET,
     plan: bool = _UNSET,
     split: str = _UNSET,
@@ -126,8 +123,6 @@ def enable(
             does not fit under the limit, instead of one warning.
         single_backward: Backward runs once per graph: arrays are dropped after their last use.
         recompute: Run functions again in backward instead of moving their results: cheap ones, and by plan others.
-        sign_bits: CPU only: where backward needs only the signs of what ReLU has returned, keep one bit for each
-            element instead of moving it; nobody else can read such an array from the graph then.
         skip_zeros: CPU only: zeros are left out of copies, where that makes them shorter. For slow disks.
         plan: Record an iteration, plan it, and move ahead of need as planned from the next one on. Default: yes.
         split: CPU only: convolutions, poolings and other functions of single images whose temporaries do not fit
@@ -168,7 +163,6 @@ def out_of_core_mode(
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
-    sign_bits: bool = _UNSET,
     skip_zeros: bool = _UNSET,
     plan: bool = _UNSET,
     split: str = _UNSET,
@@ -195,7 +189,6 @@ def out_of_core_mode(
         strict: See :func:`enable`.
         single_backward: See :func:`enable`.
         recompute: See :func:`enable`.
-        sign_bits: See :func:`enable`.
         skip_zeros: See :func:`enable`.
         plan: See :func:`enable`.
         split: See :func:`enable`.
@@ -241,7 +234,6 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
         "strict",
         "single_backward",
         "recompute",
-        "sign_bits",
         "skip_zeros",
         "plan",
         "split",

@@ -173,9 +173,6 @@ class Settings:
             results not moved: fewer bytes each way, more computation. Cheap ones (activations, batch
             normalization, additions and the like) are whenever memory is short, convolutions and chains
             where a plan says so.
-        sign_bits: CPU only: where backward needs nothing of what ReLU has returned but which elements are greater than
-            zero, keep one bit for each in memory instead of moving it. Nobody else can read such an array from
-            the graph then: that raises :class:`~chainer_ooc.errors.GraphReleasedError`.
         skip_zeros: CPU only: of what goes to the swap file, words of 32 bits that are zero are left out, and one bit
             for each word is put in, where that is less: half of what ReLU returns. It costs computation, and pays
             where the disk is slow.
@@ -199,7 +196,6 @@ class Settings:
     strict: bool = False
     single_backward: bool = False
     recompute: bool = False
-    sign_bits: bool = False
     skip_zeros: bool = False
     plan: bool = True
     split: str = "never"
@@ -257,7 +253,6 @@ _PARSERS = {
     "strict": _parse_flag,
     "single_backward": _parse_flag,
     "recompute": _parse_flag,
-    "sign_bits": _parse_flag,
     "skip_zeros": _parse_flag,
     "plan": _parse_flag,
     "split": _parse_split,

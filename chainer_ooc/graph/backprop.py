@@ -37,9 +37,9 @@ _WRITERS = frozenset(
     {"chainer.functions.util.forget", "chainer.functions.loss.ctc", "chainer.functions.loss.hinge"}
 )
 
-# Functions that have been applied and not been looked at yet, with their ``single_backward`` and ``sign_bits``:
-# while memory is plenty nobody looks.
-_pending: deque[tuple[weakref.ref[Any], bool, bool]] = deque()
+# Functions that have been applied and not been looked at yet, with their ``single_backward``: while memory
+# is plenty nobody looks.
+_pending: deque[tuple[weakref.ref[Any], bool]] = deque()
 _most_pending = 4096
 _SEQUENCES = (tuple, list)
 _stock: dict[str, Any] = {}
@@ -122,7 +122,7 @@ def _apply(self: Any, inputs: Any) -> Any:
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
         if follower is not None and follower.is_selective and follower.moves(self):
             with mode.local.uninterrupted:
-                _save(self, settings.single_backward, settings.sign_bits)
+                _save(self, settings.single_backward)
         else:
             _note(self, settings)
         if _recomputes(manager, settings):
@@ -149,7 +149,7 @@ def _is_foreign(func: Any) -> bool:
 
 def _note(func: Any, settings: Settings) -> None:
     """Note a function that has been applied, to be looked at when memory gets short."""
-    _pending.append((weakref.ref(func), settings.single_backward, settings.sign_bits))
+    _pending.append((weakref.ref(func), settings.single_backward))
     if len(_pending) > _most_pending:
         _forget_dead()
 
@@ -400,18 +400,7 @@ def _recomputes(manager: SwapManager, settings: Settings) -> bool:
     return settings.recompute and manager.has_been_short
 
 
-def _needs_signs(func: Any) -> bool:
-    """Tell whether all that backward needs of a function's result is which elements are greater than zero.
-
-    Function hooks get the inputs of all functions in backward: where there are any, values are needed.
-    """
-    import chainer
-    from chainer.functions.activation.relu import ReLU
-
-    return type(func) is ReLU and not func._use_cudnn and not chainer.get_function_hooks()
-
-
-def _save(func: Any, drop: bool, sign_bits: bool) -> None:
+def _save(func: Any, drop: bool) -> None:
     label = func._impl_name
 
     def save(array: Any) -> Saved | None:
@@ -427,9 +416,8 @@ def _save(func: Any, drop: bool, sign_bits: bool) -> None:
         return
     func.__dict__[_RECORD] = record = Record(group, drop)
     used, twice = func.__dict__.pop(_USED, False), func.__dict__.pop(_TWICE, False)
-    signs = sign_bits and _needs_signs(func)
     for owner, saved in record.by_manager:
-        owner.expect(saved, func.rank, signs)
+        owner.expect(saved, func.rank)
         if twice:
             owner.keep(saved)
         if used:

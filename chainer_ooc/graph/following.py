@@ -194,8 +194,6 @@ class Follower:
         with self._lock:
             if not self._is_mine():
                 return
-            if self._recorder is not None:
-                self._note_signs(self._recorder, group)
             if self._player is not None:
                 for saved in group:
                     storage = saved.storage
@@ -204,13 +202,6 @@ class Follower:
                         self._arrivals.setdefault(number, (self._asked, storage.arrival))
             if self._marks:
                 self._marks[-1] = self.manager.device.mark()  # what it waited for does not count
-
-    def _note_signs(self, recorder: Recorder, group: Iterable[Saved]) -> None:
-        """Note of what backward needs only signs: now that it runs, all have told that need more."""
-        for storage in {saved.storage for saved in group if saved.storage.goes_as_signs}:
-            number = self._numbers.get(storage.sequence)
-            if number is not None:
-                recorder.can_keep_signs(number, self.manager.sign_seconds(storage.nbytes))
 
     def ran(self, peak: int) -> None:
         """Tell that a function has run.

@@ -23,7 +23,6 @@ class _Step:
     saved: tuple[int, ...] = ()
     rerun: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     by: tuple[int, ...] = ()  # the steps that run again for that, if not this one alone
-    sign_seconds: float | None = None  # what it takes instead, where signs of that are enough
 
 
 @dataclasses.dataclass
@@ -45,7 +44,6 @@ class Recorder:
         self.min_bytes = min_bytes
         self._steps: list[_Step] = []
         self._storages: list[_Storage] = []
-        self._signed: set[int] = set()  # of what signs are enough
 
     @property
     def step(self) -> int:
@@ -118,15 +116,6 @@ class Recorder:
             known, writes = maker.rerun
             maker.rerun = tuple(sorted({*known, *reads})), tuple(sorted({*writes, storage}))
 
-    def can_keep_signs(self, storage: int, seconds: float) -> None:
-        """Note that of a storage signs are enough, which are kept, and how long that takes, there and back.
-
-        For a plan it is made again from nothing, and nothing is made again from it.
-        """
-        self._signed.add(storage)
-        maker = self._steps[self.producer(storage)]
-        maker.rerun, maker.sign_seconds = ((), (storage,)), seconds
-
     def freed(self, storage: int) -> None:
         """Note that from the step on that runs next, or runs, nothing but the graph refers to a storage."""
         self._storages[storage].free_from = max(self.step, self.producer(storage) + 1)
@@ -188,13 +177,11 @@ class Recorder:
         step = self._steps[number]
         workspace = max(0, step.peak_bytes - step.used_bytes - made)
         rerun = None
-        if step.rerun and step.rerun[1] and not self._signed.intersection(step.rerun[0]):
+        if step.rerun and step.rerun[1]:
             reads, writes = step.rerun
             spent = sum(seconds[n] for n in step.by or (number,))
             taken = apart = 0
-            if step.sign_seconds is not None:
-                spent = step.sign_seconds
-            elif step.by:
+            if step.by:
                 again = [self._steps[n] for n in step.by]
                 taken = sum(max(0, one.peak_bytes - one.used_bytes) for one in again)
                 apart = sum(storages[i].nbytes for i in writes)

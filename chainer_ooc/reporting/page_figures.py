@@ -37,9 +37,8 @@ class FunctionRow:
         back: Allocations copied back.
         bytes_in: Their size.
         remade: Calls run again instead.
-        signs: Calls of whose results one bit for each element was kept instead.
         stall_seconds: Waits while it ran, or before.
-        fate: ``kept``, ``swapped``, ``recomputed``, ``kept as signs``, or several of them.
+        fate: ``kept``, ``swapped``, ``recomputed``, or several of them.
         why: In words.
     """
 
@@ -50,7 +49,6 @@ class FunctionRow:
     back: int = 0
     bytes_in: int = 0
     remade: int = 0
-    signs: int = 0
     stall_seconds: float = 0.0
     fate: str = ""
     why: str = ""
@@ -111,8 +109,6 @@ def storages(trace: Traced) -> list[FunctionRow]:
             one.back, one.bytes_in = one.back + 1, one.bytes_in + nbytes
         elif span.category in ("recompute", "rerun"):
             row(span.name).remade += 1
-        elif span.category == "signs":
-            row(span.name).signs += 1
     for one in rows.values():
         one.fate, one.why = _fate(one)
     return sorted(rows.values(), key=lambda r: (-r.bytes_out - r.bytes_in, -r.calls, r.name))
@@ -131,9 +127,6 @@ def _fate(row: FunctionRow) -> tuple[str, str]:
     if row.remade:
         fates.append("recomputed")
         reasons.append("running it again costs less than moving what it made")
-    if row.signs:
-        fates.append("kept as signs")
-        reasons.append(f"of {row.signs}, backward needs only which elements are greater than zero")
     if not fates:
         fates.append("kept")
         reasons.append(

@@ -70,15 +70,8 @@ class Trace(Observer):
 
     def remade(self, storage: Storage, span: Span) -> None:
         """Keep what was run again."""
-        self._keep_work("recompute", storage, span)
-
-    def kept_signs(self, storage: Storage, span: Span) -> None:
-        """Keep what was reduced to signs."""
-        self._keep_work("signs", storage, span)
-
-    def _keep_work(self, category: str, storage: Storage, span: Span) -> None:
         args = {"device": storage.manager.device.name, "bytes": storage.nbytes}
-        self._keep(_Event("compute", category, storage.label, *span, args))
+        self._keep(_Event("compute", "recompute", storage.label, *span, args))
 
     def stalled(self, device: str, cause: str, span: Span) -> None:
         """Keep a wait."""

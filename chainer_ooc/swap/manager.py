@@ -127,28 +127,17 @@ class SwapManager:
             )
             return Saved(storage, layout, array)
 
-    def expect(self, group: Iterable[Saved], rank: int = 0, signs: bool = False) -> None:
+    def expect(self, group: Iterable[Saved], rank: int = 0) -> None:
         """Tell that one more function will use ``group`` in backward.
 
         Args:
             group: What it saved.
             rank: Its rank in the graph: functions run backward by falling rank.
-            signs: It needs to know of each element only whether it is greater than zero.
         """
         with self._lock:
-            for storage, saved in {saved.storage: saved for saved in group}.items():
+            for storage in {saved.storage for saved in group}:
                 storage.expected += 1
                 storage.rank = max(storage.rank, rank)
-                if not signs:
-                    self._want_values(storage)
-                elif self.device.copy_signs and storage.nbytes == saved.nbytes:
-                    storage.signs = saved.layout.dtype
-
-    def _want_values(self, storage: Storage) -> None:
-        """Take note that signs do not do; nor does a copy of them, if there is one already."""
-        if storage.goes_as_signs and not storage.lossy:
-            self._mover.taint(storage)
-        storage.wants_values = True
 
     def look_at(self, saved: Saved) -> int | None:
         """Return the checksum of what the storage of an array has now; ``None`` if nobody knows."""
@@ -217,11 +206,6 @@ class SwapManager:
                     f"an array that {storage.label} saved was dropped after its use in backward, because "
                     "single_backward=True; to run backward through a graph twice, or to read its arrays "
                     "after it, enable out-of-core mode with single_backward=False"
-                )
-            if storage.lossy and not trusted:
-                raise GraphReleasedError(
-                    f"of an array that {storage.label} saved, only signs have been kept, because sign_bits=True; to "
-                    "read the arrays of a graph, enable out-of-core mode with sign_bits=False"
                 )
             if storage.resident:
                 self.counters.hits += 1
@@ -352,11 +336,6 @@ class SwapManager:
         with self._lock:
             out, back = self._mover.bandwidth(out=True), self._mover.bandwidth(out=False)
         return out or back or otherwise, back or out or otherwise
-
-    def sign_seconds(self, nbytes: int) -> float:
-        """Return how long it takes to keep the signs of so many bytes, and to make an array of them again."""
-        with self._lock:
-            return self._mover.sign_seconds(nbytes)
 
     # Room.
 

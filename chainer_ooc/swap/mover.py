@@ -21,8 +21,6 @@ __all__ = ["Counters", "Mover"]
 
 #: Waits shorter than this are counted, but not told (seconds).
 _NOTICED = 20e-6
-#: How fast signs are kept until that was measured (bytes per second).
-_ASSUMED_SIGN_RATE = 1e9
 
 
 @dataclasses.dataclass
@@ -37,7 +35,6 @@ class Counters:
     prefetched: int = 0
     prefetch_hits: int = 0
     bytes_forgone: int = 0
-    bytes_as_signs: int = 0
     bytes_skipped: int = 0
     storages_remade: int = 0
     recompute_seconds: float = 0.0
@@ -99,7 +96,6 @@ class Mover:
         self._landed = self._released = 0
         self._busy_until = 0.0
         self._links = _Link(), _Link()  # in, out
-        self._signs = _Link()  # what has become signs, or has come back from them
         self._copies: deque[tuple[Copied, Transfer]] = deque()  # whose times are not known yet
         # The resident storages by the identity of their owner, which lives as long as it is here.
         self._by_owner: dict[int, weakref.ref[Storage]] = {}
@@ -122,12 +118,6 @@ class Mover:
         self._take_times()
         link = self._links[out]
         return link.nbytes / link.seconds if link.seconds > 0 else None
-
-    def sign_seconds(self, nbytes: int) -> float:
-        """Return how long it takes to keep the signs of so many bytes, and to make an array of them again."""
-        signs = self._signs
-        rate = signs.nbytes / signs.seconds if signs.seconds > 0 else _ASSUMED_SIGN_RATE
-        return 2 * nbytes / rate
 
     def stalled(self, cause: str, start: float) -> None:
         """Note that the calling thread has waited since ``start``. ``cause`` is one of the counters' ``stall_``."""
@@ -216,8 +206,6 @@ class Mover:
         if not storage.used:
             storage.forward.look_again_at(storage)
         storage.ahead = False
-        if storage.goes_as_signs:
-            storage.lossy, storage.verified, storage.checksum = True, False, None
         self._let_go(storage)
 
     def moved_bytes(self) -> int:
@@ -231,7 +219,6 @@ class Mover:
             constant.keep()
         for needed in storage.recipe.storages():
             needed.expected += 1
-            needed.wants_values = True
             if needed.dependents is None:
                 needed.dependents = weakref.WeakSet()
             needed.dependents.add(storage)
@@ -260,7 +247,6 @@ class Mover:
         """OUT -> COMING_IN."""
         copy = storage.copy
         assert copy is not None
-        start = time.perf_counter()
         owner, origin, transfer = self._again_with_room(
             storage.nbytes, lambda: self.device.copy_in(copy, storage.nbytes, storage.phase)
         )
@@ -268,11 +254,8 @@ class Mover:
         self._by_owner[id(owner)] = weakref.ref(storage)
         self._move(storage, State.COMING_IN)
         self._landed += storage.nbytes
-        if storage.lossy:
-            self._signs.note(storage.nbytes, (start, time.perf_counter()))
-        else:
-            self.counters.bytes_in += storage.nbytes
-            self.counters.storages_in += 1
+        self.counters.bytes_in += storage.nbytes
+        self.counters.storages_in += 1
 
     def end_in(self, storage: Storage) -> None:
         """COMING_IN -> BOTH. Waits.
@@ -408,19 +391,9 @@ class Mover:
 
     def _copy_out(self, storage: Storage) -> Transfer:
         verify.check_unchanged(self.device, storage)
-        bytes_of = storage.owner, storage.origin, storage.nbytes
-        if storage.goes_as_signs:
-            assert self.device.copy_signs is not None
-            self.counters.bytes_as_signs += storage.nbytes
-            start = time.perf_counter()
-            made = self.device.copy_signs(*bytes_of, storage.signs)
-            span = start, time.perf_counter()
-            self._signs.note(storage.nbytes, span)
-            for observer in self.observers:
-                observer.kept_signs(storage, span)
-            return made
         transfer: Transfer = self._again_with_room(
-            storage.nbytes, lambda: self.device.copy_out(*bytes_of)
+            storage.nbytes,
+            lambda: self.device.copy_out(storage.owner, storage.origin, storage.nbytes),
         )
         self.counters.bytes_out += storage.nbytes
         self.counters.storages_out += 1

@@ -43,9 +43,6 @@ class Observer:
     def remade(self, storage: Storage, span: Span) -> None:
         """Tell that a storage has been computed again."""
 
-    def kept_signs(self, storage: Storage, span: Span) -> None:
-        """Tell that of a storage one bit for each element has been kept, instead of a copy."""
-
     def stalled(self, device: str, cause: str, span: Span) -> None:
         """Tell that a computing thread has waited. For the causes see :class:`~chainer_ooc.Stats`."""
 

@@ -105,8 +105,6 @@ class Recipe:
             return False
         for saved, checksum in zip(self.inputs, self.input_checksums, strict=True):
             needed = saved.storage
-            if needed.goes_as_signs and needed.state is not State.RESIDENT:
-                return False
             leaves = needed.state is State.GOING_OUT and not needed.tainted
             if needed.copy is not None or leaves:
                 found = needed.checksum

@@ -160,17 +160,14 @@ class Reclaimer:
         return True
 
     def give_up(self, storage: Storage) -> int:
-        """Give up a storage, as a plan says: for its copy, or its signs, or to be made again. Returns bytes."""
+        """Give up a storage, as a plan says: for its copy, or to be made again. Returns bytes."""
         if storage.recipe is not None:
             self.reclaim(storage.recipe.bytes_to_keep())
-        if storage.state is State.RESIDENT and not storage.held:
-            if storage.goes_as_signs:
-                self._mover.begin_out(storage)
-                self._mover.end_out(storage)
-            elif self._can_be_remade(storage, planned=True):
-                with contextlib.suppress(MemoryError):  # it stays, as constants cannot be kept
-                    self._mover.forgo(storage)
-                    return storage.nbytes
+        goes = storage.state is State.RESIDENT and not storage.held
+        if goes and self._can_be_remade(storage, planned=True):
+            with contextlib.suppress(MemoryError):  # it stays, as constants cannot be kept
+                self._mover.forgo(storage)
+                return storage.nbytes
         return self.release_unless_held(storage)
 
     def release_unless_held(self, storage: Storage) -> int:
@@ -182,7 +179,7 @@ class Reclaimer:
 
     def _can_be_remade(self, storage: Storage, planned: bool = False) -> bool:
         recipe = storage.recipe
-        if not self.forgoes or recipe is None or storage.goes_as_signs:
+        if not self.forgoes or recipe is None:
             return False
         if storage.dependents and not planned:
             return False

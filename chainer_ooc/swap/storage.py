@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -90,10 +89,6 @@ class Storage(native.Mortal):
         forward: What it was saved with, in a row, and ``number``, its place there.
         ahead: It was fetched before it was asked for, and has not been used since.
         arrival: The moment at which it came in last, for the device; ``None`` if it never did.
-        signs: Its elements' dtype if it may go as signs: an array fills it, and it is one of those of which some
-            function needs no more; else ``None``.
-        wants_values: Whether some function needs more.
-        lossy: Its values are gone: what comes back has their signs.
         recipe: How its bytes can be computed again, or ``None``.
         dependents: Storages that are out without a copy, whose recipes need this one.
         checksum: Of its bytes when it was last looked at, or ``None`` where nobody asks for it.
@@ -111,7 +106,6 @@ class Storage(native.Mortal):
         "forward",
         "kept",
         "label",
-        "lossy",
         "manager",
         "nbytes",
         "number",
@@ -121,12 +115,10 @@ class Storage(native.Mortal):
         "rank",
         "recipe",
         "sequence",
-        "signs",
         "state",
         "tainted",
         "transfer",
         "verified",
-        "wants_values",
     )
 
     def __init__(
@@ -152,9 +144,6 @@ class Storage(native.Mortal):
         self.arrival: Any = None
         self.checksum: int | None = None
         self.verified = False
-        self.signs: Any = None
-        self.wants_values = False
-        self.lossy = False
         self.recipe: Recipe | None = None
         self.dependents: weakref.WeakSet[Storage] | None = None
 
@@ -182,11 +171,6 @@ class Storage(native.Mortal):
     def forgone(self) -> bool:
         """Whether its bytes are nowhere, and its recipe makes them again."""
         return self.state is State.OUT and self.copy is None
-
-    @property
-    def goes_as_signs(self) -> bool:
-        """Whether one bit for each element is all that is needed of it."""
-        return self.signs is not None and not self.wants_values
 
     @property
     def held(self) -> bool:
@@ -223,11 +207,6 @@ class Saved:
         """
         manager = self.storage.manager
         return manager.read(self, manager.is_trusted())
-
-    @property
-    def nbytes(self) -> int:
-        """The size of its elements (bytes)."""
-        return math.prod(self.layout.shape) * int(self.layout.dtype.itemsize)
 
     def alive(self) -> Any | None:
         """Return the array handed out last if it is still alive, else ``None``."""

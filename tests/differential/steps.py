@@ -551,7 +551,6 @@ def once(names: Names) -> str:
     chosen = names.rng.sample(
         [
             "single_backward=True",
-            "sign_bits=True",
             "verify=True",
             "recompute=True",
             "skip_zeros=True",

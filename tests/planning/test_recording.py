@@ -83,21 +83,6 @@ def test_running_again_a_chain_takes_what_its_steps_took():
     assert profile.steps[2].rerun == Rerun(5.0, 40 + 90 + 20, (x,), (y,))
 
 
-def test_what_signs_are_enough_of_is_made_again_from_nothing_and_nothing_is_from_it():
-    recorder = Recorder()
-    for n, nbytes in enumerate((100, 60)):
-        recorder.begin(f"f{n}", FORWARD, float(n), 100 * n)
-        recorder.end(100 * n + nbytes + 5)
-        recorder.saved([recorder.made(nbytes)])
-        recorder.can_remake(n, [n - 1] if n else [], [n])
-    recorder.begin("f1", BACKWARD, 2.0, 160, function=1)
-    recorder.can_keep_signs(0, 0.25)
-    recorder.end(160)
-    profile = recorder.profile("signs", "clock", recorder.seconds(3.0))
-    assert profile.steps[0].rerun == Rerun(0.25, 0, (), (0,))
-    assert profile.steps[1].rerun is None
-
-
 def test_a_clock_that_goes_back_tells_of_no_time():
     """It is the time without waits, and other threads wait too."""
     recorder = Recorder()

@@ -100,13 +100,12 @@ def test_fates_of_what_was_saved(run):
     )
     assert (relu.fate, relu.bytes_out, relu.bytes_in) == ("written", 2 * MIB, 0)
     again = [
-        span("signs", "ReLU <b>", 35, 36, bytes=2 * MIB),
         span("recompute", "Conv", 38, 39, bytes=6 * MIB),
     ]
     document = {"traceEvents": iteration(0, copies=False) + again}
     (run / "ooc.json").write_text(json.dumps(document))
     fates = {row.name: row.fate for row in storages(read_run(run).traces[0])}
-    assert fates == {"ReLU <b>": "kept as signs", "Conv": "recomputed"}
+    assert fates == {"ReLU <b>": "kept", "Conv": "recomputed"}
     (run / "ooc.json").write_text(json.dumps({"traceEvents": iteration(0, copies=False)}))
     assert {row.fate for row in storages(read_run(run).traces[0])} == {"kept"}
 

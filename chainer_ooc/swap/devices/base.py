@@ -94,14 +94,6 @@ class Device(Protocol):
             OSError: If it cannot be begun.
         """
 
-    @property
-    def copy_signs(self) -> Callable[[Any, int, int, Any], Transfer] | None:
-        """Keep which elements of a storage are greater than zero; ``None`` if it cannot be done.
-
-        :meth:`copy_in` makes an array from that which is greater than zero in the same places. It takes what
-        :meth:`copy_out` takes, and the dtype of the elements.
-        """
-
     def copy_in(self, copy: Any, nbytes: int, phase: int) -> tuple[Any, int, Transfer]:
         """Allocate memory and begin to copy a storage in. Returns its owner, its origin and the transfer.
 

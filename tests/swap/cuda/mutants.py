@@ -60,7 +60,6 @@ TESTS = (
     "tests/swap/cuda/test_schedules.py",
     "tests/swap/test_use_order.py",
     "tests/swap/test_watermarks.py",
-    "tests/swap/test_signs.py",
     "tests/swap/test_ram.py",
     "tests/swap/test_recipes.py",
     "tests/swap/test_page_pool.py",
@@ -68,7 +67,7 @@ TESTS = (
     "tests/graph/test_following.py",
 )
 #: Calls that only count and tell.
-TOLD = {"stalled", "copied", "_copied", "ran", "used", "remade", "kept_signs"}
+TOLD = {"stalled", "copied", "_copied", "ran", "used", "remade"}
 #: Functions that only tell.
 TELLING = {"stalled", "_copied", "ran", "explain_shortage", "__repr__"}
 #: To look which tests run what takes as long as all of them: it is worth it for more mutants than this.

@@ -17,7 +17,6 @@ from chainer_ooc.swap import native, process_memory
 from chainer_ooc.swap.devices.base import Location, checksum_of_array
 from chainer_ooc.swap.devices.copy_threads import CopyThreads
 from chainer_ooc.swap.devices.file_copies import FileCopy, FileTransfer
-from chainer_ooc.swap.devices.signs import SignCopy, SignTransfer
 from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
 from chainer_ooc.swap.observing import Span
 from chainer_ooc.swap.ranks import ranks_of_this_node
@@ -115,20 +114,11 @@ class RamDevice:
         copy = FileCopy(self.file, nbytes, _address(owner) + origin, self.skips_zeros)
         return self._start(copy, copy.write(memory))
 
-    def copy_signs(
-        self, owner: np.ndarray, origin: int, nbytes: int, dtype: np.dtype
-    ) -> SignTransfer:
-        """Keep which elements of a storage are greater than zero."""
-        return SignTransfer(SignCopy(_elements(owner, origin, nbytes, dtype)))
-
     def copy_in(
-        self, copy: FileCopy | SignCopy, nbytes: int, phase: int
-    ) -> tuple[np.ndarray, int, FileTransfer | SignTransfer]:
+        self, copy: FileCopy, nbytes: int, phase: int
+    ) -> tuple[np.ndarray, int, FileTransfer]:
         """Allocate memory at the same place in a page and begin to read a storage into it."""
         owner, origin = _empty(nbytes, phase)
-        if isinstance(copy, SignCopy):
-            copy.fill(_elements(owner, origin, nbytes, copy.dtype))
-            return owner, origin, SignTransfer(copy)
         address = _address(owner)
         pooled = self.pages is not None and address in self.pages
         untouched = self.pages.untouched_bytes(address) if pooled else nbytes
@@ -326,10 +316,6 @@ def _dense_order(owner: np.ndarray) -> np.ndarray:
 def _bytes_of(owner: np.ndarray) -> memoryview:
     flat: Any = _dense_order(owner).reshape(-1).view(np.uint8)
     return memoryview(flat)
-
-
-def _elements(owner: np.ndarray, origin: int, nbytes: int, dtype: np.dtype) -> np.ndarray:
-    return np.frombuffer(_bytes_of(owner)[origin : origin + nbytes], dtype)
 
 
 def _address(owner: np.ndarray) -> int:
