@@ -33,7 +33,6 @@ class Stats:
         bytes_forgone: Bytes that were given up with no copy, to be computed again.
         storages_remade: Allocations that were computed again.
         recompute_seconds: Time that took.
-        bytes_skipped: What copies, each way, were shorter than what they are of (bytes), zeros being left out.
         copy_seconds: Time in which copies were under way, as far as they are known to have ended.
         stall_fetch_seconds: Time that computing threads waited for arrays that were fetched when they were asked
             for. On a GPU, where the streams wait, this and the next are what the host waited.
@@ -54,7 +53,6 @@ class Stats:
     bytes_forgone: int
     storages_remade: int
     recompute_seconds: float
-    bytes_skipped: int
     copy_seconds: float
     stall_fetch_seconds: float
     stall_late_seconds: float
@@ -100,7 +98,6 @@ def enable(
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
-    skip_zeros: bool = _UNSET,
     plan: bool = _UNSET,
     split: str = _UNSET,
     verify: bool = _UNSET,
@@ -123,7 +120,6 @@ def enable(
             does not fit under the limit, instead of one warning.
         single_backward: Backward runs once per graph: arrays are dropped after their last use.
         recompute: Run functions again in backward instead of moving their results: cheap ones, and by plan others.
-        skip_zeros: CPU only: zeros are left out of copies, where that makes them shorter. For slow disks.
         plan: Record an iteration, plan it, and move ahead of need as planned from the next one on. Default: yes.
         split: CPU only: convolutions, poolings and other functions of single images whose temporaries do not fit
             under the limit run in pieces: ``"exact"`` where the results are the same bits, ``"always"`` also
@@ -163,7 +159,6 @@ def out_of_core_mode(
     strict: bool = _UNSET,
     single_backward: bool = _UNSET,
     recompute: bool = _UNSET,
-    skip_zeros: bool = _UNSET,
     plan: bool = _UNSET,
     split: str = _UNSET,
     verify: bool = _UNSET,
@@ -189,7 +184,6 @@ def out_of_core_mode(
         strict: See :func:`enable`.
         single_backward: See :func:`enable`.
         recompute: See :func:`enable`.
-        skip_zeros: See :func:`enable`.
         plan: See :func:`enable`.
         split: See :func:`enable`.
         verify: See :func:`enable`.
@@ -234,7 +228,6 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
         "strict",
         "single_backward",
         "recompute",
-        "skip_zeros",
         "plan",
         "split",
         "verify",

@@ -161,7 +161,6 @@ def _prepare(settings: Settings) -> None:
         manager = _managers.get("ram") or _make_ram_manager(settings)
         device: Any = manager.device
         device.move_to(settings.directory)
-        device.skips_zeros = settings.skip_zeros
         local.stack.append(settings)
         try:
             manager.limit  # noqa: B018  # what None means is what is free now, not when memory gets short

@@ -173,9 +173,6 @@ class Settings:
             results not moved: fewer bytes each way, more computation. Cheap ones (activations, batch
             normalization, additions and the like) are whenever memory is short, convolutions and chains
             where a plan says so.
-        skip_zeros: CPU only: of what goes to the swap file, words of 32 bits that are zero are left out, and one bit
-            for each word is put in, where that is less: half of what ReLU returns. It costs computation, and pays
-            where the disk is slow.
         plan: From the third iteration on, what moves ahead of need is planned: an iteration is recorded, simulated,
             and played by the plan that takes the least time, as long as that is faster than on demand.
         split: CPU only: convolutions, poolings and other functions of single images whose temporaries do not fit
@@ -196,7 +193,6 @@ class Settings:
     strict: bool = False
     single_backward: bool = False
     recompute: bool = False
-    skip_zeros: bool = False
     plan: bool = True
     split: str = "never"
     verify: bool = False
@@ -253,7 +249,6 @@ _PARSERS = {
     "strict": _parse_flag,
     "single_backward": _parse_flag,
     "recompute": _parse_flag,
-    "skip_zeros": _parse_flag,
     "plan": _parse_flag,
     "split": _parse_split,
     "verify": _parse_flag,

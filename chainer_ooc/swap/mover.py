@@ -35,7 +35,6 @@ class Counters:
     prefetched: int = 0
     prefetch_hits: int = 0
     bytes_forgone: int = 0
-    bytes_skipped: int = 0
     storages_remade: int = 0
     recompute_seconds: float = 0.0
     copy_seconds: float = 0.0
@@ -191,7 +190,6 @@ class Mover:
         finally:
             self.stalled("room", start)
         storage.transfer = None
-        self.counters.bytes_skipped += transfer.copy.skipped_bytes
         if storage.tainted:
             self._move(storage, State.RESIDENT)
             transfer.copy.free()
@@ -412,7 +410,6 @@ class Mover:
             raise
         storage.transfer = None
         self._move(storage, State.BOTH)
-        self.counters.bytes_skipped += transfer.copy.skipped_bytes
         storage.arrival = transfer.arrival()
         self._copied(storage, transfer, out=False)
 

@@ -67,7 +67,6 @@ def settings(rng: random.Random) -> dict[str, Any] | None:
         (0.7, lambda: {"min_bytes": rng.choice([1, 1000, 20000])}),
         (0.3, lambda: {"plan": False}),
         (0.25, lambda: {"recompute": True}),
-        (0.15, lambda: {"skip_zeros": True}),
         (0.15, lambda: {"split": "exact"}),
     ]
     for chance, setting in more:

@@ -18,7 +18,7 @@ from chainer_ooc.testing import assert_same_bits
 SETTINGS = {
     "all out": {"swap_all": True, "min_bytes": 1},
     "recompute": {"swap_all": True, "min_bytes": 1, "recompute": True},
-    "verify": {"swap_all": True, "min_bytes": 1, "verify": True, "skip_zeros": True},
+    "verify": {"swap_all": True, "min_bytes": 1, "verify": True},
     "little memory": {"limit": "1MiB", "split": "always", "recompute": True},
 }
 #: Begins what out-of-core mode says itself.

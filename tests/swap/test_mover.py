@@ -9,7 +9,7 @@ from chainer_ooc.swap.observing import Copied
 
 
 class Copy:
-    freed = skipped_bytes = 0
+    freed = 0
 
     def free(self):
         self.freed += 1

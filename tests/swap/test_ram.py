@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from chainer_ooc.references import attribute_is_referenced_externally
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap.devices.file_copies import PACKED_PIECE, PIECE
+from chainer_ooc.swap.devices.file_copies import PIECE
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.disk import ALIGNMENT
 from chainer_ooc.swap.manager import SwapManager
@@ -175,67 +175,9 @@ def test_what_broadcast_arrays_returns_is_saved_without_its_warning(manager):
     assert not manager.save(fixed, "test").layout.writeable
 
 
-def sparse(nbytes, share, seed=0):
-    """Return an array of which a share is zero; the first are negative zeros and NaN."""
-    random = np.random.RandomState(seed)
-    array = random.randn(nbytes // 4).astype(np.float32)
-    array[random.rand(array.size) < share] = 0
-    array[:4] = -0.0, np.nan, np.inf, 1e-45
-    return array
-
-
-@pytest.fixture
-def skipping(manager):
-    manager.device.skips_zeros = True
-    yield manager
-    manager.device.skips_zeros = False
-
-
-@pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.5, 0.99, 1])
-@pytest.mark.parametrize(
-    "nbytes", [64, ALIGNMENT, 7 * ALIGNMENT + 64, 2 * PACKED_PIECE + 3 * ALIGNMENT + 4]
-)
-def test_zeros_are_left_out_and_come_back(skipping, share, nbytes):
-    array = sparse(nbytes, share)
-    expected = array.tobytes()
-    counters = skipping.counters
-    before = counters.bytes_skipped
-    saved = skipping.save(array, "test")
-    del array
-    skipping.move_all_out()
-    assert saved.storage.state is State.OUT
-    out = counters.bytes_skipped - before
-    assert saved.get().tobytes() == expected
-    assert counters.bytes_skipped - before == 2 * out
-    whole = nbytes - 2 * ALIGNMENT
-    if whole > 4 * ALIGNMENT and share >= 0.3:
-        assert out == pytest.approx((share - 1 / 32) * nbytes, abs=6 * ALIGNMENT)
-    if share <= 0.1:
-        assert out == 0
-
-
-def test_what_went_out_whole_comes_back_whole_whatever_is_said_later(manager):
-    array = sparse(PACKED_PIECE, 0.5)
-    expected = array.tobytes()
-    saved = manager.save(array, "test")
-    del array
-    manager.move_all_out()
-    manager.device.skips_zeros = True
-    try:
-        assert saved.get().tobytes() == expected
-        saved.get()[0] = 3  # its copy is worth nothing now
-        manager.move_all_out()
-    finally:
-        manager.device.skips_zeros = False
-    assert saved.storage.state is State.OUT
-    assert saved.get().tobytes()[4:] == expected[4:]
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_a_failed_write_or_read_holds_no_memory(tmp_path, monkeypatch, share):
+def test_a_failed_write_or_read_holds_no_memory(tmp_path, monkeypatch):
     device = RamDevice(str(tmp_path))
-    device.skips_zeros = True
-    memory = SimpleNamespace(owner=sparse(4 * PACKED_PIECE, share))
+    memory = SimpleNamespace(owner=np.ones(2 * PIECE, np.uint8))
     nbytes = memory.owner.nbytes
 
     def fail(offset, buffer):
@@ -249,7 +191,6 @@ def test_a_failed_write_or_read_holds_no_memory(tmp_path, monkeypatch, share):
     assert not attribute_is_referenced_externally(memory, "owner")
     transfer = device.copy_out(memory.owner, 0, nbytes)
     transfer.join()
-    assert (transfer.copy.skipped_bytes > 0) is (share == 0.5)
     with monkeypatch.context() as patch:
         patch.setattr(device.file, "read", fail)
         _, _, arriving = device.copy_in(transfer.copy, nbytes, 0)

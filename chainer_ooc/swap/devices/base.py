@@ -35,10 +35,6 @@ class Location(NamedTuple):
 class Copy(Protocol):
     """The bytes of one storage outside the device's memory."""
 
-    @property
-    def skipped_bytes(self) -> int:
-        """How much less it is than the storage."""
-
     def free(self) -> None:
         """Give the space back. Nothing may be reading or writing it."""
 

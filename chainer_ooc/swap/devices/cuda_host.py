@@ -35,8 +35,6 @@ class PinnedCopy:
         read: The end of the last copy that reads them; it comes after all earlier ones, on one stream.
     """
 
-    skipped_bytes = 0
-
     def __init__(self, tier: HostTier, address: int, nbytes: int) -> None:
         self.tier = tier
         self.address = address
@@ -88,8 +86,6 @@ class HostTier:
 
 class DiskCopy:
     """A storage's bytes in the swap file."""
-
-    skipped_bytes = 0
 
     def __init__(self, file: SwapFile, nbytes: int) -> None:
         self.file = file

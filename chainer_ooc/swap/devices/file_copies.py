@@ -1,15 +1,12 @@
-"""Copies in the swap file: whole pages as they are, or without their zeros."""
+"""Copies in the swap file: whole pages there, the unaligned ends in memory."""
 
 from __future__ import annotations
 
 import functools
 import math
-import mmap
 import threading
 import time
 from collections.abc import Callable
-
-import numpy as np
 
 from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
 from chainer_ooc.swap.observing import Span
@@ -18,13 +15,8 @@ __all__ = ["PIECE", "FileCopy", "FileTransfer"]
 
 #: The largest piece of a storage that a thread copies at a time (bytes).
 PIECE = 16 << 20
-#: The same where zeros are left out: each thread has a buffer of this size.
-PACKED_PIECE = 2 << 20
-#: A piece that would shrink to more than this share is written as it is.
-_WORTH = 0.75
 
 _Move = Callable[[int, memoryview], None]
-_local = threading.local()
 
 
 class FileCopy:
@@ -37,24 +29,14 @@ class FileCopy:
         file: Where.
         nbytes: The size of the storage.
         phase: Its first address, or that modulo the page size.
-        skips_zeros: Words of 32 bits that are zero are not written, but one bit for each word, where that is less.
     """
 
-    def __init__(self, file: SwapFile, nbytes: int, phase: int, skips_zeros: bool = False) -> None:
+    def __init__(self, file: SwapFile, nbytes: int, phase: int) -> None:
         self._head = min(-phase % ALIGNMENT, nbytes)
         self._body = (nbytes - self._head) // ALIGNMENT * ALIGNMENT
         self._ends: tuple[bytes, bytes] = (b"", b"")
         self._file = file
-        self._skips_zeros = skips_zeros
-        # How many words of each piece are not zero, and what is not written of it (bytes); those that were written
-        # as they are have no entry.
-        self._packed: dict[int, tuple[int, int]] = {}
         self._offset = file.allocate(self._body) if self._body else -1
-
-    @property
-    def skipped_bytes(self) -> int:
-        """How much less is in the file than in memory."""
-        return sum(skipped for _, skipped in self._packed.values())
 
     def free(self) -> None:
         """Give the block back to the file."""
@@ -68,75 +50,23 @@ class FileCopy:
             bytes(memory[: self._head]),
             bytes(memory[self._head + self._body :]),
         )
-        return self._pieces(memory, self._write_packed if self._skips_zeros else self._file.write)
+        return self._pieces(memory, self._file.write)
 
     def read(self, memory: memoryview) -> list[Callable[[], Span]]:
         """Return the calls that fill ``memory`` with the storage's bytes. Each returns when it began and ended."""
         memory[: self._head], memory[self._head + self._body :] = self._ends
-        return self._pieces(memory, self._read_packed if self._skips_zeros else self._file.read)
+        return self._pieces(memory, self._file.read)
 
     def _pieces(self, memory: memoryview, move: _Move) -> list[Callable[[], Span]]:
-        size = PACKED_PIECE if self._skips_zeros else PIECE
         return [
             functools.partial(
                 _timed,
                 move,
                 self._offset + start,
-                memory[self._head + start : self._head + min(start + size, self._body)],
+                memory[self._head + start : self._head + min(start + PIECE, self._body)],
             )
-            for start in range(0, self._body, size)
+            for start in range(0, self._body, PIECE)
         ]
-
-    # Arrays over a piece are gone before its transfer can fail: the error would hold them, and they the memory.
-
-    def _write_packed(self, offset: int, piece: memoryview) -> None:
-        words = np.frombuffer(piece, np.uint32)
-        is_present = words != 0
-        count = int(np.count_nonzero(is_present))
-        size = _packed_bytes(words.size, count)
-        if size > _WORTH * piece.nbytes:
-            del words
-            self._file.write(offset, piece)
-            return
-        packed = _buffer()[:size]
-        bits, values = _parts(packed, words.size, count)
-        bits[:] = np.packbits(is_present)
-        np.compress(is_present, words, out=values)
-        del words
-        self._file.write(offset, packed)
-        self._packed[offset] = count, piece.nbytes - size
-
-    def _read_packed(self, offset: int, piece: memoryview) -> None:
-        if offset not in self._packed:
-            self._file.read(offset, piece)
-            return
-        count, skipped = self._packed[offset]
-        packed = _buffer()[: piece.nbytes - skipped]
-        self._file.read(offset, packed)
-        words = np.frombuffer(piece, np.uint32)
-        bits, values = _parts(packed, words.size, count)
-        words[...] = 0
-        if count:
-            np.place(words, np.unpackbits(bits, count=words.size).view(bool), values)
-
-
-def _packed_bytes(words: int, present: int) -> int:
-    """Return how many bytes so many words are of which so many are not zero, in whole pages."""
-    return -(-(words // 8 + 4 * present) // ALIGNMENT) * ALIGNMENT
-
-
-def _parts(packed: memoryview, words: int, present: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bits that tell which words are not zero, and these."""
-    bits = np.frombuffer(packed, np.uint8, words // 8)
-    return bits, np.frombuffer(packed, np.uint32, present, words // 8)
-
-
-def _buffer() -> memoryview:
-    """Return the calling thread's buffer, at the beginning of a page."""
-    found: memoryview | None = getattr(_local, "buffer", None)
-    if found is None:
-        found = _local.buffer = memoryview(mmap.mmap(-1, PACKED_PIECE))
-    return found
 
 
 def _timed(move: _Move, offset: int, piece: memoryview) -> Span:

@@ -63,7 +63,6 @@ class RamDevice:
 
     Attributes:
         file: The swap file.
-        skips_zeros: What is written next leaves out zeros.
         pages: The PagePool in which large arrays lie, once memory may get short.
     """
 
@@ -73,7 +72,6 @@ class RamDevice:
 
     def __init__(self, directory: str) -> None:
         self.file = SwapFile(directory)
-        self.skips_zeros = False
         self.pages: Any = None
         self._resident = process_memory.ResidentMemory()
         self._threads: CopyThreads | None = None
@@ -111,7 +109,7 @@ class RamDevice:
     def copy_out(self, owner: np.ndarray, origin: int, nbytes: int) -> FileTransfer:
         """Begin to write a storage to the swap file."""
         memory = _bytes_of(owner)[origin : origin + nbytes]
-        copy = FileCopy(self.file, nbytes, _address(owner) + origin, self.skips_zeros)
+        copy = FileCopy(self.file, nbytes, _address(owner) + origin)
         return self._start(copy, copy.write(memory))
 
     def copy_in(
