@@ -9,6 +9,7 @@ from typing import Any
 
 from chainer_ooc import mode
 from chainer_ooc.errors import SettingError
+from chainer_ooc.settings import check_names
 from chainer_ooc.wording import repr_of
 
 __all__ = ["Stats", "disable", "enable", "is_enabled", "out_of_core_mode", "stats"]
@@ -91,8 +92,6 @@ class Stats:
 def enable(
     limit: int | float | str | None = _UNSET,
     *,
-    swap_all: bool = _UNSET,
-    min_bytes: int | str = _UNSET,
     host_limit: int | str | None = _UNSET,
     swap_dir: str | os.PathLike[str] | None = _UNSET,
     strict: bool = _UNSET,
@@ -102,6 +101,7 @@ def enable(
     split: str = _UNSET,
     verify: bool = _UNSET,
     trace: str | os.PathLike[str] | None = _UNSET,
+    **others: Any,
 ) -> None:
     """Turn out-of-core mode on for the whole process.
 
@@ -112,8 +112,6 @@ def enable(
     Args:
         limit: The memory that training may take: bytes (int), text such as ``"8GiB"``, or a fraction of the
             device's memory (float, 0 < limit <= 1). ``None``: what is free, divided by the ranks that share it.
-        swap_all: Move every saved array out at once, whether memory is short or not.
-        min_bytes: Allocations smaller than this (bytes) are left where they are. Default 64 KiB.
         host_limit: Most pinned host memory for arrays of a GPU (bytes).
         swap_dir: Directory of the swap file. Default: the directory for temporary files.
         strict: CPU only: raise :class:`~chainer_ooc.errors.OutOfMemoryError` for a function whose working set
@@ -128,11 +126,14 @@ def enable(
             saved. Slow: for finding errors.
         trace: Write a trace of functions, copies, waits and memory to this file, for Perfetto or
             chrome://tracing; at the end of the process, or when out-of-core mode is turned off.
+        **others: Settings of tests.
 
     Raises:
         SettingError: If a value is not allowed.
+        TypeError: If there is no such setting.
     """
-    mode.enable(**_given(locals()))
+    check_names(others)
+    mode.enable(**_given(locals()), **others)
     import chainer
 
     chainer.out_of_core_mode = out_of_core_mode
@@ -152,8 +153,6 @@ def out_of_core_mode(
     enabled: bool = True,
     *,
     limit: int | float | str | None = _UNSET,
-    swap_all: bool = _UNSET,
-    min_bytes: int | str = _UNSET,
     host_limit: int | str | None = _UNSET,
     swap_dir: str | os.PathLike[str] | None = _UNSET,
     strict: bool = _UNSET,
@@ -167,7 +166,7 @@ def out_of_core_mode(
     fine_granularity: bool = True,
     debug: bool = False,
     devices: Any = None,
-    **ibm: Any,
+    **others: Any,
 ) -> contextlib.AbstractContextManager[None]:
     """Return a context manager that turns out-of-core mode on, or off, in the calling thread.
 
@@ -177,8 +176,6 @@ def out_of_core_mode(
     Args:
         enabled: ``False`` turns it off inside.
         limit: See :func:`enable`; so for the settings that follow.
-        swap_all: See :func:`enable`.
-        min_bytes: See :func:`enable`.
         host_limit: See :func:`enable`.
         swap_dir: See :func:`enable`.
         strict: See :func:`enable`.
@@ -193,18 +190,15 @@ def out_of_core_mode(
         fine_granularity: As ``async_``: every array moves on its own whatever it says.
         debug: As ``async_``: prints :func:`stats` at the end of the ``with``.
         devices: As ``async_``: what is on any device is saved.
-        **ibm: ``async``.
+        **others: ``async``, and settings of tests.
 
     Raises:
         SettingError: If a value is not allowed.
         TypeError: If there is no such argument.
     """
-    given = _given(locals())
-    ibm.pop("async", None)
-    if ibm:
-        raise TypeError(
-            f"out_of_core_mode() got an unexpected keyword argument {next(iter(ibm))!r}"
-        )
+    others.pop("async", None)
+    check_names(others)
+    given = _given(locals()) | others
     if not isinstance(enabled, bool):
         raise SettingError(f"enabled={repr_of(enabled)} is not allowed; give True or False")
     context = mode.out_of_core_mode(enabled, given)
@@ -221,8 +215,6 @@ def _printing(context: contextlib.AbstractContextManager[None]) -> Any:
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     names = (
         "limit",
-        "swap_all",
-        "min_bytes",
         "host_limit",
         "swap_dir",
         "strict",

@@ -18,7 +18,7 @@ from chainer_ooc.errors import SettingError
 from chainer_ooc.swap.disk import EXTENT
 from chainer_ooc.wording import repr_of
 
-__all__ = ["Settings", "parse_bytes", "parse_limit"]
+__all__ = ["Settings", "check_names", "parse_bytes", "parse_limit"]
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -156,9 +156,6 @@ class Settings:
             the device's memory (float). ``None``: what is free on the device, divided by the ranks
             that share it. On a GPU it bounds CuPy's memory pool, on the CPU the process's resident
             memory (RSS). It is per process and per device.
-        swap_all: Move every saved array out at once, whether memory is short or not (as IBM's
-            out-of-core Chainer did). For tests and comparisons.
-        min_bytes: Allocations smaller than this (bytes) are left where they are.
         host_limit: Most pinned host memory (bytes) for arrays of a GPU; what is beyond goes to the
             swap file. ``None``: 80 % of the free host memory, divided by the ranks that share it.
             Not used for NumPy arrays, whose only tier is the swap file.
@@ -183,11 +180,11 @@ class Settings:
             saved is reported with the function that saved it. Slow: for finding errors.
         trace: Write a trace of functions, copies, waits and memory to this file, for Perfetto or
             chrome://tracing. With several ranks, each writes its own: its number is added to the name.
+        swap_all: Move every saved array out at once, whether memory is short or not. For tests, of small arrays.
+        min_bytes: Leave smaller allocations (bytes) where they are. For tests, which set 1.
     """
 
     limit: Limit = None
-    swap_all: bool = False
-    min_bytes: int = 64 << 10
     host_limit: int | None = None
     swap_dir: str | None = None
     strict: bool = False
@@ -197,6 +194,8 @@ class Settings:
     split: str = "never"
     verify: bool = False
     trace: str | None = None
+    swap_all: bool = False
+    min_bytes: int = 64 << 10
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], base: Settings | None = None) -> Settings:
@@ -207,18 +206,14 @@ class Settings:
             base: What holds already, of an outer mode; ``None`` reads ``CHAINER_OOC_*``.
 
         Raises:
-            SettingError: If a name or a value is not allowed.
+            SettingError: If a value is not allowed.
+            TypeError: If there is no such setting.
         """
-        fields = {field.name for field in dataclasses.fields(cls)}
-        for name in given:
-            if name not in fields:
-                raise SettingError(
-                    f"{name}={repr_of(given[name])}: there is no such setting; there are {sorted(fields)}"
-                )
+        check_names(given)
         values = dict(given)
         sources = dict.fromkeys(given, "")
         if base is None:
-            for name in fields - set(given):
+            for name in _PARSERS.keys() - given.keys():
                 variable = f"CHAINER_OOC_{name.upper()}"
                 if os.environ.get(variable, ""):
                     values[name], sources[name] = os.environ[variable], f" (from {variable})"
@@ -234,6 +229,16 @@ class Settings:
     def directory(self) -> str:
         """The directory of the swap file."""
         return self.swap_dir or _default_directory(tempfile.gettempdir())
+
+
+def check_names(given: Mapping[str, Any]) -> None:
+    """Raise a :class:`TypeError` that names what is no setting among ``given``."""
+    for name, value in given.items():
+        if name not in _PARSERS:
+            known = sorted(_PARSERS.keys() - {"swap_all", "min_bytes"})
+            raise TypeError(
+                f"{name}={repr_of(value)}: there is no setting {name!r}; there are {known}"
+            )
 
 
 def _optional(parse: Any) -> Any:

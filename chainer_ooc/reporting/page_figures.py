@@ -129,9 +129,7 @@ def _fate(row: FunctionRow) -> tuple[str, str]:
         reasons.append("running it again costs less than moving what it made")
     if not fates:
         fates.append("kept")
-        reasons.append(
-            "it fits, is smaller than min_bytes, is held by something else, or saves nothing"
-        )
+        reasons.append("it fits, is small, is held by something else, or saves nothing")
     return " + ".join(fates), "; ".join(reasons)
 
 

@@ -87,8 +87,10 @@ def test_an_inner_mode_inherits(monkeypatch):
 
 
 def test_an_unknown_setting_is_named():
-    with pytest.raises(SettingError, match=r"limits=3.*'limit'"):
-        Settings.resolve({"limits": 3})
+    for take in (chainer_ooc.enable, chainer_ooc.out_of_core_mode):
+        with pytest.raises(TypeError, match=r"limits=3: there is no setting 'limits'.*'limit'"):
+            take(limits=3)
+    assert not chainer_ooc.is_enabled()
 
 
 def test_the_swap_directory_must_be_there(tmp_path):
