@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-from typing import Any
+from typing import Any, Unpack
 
 from chainer_ooc import mode
 from chainer_ooc.errors import SettingError
-from chainer_ooc.settings import check_names
+from chainer_ooc.settings import Arguments, check_names, show_settings
 from chainer_ooc.wording import repr_of
 
 __all__ = ["Stats", "disable", "enable", "is_enabled", "out_of_core_mode", "stats"]
@@ -89,20 +88,8 @@ class Stats:
         return 100 * max(1 - waited / self.copy_seconds, 0)
 
 
-def enable(
-    limit: int | float | str | None = _UNSET,
-    *,
-    host_limit: int | str | None = _UNSET,
-    swap_dir: str | os.PathLike[str] | None = _UNSET,
-    strict: bool = _UNSET,
-    single_backward: bool = _UNSET,
-    recompute: bool = _UNSET,
-    plan: bool = _UNSET,
-    split: str = _UNSET,
-    verify: bool = _UNSET,
-    trace: str | os.PathLike[str] | None = _UNSET,
-    **others: Any,
-) -> None:
+@show_settings
+def enable(limit: int | float | str | None = _UNSET, /, **settings: Unpack[Arguments]) -> None:
     """Turn out-of-core mode on for the whole process.
 
     From now on what backward will need moves out of memory when memory gets short, and back in time. The
@@ -110,30 +97,15 @@ def enable(
     ``CHAINER_OOC_<NAME>``, then from the default. Calling it again replaces the settings.
 
     Args:
-        limit: The memory that training may take: bytes (int), text such as ``"8GiB"``, or a fraction of the
-            device's memory (float, 0 < limit <= 1). ``None``: what is free, divided by the ranks that share it.
-        host_limit: Most pinned host memory for arrays of a GPU (bytes).
-        swap_dir: Directory of the swap file. Default: the directory for temporary files.
-        strict: CPU only: raise :class:`~chainer_ooc.errors.OutOfMemoryError` for a function whose working set
-            does not fit under the limit, instead of one warning.
-        single_backward: Backward runs once per graph: arrays are dropped after their last use.
-        recompute: Run functions again in backward instead of moving their results: cheap ones, and by plan others.
-        plan: Record an iteration, plan it, and move ahead of need as planned from the next one on. Default: yes.
-        split: CPU only: convolutions, poolings and other functions of single images whose temporaries do not fit
-            under the limit run in pieces: ``"exact"`` where the results are the same bits, ``"always"`` also
-            where they may be rounded differently, ``"never"`` (default).
-        verify: Check that what comes back is what went out, and report what is modified in place after it was
-            saved. Slow: for finding errors.
-        trace: Write a trace of functions, copies, waits and memory to this file, for Perfetto or
-            chrome://tracing; at the end of the process, or when out-of-core mode is turned off.
-        **others: Settings of tests.
+        limit: The memory that training may take.
+        **settings: The others, each described at its field of :class:`~chainer_ooc.settings.Settings`.
 
     Raises:
         SettingError: If a value is not allowed.
         TypeError: If there is no such setting.
     """
-    check_names(others)
-    mode.enable(**_given(locals()), **others)
+    by_position = {} if limit is _UNSET else {"limit": limit}
+    mode.enable(**by_position, **settings)  # both is an error of Python's
     import chainer
 
     chainer.out_of_core_mode = out_of_core_mode
@@ -149,56 +121,36 @@ def is_enabled() -> bool:
     return mode.is_enabled()
 
 
+@show_settings
 def out_of_core_mode(
     enabled: bool = True,
     *,
-    limit: int | float | str | None = _UNSET,
-    host_limit: int | str | None = _UNSET,
-    swap_dir: str | os.PathLike[str] | None = _UNSET,
-    strict: bool = _UNSET,
-    single_backward: bool = _UNSET,
-    recompute: bool = _UNSET,
-    plan: bool = _UNSET,
-    split: str = _UNSET,
-    verify: bool = _UNSET,
-    trace: str | os.PathLike[str] | None = _UNSET,
     async_: bool = True,
     fine_granularity: bool = True,
     debug: bool = False,
     devices: Any = None,
-    **others: Any,
+    **settings: Unpack[Arguments],
 ) -> contextlib.AbstractContextManager[None]:
     """Return a context manager that turns out-of-core mode on, or off, in the calling thread.
 
-    It nests like :func:`chainer.using_config`: settings left out are those of the mode outside. What is
-    computed inside is saved out of core, also when it is read after the ``with``.
+    It takes the settings of :func:`enable`, by name, and nests like :func:`chainer.using_config`: those left out are
+    those of the mode outside. What is computed inside is saved out of core, also when it is read after the ``with``.
 
     Args:
         enabled: ``False`` turns it off inside.
-        limit: See :func:`enable`; so for the settings that follow.
-        host_limit: See :func:`enable`.
-        swap_dir: See :func:`enable`.
-        strict: See :func:`enable`.
-        single_backward: See :func:`enable`.
-        recompute: See :func:`enable`.
-        plan: See :func:`enable`.
-        split: See :func:`enable`.
-        verify: See :func:`enable`.
-        trace: See :func:`enable`.
         async_: Accepted for programs written for IBM's out-of-core Chainer (there spelled ``async``, a
             reserved word today; ``**{"async": True}`` works). Copies are asynchronous whatever it says.
         fine_granularity: As ``async_``: every array moves on its own whatever it says.
         debug: As ``async_``: prints :func:`stats` at the end of the ``with``.
         devices: As ``async_``: what is on any device is saved.
-        **others: ``async``, and settings of tests.
+        **settings: See :func:`enable`.
 
     Raises:
         SettingError: If a value is not allowed.
         TypeError: If there is no such argument.
     """
-    others.pop("async", None)
-    check_names(others)
-    given = _given(locals()) | others
+    given = {name: value for name, value in settings.items() if name != "async"}
+    check_names(given)
     if not isinstance(enabled, bool):
         raise SettingError(f"enabled={repr_of(enabled)} is not allowed; give True or False")
     context = mode.out_of_core_mode(enabled, given)
@@ -210,22 +162,6 @@ def _printing(context: contextlib.AbstractContextManager[None]) -> Any:
     with context:
         yield
     print(stats())
-
-
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    names = (
-        "limit",
-        "host_limit",
-        "swap_dir",
-        "strict",
-        "single_backward",
-        "recompute",
-        "plan",
-        "split",
-        "verify",
-        "trace",
-    )
-    return {name: arguments[name] for name in names if arguments[name] is not _UNSET}
 
 
 def stats() -> Stats:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import os
 import re
 import shutil
 import tempfile
+import textwrap
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
 import psutil
 
@@ -18,15 +20,18 @@ from chainer_ooc.errors import SettingError
 from chainer_ooc.swap.disk import EXTENT
 from chainer_ooc.wording import repr_of
 
-__all__ = ["Settings", "check_names", "parse_bytes", "parse_limit"]
+__all__ = ["Arguments", "Settings", "check_names", "parse_bytes", "parse_limit", "show_settings"]
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
-_SPLITS = ("exact", "always", "never")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 Limit = int | float | None
+Split = Literal["exact", "always", "never"]
+F = TypeVar("F", bound=Callable[..., Any])
+#: Where in a docstring the descriptions of the settings go.
+_PLACE = re.compile(r" +limit: .*\n +\*\*settings: .*")
 
 
 def parse_bytes(name: str, value: int | float | str) -> int:
@@ -91,8 +96,8 @@ def _parse_flag(name: str, value: Any) -> bool:
 
 
 def _parse_split(name: str, value: Any) -> str:
-    if value not in _SPLITS:
-        raise SettingError(f"{name}={repr_of(value)} is not allowed; give one of {_SPLITS}")
+    if value not in get_args(Split):
+        raise SettingError(f"{name}={repr_of(value)} is not allowed; give one of {get_args(Split)}")
     return str(value)
 
 
@@ -145,57 +150,102 @@ def _file_system(directory: str) -> str:
     return max(over, key=lambda mount: len(mount.mountpoint)).fstype if over else ""
 
 
+def _optional(parse: Any) -> Any:
+    return lambda name, value: None if value is None else parse(name, value)
+
+
+def _setting(default: Any, parse: Callable[[str, Any], Any], doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse, "doc": doc})
+
+
+class Arguments(TypedDict, total=False):
+    """What users may give, for type checkers. A field of :class:`Settings` that is not here is not for them."""
+
+    limit: int | float | str | None
+    swap_dir: str | os.PathLike[str] | None
+    host_limit: int | str | None
+    strict: bool
+    single_backward: bool
+    recompute: bool
+    split: Split
+    plan: bool
+    verify: bool
+    trace: str | os.PathLike[str] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What :func:`chainer_ooc.enable` and :func:`chainer_ooc.out_of_core_mode` take.
+    """The settings in force, each with its default, what checks and converts it, and its description."""
 
-    Each has an environment variable of its name: ``CHAINER_OOC_LIMIT``, ``CHAINER_OOC_SWAP_DIR``, ...
-
-    Attributes:
-        limit: The memory that training may take: bytes (int), text like ``"8GiB"``, or a fraction of
-            the device's memory (float). ``None``: what is free on the device, divided by the ranks
-            that share it. On a GPU it bounds CuPy's memory pool, on the CPU the process's resident
-            memory (RSS). It is per process and per device.
-        host_limit: Most pinned host memory (bytes) for arrays of a GPU; what is beyond goes to the
-            swap file. ``None``: 80 % of the free host memory, divided by the ranks that share it.
-            Not used for NumPy arrays, whose only tier is the swap file.
-        swap_dir: Directory of the swap file. ``None``: the directory for temporary files, or
-            ``/var/tmp`` where that is a file system in memory.
-        strict: CPU only: a function whose working set does not fit under the limit raises
-            :class:`~chainer_ooc.errors.OutOfMemoryError`. Default: one warning, and it runs.
-        single_backward: Backward runs once per graph: after its last use an array is dropped, with no
-            copy written. A second backward through the same graph raises
-            :class:`~chainer_ooc.errors.GraphReleasedError`.
-        recompute: Functions that give the same bits when they are run again are run again in backward, and their
-            results not moved: fewer bytes each way, more computation. Cheap ones (activations, batch
-            normalization, additions and the like) are whenever memory is short, convolutions and chains
-            where a plan says so.
-        plan: From the third iteration on, what moves ahead of need is planned: an iteration is recorded, simulated,
-            and played by the plan that takes the least time, as long as that is faster than on demand.
-        split: CPU only: convolutions, poolings and other functions of single images whose temporaries do not fit
-            under the limit run in pieces: ``"exact"`` where the results are the same bits, ``"always"`` also
-            where they may be rounded differently, ``"never"``.
-        verify: Take checksums of what is saved: what comes back must be what went out, or
-            :class:`~chainer_ooc.errors.CorruptCopyError` is raised; what is modified in place after it was
-            saved is reported with the function that saved it. Slow: for finding errors.
-        trace: Write a trace of functions, copies, waits and memory to this file, for Perfetto or
-            chrome://tracing. With several ranks, each writes its own: its number is added to the name.
-        swap_all: Move every saved array out at once, whether memory is short or not. For tests, of small arrays.
-        min_bytes: Leave smaller allocations (bytes) where they are. For tests, which set 1.
-    """
-
-    limit: Limit = None
-    host_limit: int | None = None
-    swap_dir: str | None = None
-    strict: bool = False
-    single_backward: bool = False
-    recompute: bool = False
-    plan: bool = True
-    split: str = "never"
-    verify: bool = False
-    trace: str | None = None
-    swap_all: bool = False
-    min_bytes: int = 64 << 10
+    limit: int | float | None = _setting(
+        None,
+        lambda name, value: parse_limit(value),
+        """The memory that training may take: bytes (int), text such as ``"8GiB"``, or a fraction of the device's memory
+        (float, 0 < limit <= 1). ``None``: what is free on the device, divided by the ranks that share it. On a GPU it
+        bounds CuPy's memory pool, on the CPU the process's resident memory (RSS). It is per process and per device.""",
+    )
+    swap_dir: str | None = _setting(
+        None,
+        _optional(_parse_directory),
+        """Directory of the swap file. ``None``: the directory for temporary files, or ``/var/tmp`` where that is a file
+        system in memory.""",
+    )
+    host_limit: int | None = _setting(
+        None,
+        _optional(parse_bytes),
+        """Most pinned host memory for arrays of a GPU: bytes (int), or text; what is beyond goes to the swap file.
+        ``None``: 80 % of the free host memory, divided by the ranks that share it. Not used for NumPy arrays, whose
+        only tier is the swap file.""",
+    )
+    strict: bool = _setting(
+        False,
+        _parse_flag,
+        """CPU only: raise :class:`~chainer_ooc.errors.OutOfMemoryError` for a function whose working set does not fit
+        under the limit, instead of one warning.""",
+    )
+    single_backward: bool = _setting(
+        False,
+        _parse_flag,
+        """Backward runs once per graph: after its last use an array is dropped, with no copy written. A second backward
+        through the same graph raises :class:`~chainer_ooc.errors.GraphReleasedError`.""",
+    )
+    recompute: bool = _setting(
+        False,
+        _parse_flag,
+        """Run functions that give the same bits again in backward instead of moving their results: fewer bytes each
+        way, more computation. Cheap ones (activations, batch normalization, additions and the like) whenever memory is
+        short, convolutions and chains where a plan says so.""",
+    )
+    split: str = _setting(
+        "never",
+        _parse_split,
+        """CPU only: convolutions, poolings and other functions of single images whose temporaries do not fit under the
+        limit run in pieces: ``"exact"`` where the results are the same bits, ``"always"`` also where they may be
+        rounded differently, ``"never"``.""",
+    )
+    plan: bool = _setting(
+        True,
+        _parse_flag,
+        """Record an iteration, plan it, and from the third one on move ahead of need by the plan that takes the least
+        time, as long as that is faster than on demand.""",
+    )
+    verify: bool = _setting(
+        False,
+        _parse_flag,
+        """Take checksums of what is saved: what comes back must be what went out, or
+        :class:`~chainer_ooc.errors.CorruptCopyError` is raised; what is modified in place after it was saved is
+        reported with the function that saved it. Slow: for finding errors.""",
+    )
+    trace: str | None = _setting(
+        None,
+        _optional(_parse_file),
+        """Write a trace of functions, copies, waits and memory to this file, for Perfetto or chrome://tracing, at the
+        end of the process or when out-of-core mode is turned off. With several ranks, each writes its own: its number
+        is added to the name.""",
+    )
+    # Only tests set these, so that arrays of any size move whether memory is short or not: no user is shown them.
+    swap_all: bool = _setting(False, _parse_flag, "Move every saved array out at once.")
+    min_bytes: int = _setting(64 << 10, parse_bytes, "Leave smaller allocations where they are.")
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], base: Settings | None = None) -> Settings:
@@ -213,14 +263,14 @@ class Settings:
         values = dict(given)
         sources = dict.fromkeys(given, "")
         if base is None:
-            for name in _PARSERS.keys() - given.keys():
+            for name in _FIELDS.keys() - given.keys():
                 variable = f"CHAINER_OOC_{name.upper()}"
                 if os.environ.get(variable, ""):
                     values[name], sources[name] = os.environ[variable], f" (from {variable})"
-        parsed = {}
+        parsed: dict[str, Any] = {}
         for name, value in values.items():
             try:
-                parsed[name] = _PARSERS[name](name, value)
+                parsed[name] = _FIELDS[name].metadata["parse"](name, value)
             except SettingError as error:
                 raise SettingError(f"{error}{sources[name]}") from None
         return dataclasses.replace(base, **parsed) if base else cls(**parsed)
@@ -231,31 +281,53 @@ class Settings:
         return self.swap_dir or _default_directory(tempfile.gettempdir())
 
 
+_FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
 def check_names(given: Mapping[str, Any]) -> None:
     """Raise a :class:`TypeError` that names what is no setting among ``given``."""
     for name, value in given.items():
-        if name not in _PARSERS:
-            known = sorted(_PARSERS.keys() - {"swap_all", "min_bytes"})
+        if name not in _FIELDS:
+            known = [*Arguments.__annotations__]
             raise TypeError(
                 f"{name}={repr_of(value)}: there is no setting {name!r}; there are {known}"
             )
 
 
-def _optional(parse: Any) -> Any:
-    return lambda name, value: None if value is None else parse(name, value)
+def show_settings(function: F) -> F:
+    """Show the settings that users have in place of ``**settings``: in the signature, with types and defaults.
+
+    Where the docstring lists ``limit``, the descriptions of all take the place of that line and the next.
+    """
+    own = inspect.signature(function, eval_str=True)
+    types = get_type_hints(Arguments)
+    settings = {
+        name: inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=_FIELDS[name].default,
+            annotation=types[name],
+        )
+        for name in types
+    }
+    first, last = [], []
+    for parameter in own.parameters.values():
+        if parameter.name in settings:  # which may be given by position
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            first.append(settings.pop(parameter.name).replace(kind=kind))
+        elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            last.append(parameter)
+        elif parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            first.append(parameter)
+    shown = own.replace(parameters=[*first, *settings.values(), *last])
+    function.__signature__ = shown  # type: ignore[attr-defined]
+    described = "\n".join(_described(name) for name in types)
+    if function.__doc__:  # not with python -OO
+        function.__doc__ = _PLACE.sub(lambda match: described, function.__doc__)
+    return function
 
 
-_PARSERS = {
-    "limit": lambda name, value: parse_limit(value),
-    "swap_all": _parse_flag,
-    "min_bytes": parse_bytes,
-    "host_limit": _optional(parse_bytes),
-    "swap_dir": _optional(_parse_directory),
-    "strict": _parse_flag,
-    "single_backward": _parse_flag,
-    "recompute": _parse_flag,
-    "plan": _parse_flag,
-    "split": _parse_split,
-    "verify": _parse_flag,
-    "trace": _optional(_parse_file),
-}
+def _described(name: str) -> str:
+    text = f"{name}: {' '.join(_FIELDS[name].metadata['doc'].split())}"
+    wrap = functools.partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
+    return wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)

@@ -315,7 +315,7 @@ def test_the_wheel_installs_the_startup_hook_and_chainer(build, kind):
         expected = {
             path.relative_to(ROOT).as_posix() for path in (ROOT / "chainer_ooc").rglob("*.py")
         }
-        assert expected | {"_chainer_ooc_startup.py"} <= set(names)
+        assert expected | {"_chainer_ooc_startup.py", "chainer_ooc/py.typed"} <= set(names)
         assert not [name for name in names if name.startswith(("tests", "examples", "docs"))]
         assert not [name for name in names if name.endswith((".c", ".h"))]
 

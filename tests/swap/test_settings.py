@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import pydoc
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -9,6 +13,7 @@ import psutil
 import pytest
 
 import chainer_ooc
+from chainer_ooc import mode
 from chainer_ooc.errors import SettingError
 from chainer_ooc.settings import (
     Settings,
@@ -91,6 +96,65 @@ def test_an_unknown_setting_is_named():
         with pytest.raises(TypeError, match=r"limits=3: there is no setting 'limits'.*'limit'"):
             take(limits=3)
     assert not chainer_ooc.is_enabled()
+
+
+PUBLIC = {
+    "limit": None,
+    "swap_dir": None,
+    "host_limit": None,
+    "strict": False,
+    "single_backward": False,
+    "recompute": False,
+    "split": "never",
+    "plan": True,
+    "verify": False,
+    "trace": None,
+}
+
+
+def test_users_are_shown_the_settings_that_are_theirs():
+    enable = inspect.signature(chainer_ooc.enable).parameters
+    assert {name: one.default for name, one in enable.items()} == PUBLIC
+    assert enable["limit"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert enable["host_limit"].annotation == int | str | None
+    inner = inspect.signature(chainer_ooc.out_of_core_mode).parameters
+    assert {name: inner[name] for name in PUBLIC if name != "limit"} == {
+        name: enable[name] for name in PUBLIC if name != "limit"
+    }
+    assert [name for name in inner if name not in PUBLIC] == [
+        "enabled", "async_", "fine_granularity", "debug", "devices"
+    ]  # fmt: skip
+
+
+def test_help_describes_each_setting():
+    text = pydoc.plain(pydoc.render_doc(chainer_ooc.enable))
+    described = re.findall(r"^ {8}(\w+): \S", text.split("Args:")[1].split("Raises:")[0], re.M)
+    assert described == [*PUBLIC]
+    assert "Leave smaller" not in text
+
+
+def test_every_setting_is_for_users_or_for_tests():
+    fields = [field.name for field in dataclasses.fields(Settings)]
+    assert fields == [*PUBLIC, "swap_all", "min_bytes"]
+    with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
+        assert chainer_ooc.is_enabled()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [((1, 2), {}), ((1,), {"limit": 2})], ids=["two", "twice"]
+)
+def test_only_the_limit_is_given_by_position_and_once(given, named):
+    with pytest.raises(TypeError):
+        chainer_ooc.enable(*given, **named)
+    assert not chainer_ooc.is_enabled()
+
+
+def test_the_limit_may_be_given_by_position():
+    chainer_ooc.enable("8GiB", strict=True)
+    try:
+        assert mode.current() == Settings(limit=8 << 30, strict=True)
+    finally:
+        chainer_ooc.disable()
 
 
 def test_the_swap_directory_must_be_there(tmp_path):
