@@ -296,7 +296,7 @@ def _unhook_allocations() -> None:
 
 def _keep_no_free_memory() -> None:
     if (manager := _managers.get("ram")) is not None:
-        manager.device.hold(0)
+        manager.keep_no_free_memory()
 
 
 def _void_levels() -> None:
