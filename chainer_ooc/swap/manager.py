@@ -74,7 +74,9 @@ class SwapManager:
         self._has_warned = self._is_remaking = False
         self.has_been_short = False
         self.follows_plan = False
-        self._low_after_graph = 0  # the low-water mark, where free memory is kept up to the high one
+        self._low_after_graph = (
+            0  # the low-water mark, where free memory is kept up to the high one
+        )
         # What is given up again once it has served to make others.
         self._passing: weakref.WeakSet[Storage] = weakref.WeakSet()
         _managers.add(self)

@@ -295,6 +295,7 @@ class Run:
         """Writes the results; returns the exit status. Collective."""
         iteration = trainer.updater.iteration
         stopped = 0 if self.stop.reached(trainer) else self.stop.agreed
+        self.reports.synchronize.note_peaks()  # of the last validation and snapshot
         with self.world.others_wait() as is_first:
             if is_first and not stopped:
                 self._save_model(model, iteration)
