@@ -57,7 +57,7 @@ def asked():
     yield asked
     native.allocator.uninstall()
     native.allocator.configure(None, 1 << 62, device.pages, 64 * KIB)
-    mode._announces = mode.local.hooked = False
+    mode._announced, mode.local.hooked = None, False
     device.close()
 
 
