@@ -19,6 +19,7 @@ from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.observed_growth import ObservedGrowth
 from chainer_ooc.swap.observing import Observer
+from chainer_ooc.swap.watermarks import MARGIN
 
 if TYPE_CHECKING:
     from chainer_ooc.reporting.trace import Trace
@@ -36,8 +37,10 @@ __all__ = [
     "out_of_core_mode",
 ]
 
-#: NumPy allocations smaller than this (bytes) are not announced.
+#: NumPy allocations of this size (bytes) and more are announced.
 _ANNOUNCED = 1 << 20
+#: So many of those that are not announced fit into the margin that the limit leaves for them.
+_UNANNOUNCED = 8
 #: NumPy arrays of this size (bytes) and more lie in pages that are used again, while memory may get short.
 _POOLED = 64 << 10
 _UNLIMITED = (1 << 63) - 1
@@ -70,7 +73,7 @@ _enabled: Settings | None = None
 _last = Settings()
 _managers: dict[Any, SwapManager] = {}
 _lock = threading.RLock()
-_announces = False  # NumPy's allocations ask _before_allocation
+_announced: int | None = None  # from how many bytes on NumPy's allocations ask _before_allocation
 _growth = ObservedGrowth()
 _has_warned = False  # that allocations cannot be announced
 _traces: dict[str, Trace] = {}
@@ -164,6 +167,8 @@ def _prepare(settings: Settings) -> None:
         local.stack.append(settings)
         try:
             manager.limit  # noqa: B018  # what None means is what is free now, not when memory gets short
+            if _announced is not None:
+                _announce()
             _prepare_gpus(settings)
         finally:
             local.stack.pop()
@@ -270,19 +275,26 @@ def hook_allocations() -> None:
 
     Where they cannot be, room is made before each function for what it was seen to take.
     """
-    global _announces
     if native.allocator is None:
         local.growth = _growth
     if local.hooked or native.allocator is None:
         return
     with _lock:
-        if not _announces:
-            device = _managers["ram"].device
-            pool = device.keep_pages() if isinstance(device, RamDevice) else None
-            native.allocator.configure(_before_allocation, _ANNOUNCED, pool, _POOLED)
-            _announces = True
+        _announce()
     native.allocator.install()
     local.hooked = True
+
+
+def _announce() -> None:
+    """Have allocations announced that matter under the limit in force; those that mattered before, too."""
+    global _announced
+    manager = _managers["ram"]
+    wanted = min(_ANNOUNCED, max(_POOLED, int(manager.limit * MARGIN) // _UNANNOUNCED))
+    if _announced is None or wanted < _announced:
+        device = manager.device
+        pool = device.keep_pages() if isinstance(device, RamDevice) else None
+        native.allocator.configure(_before_allocation, wanted, pool, _POOLED)
+        _announced = wanted
 
 
 def _unhook_allocations() -> None:
@@ -295,7 +307,7 @@ def _unhook_allocations() -> None:
 
 def _keep_no_free_memory() -> None:
     if (manager := _managers.get("ram")) is not None:
-        manager.device.hold(0)
+        manager.keep_no_free_memory()
 
 
 def _void_levels() -> None:
@@ -338,17 +350,20 @@ def _before_allocation(nbytes: int) -> None:
 
         error = manager.shortage(nbytes, describe(local.running))
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it would hold this frame, and so those of its callers with their arrays
     native.allocator.set_moved_bytes(manager.moved_bytes())
     native.allocator.set_level(manager.granted_bytes())
 
 
 def _after_fork() -> None:
     """A child begins with out-of-core mode off, with no threads, and lets its parent's file alone."""
-    global _enabled, _managers, _lock, _announces, _growth, _gpus
+    global _enabled, _managers, _lock, _announced, _growth, _gpus
     if local.hooked:
         native.allocator.uninstall()
-    _enabled, _announces = None, False
+    _enabled = _announced = None
     for manager in _managers.values():
         manager.after_fork()
     if _gpus is not None:

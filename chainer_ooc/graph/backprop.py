@@ -345,7 +345,10 @@ def _observed(growth: ObservedGrowth, manager: SwapManager, call: Any, *args: An
     if used + nbytes > manager.limit and manager.settings().split == "never":
         error = manager.shortage(nbytes, describe(mode.local.running))
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it would hold this frame, and so those of its callers with their arrays
     before = manager.grown_to(used)
     start = growth.begin(kind, used)
     try:

@@ -74,6 +74,9 @@ class SwapManager:
         self._has_warned = self._is_remaking = False
         self.has_been_short = False
         self.follows_plan = False
+        self._low_after_graph = (
+            0  # the low-water mark, where free memory is kept up to the high one
+        )
         # What is given up again once it has served to make others.
         self._passing: weakref.WeakSet[Storage] = weakref.WeakSet()
         _managers.add(self)
@@ -356,10 +359,10 @@ class SwapManager:
         _, high, low = self.marks.levels()
         if used + nbytes <= low:
             if self.has_been_short and self._is_between_graphs():
-                # What others allocate now, as for a snapshot, is not announced: it finds room.
                 self.device.hold(low)
             return True
         self.has_been_short = True
+        self._low_after_graph = low
         self.device.hold(high)
         with self._lock:
             if not self.follows_plan or used + nbytes > high:  # a plan need not know what it leaves
@@ -501,8 +504,18 @@ class SwapManager:
     def bury(self, storage: Storage) -> None:
         """Forget a dying storage. Called at any time in any thread, even inside these methods."""
         self._mover.bury(storage)
-        if native.allocator is not None and not self._mover.has_living:
+        if self._mover.has_living:
+            return
+        if native.allocator is not None:
             native.allocator.ask_again()  # between two graphs less is granted
+        if self._low_after_graph:
+            # What others allocate now, as for a snapshot, is not announced: it finds room.
+            self.device.hold(self._low_after_graph)
+
+    def keep_no_free_memory(self) -> None:
+        """Give free memory back to the system, also when it becomes free later."""
+        self._low_after_graph = 0
+        self.device.hold(0)
 
     def settle(self) -> None:
         """Wait for all that is under way and give back the space of all that died."""

@@ -160,7 +160,12 @@ class Mover:
         except SwapSpaceError as error:
             refused = _explained(SwapSpaceError, error, f"{storage!r} cannot be moved out")
         if refused is not None:  # here the first error is gone, whose frames hold the memory
-            raise refused
+            try:
+                raise refused
+            finally:
+                del (
+                    refused
+                )  # it would hold this frame, and so those of its callers with their arrays
         self._move(storage, State.GOING_OUT)
         storage.tainted = False
         self.leaving.append(weakref.ref(storage))

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,35 +32,83 @@ class Figures:
     bytes_in: int = 0
 
 
-def measure_in_core_peak(config: Config, gpu: int, with_mpi: bool) -> int:
-    """Returns the peak memory in bytes of an in-core step of this run, in a process of its own."""
-    request = {
-        "config": config.model_dump(mode="json", exclude_none=True),
-        "gpu": gpu,
-        "with_mpi": with_mpi,
-    }
-    script = Path(__file__).with_name("measure_step.py")
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(request)],
-        env=launcher.without_mpi(),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(
-            f"measuring an in-core step failed with status {done.returncode}; "
-            f"give --ooc-limit to do without it\n{done.stderr[-2000:]}"
+class Measurement:
+    """The peak memory of an in-core step of a run, which a process of its own finds out meanwhile.
+
+    Args:
+        config: The run's settings.
+        gpu: This rank's GPU, or -1.
+        with_mpi: Whether the run loads MPI.
+    """
+
+    def __init__(self, config: Config, gpu: int, with_mpi: bool) -> None:
+        request = {
+            "config": config.model_dump(mode="json", exclude_none=True),
+            "gpu": gpu,
+            "with_mpi": with_mpi,
+        }
+        script = Path(__file__).with_name("measure_step.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), json.dumps(request)],
+            env=launcher.without_mpi(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+    def peak_bytes(self) -> int:
+        """Waits for the peak and returns it, in bytes.
+
+        Raises:
+            RuntimeError: The process failed.
+        """
+        output, errors = self._process.communicate()
+        status = self._process.returncode
+        if status:
+            raise RuntimeError(
+                f"measuring an in-core step failed with status {status}; "
+                f"give --ooc-limit to do without it\n{errors[-2000:]}"
+            )
+        return int(json.loads(output.splitlines()[-1])["peak_bytes"])
+
+    def end(self) -> None:
+        """Ends the process if it still runs."""
+        with self._process as process:
+            process.kill()
 
 
-def enable(config: Config, world: World, gpu: int) -> int | None:
+def _is_measured(config: Config) -> bool:
+    """Whether the limit is a part of a measured peak, as neither the user nor the system says it."""
+    given = config.ooc_limit is not None or "CHAINER_OOC_LIMIT" in os.environ
+    return config.ooc and config.digits and not given
+
+
+@contextmanager
+def measuring(config: Config, gpu: int) -> Iterator[Measurement | None]:
+    """Measures the peak of an in-core step on rank 0 while the block prepares the run.
+
+    Args:
+        config: The run's settings.
+        gpu: This rank's GPU, or -1.
+    """
+    if launcher.rank() or not _is_measured(config):
+        yield None
+        return
+    with_mpi = launcher.world_size() > 1 or config.communicator is not None
+    measurement = Measurement(config, gpu, with_mpi)
+    try:
+        yield measurement
+    finally:
+        measurement.end()
+
+
+def enable(config: Config, world: World, measurement: Measurement | None) -> int | None:
     """Enables the engine on every rank as ``--ooc`` and ``--ooc-limit`` say. Collective.
 
     Args:
         config: The run's settings.
         world: The ranks.
-        gpu: This rank's GPU, or -1.
+        measurement: What ``measuring`` has begun.
 
     Returns:
         The measured peak of an in-core step in bytes, or None when it was not measured.
@@ -81,9 +131,10 @@ def enable(config: Config, world: World, gpu: int) -> int | None:
         options["host_limit"] = total // world.intra_size
     if config.ooc_limit is not None:
         options["limit"] = config.ooc_limit
-    elif config.digits and "CHAINER_OOC_LIMIT" not in os.environ:
-        if world.rank == 0:
-            peak = measure_in_core_peak(config, gpu, with_mpi=world.comm is not None)
+    elif _is_measured(config):
+        with world.others_wait():
+            if measurement is not None:
+                peak = measurement.peak_bytes()
         peak = world.broadcast(peak)
         options["limit"] = int(peak * DIGITS_FRACTION)
     with world.together():

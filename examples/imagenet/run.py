@@ -42,13 +42,22 @@ class Run:
         world: The ranks.
         gpu: Whether to train on GPUs.
         description: What to say about threads and devices.
+        measurement: The measurement of an in-core step that has begun, if there is one.
     """
 
-    def __init__(self, config: Config, world: World, gpu: bool, description: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        gpu: bool,
+        description: str,
+        measurement: out_of_core.Measurement | None = None,
+    ) -> None:
         self.config = config
         self.world = world
         self.gpu = gpu
         self.description = description
+        self._measurement = measurement
         self._lock = FolderLock(config.out)
         self.device = chainer.get_device(devices.device_name(config.gpu, world, gpu))
 
@@ -142,9 +151,7 @@ class Run:
         return model
 
     def _enable_out_of_core(self) -> int | None:
-        peak = out_of_core.enable(
-            self.config, self.world, self.device.device.id if self.gpu else -1
-        )
+        peak = out_of_core.enable(self.config, self.world, self._measurement)
         if self.config.ooc:
             limit = megabytes(out_of_core.limit_bytes())
             if peak is not None:
@@ -288,6 +295,7 @@ class Run:
         """Writes the results; returns the exit status. Collective."""
         iteration = trainer.updater.iteration
         stopped = 0 if self.stop.reached(trainer) else self.stop.agreed
+        self.reports.synchronize.note_peaks()  # of the last validation and snapshot
         with self.world.others_wait() as is_first:
             if is_first and not stopped:
                 self._save_model(model, iteration)

@@ -16,6 +16,9 @@ from chainer_ooc import serializers
 
 MANIFEST = "manifest.json"
 
+_BLOCK = 1 << 18
+"""Bytes that are read at a time: little beside any memory limit."""
+
 DAMAGE = (
     ArithmeticError,
     AttributeError,
@@ -42,7 +45,7 @@ def fingerprint(path: Path) -> list[int]:
     """Returns size in bytes and CRC-32 of a file."""
     checksum = size = 0
     with open(path, "rb") as f:
-        while block := f.read(1 << 22):
+        while block := f.read(_BLOCK):
             checksum = zlib.crc32(block, checksum)
             size += len(block)
     return [size, checksum]

@@ -25,6 +25,7 @@ import chainer_ooc  # noqa: F401  first: it makes stock Chainer importable
 
 import config as config_module
 import devices
+import out_of_core
 import world as world_module
 from config import Config
 from datasets.iterators import start_worker_server
@@ -65,11 +66,15 @@ def main() -> int:
             start_worker_server()
         gpu, device_text = devices.use_gpu(config.gpu, launcher.local_size())
         name, replaced = world_module.communicator_name(config.communicator, gpu)
-        world = world_module.create_world(name, gpu, config.ooc and not gpu, config.allreduce_dtype)
-        rank = world.rank
-        if replaced and rank == 0:
-            print(f"warning: {replaced}", flush=True)
-        return Run(config, world, gpu, f"{launcher.threads()} thread(s) each; {device_text}").main()
+        with out_of_core.measuring(config, (config.gpu or (0,))[0] if gpu else -1) as measurement:
+            world = world_module.create_world(
+                name, gpu, config.ooc and not gpu, config.allreduce_dtype
+            )
+            rank = world.rank
+            if replaced and rank == 0:
+                print(f"warning: {replaced}", flush=True)
+            description = f"{launcher.threads()} thread(s) each; {device_text}"
+            return Run(config, world, gpu, description, measurement).main()
     except InputError as e:
         # Every rank has the same error; one line is enough.
         if rank == 0:

@@ -26,7 +26,7 @@ from chainer_ooc.compat.communicators import current_name
 FORWARDED = 0.5
 
 POLL = 0.05
-"""Seconds between two looks of a rank that sleeps."""
+"""Most seconds between two looks of a rank that sleeps."""
 
 LONGEST_ABORT = 5
 """Seconds that MPI gets to end all ranks."""
@@ -91,10 +91,17 @@ class World:
         try:
             yield self.rank == 0
         finally:
-            if self.comm is not None:
-                request = self.comm.mpi_comm.Ibarrier()
-                while not request.Test():
-                    time.sleep(POLL)
+            self.sleep_until_all_are_here()
+
+    def sleep_until_all_are_here(self) -> None:
+        """Waits for all ranks without taking a core from those that still work. Collective."""
+        if self.comm is None:
+            return
+        request = self.comm.mpi_comm.Ibarrier()
+        pause = POLL / 64
+        while not request.Test():
+            time.sleep(pause)
+            pause = min(2 * pause, POLL)
 
     def agree(self, error: str | None) -> None:
         """Raises the same InputError on every rank when any rank has an error. Collective."""
@@ -105,13 +112,15 @@ class World:
     def together(self) -> Iterator[None]:
         """Lets an InputError on one rank end the block with that error on every rank.
 
-        The block must not communicate: a rank that fails leaves it early.
+        The block must not communicate: a rank that fails leaves it early. Ranks that have come to its
+        end sleep until the last one has.
         """
         error = None
         try:
             yield
         except InputError as e:
             error = str(e)
+        self.sleep_until_all_are_here()
         self.agree(error)
 
 

@@ -11,17 +11,22 @@ import struct
 import subprocess
 import sys
 import termios
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import chainer
 import numpy
 import pytest
 import reports
+from chainer import training
+from evaluation import RecomputeStatistics
 from imagenet_cli import IMAGENET, TINY, command, environment
 from markdown_it import MarkdownIt
 from PIL import Image
 from reports import final, plots, terminal
+from reports.attach import DumpGraph
 from reports.confusion import draw_confusion, draw_confusions
 from reports.divergence import WarnOfDivergence
 from reports.history import History
@@ -235,6 +240,40 @@ def shape_of_graph(path: Path) -> tuple[Counter, Counter]:
     labels = dict(re.findall(r'(\d+) \[label="([^"]*)"', text))
     edges = re.findall(r"(\d+) -> (\d+);", text)
     return Counter(labels.values()), Counter((labels[a], labels[b]) for a, b in edges)
+
+
+class Model(chainer.Sequential):
+    """Reports its loss and does not keep it, as the trainer's networks."""
+
+    def __call__(self, x, t):
+        loss = chainer.functions.softmax_cross_entropy(super().__call__(x), t)
+        chainer.report({"loss": loss}, self)
+        return loss
+
+
+def test_the_graph_is_drawn_and_let_go_before_anything_else_takes_memory(tmp_path):
+    data = chainer.datasets.TupleDataset(numpy.ones((2, 3), "f"), numpy.zeros(2, "i"))
+    model = Model(chainer.links.Linear(3, 2))
+    optimizer = chainer.optimizers.SGD().setup(model)
+    updater = training.updaters.StandardUpdater(
+        chainer.iterators.SerialIterator(data, 2), optimizer
+    )
+    trainer = training.Trainer(updater, (1, "iteration"), tmp_path)
+    loss = []
+
+    def before(trainer):
+        loss.append(weakref.ref(trainer.observation["main/loss"].creator_node))
+        assert loss[0]() is not None
+
+    def after(trainer):
+        assert loss[0]() is None
+
+    trainer.extend(before, trigger=(1, "iteration"), priority=DumpGraph.priority + 1)
+    trainer.extend(DumpGraph("main/loss", filename="cg.dot"))
+    trainer.extend(after, trigger=(1, "iteration"), priority=RecomputeStatistics.priority)
+    trainer.run()
+    assert len(loss) == 1
+    assert shape_of_graph(tmp_path / "cg.dot")[0]["SoftmaxCrossEntropy"] == 1
 
 
 @pytest.mark.slow

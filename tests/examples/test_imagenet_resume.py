@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import time
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import chainer
@@ -55,6 +57,20 @@ class Trained:
 
 class Death(BaseException):
     """Stands for SIGKILL: nothing of the process runs after it."""
+
+
+def test_a_snapshot_s_checksum_takes_little_memory(tmp_path):
+    """Out of core it has a limit, and is announced to nobody."""
+    path = tmp_path / "trainer.npz"
+    path.write_bytes(bytes(range(256)) * (1 << 15))  # 8 MiB
+    tracemalloc.start()
+    try:
+        found = snapshot_files.fingerprint(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == [1 << 23, zlib.crc32(path.read_bytes())]
+    assert peak < 1 << 20
 
 
 def test_a_full_disk_keeps_the_snapshot_before_and_gets_its_room_back(tmp_path, monkeypatch):

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
+import chainer.functions as F
+import numpy as np
 import pytest
+
+import chainer_ooc
+from chainer_ooc import mode
+from chainer_ooc.errors import OutOfMemoryError
+from chainer_ooc.swap.manager import SwapManager
 
 CHILD = Path(__file__).with_name("limit_child.py")
 
@@ -66,3 +76,53 @@ def test_what_cannot_fit_is_one_warning_or_with_strict_an_error(run_python):
     last = done.stderr.strip().splitlines()[-1]
     assert "OutOfMemoryError: Convolution2DFunction((1, 3, 192, 192), (16, 3, 3, 3), (16,))" in last
     assert "limit=" in last
+
+
+@pytest.mark.parametrize(("limit", "announced"), [(64 << 20, 128 << 10), (16 << 20, 64 << 10)])
+def test_what_the_margin_does_not_hold_is_announced(monkeypatch, limit, announced):
+    """Under a small limit that is little: what a function takes in arrays below a mebibyte counts."""
+    asked = []
+    make_room = SwapManager.make_room
+
+    def asking(manager, nbytes):
+        asked.append(nbytes)
+        return make_room(manager, nbytes)
+
+    monkeypatch.setattr(SwapManager, "make_room", asking)
+    monkeypatch.setattr(mode, "_announced", None)  # what earlier tests have asked for
+    mode._unhook_allocations()
+    with warnings.catch_warnings(action="ignore"), chainer_ooc.out_of_core_mode(limit=limit):
+        F.exp(np.ones(1 << 20, np.float32))  # the interpreter alone is beyond the limit
+        asked.clear()
+        np.empty(announced - 64, np.uint8)
+        assert not asked
+        np.empty(announced, np.uint8)
+        assert asked == [announced]
+        with chainer_ooc.out_of_core_mode(limit=limit // 2):
+            np.empty(max(announced // 2, 64 << 10), np.uint8)
+        assert asked == [announced, max(announced // 2, 64 << 10)]
+
+
+def test_an_error_for_want_of_memory_keeps_no_memory():
+    """Who catches it and goes on with fewer images has the room of the first try."""
+    dead = []
+
+    def compute():
+        x = np.ones(1 << 20, np.float32)
+        dead.append(weakref.ref(x))
+        F.exp(x)
+
+    gc.disable()
+    try:
+        for _ in range(3):
+            with chainer_ooc.out_of_core_mode(limit="1MiB", strict=True):
+                try:
+                    compute()
+                except OutOfMemoryError:
+                    pass
+                else:
+                    pytest.fail("it fits")
+        np.empty(1 << 20)  # the allocator keeps the last error until it is asked again
+        assert all(reference() is None for reference in dead)
+    finally:
+        gc.enable()

@@ -444,7 +444,7 @@ def hook():
     yield pool
     native.allocator.uninstall()
     # Whoever comes next says who is to be asked.
-    mode._announces = mode.local.hooked = False
+    mode._announced, mode.local.hooked = None, False
     pool.set_cached_limit(0)
 
 

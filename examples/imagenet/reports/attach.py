@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import chainer
 import out_of_core
 from chainer import training
 from chainer.training import extensions as chainer_extensions
@@ -26,6 +27,19 @@ from reports.table import Table
 from reports.tensorboard import TensorBoard
 
 GRAPH_FILE = "cg.dot"
+
+
+class DumpGraph(chainer_extensions.DumpGraph):
+    """Draws the graph of the first iteration, and lets go of it before anything else needs memory."""
+
+    priority = training.extension.PRIORITY_WRITER + 3  # before the statistics and the validation
+
+    def __call__(self, trainer: training.Trainer) -> None:
+        """Draws it; what was reported has no graph any more."""
+        super().__call__(trainer)
+        for key, value in trainer.observation.items():
+            if isinstance(value, chainer.Variable):
+                trainer.observation[key] = value.array
 
 
 def extensions(
@@ -86,12 +100,7 @@ class Reports:
         trainer.extend(self.synchronize, trigger=(1, "iteration"))
         if self._world.rank != 0:
             return
-        # The graph hangs on the loss as the model reported it, until Synchronize makes it a mean
-        # over the ranks, and in memory: it goes before a validation needs that.
-        trainer.extend(
-            chainer_extensions.DumpGraph("main/loss", filename=GRAPH_FILE),
-            priority=training.extension.PRIORITY_WRITER + 1,
-        )
+        trainer.extend(DumpGraph("main/loss", filename=GRAPH_FILE))
         # Of equal priority, what was added first acts first: lr and history before their readers.
         trainer.extend(chainer_extensions.observe_lr(), trigger=(1, "iteration"))
         trainer.extend(self.history, trigger=(1, "iteration"))

@@ -88,6 +88,11 @@ class Synchronize(training.Extension):
         """Takes note of what this rank has held since the last iteration, by itself."""
         self.peak_bytes = max(self.peak_bytes, devices.peak_bytes(self._gpu))
 
+    def note_peaks(self) -> None:
+        """Takes note of what the ranks have held since the last iteration. Collective."""
+        self.note_peak()
+        self.peak_bytes = int(self._world.max([self.peak_bytes])[0])
+
     def __call__(self, trainer: training.Trainer) -> None:
         """Exchanges the figures. Collective."""
         observation, updater = trainer.observation, trainer.updater
