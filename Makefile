@@ -1,8 +1,10 @@
 # make demo   train on four ranks, out of core, with no GPU and no data needed
 # make test   ruff, mypy and the tests
+# make coverage   the tests, and which lines of chainer_ooc/ they run
+# make matrix   the tests on every supported Python that is here, with the oldest and the newest NumPy
+# make exhaustive   what make test leaves out: hours
 # make docs   the documentation, in docs/_build
-# make sanitize   the C extension under gcc's sanitizers
-# Each makes .venv and installs what it needs there first. PYTHON=… chooses the interpreter.
+# Each makes .venv and installs what it needs there first. PYTHON=… chooses the interpreter, ARGS=… is for pytest.
 
 VENV := .venv
 SHELL := /bin/bash
@@ -16,7 +18,8 @@ INSTALL := python -m pip install -q --disable-pip-version-check
 # What an install depends on: the extension is built anew when its sources change.
 INSTALLED := pyproject.toml setup.py $(wildcard backend/*.py) $(wildcard chainer_ooc/swap/devices/ram/*.[ch])
 
-.PHONY: demo test docs sanitize clean
+.PHONY: demo test coverage matrix exhaustive marked sanitize installs mutants chainer-suite docs clean
+.NOTPARALLEL:
 
 demo: $(VENV)/.demo
 	mpiexec -n 4 python examples/imagenet/train.py --ooc
@@ -25,16 +28,52 @@ test: $(VENV)/.test
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest
+	python -m pytest $(ARGS)
 
+# Watching begins before chainer_ooc's hook, when Python starts, also in the processes that the tests start. What measures
+# time or memory may fail: watching takes both.
+coverage: $(VENV)/.test
+	coverage erase
+	export COVERAGE_FILE=$(CURDIR)/.coverage; COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml python -m pytest $(ARGS); \
+	status=$$?; coverage combine -q; coverage report; exit $$status
+
+matrix: $(VENV)/.test
+	nox -- $(ARGS)
+
+# What make test leaves out, in this order; `make -k exhaustive` goes on after a failure. Times are on two idle cores.
+exhaustive: sanitize installs marked mutants chainer-suite
+
+# The C extension under gcc's sanitizers: about half an hour.
 sanitize: $(VENV)/.test
 	tests/native/sanitize.sh
+
+# Every way to install, with each pip that matters and uv: about a quarter of an hour.
+installs: $(VENV)/.test
+	python tests/install_matrix.py
+
+# Thousands of random programs, every error in the engine for GPUs, networks at full size: about
+# four hours, of which the programs take 45 minutes.
+marked: $(VENV)/.test
+	python -m pytest --exhaustive -m exhaustive $(ARGS)
+
+# Every generic error, one at a time, in the package: an hour or two.
+mutants: $(VENV)/.test
+	python tests/mutants/run.py --generic all
+
+# Chainer's own tests, as they are and with everything moving: up to an hour each. CHAINER=… is a checkout of v7.8.1.
+CHAINER ?= .cache/chainer
+chainer-suite: $(VENV)/.test | $(CHAINER)
+	python tests/chainer_suite/run.py $(CHAINER)
+	python tests/chainer_suite/run.py $(CHAINER) --force-copies
+
+.cache/chainer:
+	git clone -q --depth 1 --branch v7.8.1 https://github.com/chainer/chainer $@
 
 docs: $(VENV)/.docs
 	sphinx-build -q -W --keep-going -b html docs docs/_build
 
 clean:
-	rm -rf $(VENV) result build docs/_build *.egg-info chainer_ooc/swap/devices/ram/*.so
+	rm -rf $(VENV) .nox .coverage* result build docs/_build *.egg-info chainer_ooc/swap/devices/ram/*.so
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; install one or call make PYTHON=/path/to/python3" >&2; exit 1; }

@@ -7,16 +7,21 @@ and the script that follows trains out of core, with the results of stock Chaine
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from chainer_ooc.compat import install as _install_import_hook
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what __getattr__ loads, so that type checkers see it and refuse any other name
+    from chainer_ooc import errors as errors
+    from chainer_ooc import extensions as extensions
+    from chainer_ooc import serializers as serializers
+    from chainer_ooc import testing as testing
     from chainer_ooc.api import Stats, disable, enable, is_enabled, out_of_core_mode, stats
     from chainer_ooc.estimating.estimator import estimate
     from chainer_ooc.graph.attributes import saved_attributes
     from chainer_ooc.graph.recompute import recomputable
     from chainer_ooc.reporting.holders import explain
+    from chainer_ooc.reporting.plans import PlanReport, plans
 
 __version__ = "0.1.0"
 
@@ -51,12 +56,14 @@ _LAZY = dict.fromkeys(__all__, "chainer_ooc.api") | {
 _MODULES = ("errors", "extensions", "serializers", "testing")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
+        if name in _LAZY:
+            return getattr(import_module(_LAZY[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

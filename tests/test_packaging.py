@@ -320,6 +320,43 @@ def test_the_wheel_installs_the_startup_hook_and_chainer(build, kind):
         assert not [name for name in names if name.endswith((".c", ".h"))]
 
 
+TYPED = """\
+import chainer_ooc
+from chainer_ooc import plans
+chainer_ooc.enable(limit="8GiB", strict=True)
+reveal_type((chainer_ooc.stats().bytes_out, plans(), chainer_ooc.explain()))
+reveal_type(chainer_ooc.extensions.OutOfCoreReport())
+"""
+MISTAKEN = """\
+import chainer_ooc
+chainer_ooc.enabel()
+chainer_ooc.enable(limits=1)
+chainer_ooc.stats().bytes_out.decode()
+"""
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_a_type_checker_sees_the_types_of_what_is_installed(build, environment, kind):
+    wheel, _ = build(kind, CC="/bin/false")
+    environment.shell(f"pip install --no-deps {wheel}")
+
+    def mypy(text, pattern):
+        (environment.folder / "script.py").write_text(text)
+        options = f"--strict --python-executable {environment.python}"
+        return re.findall(
+            rf"(?m)^script\.py:(\d+: {pattern})",
+            environment.shell(f"{sys.executable} -m mypy {options} script.py || true"),
+        )
+
+    revealed = [re.sub(r"[\w.]+\.(?=\w)", "", line) for line in mypy(TYPED, ".*")]
+    assert revealed == [
+        '4: note: Revealed type is "tuple[int, list[PlanReport], Explanation]"',
+        '5: note: Revealed type is "OutOfCoreReport"',
+    ]
+    errors = [line.split()[0] + line.split()[-1] for line in mypy(MISTAKEN, "error: .*")]
+    assert errors == ["2:[attr-defined]", "3:[call-arg]", "4:[attr-defined]"]
+
+
 @needs_compiler
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_one_wheel_with_the_extension_is_for_all_versions(build, run_python, source, kind):

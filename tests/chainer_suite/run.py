@@ -3,15 +3,17 @@
     git clone --depth 1 --branch v7.8.1 https://github.com/chainer/chainer /path/to/chainer
     python tests/chainer_suite/run.py /path/to/chainer
 
-Prints a Markdown table of passed, failed and skipped tests and the failures. ``chainermn_tests``
-run under ``mpiexec``, file by file. With ``--force-copies`` each test runs out of core; what was moved is counted
-on the standard error. Only tests that need no GPU and no ChainerX run.
+Prints a Markdown table of passed, failed and skipped tests, and the failures; its exit status tells whether there are
+others than docs/compatibility.md knows. ``chainermn_tests`` run under ``mpiexec``, file by file. With
+``--force-copies`` each test runs out of core; what was moved is counted on the standard error. Only tests that
+need no GPU and no ChainerX run.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,8 @@ HERE = Path(__file__).resolve().parent
 LEFT_OUT = ("gpu", "cudnn", "multi_gpu", "ideep", "chainerx", "slow", "theano", "nccl")
 # Of chainermn_tests: they download MNIST in one rank while the others wait.
 DOWNLOADS = "not mnist and not multinode_autoload"
+# Fail on NumPy 2 by what the tests themselves compute: docs/compatibility.md.
+KNOWN = r"test_pad_sequence\..*::test_forward_cpu|::test_det_scaling_cpu|test_softmax_cross_entropy\..*::test_forward\b"
 MARKERS = " and ".join(f"not {name}" for name in LEFT_OUT)
 
 
@@ -42,8 +46,10 @@ def main() -> int:
         print(
             f"| {name} | {total['passed']} | {total['failed']} | {total['skipped']} |", flush=True
         )
+    unknown = [failure for failure in failures if not re.search(KNOWN, failure)]
     print(f"\n{len(failures)} failures", *failures, sep="\n")
-    return bool(failures)
+    print(f"{len(unknown)} of them are not those of docs/compatibility.md")
+    return bool(unknown)
 
 
 def arguments() -> argparse.Namespace:
