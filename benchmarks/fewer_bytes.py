@@ -16,7 +16,7 @@ from training import machine, print_table, run, write
 MIB = 1 << 20
 FOLLOWING = 6
 WAYS = {"move": {}, "run again": {"recompute": True}}
-MOVED = ("bytes_out", "bytes_in", "bytes_forgone")
+MOVED = ("bytes_out", "bytes_in", "bytes_discarded")
 
 
 def main() -> None:

@@ -20,16 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from baselines import compare
 from planner_devices import DEVICES, modelled
 from training import print_table, write
 
-from chainer_ooc.planning.baselines import compare
 from chainer_ooc.planning.plan import Choice
-from chainer_ooc.planning.planner import make_plan
 from chainer_ooc.planning.policies import Planned
 from chainer_ooc.planning.profile import Profile
+from chainer_ooc.planning.search import make_plan
+from chainer_ooc.planning.simulator import simulate
 from chainer_ooc.planning.system import System, Tier
-from chainer_ooc.planning.timeline import simulate
 
 PROFILES = Path(__file__).parent / "profiles"
 NETS = ("resnet50", "googlenet", "vgg16", "unet3d", "lstm")

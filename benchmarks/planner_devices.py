@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from chainer_ooc.planning.profile import BACKWARD, FORWARD, OTHER, Profile, Rerun, Step, Storage
+from chainer_ooc.planning.profile import BACKWARD, FORWARD, OTHER, Profile, Rerun, SavedTensor, Step
 
 #: Shares of the peaks that well-tuned kernels reach, and the seconds to start one: assumptions.
 ARITHMETIC, TRAFFIC, LAUNCH = 0.6, 0.8, 5e-6
@@ -126,7 +126,7 @@ def modelled(profile: Profile, device: Device, scale: int = 1) -> Profile:
             )
         )
     storages = tuple(
-        Storage(scale * s.nbytes, s.producer, s.free_from, s.uses, s.label)
+        SavedTensor(scale * s.nbytes, s.producer, s.free_from, s.uses, s.label)
         for s in profile.storages
     )
     return Profile(profile.name, device.name, True, profile.fixed_bytes, tuple(steps), storages)

@@ -20,12 +20,12 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from chainer_ooc.planning.planner import make_plan
 from chainer_ooc.planning.policies import OnDemand, Planned
 from chainer_ooc.planning.profile import Profile
-from chainer_ooc.planning.records import Timeline
+from chainer_ooc.planning.search import make_plan
+from chainer_ooc.planning.simulator import simulate
 from chainer_ooc.planning.system import System
-from chainer_ooc.planning.timeline import simulate
+from chainer_ooc.planning.timeline import Timeline
 
 ROWS = {"forward": 2, "backward": 2, "other": 2, "rerun": 2, "out": 1, "in": 0}
 #: Colours that colour-blind readers tell apart (Okabe and Ito).

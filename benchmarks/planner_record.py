@@ -24,7 +24,7 @@ from nets import NETS, Batch
 from training import machine
 
 from chainer_ooc.planning.profile import BACKWARD, FORWARD, OTHER, Profile, describe_input
-from chainer_ooc.planning.recording import Recorder
+from chainer_ooc.planning.recorder import Recorder
 
 import chainer  # isort: skip
 import chainer.links as L  # isort: skip

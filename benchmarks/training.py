@@ -128,7 +128,7 @@ def write(path: str | None, results: Any) -> None:
 
 def _slow_down(bytes_per_second: float) -> None:
     """Let the swap file move no more than that, in both directions together."""
-    from chainer_ooc.swap.disk import SwapFile
+    from chainer_ooc.swap.tiers.swap_file import SwapFile
 
     lock = threading.Lock()
 

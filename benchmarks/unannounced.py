@@ -31,7 +31,7 @@ def train(net: str, limit: int | None) -> dict[str, Any]:
     from nets import NETS
 
     import chainer_ooc
-    from chainer_ooc.swap.process_memory import ResidentMemory
+    from chainer_ooc.swap.system.memory import ResidentMemory
 
     import chainer  # isort: skip
 

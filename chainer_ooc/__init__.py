@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # what __getattr__ loads, so that type checkers see it and re
     from chainer_ooc.estimating.estimator import estimate
     from chainer_ooc.graph.attributes import saved_attributes
     from chainer_ooc.graph.recompute import recomputable
-    from chainer_ooc.reporting.holders import explain
-    from chainer_ooc.reporting.plans import PlanReport, plans
+    from chainer_ooc.report.explain import explain
+    from chainer_ooc.report.plans import PlanReport, plans
 
 __version__ = "0.1.0"
 
@@ -45,9 +45,9 @@ _install_import_hook()
 # Loaded when first asked for: every Python process of the environment imports this module to get the hook.
 _LAZY = dict.fromkeys(__all__, "chainer_ooc.api") | {
     "estimate": "chainer_ooc.estimating.estimator",
-    "explain": "chainer_ooc.reporting.holders",
-    "PlanReport": "chainer_ooc.reporting.plans",
-    "plans": "chainer_ooc.reporting.plans",
+    "explain": "chainer_ooc.report.explain",
+    "PlanReport": "chainer_ooc.report.plans",
+    "plans": "chainer_ooc.report.plans",
     "recomputable": "chainer_ooc.graph.recompute",
     "saved_attributes": "chainer_ooc.graph.attributes",
 }

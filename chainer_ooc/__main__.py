@@ -118,7 +118,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 def _report(options: argparse.Namespace) -> int:
     """Write the report of a run and print where it is."""
     from chainer_ooc.errors import OutOfCoreError
-    from chainer_ooc.reporting.page import write_report
+    from chainer_ooc.report.page import write_report
 
     try:
         written = write_report(options.folder, options.out)

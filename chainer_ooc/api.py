@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from typing import Any, Unpack
 
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.errors import SettingError
 from chainer_ooc.settings import Arguments, check_names, show_settings
 from chainer_ooc.wording import repr_of
@@ -30,7 +30,7 @@ class Stats:
         hits: Reads that found the array in memory.
         prefetched: Allocations whose copy back was begun before they were asked for.
         prefetch_hits: Those of them that were used before they had to go out again.
-        bytes_forgone: Bytes that were given up with no copy, to be computed again.
+        bytes_discarded: Bytes that were given up with no copy, to be computed again.
         storages_remade: Allocations that were computed again.
         recompute_seconds: Time that took.
         copy_seconds: Time in which copies were under way, as far as they are known to have ended.
@@ -50,7 +50,7 @@ class Stats:
     hits: int
     prefetched: int
     prefetch_hits: int
-    bytes_forgone: int
+    bytes_discarded: int
     storages_remade: int
     recompute_seconds: float
     copy_seconds: float
@@ -105,7 +105,7 @@ def enable(limit: int | float | str | None = _UNSET, /, **settings: Unpack[Argum
         TypeError: If there is no such setting.
     """
     by_position = {} if limit is _UNSET else {"limit": limit}
-    mode.enable(**by_position, **settings)  # both is an error of Python's
+    state.enable(**by_position, **settings)  # both is an error of Python's
     import chainer
 
     chainer.out_of_core_mode = out_of_core_mode
@@ -113,12 +113,12 @@ def enable(limit: int | float | str | None = _UNSET, /, **settings: Unpack[Argum
 
 def disable() -> None:
     """Turn out-of-core mode off. Graphs built before stay valid: what is out is fetched when it is read."""
-    mode.disable()
+    state.disable()
 
 
 def is_enabled() -> bool:
     """Return whether out-of-core mode is on in the calling thread."""
-    return mode.is_enabled()
+    return state.is_enabled()
 
 
 @show_settings
@@ -153,7 +153,7 @@ def out_of_core_mode(
     check_names(given)
     if not isinstance(enabled, bool):
         raise SettingError(f"enabled={repr_of(enabled)} is not allowed; give True or False")
-    context = mode.out_of_core_mode(enabled, given)
+    context = state.out_of_core_mode(enabled, given)
     return _printing(context) if debug else context
 
 
@@ -166,7 +166,7 @@ def _printing(context: contextlib.AbstractContextManager[None]) -> Any:
 
 def stats() -> Stats:
     """Return what has been done so far, over all devices. The peak is the highest of any device."""
-    managers = mode.managers()
+    managers = state.managers()
     totals = {
         field.name: sum(getattr(manager.counters, field.name) for manager in managers)
         for field in dataclasses.fields(Stats)

@@ -42,7 +42,7 @@ class AgreeOnPlans(extension.Extension):
         iteration = trainer.updater.iteration
         if iteration >= _FIRST and iteration & (iteration - 1) == 0:
             mine = agreement.offers() if self._communicator.rank == 0 else None
-            agreement.adopt(self._communicator.bcast_obj(mine))
+            agreement.follow(self._communicator.bcast_obj(mine))
 
 
 class OutOfCoreReport(extension.Extension):

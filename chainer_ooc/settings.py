@@ -17,7 +17,7 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
 import psutil
 
 from chainer_ooc.errors import SettingError
-from chainer_ooc.swap.disk import EXTENT
+from chainer_ooc.swap.tiers.swap_file import EXTENT
 from chainer_ooc.wording import repr_of
 
 __all__ = ["Arguments", "Settings", "check_names", "parse_bytes", "parse_limit", "show_settings"]

@@ -721,7 +721,7 @@ class _Place:
 
 
 class _Manager:
-    def bury(self, storage):
+    def defer_free(self, storage):
         pass
 
 

@@ -17,12 +17,12 @@ from chainer_ooc.estimating.inputs import Inputs
 from chainer_ooc.estimating.result import Estimate, format_bytes
 from chainer_ooc.estimating.search import Fits, largest
 from chainer_ooc.estimating.step import Recording, record
-from chainer_ooc.planning.planner import make_plan
 from chainer_ooc.planning.policies import OnDemand
 from chainer_ooc.planning.profile import Profile
-from chainer_ooc.planning.records import Timeline
+from chainer_ooc.planning.search import make_plan
+from chainer_ooc.planning.simulator import simulate
 from chainer_ooc.planning.system import System, Tier
-from chainer_ooc.planning.timeline import simulate
+from chainer_ooc.planning.timeline import Timeline
 from chainer_ooc.settings import parse_limit
 
 __all__ = ["estimate"]
@@ -139,13 +139,11 @@ class _Estimator:
             if parsed is None:
                 return total
             return int(parsed * total) if isinstance(parsed, float) else parsed
-        from chainer_ooc.swap import process_memory
+        from chainer_ooc.swap.system import memory
 
         if parsed is None:
-            return process_memory.attainable_bytes(0.05)
-        return (
-            int(parsed * process_memory.physical_bytes()) if isinstance(parsed, float) else parsed
-        )
+            return memory.attainable_bytes(0.05)
+        return int(parsed * memory.physical_bytes()) if isinstance(parsed, float) else parsed
 
     def point(self, given: Inputs, batchsize: int | None, insize: int | None) -> _Point:
         """Run a step without data."""

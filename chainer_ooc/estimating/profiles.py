@@ -10,7 +10,7 @@ from chainer_ooc.estimating import devices, on_gpu
 from chainer_ooc.estimating.calibration import CpuRates
 from chainer_ooc.estimating.ledger import Segment
 from chainer_ooc.estimating.step import BETWEEN, Node, Recording
-from chainer_ooc.planning.profile import OTHER, Profile, Step, Storage, describe_input
+from chainer_ooc.planning.profile import OTHER, Profile, SavedTensor, Step, describe_input
 
 __all__ = ["make_profile", "on_cpu", "on_gpu_seconds"]
 
@@ -106,7 +106,7 @@ def make_profile(
         free = count if number in recording.held else max(producer, last_read.get(number, -1)) + 1
         label = drafts[producer].label
         storages.append(
-            Storage(
+            SavedTensor(
                 recording.sizes[number],
                 producer,
                 min(free, count),
@@ -196,7 +196,7 @@ def _lifetimes(recording: Recording, begins: list[int]) -> tuple[dict[int, int],
 
 
 def _alive(
-    storages: list[Storage], saved: list[int], dead: dict[int, int], count: int
+    storages: list[SavedTensor], saved: list[int], dead: dict[int, int], count: int
 ) -> list[int]:
     """Return the bytes of saved storages that are allocated when each step begins."""
     change = [0] * (count + 2)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from chainer_ooc import references
-from chainer_ooc.swap.storage import Saved
+from chainer_ooc.swap.storage import PackedArray
 from chainer_ooc.wording import repr_of
 
-__all__ = ["SavedTuple", "arrays_of", "save_attributes", "saved_attributes"]
+__all__ = ["PackedTuple", "arrays_of", "save_attributes", "saved_attributes"]
 
 _MISSING = object()
 
@@ -25,14 +25,14 @@ _CHAINERS = frozenset({"inputs", "outputs", "_input_layouts", "_output_layouts"}
 _nested: dict[type, tuple[str, ...]] = {}
 
 
-class SavedTuple(tuple):
-    """Stands in for a tuple: its arrays are replaced by :class:`~chainer_ooc.swap.storage.Saved`."""
+class PackedTuple(tuple):
+    """Stands in for a tuple: its arrays are replaced by :class:`~chainer_ooc.swap.storage.PackedArray`."""
 
     __slots__ = ()
 
     def get(self) -> tuple[Any, ...]:
         """Return the tuple with its arrays."""
-        return tuple([item.get() if type(item) is Saved else item for item in self])
+        return tuple([item.get() if type(item) is PackedArray else item for item in self])
 
 
 class _SavedAttribute:
@@ -47,11 +47,11 @@ class _SavedAttribute:
             return self._default(owner)
         value = instance.__dict__.get(self.name, _MISSING)
         kind = type(value)
-        if kind is Saved or kind is SavedTuple:
+        if kind is PackedArray or kind is PackedTuple:
             return value.get()
         if kind is list:
             for index, item in enumerate(value):
-                if type(item) is Saved:
+                if type(item) is PackedArray:
                     value[index] = item.get()
         elif value is _MISSING:
             return self._default(type(instance))
@@ -99,8 +99,8 @@ def saved_attributes(cls: type, names: tuple[str, ...] | list[str]) -> None:
 
 
 def save_attributes(
-    func: Any, save: Callable[[Any], Saved | None], arrays: frozenset[type]
-) -> list[Saved]:
+    func: Any, save: Callable[[Any], PackedArray | None], arrays: frozenset[type]
+) -> list[PackedArray]:
     """Replace the arrays among the attributes of a function by what stands in for them.
 
     Args:
@@ -111,7 +111,7 @@ def save_attributes(
     Returns:
         All that is saved.
     """
-    group: list[Saved] = []
+    group: list[PackedArray] = []
     for holder in _holders(func):
         attributes = holder.__dict__
         cls = type(holder)
@@ -119,7 +119,7 @@ def save_attributes(
             value = attributes[name]
             kind = type(value)
             replacement: Any = None
-            if kind is Saved:
+            if kind is PackedArray:
                 group.append(value)
             elif kind in arrays:
                 replacement = save(value)
@@ -129,13 +129,13 @@ def save_attributes(
                 if name in _CHAINERS or arrays.isdisjoint(map(type, value)):
                     continue
                 items = [(save(item) if type(item) in arrays else None) or item for item in value]
-                saved = [item for item in items if type(item) is Saved]
+                saved = [item for item in items if type(item) is PackedArray]
                 if saved:
-                    replacement = SavedTuple(items)
+                    replacement = PackedTuple(items)
                     group += saved
-            elif kind is SavedTuple:
-                group += [item for item in value if type(item) is Saved]
-            elif kind is list and not (arrays | {Saved}).isdisjoint(map(type, value)):
+            elif kind is PackedTuple:
+                group += [item for item in value if type(item) is PackedArray]
+            elif kind is list and not (arrays | {PackedArray}).isdisjoint(map(type, value)):
                 value = None  # which would count
                 # Readers of the attribute get the list restored; other holders of it would not.
                 held = references.item_is_referenced_externally(attributes, name)
@@ -160,12 +160,12 @@ def arrays_of(func: Any, arrays: frozenset[type]) -> list[Any]:
 
 
 def _save_list(
-    value: list[Any], save: Callable[[Any], Saved | None], arrays: frozenset[type]
-) -> Iterator[Saved]:
+    value: list[Any], save: Callable[[Any], PackedArray | None], arrays: frozenset[type]
+) -> Iterator[PackedArray]:
     for index, item in enumerate(value):
         if type(item) in arrays:
             value[index] = save(item) or item
-        if type(value[index]) is Saved:
+        if type(value[index]) is PackedArray:
             yield value[index]
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from chainer_ooc.graph.attributes import SavedTuple
-from chainer_ooc.swap.storage import Saved
+from chainer_ooc.graph.attributes import PackedTuple
+from chainer_ooc.swap.storage import PackedArray
 
 __all__ = ["install", "keep", "save_inputs", "save_outputs"]
 
@@ -20,12 +20,12 @@ _KEPT = "_ooc_kept"
 
 def _get_data(node: Any) -> Any:
     data = node.__dict__.get("_data")
-    return data.get() if type(data) is Saved else data
+    return data.get() if type(data) is PackedArray else data
 
 
 def _set_data(node: Any, data: Any) -> None:
     old = node.__dict__.get("_data")
-    if old is not None and data is not (old.alive() if type(old) is Saved else old):
+    if old is not None and data is not (old.alive() if type(old) is PackedArray else old):
         # The functions that saved the old array will read the new one, of which they know nothing.
         node.__dict__[_KEPT] = True
     node.__dict__["_data"] = data
@@ -33,14 +33,14 @@ def _set_data(node: Any, data: Any) -> None:
 
 def _get_retained(func: Any) -> Any:
     retained = func.__dict__.get("_retained_output_data")
-    return retained.get() if type(retained) is SavedTuple else retained
+    return retained.get() if type(retained) is PackedTuple else retained
 
 
 def _set_retained(func: Any, retained: Any) -> None:
     func.__dict__["_retained_output_data"] = retained
 
 
-def install(stand_in: Callable[[Saved], Any], before_hooks: Callable[[Any], None]) -> None:
+def install(stand_in: Callable[[PackedArray], Any], before_hooks: Callable[[Any], None]) -> None:
     """Make the properties of Chainer's classes, once.
 
     Args:
@@ -60,7 +60,7 @@ def install(stand_in: Callable[[Saved], Any], before_hooks: Callable[[Any], None
 
     def peek(node: Any) -> Any:
         data = node.__dict__.get("_data")
-        return stand_in(data) if type(data) is Saved else data
+        return stand_in(data) if type(data) is PackedArray else data
 
     variable._peek = peek
     variable._before_hooks = before_hooks
@@ -72,11 +72,11 @@ def keep(node: Any) -> None:
     """Note that others may read a node's array than the functions that save it: it is not dropped."""
     node.__dict__[_KEPT] = True
     data = node.__dict__.get("_data")
-    if type(data) is Saved:
+    if type(data) is PackedArray:
         data.storage.manager.keep([data])
 
 
-def save_inputs(func: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
+def save_inputs(func: Any, save: Callable[[Any], PackedArray | None]) -> list[PackedArray]:
     """Save the arrays of the retained inputs. Leaves (parameters, input data) stay as they are."""
     group = []
     for index in func._input_indexes_to_retain or ():
@@ -86,7 +86,7 @@ def save_inputs(func: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
     return group
 
 
-def save_outputs(func: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
+def save_outputs(func: Any, save: Callable[[Any], PackedArray | None]) -> list[PackedArray]:
     """Save the arrays of the retained outputs: where the output's node has them, and where the function has.
 
     Returns:
@@ -99,17 +99,17 @@ def save_outputs(func: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
             group += _save_node(node, save)
     retained = func.__dict__.get("_retained_output_data")
     if type(retained) is tuple:
-        func.__dict__["_retained_output_data"] = SavedTuple(
+        func.__dict__["_retained_output_data"] = PackedTuple(
             [None if array is None else save(array) or array for array in retained]
         )
     return group
 
 
-def _save_node(node: Any, save: Callable[[Any], Saved | None]) -> list[Saved]:
+def _save_node(node: Any, save: Callable[[Any], PackedArray | None]) -> list[PackedArray]:
     data = node.__dict__.get("_data")
     if data is None:
         return []
-    if type(data) is not Saved:
+    if type(data) is not PackedArray:
         data = save(data)
         if data is None:
             return []

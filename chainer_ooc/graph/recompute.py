@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.swap.recipe import Constant, Recipe
-from chainer_ooc.swap.storage import Saved
+from chainer_ooc.swap.storage import PackedArray
 from chainer_ooc.wording import repr_of
 
 __all__ = ["STEP", "install", "offer_recipes", "recomputable"]
@@ -45,11 +45,11 @@ _OF_THE_GRAPH = (
 #: Computes an array from those of the leaves.
 _Expression = Callable[[Sequence[Any]], Any]
 #: Given a copy of a function that has been applied and the list of its input arrays, returns its outputs.
-Rerun = Callable[[Any, list[Any]], Sequence[Any]]
+RerunFunction = Callable[[Any, list[Any]], Sequence[Any]]
 
 
 class _Rule(NamedTuple):
-    rerun: Rerun
+    rerun: RerunFunction
     when: Callable[[Any], bool]
     unused: Collection[str]
     costly: bool
@@ -61,7 +61,7 @@ _rules: dict[type, _Rule] = {}
 
 def recomputable(
     cls: type,
-    rerun: Rerun | None = None,
+    rerun: RerunFunction | None = None,
     when: Callable[[Any], bool] | None = None,
     unused: Collection[str] = (),
     costly: bool = False,
@@ -175,7 +175,7 @@ class _Seen(NamedTuple):
     """
 
     content: _Content | None
-    saved: Saved | None = None
+    saved: PackedArray | None = None
     constant: Constant | None = None
 
 
@@ -206,13 +206,13 @@ class _Leaves:
     """The arrays from which something is made again, checksums of the saved ones, and the steps that do it."""
 
     def __init__(self) -> None:
-        self.saved: list[Saved] = []
+        self.saved: list[PackedArray] = []
         self.checksums: list[int] = []
         self.constants: dict[int, Constant] = {}
         self.steps: list[Any] = []
         self.costly = False
 
-    def add(self, saved: Saved, checksum: int) -> _Leaf:
+    def add(self, saved: PackedArray, checksum: int) -> _Leaf:
         """Return what gives the array of ``saved``, whose storage had that checksum when it was used."""
         self.saved.append(saved)
         self.checksums.append(checksum)
@@ -255,7 +255,7 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> N
         func.__dict__[_RUN] = run
         for name in rule.makes:
             leaves, value = _Leaves(), func.__dict__.get(name)
-            if type(value) is Saved:
+            if type(value) is PackedArray:
                 made = _content_of(value)
                 _offer(value, made, _attribute(func, name, leaves), leaves)
         for index in func._output_indexes_to_retain or ():
@@ -270,13 +270,13 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> N
 def _offer_node(node: Any, content: _Content | None) -> None:
     """Give a recipe to the array of a node, which is that now, if it is what the node's function made."""
     saved = node.__dict__.get("_data")
-    if type(saved) is Saved and saved.storage.recipe is None and content == _made(node):
+    if type(saved) is PackedArray and saved.storage.recipe is None and content == _made(node):
         leaves = _Leaves()
         _offer(saved, content, _expression_of(node, leaves, _LONGEST), leaves)
 
 
 def _offer(
-    saved: Saved, content: _Content | None, expression: _Expression | None, leaves: _Leaves
+    saved: PackedArray, content: _Content | None, expression: _Expression | None, leaves: _Leaves
 ) -> None:
     """Give a saved array, which is that now, the recipe that computes ``expression``, if it can have one."""
     if expression is None or content is None:
@@ -311,12 +311,12 @@ def _note_run(
     for name, value in func.__dict__.items():
         if name in _OF_THE_GRAPH or name in rule.unused or name in rule.makes:
             continue
-        if type(value) is Saved or type(value) in mode.array_types():
+        if type(value) is PackedArray or type(value) in state.array_types():
             value = _see_attribute(value)
             if value is None:
                 return None
         elif isinstance(value, tuple | list):
-            if any(type(item) is Saved or _is_array(item) for item in value):
+            if any(type(item) is PackedArray or _is_array(item) for item in value):
                 return None
             value = value[:]
         elif _is_array(value):
@@ -338,7 +338,7 @@ def _is_array(value: Any) -> bool:
 def _made_now(y: Any) -> _Content | None:
     """Return what an output is now."""
     saved, array = y.node.__dict__.get("_data"), y.raw_array
-    return _content_of(saved if type(saved) is Saved and saved.alive() is array else array)
+    return _content_of(saved if type(saved) is PackedArray and saved.alive() is array else array)
 
 
 def _made(node: Any) -> _Content | None:
@@ -363,13 +363,13 @@ def _see(node: Any, array: Any, most: int, used: bool) -> _Seen | None:
         used: Whether the function can be run again; else it is only asked whether the array is what was made.
     """
     saved = node.__dict__.get("_data")
-    if type(saved) is Saved and saved.alive() is array:
+    if type(saved) is PackedArray and saved.alive() is array:
         content = _content_of(saved)
         return None if content is None else _Seen(content, saved)
     if not used or array is None:
         return None
     if node._creator_node is None and _SMALL < array.nbytes <= most:
-        manager = mode.manager_for(array)
+        manager = state.manager_for(array)
         location = None if manager is None else manager.device.locate(array)
         if manager is not None and location is not None and array.flags.c_contiguous:
             return _Seen(None, constant=Constant(manager.device, array))
@@ -381,18 +381,18 @@ def _see(node: Any, array: Any, most: int, used: bool) -> _Seen | None:
 
 def _see_attribute(value: Any) -> _Seen | None:
     """Return what an array among the attributes of a function is now, ``None`` if it is too large to be copied."""
-    saved = value if type(value) is Saved else None
+    saved = value if type(value) is PackedArray else None
     content = None if saved is None and value.nbytes > _SMALL else _content_of(value)
     return None if content is None else _Seen(content, saved)
 
 
 def _content_of(data: Any) -> _Content | None:
     """Return what an array is now, or what stands in for it; ``None`` if nobody can tell."""
-    if type(data) is Saved:
-        checksum, offset = data.storage.manager.look_at(data), data.layout.offset
+    if type(data) is PackedArray:
+        checksum, offset = data.storage.manager.fingerprint(data), data.layout.offset
         data = data.layout
     else:
-        manager = mode.manager_for(data)
+        manager = state.manager_for(data)
         checksum, offset = (None if manager is None else manager.device.checksum_of(data)) or (
             None,
             0,
@@ -487,10 +487,10 @@ def _kept(seen: _Seen, data: Any, leaves: _Leaves) -> _Expression | None:
         return lambda arrays: constant.array
     saved = seen.saved
     if saved is None:
-        is_large = type(data) is not Saved and data is not None and data.nbytes > _SMALL
+        is_large = type(data) is not PackedArray and data is not None and data.nbytes > _SMALL
         if data is None or is_large or _content_of(data) != seen.content:
             return None
-        if type(data) is not Saved:
+        if type(data) is not PackedArray:
             return _Copy(data.copy())
         saved = data  # it has been saved since
     assert seen.content is not None
@@ -545,7 +545,7 @@ def _is_deterministic(func: Any) -> bool:
     """Tell whether a product gives the same bits each time: cuDNN's does where it is asked to."""
     import chainer
 
-    on_cpu = mode.array_types() == {np.ndarray}
+    on_cpu = state.array_types() == {np.ndarray}
     return on_cpu or bool(chainer.config.cudnn_deterministic)
 
 

@@ -6,10 +6,10 @@ from collections import deque
 
 from chainer_ooc.planning.system import Tier
 
-__all__ = ["Copy", "Link"]
+__all__ = ["Link", "SimulatedTransfer"]
 
 
-class Copy:
+class SimulatedTransfer:
     """One copy that waits, is under way, or has ended.
 
     Attributes:
@@ -43,7 +43,7 @@ class Link:
     def __init__(self, tier: Tier) -> None:
         self.tier = tier
         self.now = 0.0
-        outward: deque[Copy] = deque()
+        outward: deque[SimulatedTransfer] = deque()
         self._queues = (outward, outward if tier.one_queue else deque())
         self._rates = (tier.out_bandwidth, tier.in_bandwidth)
         together = tier.out_bandwidth + tier.in_bandwidth
@@ -51,14 +51,14 @@ class Link:
         self._share = 1.0 if both is None else min(1.0, both / together)
         self._latency_bytes = tuple(tier.latency * rate for rate in self._rates)
 
-    def begin(self, storage: int, nbytes: int, inward: bool, now: float) -> Copy:
+    def begin(self, storage: int, nbytes: int, inward: bool, now: float) -> SimulatedTransfer:
         """Put a copy into its queue."""
         self.advance(now)
-        copy = Copy(self, storage, inward, nbytes + self._latency_bytes[inward])
+        copy = SimulatedTransfer(self, storage, inward, nbytes + self._latency_bytes[inward])
         self._queues[inward].append(copy)
         return copy
 
-    def cancel(self, copy: Copy) -> bool:
+    def cancel(self, copy: SimulatedTransfer) -> bool:
         """Take a copy that has not started out of its queue. Returns whether that was possible."""
         if copy.start >= 0:
             return False
@@ -71,7 +71,7 @@ class Link:
             pass
         self.now = max(self.now, until)
 
-    def wait(self, copy: Copy) -> float:
+    def wait(self, copy: SimulatedTransfer) -> float:
         """Let time pass until ``copy`` has ended; return when that was (seconds)."""
         while copy.end < 0:
             self._pass(float("inf"))

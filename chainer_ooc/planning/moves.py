@@ -7,18 +7,18 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from chainer_ooc.planning.links import Copy, Link
+from chainer_ooc.planning.links import Link, SimulatedTransfer
 from chainer_ooc.planning.profile import Profile
-from chainer_ooc.planning.records import Interval
 from chainer_ooc.planning.system import System
+from chainer_ooc.planning.timeline import Interval
 
 if TYPE_CHECKING:
     from chainer_ooc.planning.policies import Policy
 
-__all__ = ["Moves", "State"]
+__all__ = ["Moves", "SimulatedState"]
 
 
-class State(enum.IntEnum):
+class SimulatedState(enum.IntEnum):
     """Where the bytes of a simulated storage are."""
 
     UNMADE = 0
@@ -63,18 +63,18 @@ class Moves:
         count = len(profile.storages)
         self.nbytes = [storage.nbytes for storage in profile.storages]
         self.free_from = [storage.free_from for storage in profile.storages]
-        self.state = [State.UNMADE] * count
+        self.state = [SimulatedState.UNMADE] * count
         self.uses_left = [len(storage.uses) for storage in profile.storages]
         self.resident = 0
         self.leaving: deque[int] = deque()
-        self.arriving: dict[int, Copy] = {}
-        self.outs: dict[int, Copy] = {}
+        self.arriving: dict[int, SimulatedTransfer] = {}
+        self.outs: dict[int, SimulatedTransfer] = {}
         self.reruns: list[tuple[int, tuple[int, ...]]] = []
         self.pinned: set[int] = set()
         self._links = [Link(tier) for tier in system.tiers]
         self._room = [tier.capacity for tier in system.tiers]
         self._tier: dict[int, int] = {}
-        self._graves: list[tuple[Copy, int]] = []
+        self._deferred_frees: list[tuple[SimulatedTransfer, int]] = []
         self._seconds = seconds
         self._held = [profile.fixed_bytes + held for held in profile.held]
         self._high = system.high_bytes
@@ -86,7 +86,7 @@ class Moves:
         self._starts: list[float] = []
         self._detailed = detailed
         self._intervals: list[Interval] = []
-        self._copies: list[Copy] = []
+        self._copies: list[SimulatedTransfer] = []
         self._memory: list[tuple[float, int]] = []
 
     # What policies ask.
@@ -104,7 +104,7 @@ class Moves:
         """Tell whether something besides the graph needs or refers to a storage."""
         return self.free_from[i] > self.step or i in self.pinned
 
-    def members(self, state: State) -> list[int]:
+    def members(self, state: SimulatedState) -> list[int]:
         """Return the saved storages in a state, in the order of making."""
         return [i for i in self.profile.saved if self.state[i] is state]
 
@@ -112,20 +112,20 @@ class Moves:
 
     def begin_out(self, i: int) -> None:
         """RESIDENT -> GOING_OUT."""
-        assert self.state[i] is State.RESIDENT
+        assert self.state[i] is SimulatedState.RESIDENT
         tier = self._tier_for(i)
         self._tier[i] = tier
         copy = self._links[tier].begin(i, self.nbytes[i], False, self.now)
         self.outs[i] = copy
         self._note_copy(copy)
-        self.state[i] = State.GOING_OUT
+        self.state[i] = SimulatedState.GOING_OUT
         self.leaving.append(i)
 
     def end_out(self, i: int) -> None:
         """GOING_OUT -> BOTH. Waits."""
         copy = self.outs.pop(i)
         self._wait(copy, "wait out")
-        self.state[i] = State.BOTH
+        self.state[i] = SimulatedState.BOTH
 
     def cancel_out(self, i: int) -> bool:
         """GOING_OUT -> RESIDENT if the copy has not begun to move. Returns whether."""
@@ -137,7 +137,7 @@ class Moves:
         del self.outs[i]
         self.leaving.remove(i)
         self._forget_copy(i)
-        self.state[i] = State.RESIDENT
+        self.state[i] = SimulatedState.RESIDENT
         return True
 
     def settle(self) -> list[int]:
@@ -147,30 +147,30 @@ class Moves:
             link.advance(self.now)
         while self.leaving:
             i = self.leaving[0]
-            if self.state[i] is State.GOING_OUT:
+            if self.state[i] is SimulatedState.GOING_OUT:
                 if self.outs[i].end < 0:
                     break
                 del self.outs[i]
-                self.state[i] = State.BOTH
+                self.state[i] = SimulatedState.BOTH
                 ended.append(i)
             self.leaving.popleft()
         return ended
 
     def release(self, i: int) -> int:
         """BOTH -> OUT, unless it is held. Returns the bytes freed."""
-        if self.state[i] is not State.BOTH or self.is_held(i):
+        if self.state[i] is not SimulatedState.BOTH or self.is_held(i):
             return 0
-        self.state[i] = State.OUT
+        self.state[i] = SimulatedState.OUT
         self._free(self.nbytes[i])
         return self.nbytes[i]
 
     def begin_in(self, i: int) -> None:
         """OUT -> COMING_IN."""
-        assert self.state[i] is State.OUT
+        assert self.state[i] is SimulatedState.OUT
         copy = self._links[self._tier[i]].begin(i, self.nbytes[i], True, self.now)
         self.arriving[i] = copy
         self._note_copy(copy)
-        self.state[i] = State.COMING_IN
+        self.state[i] = SimulatedState.COMING_IN
         self._take(self.nbytes[i])
 
     def end_in(self, i: int) -> None:
@@ -180,13 +180,13 @@ class Moves:
         self._wait(copy, "wait in")
         self._waits[i] = self._waits.get(i, 0.0) + self.now - before
         self._slack.setdefault(i, self.now - copy.end)
-        self.state[i] = State.BOTH
+        self.state[i] = SimulatedState.BOTH
 
     def drop(self, i: int) -> None:
         """RESIDENT or BOTH -> DROPPED: it is to be made again."""
-        assert self.state[i] in (State.RESIDENT, State.BOTH)
+        assert self.state[i] in (SimulatedState.RESIDENT, SimulatedState.BOTH)
         self._forget_copy(i)
-        self.state[i] = State.DROPPED
+        self.state[i] = SimulatedState.DROPPED
         self._free(self.nbytes[i])
 
     def wait_for_leaving(self, nbytes: int) -> int:
@@ -194,7 +194,7 @@ class Moves:
         freed = 0
         while self.leaving and freed < nbytes:
             i = self.leaving.popleft()
-            if self.state[i] is State.GOING_OUT:
+            if self.state[i] is SimulatedState.GOING_OUT:
                 self.end_out(i)
                 freed += self.release(i)
         return freed
@@ -203,29 +203,29 @@ class Moves:
         """Backward has used a storage for the last time."""
         if not self.system.single_backward:
             return
-        if self.state[i] is State.GOING_OUT:
+        if self.state[i] is SimulatedState.GOING_OUT:
             # The copy under way holds the memory until it has ended.
-            self._graves.append((self.outs.pop(i), self.nbytes[i]))
+            self._deferred_frees.append((self.outs.pop(i), self.nbytes[i]))
         else:
             self._free(self.nbytes[i])
         self._forget_copy(i)
-        self.state[i] = State.DEAD
+        self.state[i] = SimulatedState.DEAD
 
     def _clear_graves(self) -> None:
-        if not self._graves:
+        if not self._deferred_frees:
             return
         for link in self._links:
             link.advance(self.now)
-        alive = [(copy, nbytes) for copy, nbytes in self._graves if copy.end < 0]
-        self._free(sum(n for _, n in self._graves) - sum(n for _, n in alive))
-        self._graves = alive
+        alive = [(copy, nbytes) for copy, nbytes in self._deferred_frees if copy.end < 0]
+        self._free(sum(n for _, n in self._deferred_frees) - sum(n for _, n in alive))
+        self._deferred_frees = alive
 
-    def wait_for_graves(self) -> None:
+    def wait_for_deferred_frees(self) -> None:
         """Wait for the copies of dead storages."""
-        for copy, nbytes in self._graves:
+        for copy, nbytes in self._deferred_frees:
             self._wait(copy, "wait out")
             self._free(nbytes)
-        self._graves = []
+        self._deferred_frees = []
 
     # Time and memory.
 
@@ -247,7 +247,7 @@ class Moves:
             if room is not None:
                 self._room[tier] = room + self.nbytes[i]
 
-    def _note_copy(self, copy: Copy) -> None:
+    def _note_copy(self, copy: SimulatedTransfer) -> None:
         self._bytes[copy.inward] += self.nbytes[copy.storage]
         if self._detailed:
             self._copies.append(copy)
@@ -269,7 +269,7 @@ class Moves:
         if self._detailed:
             self._memory += [(self.now, nbytes)]
 
-    def _wait(self, copy: Copy, kind: str) -> None:
+    def _wait(self, copy: SimulatedTransfer, kind: str) -> None:
         copy.link.advance(self.now)
         if copy.end < 0:
             end = copy.link.wait(copy)

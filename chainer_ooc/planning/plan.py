@@ -34,7 +34,7 @@ class Plan:
         release: (step, storage): give it up again, its copy is valid.
         drop: (step, storage): give it up; it is made again by what ``rerun`` says.
         rerun: (step, forward steps): run these again, in this order, before the step.
-        pass_by: (step, storage): the step does not need it, only its re-runs do: give it up as soon as they
+        evict_after_recompute: (step, storage): the step does not need it, only its re-runs do: give it up as soon as they
             have read it, before the step runs.
         need_bytes: For each step what it takes at most beyond what is in use before it: what begins to come in
             then leaves that much free.
@@ -51,7 +51,7 @@ class Plan:
     release: tuple[tuple[int, int], ...] = ()
     drop: tuple[tuple[int, int], ...] = ()
     rerun: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    pass_by: tuple[tuple[int, int], ...] = ()
+    evict_after_recompute: tuple[tuple[int, int], ...] = ()
     need_bytes: tuple[int, ...] = ()
     seconds: float = 0.0
     bound_seconds: float = 0.0
@@ -77,7 +77,7 @@ class Plan:
         try:
             data = json.loads(text)
             data["choices"] = tuple(Choice(value) for value in data["choices"])
-            for name in ("copy_out", "copy_in", "release", "drop", "pass_by"):
+            for name in ("copy_out", "copy_in", "release", "drop", "evict_after_recompute"):
                 data[name] = tuple((step, storage) for step, storage in data[name])
             data["rerun"] = tuple((step, tuple(again)) for step, again in data["rerun"])
             for name in ("earliest", "need_bytes"):

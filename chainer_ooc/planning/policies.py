@@ -6,7 +6,7 @@ from collections import deque
 from typing import Protocol
 
 from chainer_ooc.planning.plan import Plan
-from chainer_ooc.planning.timeline import Simulation, State
+from chainer_ooc.planning.simulator import SimulatedState, Simulator
 
 __all__ = ["OnDemand", "Planned", "Policy"]
 
@@ -20,13 +20,13 @@ REMEMBERED = 16
 class Policy(Protocol):
     """What decides in a simulated iteration."""
 
-    def between(self, simulation: Simulation) -> None:
+    def between(self, simulator: Simulator) -> None:
         """Act before a step."""
 
-    def make_room(self, simulation: Simulation, nbytes: int, for_storage: int = -1) -> None:
+    def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
         """Make room under the limit for ``nbytes`` that are about to be allocated."""
 
-    def passes_by(self, simulation: Simulation, i: int) -> bool:
+    def evicts_after_recompute(self, simulator: Simulator, i: int) -> bool:
         """Tell whether a storage is to be given up once the re-runs before the step have read it."""
 
 
@@ -42,66 +42,66 @@ class OnDemand:
     def __init__(self) -> None:
         self._growth: deque[int] = deque([0], REMEMBERED)
 
-    def between(self, simulation: Simulation) -> None:
+    def between(self, simulator: Simulator) -> None:
         """Write behind after the last function; fetch what this one needs, and ahead of it."""
-        low = int(simulation.system.limit_bytes * LOW_WATER)
-        used = simulation.used
+        low = int(simulator.system.limit_bytes * LOW_WATER)
+        used = simulator.used
         if used > low:
-            self.make_room(simulation, 0)
-            self._write_behind(simulation, simulation.used - low)
-        group = simulation.profile.used[simulation.step]
+            self.make_room(simulator, 0)
+            self._write_behind(simulator, simulator.used - low)
+        group = simulator.profile.used[simulator.step]
         if group:
-            simulation.pinned.update(group)
+            simulator.pinned.update(group)
             for i in group:
-                if simulation.state[i] is State.OUT:
-                    self.make_room(simulation, simulation.nbytes[i])
-                    simulation.begin_in(i)
-            self._prefetch(simulation)
-        self._growth.append(simulation.need())
+                if simulator.state[i] is SimulatedState.OUT:
+                    self.make_room(simulator, simulator.nbytes[i])
+                    simulator.begin_in(i)
+            self._prefetch(simulator)
+        self._growth.append(simulator.need())
 
-    def make_room(self, simulation: Simulation, nbytes: int, for_storage: int = -1) -> None:
+    def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
         """Give up memory until ``nbytes`` fit below the high-water mark, or nothing is left."""
-        high = simulation.system.high_bytes
-        if simulation.used + nbytes <= high:
+        high = simulator.system.high_bytes
+        if simulator.used + nbytes <= high:
             return
         for step in (_release_clean, _release_leaving, _push_out, _release_arrivals):
-            missing = simulation.used + nbytes - high
+            missing = simulator.used + nbytes - high
             if missing <= 0:
                 return
-            step(simulation, missing)
-        if simulation.used + nbytes > high:
-            simulation.wait_for_graves()
+            step(simulator, missing)
+        if simulator.used + nbytes > high:
+            simulator.wait_for_deferred_frees()
 
-    def passes_by(self, simulation: Simulation, i: int) -> bool:
+    def evicts_after_recompute(self, simulator: Simulator, i: int) -> bool:
         """Tell whether only the re-runs before the step need a storage: nothing is dropped on demand."""
         return False
 
-    def _write_behind(self, simulation: Simulation, nbytes: int) -> None:
-        simulation.settle()
-        size = simulation.nbytes
-        going = sum(size[i] for i in simulation.members(State.GOING_OUT))
-        both = sum(size[i] for i in simulation.members(State.BOTH))
-        for i in simulation.members(State.RESIDENT):
+    def _write_behind(self, simulator: Simulator, nbytes: int) -> None:
+        simulator.settle()
+        size = simulator.nbytes
+        going = sum(size[i] for i in simulator.members(SimulatedState.GOING_OUT))
+        both = sum(size[i] for i in simulator.members(SimulatedState.BOTH))
+        for i in simulator.members(SimulatedState.RESIDENT):
             if both + going >= nbytes or going >= IN_FLIGHT:
                 return
-            if simulation.uses_left[i] and not simulation.is_held(i):
-                simulation.begin_out(i)
+            if simulator.uses_left[i] and not simulator.is_held(i):
+                simulator.begin_out(i)
                 going += size[i]
 
-    def _prefetch(self, simulation: Simulation) -> None:
+    def _prefetch(self, simulator: Simulator) -> None:
         room: int | None = None
-        for i in simulation.profile.use_order[simulation.profile.use_place[simulation.step] :]:
-            if simulation.state[i] is not State.OUT or not simulation.uses_left[i]:
+        for i in simulator.profile.use_order[simulator.profile.use_place[simulator.step] :]:
+            if simulator.state[i] is not SimulatedState.OUT or not simulator.uses_left[i]:
                 continue
-            nbytes = simulation.nbytes[i]
+            nbytes = simulator.nbytes[i]
             if room is None:
-                room = simulation.system.high_bytes - simulation.used - max(self._growth)
+                room = simulator.system.high_bytes - simulator.used - max(self._growth)
             if room < nbytes:
-                room += _release_clean(simulation, nbytes - room, used_only=True)
+                room += _release_clean(simulator, nbytes - room, used_only=True)
             if room < nbytes:
                 return
             room -= nbytes
-            simulation.begin_in(i)
+            simulator.begin_in(i)
 
 
 class Planned:
@@ -117,92 +117,95 @@ class Planned:
         self._drops = deque(plan.drop)
         self._releases = deque(plan.release)
         self._leaves = {i for _, i in plan.copy_out}
-        self._pass_by = set(plan.pass_by)
+        self._evict_after_recompute = set(plan.evict_after_recompute)
         self._demand = OnDemand()
 
-    def between(self, simulation: Simulation) -> None:
+    def between(self, simulator: Simulator) -> None:
         """Release what has gone out; begin the copies that are due."""
-        step = simulation.step
-        if simulation.leaving:
-            for i in simulation.settle():
+        step = simulator.step
+        if simulator.leaving:
+            for i in simulator.settle():
                 if i in self._leaves:
-                    simulation.release(i)
+                    simulator.release(i)
         while self._releases and self._releases[0][0] <= step:
-            simulation.release(self._releases.popleft()[1])
+            simulator.release(self._releases.popleft()[1])
         while self._drops and self._drops[0][0] <= step:
             i = self._drops.popleft()[1]
-            if simulation.state[i] in (State.RESIDENT, State.BOTH) and not simulation.is_held(i):
-                simulation.drop(i)
+            if simulator.state[i] in (
+                SimulatedState.RESIDENT,
+                SimulatedState.BOTH,
+            ) and not simulator.is_held(i):
+                simulator.drop(i)
         while self._outs and self._outs[0][0] <= step:
             i = self._outs.popleft()[1]
-            if simulation.state[i] is State.RESIDENT and not simulation.is_held(i):
-                simulation.begin_out(i)
+            if simulator.state[i] is SimulatedState.RESIDENT and not simulator.is_held(i):
+                simulator.begin_out(i)
         if self._ins and self._ins[0][0] <= step:
-            self._copy_in(simulation, simulation.system.high_bytes - simulation.need())
+            self._copy_in(simulator, simulator.system.high_bytes - simulator.need())
 
-    def make_room(self, simulation: Simulation, nbytes: int, for_storage: int = -1) -> None:
+    def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
         """Wait for what is going out; then as on demand."""
-        missing = simulation.used + nbytes - simulation.system.high_bytes
-        if missing > 0 and simulation.wait_for_leaving(missing) < missing:
-            simulation.wait_for_graves()
-        self._demand.make_room(simulation, nbytes)
+        missing = simulator.used + nbytes - simulator.system.high_bytes
+        if missing > 0 and simulator.wait_for_leaving(missing) < missing:
+            simulator.wait_for_deferred_frees()
+        self._demand.make_room(simulator, nbytes)
 
-    def passes_by(self, simulation: Simulation, i: int) -> bool:
+    def evicts_after_recompute(self, simulator: Simulator, i: int) -> bool:
         """Tell whether only the re-runs before the step need a storage."""
-        return (simulation.step, i) in self._pass_by
+        return (simulator.step, i) in self._evict_after_recompute
 
-    def _copy_in(self, simulation: Simulation, most: int) -> None:
-        while self._ins and self._ins[0][0] <= simulation.step:
+    def _copy_in(self, simulator: Simulator, most: int) -> None:
+        while self._ins and self._ins[0][0] <= simulator.step:
             i = self._ins[0][1]
-            if simulation.state[i] is State.OUT:
-                if simulation.used + simulation.nbytes[i] > most:
+            if simulator.state[i] is SimulatedState.OUT:
+                if simulator.used + simulator.nbytes[i] > most:
                     return
-                simulation.begin_in(i)
-            elif simulation.state[i] is State.GOING_OUT:
+                simulator.begin_in(i)
+            elif simulator.state[i] is SimulatedState.GOING_OUT:
                 return
             self._ins.popleft()
 
 
-def _release_clean(simulation: Simulation, nbytes: int, used_only: bool = False) -> int:
-    simulation.settle()
+def _release_clean(simulator: Simulator, nbytes: int, used_only: bool = False) -> int:
+    simulator.settle()
     freed = 0
     for used in (True,) if used_only else (True, False):
-        for i in simulation.members(State.BOTH):
+        for i in simulator.members(SimulatedState.BOTH):
             if freed >= nbytes:
                 return freed
-            if (not simulation.uses_left[i]) is used:
-                freed += simulation.release(i)
+            if (not simulator.uses_left[i]) is used:
+                freed += simulator.release(i)
     return freed
 
 
-def _release_leaving(simulation: Simulation, nbytes: int) -> int:
-    return simulation.wait_for_leaving(nbytes)
+def _release_leaving(simulator: Simulator, nbytes: int) -> int:
+    return simulator.wait_for_leaving(nbytes)
 
 
-def _push_out(simulation: Simulation, nbytes: int) -> int:
-    size = simulation.nbytes
+def _push_out(simulator: Simulator, nbytes: int) -> int:
+    size = simulator.nbytes
     freed = 0
-    going = sum(size[i] for i in simulation.members(State.GOING_OUT))
+    going = sum(size[i] for i in simulator.members(SimulatedState.GOING_OUT))
     for used in (False, True):
-        for i in simulation.members(State.RESIDENT):
+        for i in simulator.members(SimulatedState.RESIDENT):
             if freed + going >= nbytes:
                 break
-            if (not simulation.uses_left[i]) is used and not simulation.is_held(i):
-                simulation.begin_out(i)
+            if (not simulator.uses_left[i]) is used and not simulator.is_held(i):
+                simulator.begin_out(i)
                 going += size[i]
                 if going > IN_FLIGHT:
-                    done = simulation.wait_for_leaving(1)
+                    done = simulator.wait_for_leaving(1)
                     freed += done
                     going -= done
-    return freed + simulation.wait_for_leaving(nbytes)
+    return freed + simulator.wait_for_leaving(nbytes)
 
 
-def _release_arrivals(simulation: Simulation, nbytes: int) -> int:
+def _release_arrivals(simulator: Simulator, nbytes: int) -> int:
     freed = 0
-    for i in simulation.members(State.COMING_IN):
+    for i in simulator.members(SimulatedState.COMING_IN):
         if freed >= nbytes:
             break
-        if i not in simulation.pinned:
-            simulation.end_in(i)
-            freed += simulation.release(i)
+        if i not in simulator.pinned:
+            simulator.end_in(i)
+            freed += simulator.release(i)
     return freed

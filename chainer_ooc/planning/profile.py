@@ -15,8 +15,8 @@ from chainer_ooc.planning.steps import (
     OTHER,
     PHASES,
     Rerun,
+    SavedTensor,
     Step,
-    Storage,
     describe_input,
     row_of,
     signature_of,
@@ -30,8 +30,8 @@ __all__ = [
     "VERSION",
     "Profile",
     "Rerun",
+    "SavedTensor",
     "Step",
-    "Storage",
     "describe_input",
     "signature_of",
 ]
@@ -59,7 +59,7 @@ class Profile:
     modelled: bool
     fixed_bytes: int
     steps: tuple[Step, ...]
-    storages: tuple[Storage, ...]
+    storages: tuple[SavedTensor, ...]
 
     def __post_init__(self) -> None:
         check(self)
@@ -230,7 +230,9 @@ class Profile:
                 data["modelled"],
                 data["fixed_bytes"],
                 tuple(step_of(row) for row in data["steps"]),
-                tuple(Storage(n, p, f, tuple(u), label) for n, p, f, u, label in data["storages"]),
+                tuple(
+                    SavedTensor(n, p, f, tuple(u), label) for n, p, f, u, label in data["storages"]
+                ),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"the profile is not complete: {error!r}; record it again") from error

@@ -14,8 +14,8 @@ __all__ = [
     "OTHER",
     "PHASES",
     "Rerun",
+    "SavedTensor",
     "Step",
-    "Storage",
     "describe_input",
     "key_of",
     "row_of",
@@ -84,7 +84,7 @@ def key_of(phase: str, label: str, inputs: Iterable[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Storage:
+class SavedTensor:
     """One allocation made in forward. It is saved if backward uses it.
 
     Attributes:

@@ -1,164 +1,64 @@
-"""Simulator of an iteration: compute, copies in two directions, and memory under the limit.
-
-It goes from step to step as the executor does. Decisions are made where the executor makes them, between
-two functions, by a policy (:mod:`chainer_ooc.planning.policies`); what takes time is computed here.
-"""
+"""What a simulated or measured iteration did: intervals, waits, memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import dataclasses
 
-from chainer_ooc.planning.moves import Moves, State
-from chainer_ooc.planning.profile import Profile
-from chainer_ooc.planning.records import Interval, Timeline
-from chainer_ooc.planning.rerun import chain
-from chainer_ooc.planning.system import System
-
-if TYPE_CHECKING:
-    from chainer_ooc.planning.policies import Policy
-
-__all__ = ["Simulation", "State", "simulate"]
+__all__ = ["Interval", "Timeline"]
 
 
-class Simulation(Moves):
-    """A simulated iteration. Policies read its state, and act through its methods."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Interval:
+    """Something that took time.
 
-    def run(self) -> Timeline:
-        """Run it."""
-        profile, policy, held, high = self.profile, self.policy, self._held, self._high
-        used, made, made_bytes = profile.used, profile.made, profile.made_bytes
-        workspace = profile.workspace
-        between, state, uses_left = policy.between, self.state, self.uses_left
-        for number, seconds in enumerate(self._seconds or profile.seconds):
-            self.step = number
-            if self._graves:
-                self._clear_graves()
-            between(self)
-            if used[number]:
-                self.pinned.update(used[number])
-                self._bring(used[number])
-            need = workspace[number] + made_bytes[number]
-            if held[number] + self.resident + need > high:
-                policy.make_room(self, need)
-            peak = held[number] + self.resident + need
-            if peak > self._peak:
-                self._peak = peak
-            self._starts.append(self.now)
-            if self._detailed:
-                self._note_step(number, seconds, peak)
-            self.now += seconds
-            self.resident += made_bytes[number]
-            for i in made[number]:
-                state[i] = State.RESIDENT
-            if used[number]:
-                self.pinned.clear()
-                for i in used[number]:
-                    uses_left[i] -= 1
-                    if not uses_left[i]:
-                        self._finish(i)
-        for link in self._links:
-            link.advance(self.now)
-        return self._result()
-
-    def _bring(self, needed: Iterable[int]) -> None:
-        """Have storages in memory: copied in, or made again."""
-        dropped = []
-        for i in needed:
-            state = self.state[i]
-            if state is State.DROPPED:
-                dropped.append(i)
-            elif state is State.OUT:
-                self.policy.make_room(self, self.nbytes[i], for_storage=i)
-                self.begin_in(i)
-        if dropped:
-            self._run_again(dropped)
-        for i in needed:
-            if self.state[i] is State.COMING_IN:
-                self.end_in(i)
-
-    def _run_again(self, dropped: Iterable[int]) -> None:
-        order, reads = chain(self.profile, dropped, self._is_there)
-        self.pinned.update(reads)
-        self._bring(reads)
-        last = {i: number for number, rerun in order for i in rerun.reads}
-        using = self.profile.used[self.step]
-        passing = {i for i in reads if i not in using and self.policy.passes_by(self, i)}
-        temporary: dict[int, int] = {}
-        for number, rerun in order:
-            back = []
-            for i in rerun.writes:
-                keep = self.state[i] is State.DROPPED
-                if keep and (i in using or not self.policy.passes_by(self, i)):
-                    back.append(i)
-                else:
-                    temporary[i] = self.nbytes[i]
-            nbytes = sum(self.nbytes[i] for i in back)
-            beside = rerun.workspace_bytes + sum(temporary.values())
-            self.policy.make_room(self, nbytes + beside)
-            for i in back:
-                self.state[i] = State.RESIDENT
-                self.pinned.add(i)
-            self._take(nbytes)
-            self._note_peak(self.used + beside)
-            self._spend("rerun", number, rerun.seconds)
-            self._rerun += rerun.seconds
-            for i in [i for i in temporary if last.get(i, -1) <= number]:
-                del temporary[i]
-            for i in [i for i in passing if last[i] <= number]:
-                passing.remove(i)
-                self.pinned.discard(i)
-                self.release(i)
-        self.reruns.append((self.step, tuple(number for number, _ in order)))
-
-    def _is_there(self, i: int) -> bool:
-        return self.state[i] not in (State.DROPPED, State.DEAD, State.UNMADE)
-
-    def _note_step(self, number: int, seconds: float, peak: int) -> None:
-        phase = self.profile.steps[number].phase
-        self._intervals.append(Interval(phase, number, self.now, self.now + seconds))
-        self._memory += [(self.now, peak), (self.now + seconds, peak)]
-
-    def _result(self) -> Timeline:
-        if self._detailed:
-            for copy in self._copies:
-                if copy.start >= 0:
-                    end = copy.end if copy.end >= 0 else self.now
-                    kind = "in" if copy.inward else "out"
-                    self._intervals.append(Interval(kind, copy.storage, copy.start, end))
-        return Timeline(
-            self.now,
-            self._peak,
-            max(0, self._peak - self._high),
-            self._bytes[0],
-            self._bytes[1],
-            self._wait_in,
-            self._wait_out,
-            self._rerun,
-            self._waits,
-            self._slack,
-            self._starts,
-            self.reruns,
-            self._intervals,
-            self._memory,
-            self._unplaced,
-        )
-
-
-def simulate(
-    profile: Profile,
-    system: System,
-    policy: Policy,
-    detailed: bool = False,
-    seconds: Sequence[float] | None = None,
-) -> Timeline:
-    """Simulate one iteration.
-
-    Args:
-        profile: The iteration.
-        system: Memory and links.
-        policy: What decides.
-        detailed: Note all intervals and the memory curve, to be drawn.
-        seconds: The time of each step, where it is not the profile's: noise.
+    Attributes:
+        kind: ``"forward"``, ``"backward"``, ``"other"``, ``"rerun"``, ``"out"``, ``"in"``, or what compute
+            waited for: ``"wait in"``, ``"wait out"``.
+        number: The step for compute, the storage for copies and waits (index).
+        start: Seconds.
+        end: Seconds.
     """
-    return Simulation(profile, system, policy, detailed, seconds).run()
+
+    kind: str
+    number: int
+    start: float
+    end: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """What a simulated iteration did.
+
+    Attributes:
+        seconds: The step time.
+        peak_bytes: The highest memory.
+        over_bytes: By how much memory was above the high-water mark, 0 if the policy kept it.
+        bytes_out: Copied out.
+        bytes_in: Copied in.
+        wait_in_seconds: Compute waited for copies in.
+        wait_out_seconds: Compute waited for copies out, for the memory that they free.
+        rerun_seconds: Compute ran functions again.
+        waits: Seconds that compute waited for each storage to come in.
+        slack: Seconds between each storage's arrival and its first use.
+        starts: When each step started (seconds).
+        reruns: What was run again: (before this step, forward steps in order).
+        intervals: All that took time, if asked for.
+        memory: (seconds, bytes) whenever memory changed, if asked for.
+        unplaced_bytes: Copies that no tier had room for: the executor could not have made them.
+    """
+
+    seconds: float
+    peak_bytes: int
+    over_bytes: int
+    bytes_out: int
+    bytes_in: int
+    wait_in_seconds: float
+    wait_out_seconds: float
+    rerun_seconds: float
+    waits: dict[int, float]
+    slack: dict[int, float]
+    starts: list[float]
+    reruns: list[tuple[int, tuple[int, ...]]]
+    intervals: list[Interval]
+    memory: list[tuple[float, int]]
+    unplaced_bytes: int = 0

@@ -11,16 +11,17 @@ from typing import Any
 from chainer_ooc import wording
 from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import forks, native, verify
-from chainer_ooc.swap.devices.base import Device
-from chainer_ooc.swap.mover import Counters, Mover
-from chainer_ooc.swap.observing import Observer, Span
-from chainer_ooc.swap.player import Player
+from chainer_ooc.swap import fingerprints, native
+from chainer_ooc.swap.budget import MARGIN, MemoryBudget
+from chainer_ooc.swap.devices.protocol import Device
+from chainer_ooc.swap.events import Observer, Span
+from chainer_ooc.swap.eviction import EVERYTHING, Evictor, outside, to_be_made
+from chainer_ooc.swap.executor import PlanExecutor
+from chainer_ooc.swap.prefetch import UseOrder
 from chainer_ooc.swap.recipe import Recipe, checksum_of
-from chainer_ooc.swap.reclaimer import EVERYTHING, Reclaimer, outside, to_be_made
-from chainer_ooc.swap.storage import Layout, Saved, State, Storage
-from chainer_ooc.swap.use_order import UseOrder
-from chainer_ooc.swap.watermarks import MARGIN, Watermarks
+from chainer_ooc.swap.storage import Layout, PackedArray, State, Storage
+from chainer_ooc.swap.system import forks
+from chainer_ooc.swap.transfers import Counters, Transfers
 
 __all__ = ["SwapManager"]
 
@@ -40,34 +41,34 @@ class SwapManager:
     Args:
         device: The memory and the way out of it.
         settings: Returns the settings in force in the calling thread.
-        adopt: Called when memory is no longer plenty: save what was put off until then.
-        is_trusted: Tells whether the code that reads arrays in the calling thread leaves them as they are.
+        save_pending: Called when memory is no longer plenty: save what was put off until then.
+        is_read_only: Tells whether the code that reads arrays in the calling thread leaves them as they are.
         observers: Who is told what happens: a list that may change.
 
     Attributes:
-        marks: The limit, and where memory stands.
+        budget: The limit, and where memory stands.
         has_been_short: Whether memory has passed the low-water mark before, or all had to go out.
         follows_plan: Whether a plan decides what moves ahead of need.
     """
 
-    _mover_type = Mover
+    _transfers_type = Transfers
 
     def __init__(
         self,
         device: Device,
         settings: Callable[[], Settings],
-        adopt: Callable[[], None] = lambda: None,
-        is_trusted: Callable[[], bool] = lambda: False,
+        save_pending: Callable[[], None] = lambda: None,
+        is_read_only: Callable[[], bool] = lambda: False,
         observers: list[Observer] | None = None,
     ) -> None:
         self.device = device
         self.settings = settings
-        self.adopt = adopt
-        self.is_trusted = is_trusted
-        self.marks = Watermarks(device, settings)
+        self.save_pending = save_pending
+        self.is_read_only = is_read_only
+        self.budget = MemoryBudget(device, settings)
         self._observers = [] if observers is None else observers
-        self._mover = self._mover_type(device, self.reclaim, self._observers)
-        self._reclaimer = Reclaimer(self._mover, self.marks)
+        self._transfers = self._transfers_type(device, self.reclaim, self._observers)
+        self._evictor = Evictor(self._transfers, self.budget)
         self._order = UseOrder()
         self._lock = native.EngineLock()
         self._sequence = 0
@@ -78,18 +79,18 @@ class SwapManager:
             0  # the low-water mark, where free memory is kept up to the high one
         )
         # What is given up again once it has served to make others.
-        self._passing: weakref.WeakSet[Storage] = weakref.WeakSet()
+        self._evict_after_recompute: weakref.WeakSet[Storage] = weakref.WeakSet()
         _managers.add(self)
 
     @property
     def counters(self) -> Counters:
         """What has been done so far."""
-        return self._mover.counters
+        return self._transfers.counters
 
     @property
     def limit(self) -> int:
         """The limit in force (bytes)."""
-        return self.marks.limit
+        return self.budget.limit
 
     @property
     def busy(self) -> bool:
@@ -98,7 +99,7 @@ class SwapManager:
 
     # What the graph asks.
 
-    def save(self, array: Any, label: str) -> Saved | None:
+    def save(self, array: Any, label: str) -> PackedArray | None:
         """Return what stands in for ``array``, or ``None`` if it must stay as it is.
 
         Args:
@@ -110,17 +111,17 @@ class SwapManager:
         if location is None or location.nbytes < max(settings.min_bytes, 1):
             return None
         with self._lock:
-            storage = self._mover.find(location.owner)
+            storage = self._transfers.find(location.owner)
             if storage is None:
-                self._mover.clear_graves()
+                self._transfers.run_deferred_frees()
                 self._sequence += 1
                 storage = Storage(
                     self, self._sequence, location.owner, location.nbytes, location.address, label
                 )
                 self._order.save(storage)
-                self._mover.adopt(storage)
+                self._transfers.register(storage)
                 if settings.verify:
-                    verify.begin(self.device, storage)
+                    fingerprints.begin(self.device, storage)
             layout = Layout(
                 array.dtype,
                 array.shape,
@@ -128,9 +129,9 @@ class SwapManager:
                 location.offset - storage.origin,
                 _is_writeable(array),
             )
-            return Saved(storage, layout, array)
+            return PackedArray(storage, layout, array)
 
-    def expect(self, group: Iterable[Saved], rank: int = 0) -> None:
+    def add_use(self, group: Iterable[PackedArray], rank: int = 0) -> None:
         """Tell that one more function will use ``group`` in backward.
 
         Args:
@@ -139,10 +140,10 @@ class SwapManager:
         """
         with self._lock:
             for storage in {saved.storage for saved in group}:
-                storage.expected += 1
+                storage.remaining_uses += 1
                 storage.rank = max(storage.rank, rank)
 
-    def look_at(self, saved: Saved) -> int | None:
+    def fingerprint(self, saved: PackedArray) -> int | None:
         """Return the checksum of what the storage of an array has now; ``None`` if nobody knows."""
         storage = saved.storage
         with self._lock:
@@ -150,29 +151,29 @@ class SwapManager:
                 if storage.checksum is None:
                     storage.checksum = checksum_of(self.device, storage)
                 else:
-                    verify.check_unchanged(self.device, storage)
+                    fingerprints.check_unchanged(self.device, storage)
             return storage.checksum
 
     def check_unchanged(self, array: Any) -> None:
         """Warn if an array that is saved, and that ``verify`` looks at, has been written to."""
         with self._lock:
             if (storage := self._resident_of(array)) is not None:
-                verify.check_unchanged(self.device, storage)
+                fingerprints.check_unchanged(self.device, storage)
 
     def accept_changes(self, array: Any) -> None:
         """Take what an array that is saved has now for what it should have."""
         with self._lock:
             storage = self._resident_of(array)
             if storage is not None and storage.checksum is not None:
-                self._taint(storage)
+                self._mark_dirty(storage)
                 storage.checksum = checksum_of(self.device, storage)
 
     def _resident_of(self, array: Any) -> Storage | None:
         location = self.device.locate(array)
-        storage = None if location is None else self._mover.find(location.owner)
+        storage = None if location is None else self._transfers.find(location.owner)
         return storage if storage is not None and storage.resident else None
 
-    def give_recipe(self, saved: Saved, recipe: Recipe) -> None:
+    def give_recipe(self, saved: PackedArray, recipe: Recipe) -> None:
         """Let the storage of ``saved``, a resident array, be computed again instead of moved.
 
         It is where the array fills its storage. The first recipe is taken.
@@ -188,12 +189,12 @@ class SwapManager:
             ):
                 storage.recipe = recipe
 
-    def read(self, saved: Saved, trusted: bool = False) -> Any:
+    def read(self, saved: PackedArray, read_only: bool = False) -> Any:
         """Return the array of ``saved``, fetched first where it is out.
 
         Args:
             saved: What stands in for it.
-            trusted: The reader does not write to it, so that the copy outside stays valid.
+            read_only: The reader does not write to it, so that the copy outside stays valid.
 
         Raises:
             GraphReleasedError: If it was dropped after its last use.
@@ -220,26 +221,28 @@ class SwapManager:
             if array is None:
                 array = self.device.view(storage.owner, storage.origin, saved.layout)
                 saved.remember(array)
-            if not trusted and saved.layout.writeable:
-                self._taint(storage)
+            if not read_only and saved.layout.writeable:
+                self._mark_dirty(storage)
             return array
 
-    def fetch(self, group: Sequence[Saved], trusted: bool) -> list[Any]:
+    def fetch(self, group: Sequence[PackedArray], read_only: bool) -> list[Any]:
         """Return the arrays of ``group``; their transfers are all begun before one is waited for."""
         with self._lock:
             # What is resident first: held by this list, it cannot be released for the others.
-            arrays = {id(s): self.read(s, trusted) for s in group if s.storage.resident}
+            arrays = {id(s): self.read(s, read_only) for s in group if s.storage.resident}
             for saved in group:
                 if id(saved) not in arrays:
                     self._begin_in(saved.storage)
                 elif saved.storage.verified:
-                    verify.check_unchanged(self.device, saved.storage)
-            forgone = [saved.storage for saved in group if saved.storage.forgone]
-            if forgone:
-                self._make_again(forgone)
-            return [arrays.get(id(s)) if id(s) in arrays else self.read(s, trusted) for s in group]
+                    fingerprints.check_unchanged(self.device, saved.storage)
+            discarded = [saved.storage for saved in group if saved.storage.discarded]
+            if discarded:
+                self._make_again(discarded)
+            return [
+                arrays.get(id(s)) if id(s) in arrays else self.read(s, read_only) for s in group
+            ]
 
-    def prefetch(self, group: Iterable[Saved]) -> None:
+    def prefetch(self, group: Iterable[PackedArray]) -> None:
         """Begin to fetch what backward needs after ``group``, as far ahead as free memory allows.
 
         As much is left free as functions took for themselves of late: what is fetched too early would have to
@@ -247,15 +250,15 @@ class SwapManager:
         """
         with self._lock:
             following = self._order.use({saved.storage for saved in group})
-            if self.follows_plan or not self._mover.nbytes[State.OUT]:
+            if self.follows_plan or not self._transfers.nbytes[State.OUT]:
                 return
-            most = self.marks.high_beside_growth()
+            most = self.budget.high_beside_growth()
             for storage in following:
                 wanted = storage.state is State.OUT and not storage.used
-                if wanted and not self._reclaimer.begin_ahead(storage, most):
+                if wanted and not self._evictor.begin_ahead(storage, most):
                     return
 
-    def finish(self, group: Iterable[Saved], drop: bool) -> None:
+    def release_use(self, group: Iterable[PackedArray], drop: bool) -> None:
         """Tell that a function has used ``group`` in backward.
 
         Args:
@@ -263,22 +266,22 @@ class SwapManager:
             drop: What no other function will use is not needed again.
         """
         with self._lock:
-            self._mover.clear_graves()  # the dead need nothing any more
+            self._transfers.run_deferred_frees()  # the dead need nothing any more
             storages = {saved.storage for saved in group}
             for storage in storages:
-                storage.expected -= 1
+                storage.remaining_uses -= 1
             over = {s for s in storages if drop and s.used and not (s.kept or s.dependents)}
             self._note_who_holds(storages - over)
             for storage in storages:  # what is made from one may have been made meanwhile
                 if drop and storage.used and not (storage.kept or storage.dependents):
-                    self._mover.drop(storage)
+                    self._transfers.drop(storage)
 
-    def returned(self, group: Iterable[Saved]) -> None:
+    def returned(self, group: Iterable[PackedArray]) -> None:
         """Tell that a function has used ``group`` in backward, and will use it once more: see :meth:`keep`."""
         with self._lock:
             self._note_who_holds({saved.storage for saved in group})
 
-    def keep(self, group: Iterable[Saved]) -> None:
+    def keep(self, group: Iterable[PackedArray]) -> None:
         """Drop none of ``group`` after its last use: others may read it than the functions that are expected to."""
         with self._lock:
             for saved in group:
@@ -286,58 +289,58 @@ class SwapManager:
 
     def _note_who_holds(self, storages: Iterable[Storage]) -> None:
         for storage in storages:
-            if storage.resident and storage.held:
+            if storage.resident and storage.referenced_externally:
                 # Backward gave it to somebody, a gradient say, who may write to it.
-                self._taint(storage)
+                self._mark_dirty(storage)
 
-    def grown_to(self, used: int) -> int:
+    def usage_without_offload(self, used: int) -> int:
         """Return what memory in use would be (bytes) if nothing had been moved since the manager was made.
 
         Its rise while a function runs is what the function takes for itself, whatever goes and comes meanwhile.
         """
-        if self._mover.has_dead:
+        if self._transfers.has_deferred_frees:
             with self._lock:
-                self._mover.clear_graves()
-        return used - self._mover.moved_bytes()
+                self._transfers.run_deferred_frees()
+        return used - self._transfers.moved_bytes()
 
     def moved_bytes(self) -> int:
         """Return by how much moves have changed the memory in use since the manager was made (bytes)."""
-        return self._mover.moved_bytes()
+        return self._transfers.moved_bytes()
 
     def granted_bytes(self) -> int:
         """Return up to which memory in use allocations may be made with nobody asked (bytes)."""
         if self._observers:  # they are told of each
             return 0
-        _, high, low = self.marks.levels()
+        _, high, low = self.budget.levels()
         return high if self.has_been_short and not self._is_between_graphs() else low
 
     def ran(self, label: str, backward: bool, span: Span) -> None:
         """Tell the observers that a function has run, and how much memory is in use now."""
-        used = self.marks.used_bytes()
+        used = self.budget.used_bytes()
         for observer in self._observers:
             observer.ran(self.device.name, label, backward, span)
             observer.used(self.device.name, span[1], used)
 
-    def play(self, player: Player | None, step: int = 0) -> None:
+    def run_plan(self, executor: PlanExecutor | None, step: int = 0) -> None:
         """Make the moves of a plan that are due before a step. From now on nothing else moves ahead of need.
 
         Args:
-            player: What follows the plan; ``None``: there is none, all is on demand again.
+            executor: What follows the plan; ``None``: there is none, all is on demand again.
             step: The number of the step.
         """
         with self._lock:
-            self.follows_plan = self._reclaimer.leaving_first = player is not None
-            passing = () if player is None else player.passing(step)
-            if passing or self._passing:
-                self._passing = weakref.WeakSet(passing)
-            if player is not None:
-                self._mover.clear_graves()
-                player.play(step, self._mover, self._reclaimer, self.marks)
+            self.follows_plan = self._evictor.leaving_first = executor is not None
+            evict_after_recompute = () if executor is None else executor.evict_after_recompute(step)
+            if evict_after_recompute or self._evict_after_recompute:
+                self._evict_after_recompute = weakref.WeakSet(evict_after_recompute)
+            if executor is not None:
+                self._transfers.run_deferred_frees()
+                executor.step(step, self._transfers, self._evictor, self.budget)
 
     def bandwidths(self, otherwise: float) -> tuple[float, float]:
         """Return the bytes per second of copies out and in, as measured so far; ``otherwise`` if there were none."""
         with self._lock:
-            out, back = self._mover.bandwidth(out=True), self._mover.bandwidth(out=False)
+            out, back = self._transfers.bandwidth(out=True), self._transfers.bandwidth(out=False)
         return out or back or otherwise, back or out or otherwise
 
     # Room.
@@ -353,35 +356,35 @@ class SwapManager:
         Raises:
             SwapSpaceError: If there is no more space outside.
         """
-        used = self.marks.used_bytes()
+        used = self.budget.used_bytes()
         for observer in self._observers:
             observer.used(self.device.name, time.perf_counter(), used)
-        _, high, low = self.marks.levels()
+        _, high, low = self.budget.levels()
         if used + nbytes <= low:
             if self.has_been_short and self._is_between_graphs():
-                self.device.hold(low)
+                self.device.set_cached_limit(low)
             return True
         self.has_been_short = True
         self._low_after_graph = low
-        self.device.hold(high)
+        self.device.set_cached_limit(high)
         with self._lock:
             if not self.follows_plan or used + nbytes > high:  # a plan need not know what it leaves
-                self.adopt()
-            self._mover.clear_graves()
+                self.save_pending()
+            self._transfers.run_deferred_frees()
             if used + nbytes > high:
-                self._reclaimer.reclaim(nbytes)
-                used = self.marks.used_bytes()
+                self._evictor.reclaim(nbytes)
+                used = self.budget.used_bytes()
             if not nbytes and used > low and not self.follows_plan:
-                self._reclaimer.write_behind(used - low)
+                self._evictor.write_behind(used - low)
             return used + nbytes <= high
 
     def move_all_out(self) -> None:
         """Move every storage out that nobody else holds, and that was not fetched ahead of its use."""
         self.has_been_short = True
         with self._lock:
-            self._mover.clear_graves()
-            self._reclaimer.push_out(EVERYTHING)
-            self._reclaimer.release_clean(EVERYTHING, used_only=True)
+            self._transfers.run_deferred_frees()
+            self._evictor.push_out(EVERYTHING)
+            self._evictor.release_clean(EVERYTHING, used_only=True)
 
     def reclaim(self, nbytes: int) -> int:
         """Give up ``nbytes`` of memory even if so much is free: an allocation has failed, it is in pieces.
@@ -393,26 +396,26 @@ class SwapManager:
             SwapSpaceError: If there is no more space outside.
         """
         with self._lock:
-            self.adopt()
+            self.save_pending()
             used = self.device.used_bytes()
-            self._reclaimer.reclaim(nbytes + max(self.marks.high - used, 0))
+            self._evictor.reclaim(nbytes + max(self.budget.high - used, 0))
             if self.device.used_bytes() >= used:
-                self._mover.wait_for_graves()  # what died may be held by copies under way
+                self._transfers.wait_for_deferred_frees()  # what died may be held by copies under way
             return max(used - self.device.used_bytes(), 0)
 
     def _begin_in(self, storage: Storage) -> None:
         """Begin to fetch a storage that is out, or what it is made again from."""
         for needed in outside(storage):
-            self._reclaimer.reclaim(needed.nbytes)
-            self._mover.begin_in(needed)
+            self._evictor.reclaim(needed.nbytes)
+            self._transfers.begin_in(needed)
 
     def _bring_in(self, storage: Storage) -> None:
         """Make a storage resident. Waits, or computes."""
         self._begin_in(storage)
-        if storage.forgone:
+        if storage.discarded:
             self._make_again([storage])
         else:
-            self._mover.end_in(storage)
+            self._transfers.end_in(storage)
 
     def _make_again(self, wanted: Collection[Storage]) -> None:
         """Compute storages again, and before that what they are made from. Waits."""
@@ -424,17 +427,17 @@ class SwapManager:
             if storage in wanted:
                 owners.append(storage.owner)
             for needed in recipe.storages():
-                if needed in self._passing and last[needed] is storage:
-                    self._reclaimer.give_up(needed)
+                if needed in self._evict_after_recompute and last[needed] is storage:
+                    self._evictor.give_up(needed)
 
     def _run_again(self, storage: Storage, recipe: Recipe) -> None:
         if native.allocator is None and not self.device.asks_for_room:
-            self._reclaimer.reclaim(storage.nbytes)  # what it allocates does not ask
-        arrays = [self.read(saved, trusted=True) for saved in recipe.inputs]
+            self._evictor.reclaim(storage.nbytes)  # what it allocates does not ask
+        arrays = [self.read(saved, read_only=True) for saved in recipe.inputs]
         start, waited = time.perf_counter(), self.counters.waited_seconds
         self._is_remaking = True  # what is allocated for it asks for room, as in any function
         try:
-            self._mover.remake(storage, recipe.run(arrays))
+            self._transfers.remake(storage, recipe.run(arrays))
         finally:
             self._is_remaking = False
         end = time.perf_counter()
@@ -443,29 +446,29 @@ class SwapManager:
         for observer in self._observers:
             observer.remade(storage, (start, end))
 
-    def _taint(self, storage: Storage) -> None:
+    def _mark_dirty(self, storage: Storage) -> None:
         """Take note that somebody may write to a storage: what is made again from it is made now."""
         if storage.dependents:
-            self._reclaimer.forgoes = False  # nothing more may be given up that is made from it
+            self._evictor.discards = False  # nothing more may be given up that is made from it
             try:
                 for dependent in tuple(storage.dependents):
                     self._bring_in(dependent)
             finally:
-                self._reclaimer.forgoes = True
-        self._mover.taint(storage)
+                self._evictor.discards = True
+        self._transfers.mark_dirty(storage)
 
     def _is_between_graphs(self) -> bool:
         """Tell whether nothing lives that was saved."""
         with self._lock:
-            self._mover.clear_graves()
-            return not any(self._mover.nbytes.values())
+            self._transfers.run_deferred_frees()
+            return not any(self._transfers.nbytes.values())
 
     # When there is none.
 
     def shortage(self, nbytes: int, what: str) -> OutOfMemoryError | None:
         """Return the error for ``nbytes`` that do not fit if ``strict``; else warn, once, if it is much."""
         strict = self.settings().strict
-        over = self.marks.last_used + nbytes - self.limit
+        over = self.budget.last_used + nbytes - self.limit
         if not strict and (self._has_warned or over <= self.limit * MARGIN):
             return None
         message = self.explain_shortage(nbytes, what)
@@ -477,11 +480,11 @@ class SwapManager:
 
     def explain_shortage(self, nbytes: int, what: str) -> str:
         """Return what holds the memory when ``nbytes`` for ``what`` do not fit, and what would help."""
-        used = self.marks.used_bytes()
+        used = self.budget.used_bytes()
         with self._lock:
             resident = [storage for storage in self.storages() if storage.owner is not None]
             saved = sum(storage.nbytes for storage in resident)
-            held = sum(storage.nbytes for storage in resident if storage.held)
+            held = sum(storage.nbytes for storage in resident if storage.referenced_externally)
         return (
             f"{what} needs {_mib(nbytes)} more, and {_mib(used)} of the limit of {_mib(self.limit)} are in use: "
             f"{_mib(held)} by saved arrays that something else holds, {_mib(saved - held)} by other saved arrays, "
@@ -494,45 +497,45 @@ class SwapManager:
     def storages(self) -> list[Storage]:
         """Return the storages that live, in the order of saving."""
         with self._lock:
-            return list(self._mover.members(*State))
+            return list(self._transfers.members(*State))
 
     def after_fork(self) -> None:
         """In a forked child: what the parent saved can be read, and nothing of the parent's is touched."""
         self._lock = native.EngineLock()
         self.device.after_fork()
 
-    def bury(self, storage: Storage) -> None:
+    def defer_free(self, storage: Storage) -> None:
         """Forget a dying storage. Called at any time in any thread, even inside these methods."""
-        self._mover.bury(storage)
-        if self._mover.has_living:
+        self._transfers.defer_free(storage)
+        if self._transfers.has_living:
             return
         if native.allocator is not None:
             native.allocator.ask_again()  # between two graphs less is granted
         if self._low_after_graph:
             # What others allocate now, as for a snapshot, is not announced: it finds room.
-            self.device.hold(self._low_after_graph)
+            self.device.set_cached_limit(self._low_after_graph)
 
     def keep_no_free_memory(self) -> None:
         """Give free memory back to the system, also when it becomes free later."""
         self._low_after_graph = 0
-        self.device.hold(0)
+        self.device.set_cached_limit(0)
 
     def settle(self) -> None:
         """Wait for all that is under way and give back the space of all that died."""
         with self._lock:
             self._end_transfers()  # a function of its own: its last storage may be held by nothing else
-            self._mover.wait_for_graves()
+            self._transfers.wait_for_deferred_frees()
 
     def _end_transfers(self) -> None:
-        for storage in self._mover.members(State.GOING_OUT):
-            self._mover.end_out(storage)
-        for storage in self._mover.members(State.COMING_IN):
-            self._mover.end_in(storage)
+        for storage in self._transfers.members(State.GOING_OUT):
+            self._transfers.end_out(storage)
+        for storage in self._transfers.members(State.COMING_IN):
+            self._transfers.end_in(storage)
 
     def __repr__(self) -> str:
         with self._lock:
-            self._mover.clear_graves()
-            size, counters = dict(self._mover.nbytes), self.counters
+            self._transfers.run_deferred_frees()
+            size, counters = dict(self._transfers.nbytes), self.counters
         resident = size[State.RESIDENT] + size[State.GOING_OUT] + size[State.BOTH]
         return (
             f"<SwapManager of {self.device.name}: {_mib(self.device.used_bytes())} of {_mib(self.limit)} used; "

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from chainer_ooc.swap.process_memory import ResidentMemory
+from chainer_ooc.swap.system.memory import ResidentMemory
 
 __all__ = ["ObservedGrowth", "Start"]
 

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from chainer_ooc.swap.storage import Layout, Saved, State, Storage
+from chainer_ooc.swap.storage import Layout, PackedArray, State, Storage
 
 if TYPE_CHECKING:
-    from chainer_ooc.swap.devices.base import Device, Location
+    from chainer_ooc.swap.devices.protocol import Device, Location
 
 __all__ = ["Constant", "Recipe", "checksum_of"]
 
@@ -43,8 +43,8 @@ class Constant:
         if not self.is_kept:
             array, place = self.array, self._place()
             layout = Layout(array.dtype, array.shape, array.strides, 0, True)
-            phase = place.address + place.offset
-            own = self._device.duplicate(array, layout, array.nbytes, phase)
+            page_offset = place.address + place.offset
+            own = self._device.duplicate(array, layout, array.nbytes, page_offset)
             self.array = self._device.view(*own, layout)
             self.is_kept = True
 
@@ -73,7 +73,7 @@ class Recipe:
         costly: It is for plans, which know what it costs.
     """
 
-    inputs: tuple[Saved, ...]
+    inputs: tuple[PackedArray, ...]
     run: Callable[[Sequence[Any]], Any]
     layout: Layout
     checksum: int
@@ -105,12 +105,12 @@ class Recipe:
             return False
         for saved, checksum in zip(self.inputs, self.input_checksums, strict=True):
             needed = saved.storage
-            leaves = needed.state is State.GOING_OUT and not needed.tainted
+            leaves = needed.state is State.GOING_OUT and not needed.dirty
             if needed.copy is not None or leaves:
                 found = needed.checksum
-            elif needed.state is State.RESIDENT and not needed.held:
+            elif needed.state is State.RESIDENT and not needed.referenced_externally:
                 found = checksum_of(device, needed)
-            elif planned and needed.forgone:
+            elif planned and needed.discarded:
                 assert needed.recipe is not None
                 found = needed.recipe.checksum
             else:

@@ -13,12 +13,12 @@ from chainer_ooc.errors import OutOfCoreError
 from chainer_ooc.swap import native
 
 if TYPE_CHECKING:
-    from chainer_ooc.swap.devices.base import Copy, Transfer
+    from chainer_ooc.swap.devices.protocol import SwappedBlock, Transfer
     from chainer_ooc.swap.manager import SwapManager
+    from chainer_ooc.swap.prefetch import SavedSequence
     from chainer_ooc.swap.recipe import Recipe
-    from chainer_ooc.swap.use_order import Forward
 
-__all__ = ["Layout", "Saved", "State", "Storage"]
+__all__ = ["Layout", "PackedArray", "State", "Storage"]
 
 
 class State(enum.Enum):
@@ -67,7 +67,7 @@ class Layout(NamedTuple):
 class Storage(native.Mortal):
     """One allocation, shared by all arrays that are views of it.
 
-    Its state changes in :meth:`move_to` alone. It lives as long as one :class:`Saved` of it.
+    Its state changes in :meth:`move_to` alone. It lives as long as one :class:`PackedArray` of it.
 
     Attributes:
         manager: The manager that moves it.
@@ -78,15 +78,15 @@ class Storage(native.Mortal):
         owner: What owns the memory while it is resident, else ``None``. For NumPy the array with no
             base, for CuPy its ``Memory``.
         origin: Bytes from the start of the owner's memory to the storage's first byte.
-        phase: The storage's first address modulo the page size: kept over a round trip, since
+        page_offset: The storage's first address modulo the page size: kept over a round trip, since
             vectorized loops may round differently on memory of another alignment.
         copy: The copy outside, or ``None``.
         transfer: The copy under way, or ``None``.
-        tainted: Somebody outside backward got the array since the copy was begun, and may write.
-        expected: How many functions of the graph have yet to use it in backward.
+        dirty: Somebody outside backward got the array since the copy was begun, and may write.
+        remaining_uses: How many functions of the graph have yet to use it in backward.
         kept: Others may read it than these functions: it is not dropped after its last use.
         rank: The highest rank of these functions in the graph: backward runs by falling rank.
-        forward: What it was saved with, in a row, and ``number``, its place there.
+        saved_sequence: What it was saved with, in a row, and ``number``, its place there.
         ahead: It was fetched before it was asked for, and has not been used since.
         arrival: The moment at which it came in last, for the device; ``None`` if it never did.
         recipe: How its bytes can be computed again, or ``None``.
@@ -102,8 +102,7 @@ class Storage(native.Mortal):
         "checksum",
         "copy",
         "dependents",
-        "expected",
-        "forward",
+        "dirty",
         "kept",
         "label",
         "manager",
@@ -111,34 +110,41 @@ class Storage(native.Mortal):
         "number",
         "origin",
         "owner",
-        "phase",
+        "page_offset",
         "rank",
         "recipe",
+        "remaining_uses",
+        "saved_sequence",
         "sequence",
         "state",
-        "tainted",
         "transfer",
         "verified",
     )
 
     def __init__(
-        self, manager: SwapManager, sequence: int, owner: Any, nbytes: int, phase: int, label: str
+        self,
+        manager: SwapManager,
+        sequence: int,
+        owner: Any,
+        nbytes: int,
+        page_offset: int,
+        label: str,
     ) -> None:
         self.manager = manager
         self.sequence = sequence
         self.owner: Any = owner
         self.nbytes = nbytes
-        self.phase = phase
+        self.page_offset = page_offset
         self.label = label
         self.origin = 0
         self.state = State.RESIDENT
-        self.copy: Copy | None = None
+        self.copy: SwappedBlock | None = None
         self.transfer: Transfer | None = None
-        self.tainted = False
-        self.expected = 0
+        self.dirty = False
+        self.remaining_uses = 0
         self.kept = False
         self.rank = 0
-        self.forward: Forward
+        self.saved_sequence: SavedSequence
         self.number = 0
         self.ahead = False
         self.arrival: Any = None
@@ -160,7 +166,7 @@ class Storage(native.Mortal):
     @property
     def used(self) -> bool:
         """Whether backward has used it for the last time, as far as is known."""
-        return self.expected <= 0
+        return self.remaining_uses <= 0
 
     @property
     def resident(self) -> bool:
@@ -168,12 +174,12 @@ class Storage(native.Mortal):
         return self.owner is not None and self.state is not State.COMING_IN
 
     @property
-    def forgone(self) -> bool:
+    def discarded(self) -> bool:
         """Whether its bytes are nowhere, and its recipe makes them again."""
         return self.state is State.OUT and self.copy is None
 
     @property
-    def held(self) -> bool:
+    def referenced_externally(self) -> bool:
         """Whether somebody besides this storage refers to the memory, so that letting go frees nothing."""
         return references.attribute_is_referenced_externally(self, "owner")
 
@@ -182,10 +188,10 @@ class Storage(native.Mortal):
 
     def _die(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():  # when the interpreter ends, modules may be gone
-            self.manager.bury(self)
+            self.manager.defer_free(self)
 
 
-class Saved:
+class PackedArray:
     """Stands in for an array: which storage it lies in, and how.
 
     Reading it gives an array with the same bits, shape, strides and dtype; while the original array is
@@ -206,7 +212,7 @@ class Saved:
             GraphReleasedError: If it was dropped after its last use.
         """
         manager = self.storage.manager
-        return manager.read(self, manager.is_trusted())
+        return manager.read(self, manager.is_read_only())
 
     def alive(self) -> Any | None:
         """Return the array handed out last if it is still alive, else ``None``."""

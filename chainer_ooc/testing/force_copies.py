@@ -18,15 +18,15 @@ from typing import Any, cast
 import chainer
 import numpy as np
 
-from chainer_ooc import mode
-from chainer_ooc.graph import backprop
+from chainer_ooc import state
+from chainer_ooc.graph import hooks
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap.devices.base import Device
+from chainer_ooc.swap.devices.protocol import Device
 from chainer_ooc.swap.devices.ram import RamDevice
+from chainer_ooc.swap.events import Observer
 from chainer_ooc.swap.manager import SwapManager
-from chainer_ooc.swap.mover import Counters, Mover
-from chainer_ooc.swap.observing import Observer
-from chainer_ooc.swap.storage import Layout, Saved, State, Storage
+from chainer_ooc.swap.storage import Layout, PackedArray, State, Storage
+from chainer_ooc.swap.transfers import Counters, Transfers
 
 __all__ = ["Moved", "force_copies"]
 
@@ -60,7 +60,7 @@ class Moved:
         return f"<Moved {self.bytes_out} bytes out, {self.bytes_in} bytes in>"
 
 
-class _PoisoningMover(Mover):
+class _PoisoningTransfers(Transfers):
     """Fills memory with :data:`POISON` before it lets go of it: who still reads it there, reads that.
 
     Attributes:
@@ -73,10 +73,10 @@ class _PoisoningMover(Mover):
         super().__init__(device, make_room, observers)
         self.lent: weakref.WeakSet[Storage] = weakref.WeakSet()
 
-    def taint(self, storage: Storage) -> None:
+    def mark_dirty(self, storage: Storage) -> None:
         """BOTH -> RESIDENT."""
         self.lent.add(storage)
-        super().taint(storage)
+        super().mark_dirty(storage)
 
     def release(self, storage: Storage) -> None:
         """BOTH -> OUT."""
@@ -88,10 +88,10 @@ class _PoisoningMover(Mover):
         _poison(storage)
         super().drop(storage)
 
-    def bury(self, storage: Storage) -> None:
+    def defer_free(self, storage: Storage) -> None:
         """Take what a dying storage leaves."""
         _poison(storage)
-        super().bury(storage)
+        super().defer_free(storage)
 
     def give_up_original(self, storage: Storage) -> None:
         """BOTH -> OUT, of the memory that the storage began in: somebody else may rightly read that."""
@@ -100,27 +100,27 @@ class _PoisoningMover(Mover):
 
 def _poison(storage: Storage) -> None:
     # Not while a thread writes it to the file or fills it.
-    if storage.owner is not None and storage.transfer is None and not storage.held:
+    if storage.owner is not None and storage.transfer is None and not storage.referenced_externally:
         storage.owner.fill(POISON)
 
 
 class _ForcingManager(SwapManager):
     """Copies each array out when it is saved, and gives the original up, whoever holds it."""
 
-    _mover: _PoisoningMover
-    _mover_type = _PoisoningMover
+    _transfers: _PoisoningTransfers
+    _transfers_type = _PoisoningTransfers
 
     def __init__(self) -> None:
         super().__init__(
             RamDevice(tempfile.gettempdir()),
-            mode._settings_or_last,
-            backprop.adopt,
-            lambda: mode.local.trusted,
+            state.current_or_last,
+            hooks.save_pending,
+            lambda: state.local.read_only,
         )
         # By the identity of originals that live: the copy of each, and a digest of what was copied.
         self._copies: dict[int, tuple[weakref.ref[Any], weakref.ref[Storage], bytes]] = {}
 
-    def save(self, array: Any, label: str) -> Saved | None:
+    def save(self, array: Any, label: str) -> PackedArray | None:
         """Return what stands in for ``array``; its bytes are outside already."""
         location = self.device.locate(array)
         if location is None or location.nbytes == 0:
@@ -128,7 +128,7 @@ class _ForcingManager(SwapManager):
         owner = location.owner
         with self._lock:
             if (
-                self._mover.find(owner) is not None
+                self._transfers.find(owner) is not None
             ):  # what came back from its copy, and is saved again
                 return super().save(array, label)
             digest = hashlib.blake2b(owner.tobytes("A"), digest_size=16).digest()
@@ -137,9 +137,9 @@ class _ForcingManager(SwapManager):
                 offset = location.offset
                 writeable = array.flags.writeable
                 layout = Layout(array.dtype, array.shape, array.strides, offset, writeable)
-                saved = Saved(storage, layout, array)
+                saved = PackedArray(storage, layout, array)
             else:
-                saved = cast(Saved, super().save(array, label))
+                saved = cast(PackedArray, super().save(array, label))
                 self._copy_at_once(saved.storage, owner, digest)
             saved._last = None  # the original is not to be handed out
             return saved
@@ -150,14 +150,14 @@ class _ForcingManager(SwapManager):
         storage = reference() if reference else None
         if original is None or original() is not owner or storage is None or then != digest:
             return None
-        if storage in self._mover.lent or storage.state is State.DROPPED:
+        if storage in self._transfers.lent or storage.state is State.DROPPED:
             return None
         return storage
 
     def _copy_at_once(self, storage: Storage, owner: Any, digest: bytes) -> None:
-        self._mover.begin_out(storage)
-        self._mover.end_out(storage)
-        self._mover.give_up_original(storage)
+        self._transfers.begin_out(storage)
+        self._transfers.end_out(storage)
+        self._transfers.give_up_original(storage)
         key, copies = id(owner), self._copies
         original = weakref.ref(owner, lambda _: copies.pop(key, None))
         copies[key] = original, weakref.ref(storage), digest
@@ -224,13 +224,13 @@ def force_copies() -> Iterator[Moved]:
         What has been moved so far inside. A test is to assert ``moved.bytes_in > 0``.
     """
     global _manager
-    backprop.install()
+    hooks.install()
     if _manager is None:
         _manager = _ForcingManager()
     forcing = _manager
-    settings = dataclasses.replace(mode.current() or Settings(), swap_all=True, min_bytes=1)
-    apply, enabled = chainer.FunctionNode.apply, mode._enabled
-    manager = mode._managers.get("ram")
+    settings = dataclasses.replace(state.current() or Settings(), swap_all=True, min_bytes=1)
+    apply, enabled = chainer.FunctionNode.apply, state.process.enabled
+    manager = state.process.managers.get("ram")
 
     def apply_to_no_leaves(self: Any, inputs: Any) -> Any:
         plain = chainer.config.enable_backprop and chainer.config.schedule_func is None
@@ -238,21 +238,21 @@ def force_copies() -> Iterator[Moved]:
             inputs = _without_leaves(inputs)
         return apply(self, inputs)
 
-    mode._managers["ram"] = forcing
-    mode._enabled = settings
-    mode.local.stack.append(settings)
+    state.process.managers["ram"] = forcing
+    state.process.enabled = settings
+    state.local.stack.append(settings)
     chainer.FunctionNode.apply = apply_to_no_leaves
     try:
         yield Moved(forcing.counters)
     finally:
         chainer.FunctionNode.apply = apply
         if _manager is forcing:  # not in a forked child, whose mode is off
-            mode.local.stack.pop()
-            mode._enabled = enabled
+            state.local.stack.pop()
+            state.process.enabled = enabled
             if manager is None:
-                del mode._managers["ram"]
+                del state.process.managers["ram"]
             else:
-                mode._managers["ram"] = manager
+                state.process.managers["ram"] = manager
 
 
 def _after_fork() -> None:

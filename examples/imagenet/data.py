@@ -17,7 +17,7 @@ from reports import gibibytes
 from tqdm import tqdm
 from world import World
 
-from chainer_ooc.swap.process_memory import physical_bytes
+from chainer_ooc.swap.system.memory import physical_bytes
 
 
 def load(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 from errors import InputError
 
-from chainer_ooc.reporting.whole import replacing
+from chainer_ooc.report.whole import replacing
 
 
 @contextmanager

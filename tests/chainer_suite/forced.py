@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
-from chainer_ooc.graph.attributes import SavedTuple
-from chainer_ooc.swap.storage import Saved
+from chainer_ooc import state
+from chainer_ooc.graph.attributes import PackedTuple
+from chainer_ooc.swap.storage import PackedArray
 from chainer_ooc.testing import Moved, force_copies
 
 # Tests of how many functions a graph has, and of which object an attribute is. They run in out-of-core mode itself,
@@ -65,7 +65,7 @@ def _mode(test: str) -> Iterator[Any]:
             yield moved
         return
     with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
-        (manager,) = mode.managers()
+        (manager,) = state.managers()
         yield Moved(manager.counters)
 
 
@@ -73,9 +73,9 @@ def _watch_backward() -> None:
     """Have each step of backward counted."""
     from chainer import _backprop_utils
 
-    from chainer_ooc.graph import backprop
+    from chainer_ooc.graph import hooks
 
-    backprop.install()
+    hooks.install()
     step = _backprop_utils.backprop_step
     if getattr(step, "counted", False):
         return
@@ -95,7 +95,9 @@ def _keeps(func: Any) -> bool:
     if func._output_indexes_to_retain or any(x.creator_node is not None for x in inputs):
         return True
     attributes = {**vars(func), **vars(getattr(func, "_function", func))}
-    return any(isinstance(value, np.ndarray | Saved | SavedTuple) for value in attributes.values())
+    return any(
+        isinstance(value, np.ndarray | PackedArray | PackedTuple) for value in attributes.values()
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import psutil
 
-from chainer_ooc import mode
+from chainer_ooc import state
 
 __all__ = ["be_quiet", "leaks", "prepare", "resident_bytes"]
 
@@ -18,14 +18,14 @@ def prepare(contender: str, constants: dict[str, int]) -> None:
         contender: ``"out of core"``, or ``"no hook"``: NumPy's allocator stays as it is.
         constants: Sizes from which allocations are announced, and lie in the pool (bytes).
     """
-    mode._ANNOUNCED, mode._POOLED = constants["announced"], constants["pooled"]
+    state._ANNOUNCED, state._POOLED = constants["announced"], constants["pooled"]
     if contender == "no hook":
-        mode.hook_allocations = lambda: None
+        state.hook_allocations = lambda: None
 
 
 def be_quiet() -> None:
     """Do without the one warning that the limit is too low."""
-    for manager in mode.managers():
+    for manager in state.managers():
         manager._has_warned = True
 
 
@@ -36,19 +36,19 @@ def resident_bytes() -> int:
 def leaks() -> list[str]:
     """Tell what is left when nothing should be."""
     found: list[str] = []
-    for manager in mode.managers():
+    for manager in state.managers():
         manager.settle()
-        mover, device = manager._mover, manager.device
+        transfers, device = manager._transfers, manager.device
         facts: dict[str, Any] = {
             "storages": len(manager.storages()),
-            "bytes of storages": sum(mover.nbytes.values()),
-            "owners": len(mover._by_owner),
+            "bytes of storages": sum(transfers.nbytes.values()),
+            "owners": len(transfers._by_owner),
             "bytes in the swap file": device.file.allocated,
             "locked": manager._lock._is_owned(),
         }
         found += [f"{name}: {value}" for name, value in facts.items() if value]
-    if mode.local.running is not None:
-        found.append(f"{mode.local.running[0].label} still runs")
-    if mode.local.stack:
-        found.append(f"modes: {len(mode.local.stack)}")
+    if state.local.running is not None:
+        found.append(f"{state.local.running[0].label} still runs")
+    if state.local.stack:
+        found.append(f"modes: {len(state.local.stack)}")
     return found

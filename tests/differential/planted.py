@@ -7,19 +7,19 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-from chainer_ooc import mode
-from chainer_ooc.graph import backprop, nodes
+from chainer_ooc import state
+from chainer_ooc.graph import hooks, nodes
 from chainer_ooc.swap import native
 from chainer_ooc.swap.devices.ram import RamDevice
-from chainer_ooc.swap.disk import SwapFile
-from chainer_ooc.swap.mover import Mover
+from chainer_ooc.swap.tiers.swap_file import SwapFile
+from chainer_ooc.swap.transfers import Transfers
 
 __all__ = ["PLANTED"]
 
 
 def keep_stale_copies() -> None:
     """What is edited in place keeps the copy that was made before."""
-    Mover.taint = lambda self, storage: None
+    Transfers.mark_dirty = lambda self, storage: None
 
 
 def restore_at_wrong_offset() -> None:
@@ -34,16 +34,16 @@ def restore_at_wrong_offset() -> None:
 
 def swallow_an_error() -> None:
     """An error that a function raises in backward is lost."""
-    step = backprop._stock.get("backprop_step")
+    step = hooks._stock.get("backprop_step")
     if step is None:
-        backprop.install()
-        step = backprop._stock["backprop_step"]
+        hooks.install()
+        step = hooks._stock["backprop_step"]
 
     def wrong(*args: Any) -> None:
         with contextlib.suppress(Exception):
             step(*args)
 
-    backprop._stock["backprop_step"] = wrong
+    hooks._stock["backprop_step"] = wrong
 
 
 def leak_blocks() -> None:
@@ -81,7 +81,7 @@ def free_by_python() -> None:
             slots[4] = ctypes.cast(kept[0], ctypes.c_void_p).value
 
     kept: list[Any] = []
-    mode.native.allocator = _Replaced(native.allocator, install=wrong)
+    state.native.allocator = _Replaced(native.allocator, install=wrong)
 
 
 def print_on_stderr() -> None:
@@ -110,11 +110,11 @@ def ignore_an_assignment() -> None:
         set_data(
             node,
             node.__dict__.get("_data")
-            if type(node.__dict__.get("_data")).__name__ == "Saved"
+            if type(node.__dict__.get("_data")).__name__ == "PackedArray"
             else data,
         )
 
-    backprop.install()
+    hooks.install()
     from chainer import variable
 
     variable.VariableNode._data = property(nodes._get_data, wrong)

@@ -7,7 +7,7 @@ import chainer.functions as F
 import numpy as np
 import pytest
 
-from chainer_ooc.swap.storage import Saved
+from chainer_ooc.swap.storage import PackedArray
 from chainer_ooc.testing import assert_same_bits, force_copies
 from tests.equality.function_cases import CASES
 
@@ -67,7 +67,7 @@ def unsaved(ys, kept=()):
             if node.creator_node is not None:
                 todo.append(node.creator_node)
                 data = node.__dict__.get("_data")
-                if data is not None and type(data) is not Saved and data.size:
+                if data is not None and type(data) is not PackedArray and data.size:
                     found.append(f"an input of {func.label}")
     return found
 

@@ -16,7 +16,7 @@ from models.common import ImageClassifier
 from world import World
 
 import chainer_ooc
-from chainer_ooc.swap.process_memory import ResidentMemory
+from chainer_ooc.swap.system.memory import ResidentMemory
 
 CPU = chainer.get_device("@numpy")
 

@@ -15,7 +15,7 @@ from test_imagenet_resume import Trained
 from tools import make_lmdb
 from tools.common import partial_folder
 
-from chainer_ooc.reporting.whole import replacing, write_whole
+from chainer_ooc.report.whole import replacing, write_whole
 
 TOKEN = "0123456789abcdef"
 

@@ -56,7 +56,7 @@ class TestDevice:
 
     @pytest.fixture
     def device(self, tmp_path):
-        from chainer_ooc.swap.devices.cuda import CudaDevice
+        from chainer_ooc.swap.devices.cuda.device import CudaDevice
 
         devices = []
 
@@ -92,7 +92,7 @@ class TestDevice:
     @pytest.mark.parametrize("nbytes", [0, 1, 7, 8, 9, 4096, 4099, 3 * MIB + 5, 40 * MIB])
     @pytest.mark.parametrize("offset", [0, 3])
     def test_checksums_are_those_of_the_host(self, device, nbytes, offset):
-        from chainer_ooc.swap.devices.cuda_checksum import checksum_on_host
+        from chainer_ooc.swap.devices.cuda.checksum import checksum_on_host
 
         array = cupy.random.randint(0, 256, 41 * MIB, dtype="u1")
         found = device(0).checksum(array.data.mem, offset, nbytes)

@@ -12,10 +12,10 @@ import chainermn
 import numpy as np
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.extensions import AgreeOnPlans
-from chainer_ooc.graph.following import follower_of
-from chainer_ooc.planning import book
+from chainer_ooc.graph.iteration import tracker_of
+from chainer_ooc.planning import plan_cache
 from chainer_ooc.swap.devices.ram import RamDevice
 
 OTHER, LIMIT = 8 << 20, (8 << 20) + (1300 << 10)
@@ -28,12 +28,12 @@ def forward(model, x):
 
 
 def main() -> None:
-    book._WORSE = float("inf")  # on a busy machine any iteration may be slow
+    plan_cache._WORSE = float("inf")  # on a busy machine any iteration may be slow
     RamDevice.used_bytes = lambda self: (
         OTHER
         + sum(
             storage.nbytes
-            for storage in mode._managers["ram"].storages()
+            for storage in state.process.managers["ram"].storages()
             if storage.owner is not None
         )
     )
@@ -52,9 +52,9 @@ def main() -> None:
     trainer.extend(AgreeOnPlans(communicator))
     with chainer_ooc.out_of_core_mode(limit=LIMIT, min_bytes=1):
         trainer.run()
-    (page,) = follower_of(mode._managers["ram"]).book.pages.values()
+    (entry,) = tracker_of(state.process.managers["ram"]).plan_cache.pages.values()
     result = {
-        "plan": json.loads(page.plan.to_json()),
+        "plan": json.loads(entry.plan.to_json()),
         "bytes_in": chainer_ooc.stats().bytes_in,
         "parameters": [float(abs(p.array).sum()) for p in model.params()],
     }

@@ -7,7 +7,7 @@ import gc
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def everything_out():
     """Turn a mode on that moves whatever nobody holds out at once. Returns the manager."""
     gc.collect()
     with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
-        yield mode.managers()[0]
+        yield state.managers()[0]
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def bytes_in_use():
 
     def measure():
         gc.collect()
-        (manager,) = mode.managers()
+        (manager,) = state.managers()
         manager.settle()
         resident = sum(s.nbytes for s in manager.storages() if s.owner is not None)
         return resident, manager.device.file.allocated

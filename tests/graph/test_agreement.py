@@ -11,24 +11,24 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.extensions import AgreeOnPlans
 from chainer_ooc.graph import agreement
-from chainer_ooc.planning import book, planner
+from chainer_ooc.planning import plan_cache, search
 from chainer_ooc.planning.plan import Plan
 from chainer_ooc.testing import assert_same_bits
-from tests.graph.test_following import KIB, OTHER, Training, follower_of, on_ram
+from tests.graph.test_iteration import KIB, OTHER, Training, on_ram, tracker_of
 
 LIMIT = OTHER + 700 * KIB
 
 
 @pytest.fixture(autouse=True)
 def device(tmp_path, monkeypatch):
-    monkeypatch.setattr(book, "_WORSE", float("inf"))
-    monkeypatch.setattr(planner, "EFFORT", 2000)
+    monkeypatch.setattr(plan_cache, "_WORSE", float("inf"))
+    monkeypatch.setattr(search, "EFFORT", 2000)
     gc.collect()
     with on_ram(str(tmp_path), monkeypatch, OTHER):
-        yield mode._managers["ram"]
+        yield state.process.managers["ram"]
 
 
 class Communicator:
@@ -50,8 +50,8 @@ class At:
         self.iteration = iteration
 
 
-def page():
-    (only,) = follower_of(mode._managers["ram"]).book.pages.values()
+def entry():
+    (only,) = tracker_of(state.process.managers["ram"]).plan_cache.entries.values()
     return only
 
 
@@ -64,15 +64,15 @@ def test_the_plan_of_another_is_followed_with_the_same_bits(device):
         losses = [training.step() for _ in range(4)]
         ((case, text),) = agreement.offers().items()
         plan = Plan.from_json(text)
-        assert plan == page().plan
+        assert plan == entry().plan
         others = dataclasses.replace(  # all at the last moment
             plan,
-            copy_in=tuple((page().profile.storages[i].uses[0], i) for _, i in plan.copy_in),
+            copy_in=tuple((entry().profile.storages[i].uses[0], i) for _, i in plan.copy_in),
         )
         assert others != plan
         AgreeOnPlans(Communicator({case: others.to_json()}))(At(4))
         losses += [training.step()]
-        assert page().plan == others
+        assert entry().plan == others
         losses += [training.step() for _ in range(3)]
         assert_same_bits([losses, training.state()], expected)
 
@@ -84,9 +84,9 @@ def test_the_plan_of_something_else_is_not(device, differs):
         for _ in range(4):
             training.step()
         (((limit, identity), text),) = agreement.offers().items()
-        assert agreement.adopt({(limit, identity): text}) == 1
+        assert agreement.follow({(limit, identity): text}) == 1
         other = (limit + 1, identity) if differs == "limit" else (limit, identity[::-1])
-        assert agreement.adopt({other: text}) == 0
+        assert agreement.follow({other: text}) == 0
 
 
 def test_what_is_slower_for_rank_0_is_given_up_by_all(device, monkeypatch):
@@ -95,18 +95,18 @@ def test_what_is_slower_for_rank_0_is_given_up_by_all(device, monkeypatch):
         for _ in range(4):
             training.step()
         ((case, text),) = agreement.offers().items()
-        agreement.adopt({case: text})
+        agreement.follow({case: text})
         training.step()  # followed: what was decided before hides nobody's own times
-        page().iterations, page().demand_seconds = 3, 0.0
-        monkeypatch.setattr(book, "_WORSE", 1.0)
+        entry().iterations, entry().demand_seconds = 3, 0.0
+        monkeypatch.setattr(plan_cache, "_WORSE", 1.0)
         assert agreement.offers() == {case: None}
-        assert not page().is_worse
-        agreement.adopt(agreement.offers())
+        assert not entry().disabled
+        agreement.follow(agreement.offers())
         training.step()
-        assert page().is_worse
-        agreement.adopt({case: text})
+        assert entry().disabled
+        agreement.follow({case: text})
         training.step()
-        assert not page().is_worse
+        assert not entry().disabled
 
 
 def test_all_ranks_talk_after_the_same_iterations_and_rank_0_keeps_its_plans(device):
@@ -126,7 +126,7 @@ def test_two_processes_that_train_the_same_have_the_same_case(device):
     """Whatever their times."""
     cases = []
     for _ in range(2):
-        follower_of(mode._managers["ram"]).book.pages.clear()
+        tracker_of(state.process.managers["ram"]).plan_cache.entries.clear()
         with chainer_ooc.out_of_core_mode(limit=LIMIT, min_bytes=1):
             training = Training()
             for _ in range(5):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc.graph import backprop
-from chainer_ooc.graph.attributes import SavedTuple
-from chainer_ooc.swap.storage import Saved, State
+from chainer_ooc.graph import hooks
+from chainer_ooc.graph.attributes import PackedTuple
+from chainer_ooc.swap.storage import PackedArray, State
 
 ONES = np.ones((3, 4), np.float32)
 
@@ -48,8 +48,8 @@ def stand_ins(holder):
     """Return what is saved of the attributes of an object."""
     found = []
     for value in vars(holder).values():
-        items = value if type(value) in (SavedTuple, list) else [value]
-        found += [item for item in items if type(item) is Saved]
+        items = value if type(value) in (PackedTuple, list) else [value]
+        found += [item for item in items if type(item) is PackedArray]
     return found
 
 
@@ -110,7 +110,7 @@ def test_a_list_that_somebody_else_has_keeps_its_arrays(name):
         del h
         F.exp(ONES)
         kinds = {type(thing) for thing in vars(func)["things"]}
-        assert kinds == ({Saved} if name == "nobody" else {np.ndarray})
+        assert kinds == ({PackedArray} if name == "nobody" else {np.ndarray})
         y.backward()
     np.testing.assert_array_equal(x.grad, ONES * 2)
     del held
@@ -139,7 +139,7 @@ def test_an_output_whose_variable_died_is_expected_and_dropped_too():
         x = chainer.Variable(ONES * 4)
         y, dead = func.apply((x,))
         del dead  # before memory gets short, and anybody looks at what the function keeps
-        backprop.adopt()
+        hooks.save_pending()
         y = F.sum(y)
         saved = vars(func)["_retained_output_data"]
         assert [one.storage.expected for one in saved] == [1, 1]
@@ -151,9 +151,9 @@ def test_an_output_whose_variable_died_is_expected_and_dropped_too():
 def test_functions_that_died_are_forgotten_once_there_are_many(monkeypatch):
     """While memory is plenty nobody looks at what functions keep: only who they are is remembered."""
     calls = []
-    monkeypatch.setattr(backprop, "_forget_dead", lambda: calls.append(len(backprop._pending)))
-    monkeypatch.setattr(backprop, "_pending", type(backprop._pending)())
-    monkeypatch.setattr(backprop, "_most_pending", 16)
+    monkeypatch.setattr(hooks, "_forget_dead", lambda: calls.append(len(hooks._pending)))
+    monkeypatch.setattr(hooks, "_pending", type(hooks._pending)())
+    monkeypatch.setattr(hooks, "_most_pending", 16)
     with chainer_ooc.out_of_core_mode(limit="1TiB", plan=False):
         for _ in range(20):
             F.exp(ONES)

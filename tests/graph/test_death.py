@@ -14,7 +14,7 @@ import pytest
 from chainer.training import extensions
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 
 X = np.random.RandomState(0).standard_normal((64, 80)).astype(np.float32)
 
@@ -122,7 +122,7 @@ def in_a_thread_that_ends():
         kept.append(build())
 
     thread = threading.Thread(target=run)
-    settings = mode.current()
+    settings = state.current()
     chainer_ooc.enable(swap_all=settings.swap_all, min_bytes=settings.min_bytes)
     try:
         thread.start()
@@ -202,7 +202,7 @@ def test_every_byte_comes_back(end, single, bytes_in_use):
         pass  # so that there is a manager
     before = bytes_in_use()
     with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, single_backward=single):
-        (manager,) = mode.managers()
+        (manager,) = state.managers()
         out = manager.counters.bytes_out
         end()
         assert manager.counters.bytes_out > out
@@ -259,8 +259,8 @@ def test_many_rounds_leave_nothing(bytes_in_use):
     with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
         build().backward()
         before = bytes_in_use()
-        size = mode.managers()[0].device.file.size
+        size = state.managers()[0].device.file.size
         for _ in range(10):
             build().backward()
         assert bytes_in_use() == before
-        assert mode.managers()[0].device.file.size == size
+        assert state.managers()[0].device.file.size == size

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.testing import assert_same_bits
 
 SETTINGS = {
@@ -132,7 +132,7 @@ def test_the_user_is_told_what_stock_chainer_tells(name, how, settings):
     expected, told = watched(program, how)
     gc.collect()
     with chainer_ooc.out_of_core_mode(**SETTINGS[settings]):
-        mode.managers()[0]._has_warned = False
+        state.managers()[0]._has_warned = False
         actual, told_now = watched(program, how)
     assert_same_bits(actual, expected)
     assert told_now == told
@@ -159,7 +159,7 @@ def test_after_an_error_the_next_iteration_is_right(how):
             for function in bad.values():
                 result, _ = watched(lambda function=function: run(function), how)
                 assert isinstance(result, str)
-                assert mode.local.running is None
+                assert state.local.running is None
                 assert_same_bits(run(F.sin), expected)
 
 
@@ -167,7 +167,7 @@ def test_what_we_say_ends_nothing_and_is_said(capsys):
     """Where the user's filters make errors of warnings, ours go to stderr."""
     x = chainer.Variable(data(-1, 1, 64, 4096))
     with chainer_ooc.out_of_core_mode(limit="1MiB"):
-        mode.managers()[0]._has_warned = False
+        state.managers()[0]._has_warned = False
         result, _ = watched(lambda: F.sum(F.exp(F.exp(x))).backward(), "error")
     assert result is None
     assert capsys.readouterr().err.count("RuntimeWarning: ") == 1

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.errors import GraphReleasedError
-from chainer_ooc.graph import backprop
-from chainer_ooc.swap.devices.copy_threads import CopyThreads
-from chainer_ooc.swap.storage import Saved
+from chainer_ooc.graph import hooks
+from chainer_ooc.swap.devices.ram.copy_threads import CopyThreads
+from chainer_ooc.swap.storage import PackedArray
 from chainer_ooc.testing import assert_same_bits, force_copies
 
 force_copies_module = importlib.import_module("chainer_ooc.testing.force_copies")
@@ -59,7 +59,7 @@ def test_backward_after_disable(gradient):
     finally:
         chainer_ooc.disable()
     assert not chainer_ooc.is_enabled()
-    assert type(saved_of(y)) is Saved and saved_of(y).storage.owner is None
+    assert type(saved_of(y)) is PackedArray and saved_of(y).storage.owner is None
     y.backward()
     assert_same_bits(x.grad, gradient)
 
@@ -133,15 +133,15 @@ def test_generators_that_take_turns_leave_the_mode_as_it_was():
     def steps(**settings):
         with chainer_ooc.out_of_core_mode(**settings):
             while True:
-                yield mode.current()
+                yield state.current()
 
     first, second = steps(min_bytes=1), steps(min_bytes=2)
     assert next(first).min_bytes == 1
     assert next(second).min_bytes == 2
     first.close()
-    assert mode.current() is not None and mode.current().min_bytes == 2
+    assert state.current() is not None and state.current().min_bytes == 2
     second.close()
-    assert mode.current() is None
+    assert state.current() is None
 
 
 def test_many_threads_train_at_once():
@@ -181,7 +181,7 @@ def test_one_graph_read_by_many_threads(gradient):
         for _ in range(50):
             if not np.array_equal(node.data, np.exp(X)):
                 wrong.append(node.data)
-            mode.managers()[0].move_all_out()
+            state.managers()[0].move_all_out()
 
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
@@ -252,11 +252,11 @@ def test_a_forked_child_begins_with_the_mode_off_and_leaves_its_parents_blocks(g
     try:
         x, y = graph()
         flush()
-        (manager,) = mode.managers()
+        (manager,) = state.managers()
         before = manager.device.file.allocated, manager.device.file.size
 
         def child():
-            seen = chainer_ooc.is_enabled(), threading.active_count(), mode.managers()
+            seen = chainer_ooc.is_enabled(), threading.active_count(), state.managers()
             y.backward()  # what the parent saved can be read
             mine = x.grad
             chainer_ooc.enable(**SETTINGS)
@@ -349,7 +349,7 @@ def test_static_graph_passes_through():
             assert_same_bits(train(), expected)
             loss = F.sum(F.square(Static()(X)))
             flush()
-            labels = {storage.label for storage in mode.managers()[0].storages()}
+            labels = {storage.label for storage in state.managers()[0].storages()}
             assert not labels & {"LinearFunction", "ReLU"}
             loss.backward()
 
@@ -366,8 +366,8 @@ def test_arrays_of_other_kinds_are_left_alone():
         y = F.sum(F.sin(h))
         assert type(h.node._data) is np.ndarray or isinstance(h.node._data, Other)
         y.backward()
-    assert mode.manager_for(object()) is None
-    assert mode.manager_for(X.view(Other)) is None
+    assert state.manager_for(object()) is None
+    assert state.manager_for(X.view(Other)) is None
 
 
 @pytest.mark.parametrize("given", [((X, X), 2), ("text", 2), (3, 2), ([[1.0]], 2)])
@@ -387,13 +387,13 @@ def test_what_is_no_array_gets_the_error_of_chainer(given):
 
 
 def test_force_copies_ends_as_it_began(gradient):
-    apply, managers = chainer.FunctionNode.apply, dict(mode._managers)
+    apply, managers = chainer.FunctionNode.apply, dict(state.process.managers)
     with pytest.raises(KeyError), force_copies():
         x, y = graph()
         assert chainer_ooc.is_enabled()
         raise KeyError
     assert not chainer_ooc.is_enabled()
-    assert mode._managers == managers
+    assert state.process.managers == managers
     assert chainer.FunctionNode.apply is apply or managers == {}
     y.backward()  # what was saved inside is read outside
     assert_same_bits(x.grad, gradient)
@@ -440,9 +440,9 @@ def test_another_thread_saves_the_last_function_first(monkeypatch):
         def __len__(self):
             return super().__len__() + 1
 
-    monkeypatch.setattr(backprop, "_pending", Emptied())
-    backprop.adopt()
-    backprop._forget_dead()
+    monkeypatch.setattr(hooks, "_pending", Emptied())
+    hooks.save_pending()
+    hooks._forget_dead()
 
 
 def test_what_is_computed_in_a_thread_that_copies_stays_in_memory():

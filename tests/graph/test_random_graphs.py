@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.testing import assert_same_bits
 
 SHAPE = (6, 8)
@@ -219,16 +219,16 @@ def outcome(seed, between=lambda: None):
 def release_at_random(seed):
     """Return what does, at random moments, what a shortage of memory does; at first memory has been plenty."""
     random = np.random.RandomState(seed + 1)
-    (manager,) = mode.managers()
+    (manager,) = state.managers()
     manager.has_been_short = random.rand() < 0.5
 
     def release():
         if random.rand() < 0.3:
             manager.has_been_short = True
             with manager._lock:
-                manager.adopt()
-                manager._reclaimer.push_out(1 << 60)
-                manager._reclaimer.release_clean(1 << 60)
+                manager.save_pending()
+                manager._evictor.push_out(1 << 60)
+                manager._evictor.release_clean(1 << 60)
 
     return release
 

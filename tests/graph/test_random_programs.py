@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.testing import assert_same_bits
 
 UNARY = (
@@ -104,12 +104,12 @@ def test_same_bits(seed):
 
     def random_release(rng):
         # What a shortage of memory does, at a moment of its own choosing.
-        (manager,) = mode.managers()
+        (manager,) = state.managers()
         if rng.rand() < 0.5:
             with manager._lock:
-                manager.adopt()
-                manager._reclaimer.push_out(1 << 60)
-                manager._reclaimer.release_clean(1 << 60)
+                manager.save_pending()
+                manager._evictor.push_out(1 << 60)
+                manager._evictor.release_clean(1 << 60)
 
     before = None
     for settings in ({"swap_all": True}, {"limit": 1 << 40}):

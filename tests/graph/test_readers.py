@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc.swap.storage import Saved, State
+from chainer_ooc.swap.storage import PackedArray, State
 
 ONES = np.ones((3, 4), np.float32)
 
@@ -21,7 +21,7 @@ def raw(holder, name):
 
 
 def is_out(saved):
-    return type(saved) is Saved and saved.storage.state is State.OUT
+    return type(saved) is PackedArray and saved.storage.state is State.OUT
 
 
 class Keeper(chainer.FunctionNode):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.errors import CorruptCopyError
 from chainer_ooc.testing import assert_same_bits
 
@@ -124,7 +124,7 @@ def test_functions(name, dtype, remade):
 def test_attributes_are_made_again_as_well(function, nbytes):
     """The indexes of max pooling take twice as much as its result."""
     data = np.random.rand(4, 6, 17, 17).astype("f")
-    before = chainer_ooc.stats().bytes_forgone
+    before = chainer_ooc.stats().bytes_discarded
 
     def program():
         x = chainer.Variable(data)
@@ -133,15 +133,15 @@ def test_attributes_are_made_again_as_well(function, nbytes):
         loss = F.sum(y * 2)
         del h
         if chainer_ooc.is_enabled():
-            for storage in mode.managers()[0].storages():
-                mode.managers()[0]._reclaimer.give_up(storage)
+            for storage in state.managers()[0].storages():
+                state.managers()[0]._evictor.give_up(storage)
         loss.backward()
         return [loss.array, x.grad, y.array]
 
     both(program, swap_all=False, limit=1 << 40)
     with chainer.no_backprop_mode():
         size = function(data).size
-    assert chainer_ooc.stats().bytes_forgone - before == nbytes * size
+    assert chainer_ooc.stats().bytes_discarded - before == nbytes * size
 
 
 def weights(*shape):
@@ -175,8 +175,8 @@ def test_products_for_plans_whenever_weights_are_modified(name, when, remade):
         if when == "before":
             weight.array[:] *= 2
         if chainer_ooc.is_enabled():
-            for storage in mode.managers()[0].storages():
-                mode.managers()[0]._reclaimer.give_up(storage)
+            for storage in state.managers()[0].storages():
+                state.managers()[0]._evictor.give_up(storage)
         if when == "since":
             weight.array[:] *= 2
         loss.backward()
@@ -232,12 +232,12 @@ def test_a_network_and_its_statistics(how, remade):
     both(lambda: train(twice=how == "twice"), **settings)
     after = chainer_ooc.stats()
     assert remade() >= 8
-    forgone = after.bytes_forgone - before.bytes_forgone
-    assert forgone > 0.2 * (after.bytes_out - before.bytes_out)
+    discarded = after.bytes_discarded - before.bytes_discarded
+    assert discarded > 0.2 * (after.bytes_out - before.bytes_out)
 
 
 def test_under_a_limit_as_well(remade):
-    manager = mode.managers()[0]
+    manager = state.managers()[0]
     used = manager.device.used_bytes
     # All but so much is somebody else's.
     room = 250_000
@@ -313,7 +313,7 @@ def test_graphs_that_die_give_everything_back(bytes_in_use):
             loss = F.sum(y * y) + F.sum(h * h)
             del y, h
             F.tanh(x)
-            assert any(s.forgone for s in mode.managers()[0].storages())
+            assert any(s.discarded for s in state.managers()[0].storages())
             del loss
     del x
     assert bytes_in_use() == (0, 0)
@@ -578,7 +578,7 @@ def test_functions_inside_another_are_edited_before_that_ends():
 @pytest.mark.parametrize("limit", [None, "1MiB"])
 def test_edits_while_memory_is_plenty_and_short_later(limit):
     """Functions that ran before memory was short are saved later."""
-    manager = mode.managers()[0]
+    manager = state.managers()[0]
 
     def program():
         manager.has_been_short = False

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
-from chainer_ooc.graph.following import Follower, follower_of
-from chainer_ooc.planning import book, planner
-from chainer_ooc.planning.book import PlanBook
-from chainer_ooc.planning.recording import Recorder
-from chainer_ooc.swap.mover import Mover
-from chainer_ooc.swap.player import Player
+from chainer_ooc import state
+from chainer_ooc.graph.iteration import IterationTracker, tracker_of
+from chainer_ooc.planning import plan_cache, search
+from chainer_ooc.planning.plan_cache import PlanCache
+from chainer_ooc.planning.recorder import Recorder
+from chainer_ooc.swap.executor import PlanExecutor
+from chainer_ooc.swap.prefetch import UseOrder
 from chainer_ooc.swap.storage import Storage
-from chainer_ooc.swap.use_order import UseOrder
+from chainer_ooc.swap.transfers import Transfers
 from chainer_ooc.testing import assert_same_bits
-from tests.graph.test_following import OTHER, Training
+from tests.graph.test_iteration import OTHER, Training
 from tests.swap.test_leaks import on_ram
 
 KIB = 1 << 10
@@ -46,14 +46,16 @@ PLANNED, ON_DEMAND = {"recompute": True}, {"plan": False}
 @pytest.fixture
 def manager(request, tmp_path, monkeypatch):
     """Turn out-of-core mode on, on a double of memory that is short. Give the manager."""
-    monkeypatch.setattr(book, "_WORSE", float("inf"))  # on a busy machine any iteration may be slow
-    monkeypatch.setattr(planner, "EFFORT", 2000)
+    monkeypatch.setattr(
+        plan_cache, "_WORSE", float("inf")
+    )  # on a busy machine any iteration may be slow
+    monkeypatch.setattr(search, "EFFORT", 2000)
     gc.collect()
     with (
         on_ram(str(tmp_path), monkeypatch, OTHER),
         chainer_ooc.out_of_core_mode(limit=OTHER + 200 * KIB, min_bytes=1, **request.param),
     ):
-        yield mode._managers["ram"]
+        yield state.process.managers["ram"]
 
 
 @pytest.fixture
@@ -138,9 +140,9 @@ def after(seconds):
 def check(manager, gradients):
     """Check that nothing is held that was not, and that what is computed next is what stock Chainer computes."""
     assert not manager._lock._is_owned()
-    assert not follower_of(manager)._lock._is_owned()
-    assert mode.local.running is None
-    assert len(mode.local.stack) == 1
+    assert not tracker_of(manager)._lock._is_owned()
+    assert state.local.running is None
+    assert len(state.local.stack) == 1
     assert_same_bits(gradients(), gradients.expected)
 
 
@@ -184,8 +186,8 @@ def gradients(manager):
 @pytest.mark.parametrize(
     ("manager", "kind"),
     [
-        *((PLANNED, kind) for kind in (Follower, Recorder, PlanBook, Player)),
-        *((ON_DEMAND, kind) for kind in (Mover, Storage, UseOrder)),
+        *((PLANNED, kind) for kind in (IterationTracker, Recorder, PlanCache, PlanExecutor)),
+        *((ON_DEMAND, kind) for kind in (Transfers, Storage, UseOrder)),
     ],
     indirect=["manager"],
 )

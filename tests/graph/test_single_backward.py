@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.errors import GraphReleasedError
 from chainer_ooc.swap.storage import State
 from chainer_ooc.testing import assert_same_bits
@@ -48,7 +48,7 @@ def save_what_there_is():
     """Have what has run be saved, as where memory gets short."""
     F.sin(np.ones(3, "f"))
     if chainer_ooc.is_enabled():
-        mode.managers()[0].adopt()
+        state.managers()[0].save_pending()
 
 
 def set_copy(v):
@@ -358,10 +358,10 @@ def test_what_is_not_needed_any_more_is_still_dropped():
     with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, single_backward=True):
         x = leaf(4, 10)
         loss = F.sum(F.sin(F.tanh(F.exp(x))))
-        before = {id(s) for s in mode.managers()[0].storages()}
+        before = {id(s) for s in state.managers()[0].storages()}
         assert before
         loss.backward()
-        left = [s for s in mode.managers()[0].storages() if s.state is not State.DROPPED]
+        left = [s for s in state.managers()[0].storages() if s.state is not State.DROPPED]
         assert not left
         with pytest.raises(GraphReleasedError, match="single_backward"):
             loss.backward()
@@ -373,7 +373,7 @@ def test_what_a_double_backward_has_used_is_known_as_used():
         x = leaf(4, 10)
         y = F.sum(F.tanh(F.exp(x)))
         (g,) = chainer.grad([y], [x], enable_double_backprop=True)
-        storages = [s for s in mode.managers()[0].storages() if s.kept]
+        storages = [s for s in state.managers()[0].storages() if s.kept]
         assert storages and not any(s.used for s in storages)
         (F.sum(g * g) + y).backward()
         assert all(s.used and s.state is not State.DROPPED for s in storages)

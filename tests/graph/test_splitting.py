@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.errors import SettingError
-from chainer_ooc.graph import gemm, splitting
+from chainer_ooc.graph.splitting import gemm, pieces
 from chainer_ooc.testing.equality import assert_same_bits
 
 CHILD = Path(__file__).with_name("splitting_child.py")
@@ -23,7 +23,7 @@ CHILD = Path(__file__).with_name("splitting_child.py")
 def split(monkeypatch):
     """Return a function that runs another with temporaries limited to a share; and how many were split."""
     count = [0]
-    run = splitting._run
+    run = pieces._run
 
     def counted(work, steps):
         count[0] += 1
@@ -31,16 +31,16 @@ def split(monkeypatch):
         assert steps[-1][1] == work.units
         return run(work, steps)
 
-    monkeypatch.setattr(splitting, "_run", counted)
+    monkeypatch.setattr(pieces, "_run", counted)
 
     def call(function, share=0.3, **settings):
         count[0] = 0
         settings.setdefault("split", "exact")
         monkeypatch.setattr(
-            splitting, "_room", lambda manager, work: int(share * work.units * work.unit_bytes)
+            pieces, "_room", lambda manager, work: int(share * work.units * work.unit_bytes)
         )
         with chainer_ooc.out_of_core_mode(**settings):
-            mode.hook_allocations()
+            state.hook_allocations()
             return function(), count[0]
 
     return call
@@ -353,7 +353,7 @@ RECKONED = {
 def test_pieces_take_no_more_than_is_reckoned(split, monkeypatch, name, images):
     """However the interpreter is built: of arrays below 256 KiB NumPy never uses the memory of temporaries again."""
     excess = []
-    run = splitting._run
+    run = pieces._run
 
     def measured(work, steps):
         tracemalloc.start()
@@ -366,7 +366,7 @@ def test_pieces_take_no_more_than_is_reckoned(split, monkeypatch, name, images):
         excess.append(peak - work.out_bytes - most * work.unit_bytes)
         return found
 
-    monkeypatch.setattr(splitting, "_run", measured)
+    monkeypatch.setattr(pieces, "_run", measured)
     x = random(images, 16, 32, 32)
     _, count = split(lambda: gradients(RECKONED[name], x), split="always")
     assert count == len(excess) >= 1

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
-from chainer_ooc.graph import backprop
-from chainer_ooc.swap.storage import Saved, State
+from chainer_ooc import state
+from chainer_ooc.graph import hooks
+from chainer_ooc.swap.storage import PackedArray, State
 from chainer_ooc.testing import assert_same_bits
 
 
@@ -254,12 +254,12 @@ def test_what_a_function_uses_is_not_released_under_it(everything_out):
     func = keep(array=base())
     flush()
     (saved,) = func.saved()
-    (array,) = everything_out.fetch([saved], trusted=True)
-    everything_out._reclaimer.release_clean(1 << 60)
+    (array,) = everything_out.fetch([saved], read_only=True)
+    everything_out._evictor.release_clean(1 << 60)
     assert saved.storage.state is State.BOTH
-    assert everything_out.read(saved, trusted=True) is array
+    assert everything_out.read(saved, read_only=True) is array
     del array
-    everything_out._reclaimer.release_clean(1 << 60)
+    everything_out._evictor.release_clean(1 << 60)
     assert saved.storage.state is State.OUT
 
 
@@ -299,7 +299,7 @@ def test_a_function_of_a_user_inside_forget_that_edits_its_input(everything_out)
         node = h.node
         del h
         y.backward()
-        everything_out._reclaimer.release_clean(1 << 60)
+        everything_out._evictor.release_clean(1 << 60)
         return x.grad, np.array(node.data)
 
     inside = run()
@@ -313,9 +313,9 @@ def test_leaves_stay(everything_out):
     y = F.sum(link(F.sum(x * x, axis=1)))
     flush()
     for node in [x.node, link.W.node, link.b.node]:
-        assert type(node.__dict__.get("_data")) is not Saved
+        assert type(node.__dict__.get("_data")) is not PackedArray
     y.backward()
-    backprop.adopt()
+    hooks.save_pending()
     assert link.W.array is link.W.data and x.grad is not None
 
 
@@ -374,8 +374,8 @@ def test_what_backward_used_before_it_was_saved_counts_as_used():
         y = F.sum(F.exp(F.copy(x, -1)))
         z = F.sum(F.sin(F.tanh(F.copy(x, -1))))
         y.backward()
-        backprop.adopt()
-        (manager,) = mode.managers()
+        hooks.save_pending()
+        (manager,) = state.managers()
         used = {s.label: s.used for s in manager.storages()}
         assert used["Exp"] and not used["Tanh"]
         z.backward()
@@ -386,7 +386,7 @@ def test_functions_that_died_are_forgotten():
     with chainer_ooc.out_of_core_mode(min_bytes=1, limit=1 << 40):
         for _ in range(6000):
             F.identity(np.ones(1, np.float32))
-        assert len(backprop._pending) <= 4097
+        assert len(hooks._pending) <= 4097
 
 
 def test_backward_fetches_ahead(everything_out):

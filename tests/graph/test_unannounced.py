@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from chainer_ooc.swap.process_memory import ResidentMemory
+from chainer_ooc.swap.system.memory import ResidentMemory
 
 CHILD = Path(__file__).with_name("unannounced_child.py")
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.errors import CorruptCopyError, SettingError
-from chainer_ooc.swap.mover import Mover
+from chainer_ooc.swap.transfers import Transfers
 
 
 def chain(x, depth=4):
@@ -31,17 +31,17 @@ def x():
 
 
 def test_timers_do_not_count_what_backward_waits_for(x, monkeypatch):
-    join = Mover._join_arrival
+    join = Transfers._join_arrival
 
-    def slow(mover, storage):
+    def slow(transfers, storage):
         time.sleep(0.05)
-        join(mover, storage)
+        join(transfers, storage)
 
     hook = chainer.function_hooks.TimerHook()
     before = chainer_ooc.stats()
     with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
         loss = chain(x)
-        monkeypatch.setattr(Mover, "_join_arrival", slow)
+        monkeypatch.setattr(Transfers, "_join_arrival", slow)
         start = time.perf_counter()
         with hook:
             loss.backward()
@@ -166,7 +166,7 @@ class TestVerify:
     @pytest.mark.parametrize("times", [1, 2])
     def test_a_copy_that_is_broken_twice_is_an_error(self, x, times, monkeypatch):
         loss = chain(x)
-        device = mode.managers()[0].device
+        device = state.managers()[0].device
         read, broken = device.file.read, []
 
         def damaged(offset, buffer):
@@ -197,7 +197,7 @@ class TestTrace:
             chain(x).backward()
             assert not path.exists()
         microseconds = (time.perf_counter() - start) * 1e6
-        assert mode.observers == []
+        assert state.observers == []
         trace = json.loads(path.read_text())
         complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
         kinds = {}
@@ -270,7 +270,7 @@ def test_the_manager_tells_where_it_stands(x):
     gc.collect()
     with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, limit=1 << 40):
         loss = chain(x)
-        text = repr(mode.managers()[0])
+        text = repr(state.managers()[0])
         del loss
     assert "<SwapManager of RAM: " in text
     assert " of 1,048,576 MiB used; saved: " in text

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
 from chainer_ooc.errors import OutOfMemoryError, SettingError
-from chainer_ooc.graph.backprop import describe
+from chainer_ooc.graph.hooks import describe
 from chainer_ooc.testing import assert_same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* needs .* more:RuntimeWarning")
@@ -257,7 +256,7 @@ def test_holders_that_cannot_be_looked_at_are_told_all_the_same(how):
         holder = HOLDERS[how](h.array)
         del h
         explanation = chainer_ooc.explain()
-    held = [one for one in explanation.held if one.nbytes == 12000]
+    held = [one for one in explanation.referenced_externally if one.nbytes == 12000]
     assert held and all(one.holders for one in held)
     assert "held by" in str(explanation)
     del graph, y, holder
@@ -274,4 +273,4 @@ def test_settings_that_cannot_be_worded(name, error):
         chainer_ooc.out_of_core_mode(Raises())
     with pytest.raises(TypeError, match="<Raises>"):
         chainer_ooc.recomputable(Raises())
-    assert not mode.is_enabled()
+    assert not chainer_ooc.is_enabled()

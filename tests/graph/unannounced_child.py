@@ -15,7 +15,7 @@ import numpy as np
 
 import chainer_ooc
 from chainer_ooc.errors import OutOfMemoryError
-from chainer_ooc.swap.process_memory import ResidentMemory
+from chainer_ooc.swap.system.memory import ResidentMemory
 
 import chainer  # isort: skip
 import chainer.functions as F  # isort: skip

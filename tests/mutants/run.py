@@ -41,7 +41,7 @@ TESTS = {
     "swap": (
         "tests/swap/test_manager.py",
         "tests/swap/test_space.py",
-        "tests/swap/test_mover.py",
+        "tests/swap/test_transfers.py",
         "tests/swap/test_ram.py",
     ),
     "all": ("tests/graph/test_random_programs.py", "tests/equality/test_programs.py"),
@@ -50,14 +50,14 @@ TESTS = {
 #: The functions in which generic mutants are made.
 TARGETS = {
     "chainer_ooc/graph/attributes.py": (
-        "SavedTuple.get",
+        "PackedTuple.get",
         "_SavedAttribute.*",
         "save_*",
         "_save_list",
         "_descriptor",
     ),
     "chainer_ooc/graph/nodes.py": ("_get_*", "_set_*", "save_*", "_save_node"),
-    "chainer_ooc/graph/backprop.py": (
+    "chainer_ooc/graph/hooks.py": (
         "_apply",
         "_backprop_step",
         "_fetch",
@@ -74,11 +74,11 @@ TARGETS = {
         "SwapManager.prefetch",
         "SwapManager.move_all_out",
         "SwapManager._begin_in",
-        "SwapManager.bury",
+        "SwapManager.defer_free",
     ),
-    "chainer_ooc/swap/reclaimer.py": ("Reclaimer.*",),
-    "chainer_ooc/swap/use_order.py": ("Forward.*", "UseOrder.*"),
-    "chainer_ooc/swap/mover.py": ("Mover.*",),
+    "chainer_ooc/swap/eviction.py": ("Reclaimer.*",),
+    "chainer_ooc/swap/prefetch.py": ("Forward.*", "UseOrder.*"),
+    "chainer_ooc/swap/transfers.py": ("Mover.*",),
     "chainer_ooc/swap/storage.py": ("Storage.move_to", "Storage.held", "Saved.*"),
     "chainer_ooc/swap/devices/ram/device.py": (
         "RamDevice.locate",
@@ -152,20 +152,20 @@ PLANTED = (
     (
         "lose an item of a tuple",
         "chainer_ooc/graph/attributes.py",
-        "SavedTuple.get",
+        "PackedTuple.get",
         "item.get() if type(item) is Saved else item",
         "None if type(item) is Saved else item",
     ),
     (
         "keep a stale copy after an edit",
-        "chainer_ooc/swap/mover.py",
-        "Mover.taint",
+        "chainer_ooc/swap/transfers.py",
+        "Mover.mark_dirty",
         "storage.state is State.BOTH",
         "False",
     ),
     (
         "keep a stale copy after an edit while it is written",
-        "chainer_ooc/swap/mover.py",
+        "chainer_ooc/swap/transfers.py",
         "Mover.end_out",
         "storage.tainted",
         "False",
@@ -186,15 +186,15 @@ PLANTED = (
     ),
     (
         "do not wait for what comes in",
-        "chainer_ooc/swap/mover.py",
+        "chainer_ooc/swap/transfers.py",
         "Mover._join_arrival",
         "transfer.join()",
         "None",
     ),
     (
         "never give the space of the dead back",
-        "chainer_ooc/swap/mover.py",
-        "Mover.clear_graves",
+        "chainer_ooc/swap/transfers.py",
+        "Mover.run_deferred_frees",
         "copy.free()",
         "None",
     ),

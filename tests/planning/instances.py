@@ -3,13 +3,13 @@
 import itertools
 import random
 
-from chainer_ooc.planning.layout import needs_of
 from chainer_ooc.planning.plan import Choice, Plan
 from chainer_ooc.planning.policies import Planned
-from chainer_ooc.planning.profile import BACKWARD, FORWARD, Profile, Rerun, Step, Storage
+from chainer_ooc.planning.profile import BACKWARD, FORWARD, Profile, Rerun, SavedTensor, Step
 from chainer_ooc.planning.rerun import can_be_made_again
+from chainer_ooc.planning.residency import needs_of
+from chainer_ooc.planning.simulator import simulate
 from chainer_ooc.planning.system import System, Tier
-from chainer_ooc.planning.timeline import simulate
 
 
 def chain_of(rng, length, rerun=True):
@@ -27,7 +27,7 @@ def chain_of(rng, length, rerun=True):
         uses = [2 * length - 1 - n]
         if n + 1 < length and rng.random() < 0.5:
             uses.append(2 * length - 2 - n)
-        storages.append(Storage(nbytes, n, min(n + 2, length), tuple(sorted(uses)), f"f{n}"))
+        storages.append(SavedTensor(nbytes, n, min(n + 2, length), tuple(sorted(uses)), f"f{n}"))
     for n in reversed(range(length)):
         seconds = rng.uniform(0.5, 3.0)
         steps.append(

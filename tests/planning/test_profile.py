@@ -9,8 +9,8 @@ from chainer_ooc.planning.profile import (
     OTHER,
     Profile,
     Rerun,
+    SavedTensor,
     Step,
-    Storage,
     describe_input,
 )
 
@@ -26,7 +26,7 @@ def small(**changes):
         Step("conv", BACKWARD, 2.0, 20, 5, (), 0),
         Step("update", OTHER, 0.25),
     )  # fmt: skip
-    storages = (Storage(8, 0, 2, (3,), "conv"), Storage(6, 1, 3, (2,), "relu"))
+    storages = (SavedTensor(8, 0, 2, (3,), "conv"), SavedTensor(6, 1, 3, (2,), "relu"))
     return dataclasses.replace(Profile("small", "cpu", False, 100, steps, storages), **changes)
 
 
@@ -84,11 +84,11 @@ def test_peaks_and_floor_of_an_iteration_done_by_hand():
     ("changes", "message"),
     [
         ({"fixed_bytes": -1}, "fixed_bytes=-1"),
-        ({"storages": (Storage(8, 9, 10, (3,)),)}, "producer=9"),
-        ({"storages": (Storage(8, 0, 0, (3,)),)}, "free_from=0"),
-        ({"storages": (Storage(8, 0, 1, (3, 2)),)}, "uses="),
-        ({"storages": (Storage(8, 1, 2, (1,)),)}, "uses="),
-        ({"storages": (Storage(-8, 0, 1, (3,)),)}, "nbytes=-8"),
+        ({"storages": (SavedTensor(8, 9, 10, (3,)),)}, "producer=9"),
+        ({"storages": (SavedTensor(8, 0, 0, (3,)),)}, "free_from=0"),
+        ({"storages": (SavedTensor(8, 0, 1, (3, 2)),)}, "uses="),
+        ({"storages": (SavedTensor(8, 1, 2, (1,)),)}, "uses="),
+        ({"storages": (SavedTensor(-8, 0, 1, (3,)),)}, "nbytes=-8"),
         ({"storages": ()}, "storage 0, which is not there"),
         ({"steps": (Step("f", "sideways", 1.0),), "storages": ()}, "sideways"),
         ({"steps": (Step("f", FORWARD, float("nan")),), "storages": ()}, "seconds=nan"),

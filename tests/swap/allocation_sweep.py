@@ -29,7 +29,7 @@ import chainer
 import chainer.functions as F
 import numpy as np
 
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.errors import OutOfMemoryError, SwapSpaceError
 from chainer_ooc.swap import native
 
@@ -419,10 +419,10 @@ def plain() -> Place:
 def _out_of_core() -> Failing:
     """Turn out-of-core mode on with memory short, and add errors to what it does itself."""
     chainer_ooc.enable(limit="1MiB", swap_dir="/var/tmp")
-    for manager in mode.managers():
+    for manager in state.managers():
         manager._has_warned = True
     F.tanh(F.exp(chainer.Variable(np.ones((64, 1024), "f"))))
-    failing = Failing(mode._before_allocation)
+    failing = Failing(state._before_allocation)
     hook(failing)
     return failing
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.swap import native
 from chainer_ooc.swap.devices.ram import RamDevice
 
@@ -49,15 +49,15 @@ class Asked:
 def asked():
     """Announce this thread's allocations of 16 KiB and more."""
     device = RamDevice("/tmp")
-    device.hold(1 << 62)
+    device.set_cached_limit(1 << 62)
     asked = Asked()
     asked.pool = device.keep_pages()
     native.allocator.configure(asked, 16 * KIB, asked.pool, 64 * KIB)
     native.allocator.install()
     yield asked
     native.allocator.uninstall()
-    native.allocator.configure(None, 1 << 62, device.pages, 64 * KIB)
-    mode._announced, mode.local.hooked = None, False
+    native.allocator.configure(None, 1 << 62, device.entries, 64 * KIB)
+    state.process.announced, state.local.hooked = None, False
     device.close()
 
 
@@ -336,7 +336,7 @@ def without_our_frames(text):
 
 STRICT = """
 import sys, threading, numpy as np, chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.errors import OutOfMemoryError
 from chainer_ooc.swap import native
 MIB = 1 << 20
@@ -351,9 +351,9 @@ def work():
 
 limit = native.allocator.resident_bytes() + 64 * MIB
 chainer_ooc.enable(limit=limit, strict=True, swap_dir=sys.argv[1])
-mode.hook_allocations()
+state.hook_allocations()
 work()
-thread = threading.Thread(target=lambda: (mode.hook_allocations(), work()))
+thread = threading.Thread(target=lambda: (state.hook_allocations(), work()))
 thread.start()
 thread.join()
 chainer_ooc.disable()

@@ -7,8 +7,8 @@ import weakref
 
 import pytest
 
-from chainer_ooc.swap.devices.copy_threads import CopyThreads
-from chainer_ooc.swap.devices.file_copies import FileTransfer
+from chainer_ooc.swap.devices.ram.copy_threads import CopyThreads
+from chainer_ooc.swap.devices.ram.file_copies import FileTransfer
 
 
 def names():

@@ -14,11 +14,11 @@ import pytest
 
 from chainer_ooc.errors import CorruptCopyError, SwapSpaceError
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import disk
 from chainer_ooc.swap.devices.ram import RamDevice
-from chainer_ooc.swap.disk import ALIGNMENT, EXTENT, SwapFile
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import State
+from chainer_ooc.swap.tiers import swap_file
+from chainer_ooc.swap.tiers.swap_file import ALIGNMENT, EXTENT, SwapFile
 
 MIB = 1 << 20
 
@@ -34,7 +34,7 @@ class Rig:
 
     def save(self, value, nbytes=MIB):
         saved = self.manager.save(np.full(nbytes, value, np.uint8), "Tanh")
-        self.manager.expect([saved])
+        self.manager.add_use([saved])
         return saved
 
     def check(self, error, number, *texts):
@@ -195,7 +195,7 @@ def test_an_error_holds_no_memory(rig, fault):
     with pytest.raises(SwapSpaceError) as error:
         rig.manager.move_all_out()
     assert error.value.__cause__ is not None
-    assert not saved.storage.held
+    assert not saved.storage.referenced_externally
 
 
 SPACE = {
@@ -278,7 +278,9 @@ def test_a_limit_of_the_size_of_files_is_an_error_and_no_signal(run_python, tmp_
 def test_what_fits_under_a_limit_of_the_size_of_files_is_used(tmp_path, monkeypatch):
     file = SwapFile(str(tmp_path))
     monkeypatch.setattr(
-        disk.resource, "getrlimit", lambda _: (EXTENT + 2 * ALIGNMENT, disk.resource.RLIM_INFINITY)
+        swap_file.resource,
+        "getrlimit",
+        lambda _: (EXTENT + 2 * ALIGNMENT, swap_file.resource.RLIM_INFINITY),
     )
     file.allocate(EXTENT)
     file.allocate(2 * ALIGNMENT)
@@ -351,9 +353,9 @@ def test_the_directory_changes_while_copies_are_under_way(tmp_path, monkeypatch,
     if way == "in":
         rig.manager.move_all_out()
     monkeypatch.setattr(SwapFile, "write" if way == "out" else "read", slow)
-    mover = rig.manager._mover
+    transfers = rig.manager._transfers
     for one in saved:
-        (mover.begin_out if way == "out" else mover.begin_in)(one.storage)
+        (transfers.begin_out if way == "out" else transfers.begin_in)(one.storage)
     rig.device.move_to(str(tmp_path / "other"))
     assert rig.device.file is not first
     rig.device.move_to(str(tmp_path))
@@ -366,7 +368,7 @@ def test_the_directory_changes_while_copies_are_under_way(tmp_path, monkeypatch,
     rig.manager.settle()
     rig.device.used_bytes()  # forgets the copies that have come in
     assert not first.allocated
-    del first, one, mover
+    del first, one, transfers
     gc.collect()
     assert not [target for target in open_files() if str(tmp_path) in target]
     rig.device.close()

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
-from chainer_ooc.planning import book
+from chainer_ooc import runtime, state
+from chainer_ooc.planning import plan_cache
 from chainer_ooc.swap.devices.ram import RamDevice
-from chainer_ooc.testing.adopted_arrays import simulated_gpu
+from tests.doubles.adopted_arrays import simulated_gpu
 
 KIB, MIB = 1 << 10, 1 << 20
 OTHER = 64 * MIB
@@ -77,9 +77,9 @@ class CountedRam(RamDevice):
     other = OTHER
 
     def used_bytes(self):
-        mover = self.manager._mover
+        transfers = self.manager._transfers
         return self.other + sum(
-            s.nbytes for s in mover.members(*mover.nbytes) if s.owner is not None
+            s.nbytes for s in transfers.members(*transfers.nbytes) if s.owner is not None
         )
 
 
@@ -87,17 +87,17 @@ class CountedRam(RamDevice):
 def on_ram(directory, monkeypatch, other=OTHER):
     device = CountedRam(directory)
     device.other = other
-    device.manager = mode._make_manager(device)
-    monkeypatch.setitem(mode._managers, "ram", device.manager)
+    device.manager = runtime.make_manager(device)
+    monkeypatch.setitem(state.process.managers, "ram", device.manager)
     yield lambda: {"file": device.file.allocated, "its size": device.file.size}
     device.close()
 
 
 @contextlib.contextmanager
 def on_gpu(directory, monkeypatch):
-    monkeypatch.setitem(mode._managers, "ram", None)
+    monkeypatch.setitem(state.process.managers, "ram", None)
     with simulated_gpu(1, directory, 512 * KIB, OTHER) as machine:
-        device = mode._managers["ram"].device
+        device = state.process.managers["ram"].device
 
         def sizes():
             if (block := device.host.allocate(1)) is not None:  # and take back what was retired
@@ -119,14 +119,14 @@ def census(manager):
     """What there is of everything that must not grow."""
     manager.settle()
     gc.collect()
-    mover = manager._mover
+    transfers = manager._transfers
     return collections.Counter(
         {
             "storages": len(manager.storages()),
-            "bytes of storages": sum(mover.nbytes.values()),
-            "owners": len(mover._by_owner),
-            "graves": len(mover._graves) + len(mover._dead),
-            "leaving": len(mover.leaving),
+            "bytes of storages": sum(transfers.nbytes.values()),
+            "owners": len(transfers._by_owner),
+            "graves": len(transfers._deferred_frees) + len(transfers._dead),
+            "leaving": len(transfers.leaving),
             "threads": threading.active_count(),
             "descriptors": len(os.listdir("/proc/self/fd")),
             "objects": len(gc.get_objects()),
@@ -143,9 +143,9 @@ NOISE = collections.defaultdict(int, {"objects": 300, "blocks of Python": 3000, 
 @pytest.mark.parametrize("device", [on_ram, on_gpu], ids=["RAM", "simulated GPU"])
 def test_nothing_grows(device, iterations, tmp_path, monkeypatch):
     training = Training()
-    monkeypatch.setattr(book, "_MOST", 2)  # as many plans as that
+    monkeypatch.setattr(plan_cache, "_MOST", 2)  # as many plans as that
     with device(str(tmp_path), monkeypatch) as sizes:
-        manager = mode._managers["ram"]
+        manager = state.process.managers["ram"]
         before = manager.counters.bytes_in
         with chainer_ooc.out_of_core_mode(limit=OTHER + 64 * KIB, min_bytes=1):
             for number in range(80):

@@ -39,7 +39,7 @@ def save(machine, number=1, nbytes=MIB):
     """Save arrays that nobody holds, the n-th filled with n, each expected by one function."""
     saved = [machine.manager.save(np.full(nbytes, n, np.uint8), f"f{n}") for n in range(number)]
     for one in saved:
-        machine.manager.expect([one])
+        machine.manager.add_use([one])
     return saved
 
 
@@ -70,15 +70,15 @@ def test_when_there_is_no_room_the_oldest_go(machine):
     out = [s.storage.state is State.OUT for s in saved]
     assert out == sorted(out, reverse=True)
     assert 17 <= sum(out) <= 19
-    assert machine.used_bytes() + 20 * MIB <= machine.manager.marks.high
+    assert machine.used_bytes() + 20 * MIB <= machine.manager.budget.high
 
 
 def test_used_and_clean_before_unused_and_clean(machine):
     saved = save(machine, 50)
     machine.manager.move_all_out()
-    arrays = machine.manager.fetch(saved, trusted=True)
+    arrays = machine.manager.fetch(saved, read_only=True)
     del arrays
-    machine.manager.finish(saved[40:], drop=False)
+    machine.manager.release_use(saved[40:], drop=False)
     machine.manager.make_room(20 * MIB)
     assert set(states(saved[:40])) == {State.BOTH}
     assert 7 <= states(saved[40:]).count(State.OUT) <= 8
@@ -111,9 +111,9 @@ def test_an_edit_after_release_is_kept(machine):
 def test_an_edit_while_it_goes_out_is_kept(machine):
     (saved,) = save(machine)
     manager = machine.manager
-    manager._mover.begin_out(saved.storage)
+    manager._transfers.begin_out(saved.storage)
     saved.get()[:] = 7
-    manager._mover.end_out(saved.storage)
+    manager._transfers.end_out(saved.storage)
     assert saved.storage.state is State.RESIDENT
     manager.move_all_out()
     assert set(saved.get()) == {7}
@@ -125,10 +125,10 @@ def test_backward_leaves_the_copy_valid(machine):
     manager.move_all_out()
     written = manager.counters.bytes_out
     for _ in range(3):
-        arrays = manager.fetch(saved, trusted=True)
+        arrays = manager.fetch(saved, read_only=True)
         assert [a[0] for a in arrays] == [0, 1, 2, 3]
         del arrays
-        manager.finish(saved, drop=False)
+        manager.release_use(saved, drop=False)
         manager.move_all_out()
         manager.make_room(64 * MIB)
     assert manager.counters.bytes_out == written
@@ -139,22 +139,22 @@ def test_what_backward_gives_away_is_copied_again(machine):
     (saved,) = save(machine)
     manager = machine.manager
     manager.move_all_out()
-    (gradient,) = manager.fetch([saved], trusted=True)
-    manager.finish([saved], drop=False)
+    (gradient,) = manager.fetch([saved], read_only=True)
+    manager.release_use([saved], drop=False)
     gradient += 1
     del gradient
     manager.move_all_out()
-    manager._reclaimer.release_clean(1 << 60)
+    manager._evictor.release_clean(1 << 60)
     assert set(saved.get()) == {1}
 
 
 def test_after_its_last_use_it_is_dropped_with_no_copy(machine):
     saved = save(machine, 2)
     manager = machine.manager
-    manager.expect([saved[0]])  # a second function uses the first
-    manager.finish(saved, drop=True)
+    manager.add_use([saved[0]])  # a second function uses the first
+    manager.release_use(saved, drop=True)
     assert states(saved) == [State.RESIDENT, State.DROPPED]
-    manager.finish(saved[:1], drop=True)
+    manager.release_use(saved[:1], drop=True)
     assert manager.counters.bytes_out == 0
     with pytest.raises(GraphReleasedError, match=r"f0 saved was dropped.*single_backward=False"):
         saved[0].get()
@@ -164,9 +164,9 @@ def test_dropping_gives_the_space_back(machine):
     saved = save(machine, 3)
     manager = machine.manager
     manager.move_all_out()
-    manager.fetch(saved[:1], trusted=True)
+    manager.fetch(saved[:1], read_only=True)
     manager._begin_in(saved[1].storage)
-    manager.finish(saved, drop=True)
+    manager.release_use(saved, drop=True)
     manager.settle()
     assert machine.file.allocated == 0
 
@@ -177,7 +177,7 @@ def test_dying_gives_the_space_back(machine, moment):
     manager = machine.manager
     if moment == "going out":
         for one in saved:
-            manager._mover.begin_out(one.storage)
+            manager._transfers.begin_out(one.storage)
     elif moment != "resident":
         manager.move_all_out()
         assert machine.file.allocated > 0
@@ -199,14 +199,14 @@ def test_fetching_ahead_goes_backward_and_leaves_room(machine):
     saved = save(machine, 60)
     manager = machine.manager
     manager.move_all_out()
-    manager.marks.note_growth(30 * MIB)
-    manager.fetch(saved[50:51], trusted=True)
+    manager.budget.note_growth(30 * MIB)
+    manager.fetch(saved[50:51], read_only=True)
     manager.prefetch(saved[50:51])
     manager.settle()
     come = [n for n, one in enumerate(saved) if one.storage.resident]
     assert come == list(range(come[0], 51))
     assert 30 <= len(come) <= 33
-    assert machine.used_bytes() + 30 * MIB <= manager.marks.high
+    assert machine.used_bytes() + 30 * MIB <= manager.budget.high
 
 
 def test_a_full_disk_loses_nothing(machine, monkeypatch):
@@ -279,35 +279,35 @@ def test_no_leak_over_many_rounds(machine):
     for _ in range(300):
         saved = save(machine, 4, 8192)
         machine.manager.move_all_out()
-        machine.manager.fetch(saved, trusted=True)
-        machine.manager.finish(saved, drop=False)
+        machine.manager.fetch(saved, read_only=True)
+        machine.manager.release_use(saved, drop=False)
         del saved
     machine.manager.settle()
     assert machine.manager.storages() == []
     assert machine.file.allocated == 0
-    assert not machine.manager._mover._by_owner
-    assert len(machine.manager._mover.leaving) <= 4
+    assert not machine.manager._transfers._by_owner
+    assert len(machine.manager._transfers.leaving) <= 4
 
 
 def test_between_graphs_free_memory_is_kept_up_to_the_low_mark_only(machine):
     """What others allocate then, as for a snapshot, is not announced."""
     manager, held = machine.manager, []
-    machine.hold = held.append
+    machine.set_cached_limit = held.append
     saved = save(machine, 56)
     manager.make_room(0)
-    assert held[-1] == manager.marks.high
+    assert held[-1] == manager.budget.high
     del saved[8:]
     gc.collect()
     manager.make_room(0)
-    assert held[-1] == manager.marks.high  # a graph lives
+    assert held[-1] == manager.budget.high  # a graph lives
     saved.clear()
     gc.collect()
-    assert held[-1] == manager.marks.low  # at once: nothing may be announced before the snapshot
+    assert held[-1] == manager.budget.low  # at once: nothing may be announced before the snapshot
     manager.make_room(0)
-    assert held[-1] == manager.marks.low
+    assert held[-1] == manager.budget.low
     saved = save(machine, 56)
     manager.make_room(0)
-    assert held[-1] == manager.marks.high
+    assert held[-1] == manager.budget.high
     manager.keep_no_free_memory()  # as when the mode ends
     saved.clear()
     gc.collect()

@@ -11,7 +11,7 @@ import pytest
 
 from chainer_ooc.swap import observed_growth
 from chainer_ooc.swap.observed_growth import MEASURED, REMEMBERED, ObservedGrowth
-from chainer_ooc.swap.process_memory import ResidentMemory
+from chainer_ooc.swap.system.memory import ResidentMemory
 
 MIB = 1 << 20
 

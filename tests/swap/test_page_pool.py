@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 import pytest
 
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.swap import native
 from chainer_ooc.swap.devices.ram import RamDevice
-from chainer_ooc.swap.disk import SwapFile
-from chainer_ooc.swap.process_memory import ResidentMemory
+from chainer_ooc.swap.system.memory import ResidentMemory
+from chainer_ooc.swap.tiers.swap_file import SwapFile
 
 if native.allocator is None:
     pytest.skip(f"needs the C extension: {native.HOW_TO_GET_IT}", allow_module_level=True)
@@ -437,14 +437,14 @@ def test_pages_in_small_mappings_are_given_back_and_taken_anew(pool):
 def hook():
     """The arrays of this thread lie in the process's pool, from 1 MiB on; nobody is asked for room."""
     device = RamDevice("/tmp")
-    device.hold(1 << 62)
+    device.set_cached_limit(1 << 62)
     pool = device.keep_pages()
     native.allocator.configure(None, 1, pool, MIB)
     native.allocator.install()
     yield pool
     native.allocator.uninstall()
     # Whoever comes next says who is to be asked.
-    mode._announced, mode.local.hooked = None, False
+    state.process.announced, state.local.hooked = None, False
     pool.set_cached_limit(0)
 
 
@@ -491,10 +491,10 @@ def test_a_process_ends_with_arrays_of_the_pool_in_every_corner(run_python, tmp_
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, threading, numpy as np, chainer_ooc\n"
-        "from chainer_ooc import mode\n"
+        "from chainer_ooc import state\n"
         "chainer_ooc.enable(limit='1GiB')\n"
-        "mode.hook_allocations()\n"
-        "pool = mode._managers['ram'].device.pages\n"
+        "state.hook_allocations()\n"
+        "pool = state.process.managers['ram'].device.pages\n"
         "class Late:\n"
         "    def __del__(self, copy=np.ones(1 << 20).copy): copy()\n"
         "sys.kept = [np.ones(1 << 20), Late()]\n"
@@ -514,9 +514,9 @@ def test_a_forked_child_leaves_its_parents_memory_alone(run_python, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import os, numpy as np, chainer_ooc\n"
-        "from chainer_ooc import mode\n"
+        "from chainer_ooc import state\n"
         "chainer_ooc.enable(limit='1GiB')\n"
-        "mode.hook_allocations()\n"
+        "state.hook_allocations()\n"
         "array, other = np.ones(1 << 20), np.ones(1 << 20)\n"
         "if not os.fork():\n"
         "    del other\n"
@@ -535,10 +535,10 @@ def test_under_a_limit_of_address_space_there_is_no_pool(run_python, tmp_path):
     script.write_text(
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
         "import numpy as np, chainer_ooc\n"
-        "from chainer_ooc import mode\n"
+        "from chainer_ooc import state\n"
         "chainer_ooc.enable(limit='1GiB')\n"
-        "mode.hook_allocations()\n"
-        "assert mode._managers['ram'].device.pages is None\n"
+        "state.hook_allocations()\n"
+        "assert state.process.managers['ram'].device.pages is None\n"
         "assert np.ones(1 << 20).sum() == 1 << 20\n"
         "print('done')\n"
     )
@@ -549,14 +549,14 @@ def test_under_a_limit_of_address_space_there_is_no_pool(run_python, tmp_path):
 @pytest.fixture
 def device(tmp_path, pool):
     device = RamDevice(str(tmp_path))
-    device.pages = pool  # of its own
+    device.entries = pool  # of its own
     yield device
     device.close()
 
 
 def test_free_pages_do_not_count_as_used_and_go_where_they_are_too_many(device, pool):
     before = device.used_bytes()
-    device.hold(before + 32 * MIB)
+    device.set_cached_limit(before + 32 * MIB)
     block = take(pool, 64 * MIB)
     fill(block, 64 * MIB)
     assert device.used_bytes() - before > 60 * MIB
@@ -564,7 +564,7 @@ def test_free_pages_do_not_count_as_used_and_go_where_they_are_too_many(device, 
     assert device.used_bytes() - before < 4 * MIB
     assert 20 * MIB < pool.cached_bytes < 40 * MIB  # the others went back to the system
     assert device.used_bytes() - before < 4 * MIB
-    device.hold(0)
+    device.set_cached_limit(0)
     assert pool.cached_bytes == 0
 
 
@@ -620,7 +620,7 @@ def test_what_others_take_unannounced_takes_the_place_of_free_pages(device, pool
     fill(block, 64 * MIB)
     pool.free(block)
     limit = memory.bytes() + 4 * MIB
-    device.hold(limit)
+    device.set_cached_limit(limit)
     others = []
     for _ in range(16):  # of the system's memory, which no NumPy array is made of
         others.append(mmap.mmap(-1, 2 * MIB))
@@ -634,7 +634,7 @@ def test_what_others_take_unannounced_takes_the_place_of_free_pages(device, pool
 
 def test_the_thread_that_does_so_is_not_there_while_a_process_forks(device, pool):
     """Python warns of a fork beside threads; the child has none of them."""
-    device.hold(1 << 50)
+    device.set_cached_limit(1 << 50)
     process = psutil.Process()
     with_guard = process.num_threads()
     for _ in range(20):
@@ -651,12 +651,12 @@ def test_disabling_gives_back_what_another_thread_left(run_python, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import threading, numpy as np, chainer_ooc\n"
-        "from chainer_ooc import mode\n"
+        "from chainer_ooc import state\n"
         "chainer_ooc.enable(limit='1GiB')\n"
         "def work():\n"
-        "    mode.hook_allocations(); np.ones(1 << 22)\n"
+        "    state.hook_allocations(); np.ones(1 << 22)\n"
         "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
-        "pool = mode._managers['ram'].device.pages\n"
+        "pool = state.process.managers['ram'].device.pages\n"
         "assert pool.cached_bytes >= 8 << 22\n"
         "chainer_ooc.disable()\n"
         "assert pool.cached_bytes == 0\n"
@@ -680,8 +680,8 @@ def test_what_was_never_held_is_given_back_as_well(device, pool):
     fill(block, MIB)
     pool.free(block)
     assert pool.cached_bytes == MIB
-    device.hold(1)
-    device.hold(0)
+    device.set_cached_limit(1)
+    device.set_cached_limit(0)
     assert pool.cached_bytes == 0
 
 

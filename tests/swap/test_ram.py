@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from chainer_ooc.references import attribute_is_referenced_externally
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap.devices.file_copies import PIECE
 from chainer_ooc.swap.devices.ram import RamDevice
-from chainer_ooc.swap.disk import ALIGNMENT
+from chainer_ooc.swap.devices.ram.file_copies import PIECE
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import State
+from chainer_ooc.swap.tiers.swap_file import ALIGNMENT
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_freed_memory_is_asked_back_ever_less_often_but_when_nothing_else_is_lef
 ):
     calls = []
     device = RamDevice(str(tmp_path))
-    monkeypatch.setattr("chainer_ooc.swap.process_memory.trim", lambda: calls.append("trim"))
+    monkeypatch.setattr("chainer_ooc.swap.system.memory.trim", lambda: calls.append("trim"))
     monkeypatch.setattr(device, "used_bytes", lambda: 1 << 30)  # nothing comes back
     tried = []
     for _ in range(40):

@@ -27,8 +27,8 @@ def save_pair(manager, run=lambda arrays: arrays[0] + 1):
     x, y = np.arange(5000.0), np.arange(5000.0) + 1
     saved = manager.save(x, "x"), manager.save(y, "y")
     for one in saved:
-        manager.expect([one])
-    looks = manager.look_at(saved[1]), (manager.look_at(saved[0]),)
+        manager.add_use([one])
+    looks = manager.fingerprint(saved[1]), (manager.fingerprint(saved[0]),)
     manager.give_recipe(saved[1], Recipe((saved[0],), run, saved[1].layout, *looks))
     return saved
 
@@ -37,21 +37,21 @@ def test_it_goes_without_a_copy_and_comes_back(manager):
     x, y = save_pair(manager)
     manager.move_all_out()
     assert x.storage.state is State.OUT and x.storage.copy is not None
-    assert y.storage.forgone
-    assert manager.counters.bytes_out == 40000 == manager.counters.bytes_forgone
-    (array,) = manager.fetch([y], trusted=True)
+    assert y.storage.discarded
+    assert manager.counters.bytes_out == 40000 == manager.counters.bytes_discarded
+    (array,) = manager.fetch([y], read_only=True)
     assert array.tolist() == (np.arange(5000.0) + 1).tolist()
     assert not x.storage.dependents
-    assert (x.storage.expected, y.storage.expected) == (1, 1)
+    assert (x.storage.remaining_uses, y.storage.remaining_uses) == (1, 1)
 
 
 def test_what_is_needed_for_it_is_not_dropped_before(manager):
     x, y = save_pair(manager)
     manager.move_all_out()
-    manager.finish([x], drop=True)
+    manager.release_use([x], drop=True)
     assert x.storage.state is State.OUT
-    assert manager.read(y, trusted=True)[10] == 11
-    manager.finish([y], drop=True)
+    assert manager.read(y, read_only=True)[10] == 11
+    manager.release_use([y], drop=True)
     assert y.storage.state is State.DROPPED
     assert x.storage.used
 
@@ -61,28 +61,28 @@ def test_nothing_is_left_of_what_a_dead_recipe_held_in_the_midst_of_a_copy(manag
     x, y = save_pair(manager)
     if way == "in":
         manager.move_all_out()
-        manager._mover.begin_in(x.storage)
+        manager._transfers.begin_in(x.storage)
     else:
-        manager._mover.begin_out(x.storage)
-        manager._mover.forgo(y.storage)
+        manager._transfers.begin_out(x.storage)
+        manager._transfers.discard(y.storage)
     del x, y
     manager.settle()
-    assert (sum(manager._mover.nbytes.values()), manager.device.file.allocated) == (0, 0)
+    assert (sum(manager._transfers.nbytes.values()), manager.device.file.allocated) == (0, 0)
 
 
 @pytest.mark.parametrize("end", ["dies", "is dropped"])
 def test_what_ends_needs_nothing_any_more(manager, end):
     x, y = save_pair(manager)
     manager.move_all_out()
-    assert x.storage.expected == 2
+    assert x.storage.remaining_uses == 2
     if end == "dies":
         del y
         gc.collect()
     else:
-        manager.finish([y], drop=True)
+        manager.release_use([y], drop=True)
         assert not x.storage.dependents
     manager.settle()
-    assert x.storage.expected == 1
+    assert x.storage.remaining_uses == 1
     assert manager.read(x)[3] == 3
 
 
@@ -91,14 +91,14 @@ def test_what_dies_as_it_is_here_needed_nothing(manager):
     del y
     gc.collect()
     manager.settle()
-    assert x.storage.expected == 1
+    assert x.storage.remaining_uses == 1
 
 
 def test_who_may_write_to_the_input_gets_it_after_it_was_used(manager):
     x, y = save_pair(manager)
     manager.move_all_out()
     manager.read(x)[:] = 7
-    assert manager.read(y, trusted=True)[10] == 11
+    assert manager.read(y, read_only=True)[10] == 11
     assert set(manager.read(x)) == {7}
 
 
@@ -107,7 +107,7 @@ def test_what_was_written_to_before_goes_with_a_copy(manager, written):
     saved = save_pair(manager)
     saved[written].alive()[:] = 7
     manager.move_all_out()
-    assert not saved[1].storage.forgone
+    assert not saved[1].storage.discarded
     assert manager.read(saved[1])[10] == (7 if written else 11)
 
 
@@ -115,7 +115,7 @@ def test_an_input_that_somebody_holds_may_change(manager):
     x, y = save_pair(manager)
     held = x.alive()
     manager.move_all_out()
-    assert not y.storage.forgone
+    assert not y.storage.discarded
     held[:] = 7
     assert manager.read(y)[10] == 11
 
@@ -124,7 +124,7 @@ def test_nor_is_a_held_one_what_its_own_recipe_makes(manager):
     """A plan may give up what is made from what is made again; but this is here, and somebody writes to it."""
     _, y = save_pair(manager)
     z = manager.save(np.arange(5000.0) + 2, "z")
-    looks = manager.look_at(z), (manager.look_at(y),)
+    looks = manager.fingerprint(z), (manager.fingerprint(y),)
     manager.give_recipe(z, Recipe((y,), lambda arrays: arrays[0] + 1, z.layout, *looks))
     assert z.storage.recipe.fits(manager.device, z.storage, planned=True)
     held = manager.read(y)
@@ -139,14 +139,14 @@ def test_memory_lies_as_it_lay(manager):
     y[...] = x
     saved = [manager.save(x, "x"), manager.save(y, "y")]
     address, strides = y.__array_interface__["data"][0], y.strides
-    looks = manager.look_at(saved[1]), (manager.look_at(saved[0]),)
+    looks = manager.fingerprint(saved[1]), (manager.fingerprint(saved[0]),)
     run = lambda arrays: arrays[0].copy()  # noqa: E731
     manager.give_recipe(saved[1], Recipe((saved[0],), run, saved[1].layout, *looks))
     expected = y.copy()
     del x, y
     manager.move_all_out()
-    assert saved[1].storage.forgone
-    again = manager.read(saved[1], trusted=True)
+    assert saved[1].storage.discarded
+    again = manager.read(saved[1], read_only=True)
     assert again.strides == strides
     assert (again.__array_interface__["data"][0] - address) % 4096 == 0
     assert (again == expected).all()
@@ -155,24 +155,24 @@ def test_memory_lies_as_it_lay(manager):
 def test_a_recipe_is_no_input_of_another(manager):
     x, y = save_pair(manager)
     z = manager.save(np.arange(5000.0) + 2, "z")
-    looks = manager.look_at(z), (manager.look_at(y),)
+    looks = manager.fingerprint(z), (manager.fingerprint(y),)
     add = lambda arrays: arrays[0] + 1  # noqa: E731
     manager.give_recipe(z, Recipe((y,), add, z.layout, *looks))
     manager.move_all_out()
-    assert [one.storage.forgone for one in (x, y, z)] == [False, True, False]
+    assert [one.storage.discarded for one in (x, y, z)] == [False, True, False]
     assert manager.read(z)[10] == 12
 
 
 def test_what_it_is_made_from_is_fetched_ahead(manager):
     x, y = save_pair(manager)
     last = manager.save(np.zeros(5000), "last")
-    manager.expect([last], rank=5)
+    manager.add_use([last], rank=5)
     manager.move_all_out()
-    manager.fetch([last], trusted=True)
+    manager.fetch([last], read_only=True)
     manager.prefetch([last])
     assert x.storage.state in (State.COMING_IN, State.BOTH)
-    assert y.storage.forgone
-    assert manager.read(y, trusted=True)[10] == 11
+    assert y.storage.discarded
+    assert manager.read(y, read_only=True)[10] == 11
     assert manager.counters.prefetch_hits == 1
 
 
@@ -213,50 +213,50 @@ def test_a_recipe_comes_too_late_for_what_has_a_copy(manager, state):
     saved = manager.save(y, "y")
     if state is State.OUT:
         del y
-    manager._mover.begin_out(saved.storage)
+    manager._transfers.begin_out(saved.storage)
     manager.settle()
     if state is State.OUT:
-        manager._mover.release(saved.storage)
+        manager._transfers.release(saved.storage)
     assert saved.storage.state is state
     assert not offered(manager, saved)
 
 
 def test_a_look_at_what_is_nowhere_tells_what_it_was(manager):
     _, y = save_pair(manager)
-    before = manager.look_at(y)
+    before = manager.fingerprint(y)
     manager.move_all_out()
-    assert y.storage.forgone
-    assert manager.look_at(y) == before
+    assert y.storage.discarded
+    assert manager.fingerprint(y) == before
 
 
 def test_several_are_made_from_one(manager):
     """Who may write to that gets it after all of them were made."""
     x, y = save_pair(manager)
     z = manager.save(np.arange(5000.0) * 2, "z")
-    looks = manager.look_at(z), (manager.look_at(x),)
+    looks = manager.fingerprint(z), (manager.fingerprint(x),)
     double = lambda arrays: arrays[0] * 2  # noqa: E731
     manager.give_recipe(z, Recipe((x,), double, z.layout, *looks))
     manager.move_all_out()
-    assert y.storage.forgone and z.storage.forgone
+    assert y.storage.discarded and z.storage.discarded
     manager.read(x)[:] = 7
-    assert [manager.read(one, trusted=True)[10] for one in (y, z)] == [11, 20]
+    assert [manager.read(one, read_only=True)[10] for one in (y, z)] == [11, 20]
 
 
 def test_an_input_that_is_written_to_as_it_goes_out_is_no_input(manager):
     """Its copy will be worth nothing."""
     x, y = save_pair(manager)
-    manager._mover.begin_out(x.storage)
+    manager._transfers.begin_out(x.storage)
     manager.read(x)  # by somebody who may write
-    assert x.storage.tainted
+    assert x.storage.dirty
     assert not y.storage.recipe.fits(manager.device, y.storage)
     manager.settle()
 
 
 def test_what_is_dropped_as_it_is_here_needs_nothing_and_holds_nothing(manager):
     x, y = save_pair(manager)
-    manager.finish([y], drop=True)
+    manager.release_use([y], drop=True)
     assert y.storage.state is State.DROPPED
-    assert x.storage.expected == 1
+    assert x.storage.remaining_uses == 1
     del x
     gc.collect()
     assert manager.storages() == [y.storage]
@@ -266,14 +266,14 @@ def test_other_bits_are_an_error_and_it_stays_out(manager):
     _, y = save_pair(manager, lambda arrays: arrays[0] + 2)
     manager.move_all_out()
     with pytest.raises(CorruptCopyError, match="recompute=False"):
-        manager.read(y, trusted=True)
-    assert y.storage.forgone
+        manager.read(y, read_only=True)
+    assert y.storage.discarded
 
 
 def test_what_was_made_again_is_known_by_its_memory(manager):
     _, y = save_pair(manager)
     manager.move_all_out()
-    array = manager.read(y, trusted=True)
+    array = manager.read(y, read_only=True)
     assert y.storage.state is State.RESIDENT
-    assert manager._mover.moved_bytes() == 0  # two given up, two have come
+    assert manager._transfers.moved_bytes() == 0  # two given up, two have come
     assert manager.save(array, "again").storage is y.storage

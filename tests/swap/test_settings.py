@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 import chainer_ooc
-from chainer_ooc import mode
+from chainer_ooc import state
 from chainer_ooc.errors import SettingError
 from chainer_ooc.settings import (
     Settings,
@@ -152,7 +152,7 @@ def test_only_the_limit_is_given_by_position_and_once(given, named):
 def test_the_limit_may_be_given_by_position():
     chainer_ooc.enable("8GiB", strict=True)
     try:
-        assert mode.current() == Settings(limit=8 << 30, strict=True)
+        assert state.current() == Settings(limit=8 << 30, strict=True)
     finally:
         chainer_ooc.disable()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chainer_ooc.swap import reclaimer
+from chainer_ooc.swap import eviction
 from chainer_ooc.swap.storage import State
 from tests.swap.test_manager import MIB, machine, save, states
 
@@ -20,11 +20,11 @@ def test_no_more_is_copied_than_must_go(machine):
 
 @pytest.mark.parametrize("move", ["make_room", "move_all_out"])
 def test_no_more_is_on_its_way_than_may_be(machine, monkeypatch, move):
-    monkeypatch.setattr(reclaimer, "IN_FLIGHT", 4 * MIB)
+    monkeypatch.setattr(eviction, "IN_FLIGHT", 4 * MIB)
     begin, most = machine.copy_out, []
 
     def copy_out(*arguments):
-        most.append(machine.manager._mover.nbytes[State.GOING_OUT])
+        most.append(machine.manager._transfers.nbytes[State.GOING_OUT])
         return begin(*arguments)
 
     monkeypatch.setattr(machine, "copy_out", copy_out)
@@ -35,7 +35,7 @@ def test_no_more_is_on_its_way_than_may_be(machine, monkeypatch, move):
 
 
 def test_copies_behind_the_computation_go_on_when_the_first_have_ended(machine, monkeypatch):
-    monkeypatch.setattr(reclaimer, "IN_FLIGHT", 2 * MIB)
+    monkeypatch.setattr(eviction, "IN_FLIGHT", 2 * MIB)
     saved = save(machine, 60)
     for _ in range(10):
         machine.manager.make_room(0)
@@ -63,7 +63,7 @@ def test_what_ended_on_its_way_out_is_in_nobodys_way(machine, end):
     machine.manager.make_room(0)
     assert first.storage.state is State.GOING_OUT
     if end == "dropped":
-        machine.manager.finish([first], drop=True)
+        machine.manager.release_use([first], drop=True)
     else:
         del first
     other = save(machine, nbytes=28 * MIB)
@@ -76,7 +76,7 @@ def test_dropping_gives_the_space_back_without_waiting_for_anything(machine):
     saved = save(machine, 3)
     machine.manager.move_all_out()
     assert machine.file.allocated > 0
-    machine.manager.finish(saved, drop=True)
+    machine.manager.release_use(saved, drop=True)
     assert machine.file.allocated == 0
 
 
@@ -91,17 +91,17 @@ def test_saving_gives_back_the_space_of_what_died(machine):
 
 
 def test_nothing_is_kept_of_what_died(machine):
-    mover = machine.manager._mover
+    transfers = machine.manager._transfers
     saved = save(machine, 6)
-    assert mover.nbytes[State.RESIDENT] == 6 * MIB
+    assert transfers.nbytes[State.RESIDENT] == 6 * MIB
     machine.manager.move_all_out()
     machine.manager._begin_in(saved[0].storage)
     saved[1].get()
-    assert sum(mover.nbytes.values()) == 6 * MIB
+    assert sum(transfers.nbytes.values()) == 6 * MIB
     del saved
     machine.manager.settle()
-    assert set(mover.nbytes.values()) == {0}
-    assert not any(mover._members.values())
+    assert set(transfers.nbytes.values()) == {0}
+    assert not any(transfers._members.values())
 
 
 def test_the_order_of_what_died_unused_is_forgotten(machine):

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 import chainer_ooc
-from chainer_ooc.reporting.markdown import block, plain
+from chainer_ooc.report.markdown import block, plain
 from reports.figures import Synchronize
 from reports.history import History
 from reports.units import duration, gibibytes, write_atomically

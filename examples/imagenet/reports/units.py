@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chainer_ooc.reporting.whole import replacing
+from chainer_ooc.report.whole import replacing
 
 GIB = 1 << 30
 

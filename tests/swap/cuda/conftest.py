@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap.devices.cuda import CudaDevice
-from chainer_ooc.swap.devices.cuda_allocator import CupyAllocator
+from chainer_ooc.swap.cupy_allocator import CupyAllocator
+from chainer_ooc.swap.devices.cuda.device import CudaDevice
 from chainer_ooc.swap.manager import SwapManager
-from chainer_ooc.testing.adopted_arrays import storage_at
-from chainer_ooc.testing.simulated_cuda import SimulatedCuda
+from tests.doubles.adopted_arrays import storage_at
+from tests.doubles.simulated_cuda import SimulatedCuda
 
 #: The size of arrays (bytes): the allocator asks for room for those of this size and more.
 UNIT = 64 << 10
@@ -44,7 +44,7 @@ class Rig:
         self.settings = Settings(limit=limit, min_bytes=1)
         self.device = CudaDevice(self.cupy, 0, str(directory), host_limit)
         self.cupy.calls.clear()  # the host waits once, to relate the clocks
-        self.manager = SwapManager(self.device, lambda: self.settings, is_trusted=lambda: True)
+        self.manager = SwapManager(self.device, lambda: self.settings, is_read_only=lambda: True)
         self.cupy.label = lambda address: storage_at(self.manager, address, lambda owner: owner.ptr)
         self.pool = self.cupy.get_default_memory_pool()
         self.pool.set_limit(limit)
@@ -59,7 +59,7 @@ class Rig:
 
     def save(self, value, nbytes=None):
         saved = self.manager.save(self.array(value, nbytes), f"f{value}")
-        self.manager.expect([saved])
+        self.manager.add_use([saved])
         return saved
 
     def owner(self, value, nbytes=None):

@@ -9,13 +9,13 @@ import pytest
 
 from chainer_ooc import errors
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import process_memory
-from chainer_ooc.swap.devices.cuda import new_slab
-from chainer_ooc.swap.devices.cuda_allocator import SMALL, out_of_memory_class
-from chainer_ooc.swap.devices.gpus import Gpus
+from chainer_ooc.swap.cupy_allocator import SMALL, out_of_memory_class
+from chainer_ooc.swap.devices.cuda.device import new_slab
+from chainer_ooc.swap.gpus import Gpus
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import State
-from chainer_ooc.testing.simulated_cuda import OutOfMemoryError, SimulatedCuda
+from chainer_ooc.swap.system import memory
+from tests.doubles.simulated_cuda import OutOfMemoryError, SimulatedCuda
 from tests.swap.cuda.conftest import UNIT
 
 MIB = 1 << 20
@@ -53,7 +53,7 @@ def test_memory_in_pieces_is_given_up_until_it_fits(hooked):
     held = [one.get() for one in small[::2]]  # every other block stays
     assert hooked.pool.used_bytes() == 7 * UNIT
     for one in small[1::2]:
-        hooked.manager.finish([one], drop=True)
+        hooked.manager.release_use([one], drop=True)
     del held[::2]
     array = hooked.array(5.0, 2 * UNIT)  # 3.5 MiB are free, in halves
     assert set(array.get()) == {5.0}
@@ -97,7 +97,7 @@ def test_what_cannot_fit_says_why(make_rig):
 
 def test_small_allocations_ask_for_room_when_they_fail(hooked):
     saved = [hooked.save(float(i)) for i in range(7)]
-    rest = hooked.manager.marks.high - hooked.pool.used_bytes()
+    rest = hooked.manager.budget.high - hooked.pool.used_bytes()
     small = [hooked.array(0.0, SMALL // 2) for _ in range(rest // (SMALL // 2) + 6)]
     assert hooked.pool.total_bytes() <= 8 * UNIT
     assert State.OUT in states(saved)
@@ -147,7 +147,7 @@ class Mode:
         )
 
     def make(self, device):
-        return SwapManager(device, lambda: self.on or self.last, is_trusted=lambda: True)
+        return SwapManager(device, lambda: self.on or self.last, is_read_only=lambda: True)
 
     def enable(self, limit, host_limit=8 * UNIT):
         self.on = self.last = Settings(
@@ -319,7 +319,7 @@ def test_inside_using_allocator(mode):
 
 def test_all_gpus_share_the_host_limit(mode, monkeypatch):
     available = iter(range(1 << 30, 1 << 31, 1 << 20))  # another amount each time
-    monkeypatch.setattr(process_memory, "available_bytes", lambda: next(available))
+    monkeypatch.setattr(memory, "available_bytes", lambda: next(available))
     mode.enable(1 * UNIT)
     saved = [mode.save(float(i), i % 2) for i in range(24)]
     for one in saved:
@@ -346,7 +346,7 @@ def test_all_gpus_share_the_host_limit(mode, monkeypatch):
         with mode.cupy.cuda.Device(i % 2):
             assert set(array.get()) == {float(i)}
         del array
-        one.storage.manager.finish([one], drop=True)
+        one.storage.manager.release_use([one], drop=True)
     # One is closed: what the other has outside stays.
     kept = mode.save(5.0, 1)
     manager = mode.gpus.managers[1]
@@ -360,7 +360,7 @@ def test_all_gpus_share_the_host_limit(mode, monkeypatch):
 def test_memory_that_is_locked_already_is_part_of_a_given_limit_and_beside_what_is_free(
     mode, monkeypatch
 ):
-    monkeypatch.setattr(process_memory, "available_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 30)
     mode.enable(UNIT)
     saved = mode.save(1.0, 0)
     manager = saved.storage.manager

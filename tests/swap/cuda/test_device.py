@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 
 from chainer_ooc.errors import SwapSpaceError
-from chainer_ooc.swap.devices.cuda import CudaDevice, new_slab
-from chainer_ooc.swap.devices.cuda import _abandoned as abandoned
-from chainer_ooc.swap.devices.cuda_host import THREADS
-from chainer_ooc.swap.devices.cuda_transfers import DiskTransfer, FailedTransfer
-from chainer_ooc.swap.observing import Observer
-from chainer_ooc.swap.pinned import CHUNK
+from chainer_ooc.swap.devices.cuda.device import CudaDevice, new_slab
+from chainer_ooc.swap.devices.cuda.device import _abandoned as abandoned
+from chainer_ooc.swap.devices.cuda.host import THREADS
+from chainer_ooc.swap.devices.cuda.transfers import DiskTransfer, FailedTransfer
+from chainer_ooc.swap.events import Observer
 from chainer_ooc.swap.storage import Layout
-from chainer_ooc.testing.adopted_arrays import AdoptedArrays
-from chainer_ooc.testing.simulated_cuda import SimulatedCuda
-from chainer_ooc.testing.simulated_memory import Gpu
+from chainer_ooc.swap.tiers.pinned import CHUNK
+from tests.doubles.adopted_arrays import AdoptedArrays
+from tests.doubles.simulated_cuda import SimulatedCuda
+from tests.doubles.simulated_memory import Gpu
 from tests.swap.cuda.conftest import UNIT
 
 
@@ -321,7 +321,7 @@ def filled(rig, layout, pointer=None, strides=None):
 def test_an_array_that_lies_as_it_lay_is_taken_as_it_is(rig):
     layout = layout_of(UNIT)
     array = filled(rig, layout)
-    assert rig.device.adopt(array, layout, UNIT, 0) == (array.data.mem, 0)
+    assert rig.device.take_buffer(array, layout, UNIT, 0) == (array.data.mem, 0)
 
 
 @pytest.mark.parametrize("differs", ["strides", "offset", "size", "allocator"])
@@ -335,7 +335,7 @@ def test_an_array_that_lies_otherwise_than_it_lay_is_copied(make_rig, monkeypatc
     if differs == "allocator":
         monkeypatch.setattr(memory, "identity", "ManagedMemory")
     with rig.cupy.cuda.Device(1):
-        owner, origin = rig.device.adopt(array, layout, UNIT, 0)
+        owner, origin = rig.device.take_buffer(array, layout, UNIT, 0)
     assert owner is not memory
     assert (owner.size, owner.device_id, origin) == (UNIT, 0, 0)
     assert (rig.device.view(owner, 0, layout).get() == numbers(layout)).all()
@@ -608,7 +608,7 @@ def test_copies_whose_end_nobody_waited_for_are_counted_when_they_are_known(rig)
     rig.manager._observers.append(Watch())
     saved = [rig.save(float(n)) for n in range(3)]
     rig.manager.move_all_out()
-    rig.manager.fetch(saved, trusted=True)
+    rig.manager.fetch(saved, read_only=True)
     rig.device.streams.synchronize()
     out, back = rig.manager.bandwidths(0.0)
     assert out > 0 and back > 0

@@ -14,9 +14,9 @@ import pytest
 from chainer_ooc import errors
 from chainer_ooc.planning.plan import Plan
 from chainer_ooc.settings import Settings
+from chainer_ooc.swap.events import Observer
+from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.manager import SwapManager
-from chainer_ooc.swap.observing import Observer
-from chainer_ooc.swap.player import Player
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT, host_bytes, states, values
 
@@ -69,9 +69,9 @@ def test_space_of_the_dead_is_given_back_at_the_next_save(rig):
     saved.append(rig.save(5.0))
     assert rig.device.host.slab.allocated == 0
     assert len(rig.manager.storages()) == 1
-    mover = rig.manager._mover
-    assert {state: n for state, n in mover.nbytes.items() if n} == {State.RESIDENT: UNIT}
-    assert [len(mover._members[state]) for state in State] == [1, 0, 0, 0, 0, 0]
+    transfers = rig.manager._transfers
+    assert {state: n for state, n in transfers.nbytes.items() if n} == {State.RESIDENT: UNIT}
+    assert [len(transfers._members[state]) for state in State] == [1, 0, 0, 0, 0, 0]
 
 
 def test_graphs_that_are_never_used_are_forgotten(rig):
@@ -83,8 +83,10 @@ def test_graphs_that_are_never_used_are_forgotten(rig):
 ASKED = {
     "memory is short": lambda rig, other: rig.manager.make_room(7 * UNIT),
     "all goes out": lambda rig, other: rig.manager.move_all_out(),
-    "a plan goes on": lambda rig, other: rig.manager.play(Player(Plan("g", ()), lambda n: None), 0),
-    "another is dropped": lambda rig, other: rig.manager.finish([other], drop=True),
+    "a plan goes on": lambda rig, other: rig.manager.run_plan(
+        PlanExecutor(Plan("g", ()), lambda n: None), 0
+    ),
+    "another is dropped": lambda rig, other: rig.manager.release_use([other], drop=True),
 }
 
 
@@ -104,8 +106,8 @@ def test_space_of_the_dead_is_given_back_when(rig, when):
 @pytest.mark.parametrize("short", ["never", "of room", "all went out"])
 def test_less_is_held_between_graphs_once_memory_has_been_short(rig, monkeypatch, short):
     held = []
-    low = [rig.manager.marks.low]
-    monkeypatch.setattr(rig.device, "hold", held.append)
+    low = [rig.manager.budget.low]
+    monkeypatch.setattr(rig.device, "set_cached_limit", held.append)
     if short == "of room":
         rig.manager.make_room(8 * UNIT)
     if short == "all went out":
@@ -155,7 +157,7 @@ def test_a_failed_copy_out_is_begun_again_then_given_up(make_rig):
     rig.manager.move_all_out()
     assert saved.storage.state is State.OUT
     assert values([saved]) == [1]
-    rig.manager.read(saved, trusted=False)
+    rig.manager.read(saved, read_only=False)
     rig.cupy.fail["memcpyAsync"] = [0, 1]
     with pytest.raises(errors.SwapSpaceError, match=r"could not be written.*no data was lost"):
         rig.manager.move_all_out()
@@ -173,7 +175,7 @@ def test_a_failed_copy_in_is_begun_again_then_raised(rig):
     rig.cupy.fail["memcpyAsync"] = [0]
     assert values([saved]) == [1]
     rig.manager.move_all_out()
-    rig.manager._reclaimer.release_clean(UNIT)
+    rig.manager._evictor.release_clean(UNIT)
     rig.cupy.fail["memcpyAsync"] = [0, 1]
     with pytest.raises(OSError, match="cannot be begun"):
         saved.get()
@@ -189,7 +191,7 @@ def test_what_came_back_is_known_by_its_memory(rig):
     rig.manager.move_all_out()
     array = saved.get()
     storage = saved.storage
-    assert rig.manager._mover.find(storage.owner) is storage
+    assert rig.manager._transfers.find(storage.owner) is storage
     del saved
     gc.collect()
     del storage
@@ -209,13 +211,13 @@ def test_the_dead_are_not_mistaken_for_others(rig):
             rig.manager.move_all_out()
             assert values([saved]) == [number]
         assert saved.storage.label == f"f{float(number)}"
-        assert len(rig.manager._mover._by_owner) <= 1
+        assert len(rig.manager._transfers._by_owner) <= 1
 
 
 def test_shortages_are_told_once_or_raised(rig):
     saved = [rig.save(float(i)) for i in range(4)]
     held = saved[0].get()
-    rig.manager.marks.used_bytes()
+    rig.manager.budget.used_bytes()
     with warnings.catch_warnings(record=True, action="always") as told:
         assert rig.manager.shortage(4 * UNIT, "f") is None  # it fits
     assert not told
@@ -236,7 +238,7 @@ def test_verify_notices_a_write_and_a_broken_copy(make_rig):
     saved = rig.save(1.0)
     rig.manager.move_all_out()
     assert values([saved]) == [1]
-    rig.manager.read(saved, trusted=False).add(1)
+    rig.manager.read(saved, read_only=False).add(1)
     with pytest.warns(RuntimeWarning, match=r"f1.0 saved.*modified in place"):
         rig.manager.move_all_out()
     rig.cupy.synchronize()
@@ -255,10 +257,10 @@ def test_verify_notices_a_write_and_a_broken_copy(make_rig):
 def test_verify_looks_at_what_is_here_when_it_is_used(rig):
     rig.settings = Settings(limit=8 * UNIT, min_bytes=1, verify=True)
     saved = rig.save(1.0)
-    rig.manager.fetch([saved], trusted=True)
-    rig.manager.read(saved, trusted=False).add(1)
+    rig.manager.fetch([saved], read_only=True)
+    rig.manager.read(saved, read_only=False).add(1)
     with pytest.warns(RuntimeWarning, match="modified in place"):
-        rig.manager.fetch([saved], trusted=True)
+        rig.manager.fetch([saved], read_only=True)
 
 
 def test_after_a_fork_the_parents_is_let_alone(make_rig, monkeypatch):
@@ -280,12 +282,12 @@ def test_settling_waits_for_both_ways(rig):
     rig.cupy.eagerness = 0
     saved = [rig.save(float(i)) for i in range(4)]
     rig.manager.move_all_out()
-    rig.manager.fetch(saved[3:], trusted=True)
+    rig.manager.fetch(saved[3:], read_only=True)
     rig.manager.prefetch(saved[3:])
     more = rig.save(9.0)
-    rig.manager._mover.begin_out(more.storage)
+    rig.manager._transfers.begin_out(more.storage)
     dead = rig.save(8.0)
-    rig.manager._mover.begin_out(dead.storage)
+    rig.manager._transfers.begin_out(dead.storage)
     del dead
     gc.collect()
     rig.manager.settle()
@@ -321,17 +323,17 @@ def test_a_full_disk_in_the_midst_of_going_out(make_rig, monkeypatch):
 def test_a_storage_may_be_dropped_in_any_state(rig, state):
     rig.cupy.eagerness = 0
     saved = rig.save(1.0)
-    mover = rig.manager._mover
+    transfers = rig.manager._transfers
     if state is not State.RESIDENT:
-        mover.begin_out(saved.storage)
+        transfers.begin_out(saved.storage)
     if state not in (State.RESIDENT, State.GOING_OUT):
-        mover.end_out(saved.storage)
+        transfers.end_out(saved.storage)
     if state in (State.OUT, State.COMING_IN):
-        mover.release(saved.storage)
+        transfers.release(saved.storage)
     if state is State.COMING_IN:
-        mover.begin_in(saved.storage)
+        transfers.begin_in(saved.storage)
     assert saved.storage.state is state
-    rig.manager.finish([saved], drop=True)
+    rig.manager.release_use([saved], drop=True)
     assert saved.storage.state is State.DROPPED
     rig.manager.settle()
     assert host_bytes(rig) == rig.pool.used_bytes() == 0
@@ -343,7 +345,7 @@ def test_what_was_dropped_with_a_copy_leaves_that_once(rig):
     copy = saved.storage.copy
     free = copy.free
     copy.free = lambda: [calls.append(1), free()]
-    rig.manager.finish([saved], drop=True)
+    rig.manager.release_use([saved], drop=True)
     assert calls == [1]
     del saved
     gc.collect()
@@ -377,7 +379,7 @@ def test_memory_is_given_up_after_all_computing_streams_have_used_it(rig):
 def test_a_failed_allocation_of_what_is_fetched_is_tried_again(rig):
     saved = [rig.save(float(i)) for i in range(3)]
     rig.manager.move_all_out()
-    rig.manager.fetch(saved[:1], trusted=True)
+    rig.manager.fetch(saved[:1], read_only=True)
     rig.cupy.fail["malloc"] = [0]
     assert values(saved[2:]) == [2]
     assert saved[0].storage.state is State.OUT

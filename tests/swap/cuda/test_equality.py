@@ -10,8 +10,8 @@ import pytest
 
 import chainer_ooc
 from chainer_ooc.testing import assert_same_bits, force_copies
-from chainer_ooc.testing.adopted_arrays import simulated_gpu
 from tests.conftest import ROOT
+from tests.doubles.adopted_arrays import simulated_gpu
 from tests.equality.function_cases import CASES
 from tests.equality.test_functions import run
 from tests.graph.test_networks import train
@@ -28,7 +28,7 @@ def forced(monkeypatch):
 
     def force(manager):
         mine = forcing._ForcingManager()
-        mine.device = mine._mover.device = manager.device
+        mine.device = mine._transfers.device = manager.device
         monkeypatch.setattr(forcing, "_manager", mine)
         return mine
 
@@ -36,11 +36,11 @@ def forced(monkeypatch):
 
 
 def check(case, seed, tmp_path, forced, host_limit):
-    from chainer_ooc import mode
+    from chainer_ooc import state
 
     stock = run(case)
     with simulated_gpu(seed, str(tmp_path), host_limit) as machine:
-        mine = forced(mode._managers["ram"])
+        mine = forced(state.process.managers["ram"])
         with force_copies() as moved:
             results = run(case)
         assert machine.calls["memcpyAsync"] >= moved.storages_in + moved.storages_out

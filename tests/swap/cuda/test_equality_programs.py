@@ -8,7 +8,7 @@ import pytest
 
 import chainer_ooc
 from chainer_ooc.testing import assert_same_bits
-from chainer_ooc.testing.adopted_arrays import simulated_gpu
+from tests.doubles.adopted_arrays import simulated_gpu
 from tests.equality import test_links
 from tests.equality.link_cases import LINKS
 from tests.equality.test_programs import *  # noqa: F403  the programs, with the fixture below

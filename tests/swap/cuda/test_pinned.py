@@ -8,9 +8,9 @@ import weakref
 
 import pytest
 
-from chainer_ooc.swap.free_blocks import FreeBlocks
-from chainer_ooc.swap.pinned import CHUNK, PinnedSlab
-from chainer_ooc.swap.pinned import _abandoned as abandoned
+from chainer_ooc.swap.tiers.free_blocks import FreeBlocks
+from chainer_ooc.swap.tiers.pinned import CHUNK, PinnedSlab
+from chainer_ooc.swap.tiers.pinned import _abandoned as abandoned
 
 MIB = 1 << 20
 

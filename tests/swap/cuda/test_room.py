@@ -30,7 +30,7 @@ def test_nothing_goes_behind_the_computation_below_the_low_mark(rig):
 def test_what_is_held_or_used_does_not_go_behind_the_computation(rig):
     saved = [rig.save(float(i)) for i in range(7)]
     held = saved[0].get()
-    rig.manager.finish([saved[1]], drop=False)
+    rig.manager.release_use([saved[1]], drop=False)
     rig.manager.make_room(0)
     assert states(saved[:3]) == [State.RESIDENT, State.RESIDENT, State.GOING_OUT]
     del held
@@ -47,7 +47,7 @@ def test_no_more_is_given_up_than_needed(rig):
     saved = [rig.save(float(i)) for i in range(6)]
     assert rig.manager.make_room(3 * UNIT)
     assert states(saved) == [State.OUT] * 2 + [State.RESIDENT] * 4
-    rig.manager.fetch(saved[:2], trusted=True)
+    rig.manager.fetch(saved[:2], read_only=True)
     assert rig.manager.make_room(3 * UNIT)  # clean ones go first
     assert rig.manager.counters.storages_out == 2
     assert states(saved) == [State.OUT] * 2 + [State.RESIDENT] * 4
@@ -56,16 +56,16 @@ def test_no_more_is_given_up_than_needed(rig):
 def test_only_so_much_that_is_clean_is_given_up(rig):
     saved = [rig.save(float(i)) for i in range(6)]
     rig.manager.move_all_out()
-    rig.manager.fetch(saved, trusted=True)
+    rig.manager.fetch(saved, read_only=True)
     assert rig.manager.make_room(2 * UNIT)
     assert states(saved) == [State.OUT] + [State.BOTH] * 5
 
 
 def test_what_is_used_and_clean_goes_first_and_what_is_used_and_not_copied_last(rig):
     saved = [rig.save(float(i)) for i in range(6)]
-    rig.manager.finish(saved[1:3], drop=False)
+    rig.manager.release_use(saved[1:3], drop=False)
     for one in saved[:2]:
-        rig.manager._mover.begin_out(one.storage)
+        rig.manager._transfers.begin_out(one.storage)
     rig.cupy.synchronize()
     assert rig.manager.make_room(2 * UNIT)
     assert states(saved[:3]) == [State.BOTH, State.OUT, State.RESIDENT]
@@ -101,13 +101,13 @@ def test_copies_under_way_are_released_before_others_are_begun(rig):
 def test_arrivals_are_released_last(rig):
     saved = [rig.save(float(i)) for i in range(6)]
     rig.manager.move_all_out()
-    rig.manager.fetch(saved[5:], trusted=True)
+    rig.manager.fetch(saved[5:], read_only=True)
     rig.manager.prefetch(saved[5:])
     assert states(saved[:5]) == [State.COMING_IN] * 5
     assert rig.manager.make_room(4 * UNIT)
     # What is needed last goes first.
     assert states(saved) == [State.OUT] * 2 + [State.COMING_IN] * 3 + [State.OUT]
-    rig.manager.fetch(saved[4:5], trusted=True)
+    rig.manager.fetch(saved[4:5], read_only=True)
     rig.manager.prefetch(saved[4:5])  # they are looked at again
     assert states(saved[:4]) == [State.COMING_IN] * 4
     assert values(saved) == [0, 1, 2, 3, 4, 5]
@@ -116,7 +116,7 @@ def test_arrivals_are_released_last(rig):
 def test_what_is_held_is_not_released(rig):
     saved = [rig.save(float(i)) for i in range(6)]
     rig.manager.move_all_out()
-    held = rig.manager.fetch(saved[:3], trusted=True)
+    held = rig.manager.fetch(saved[:3], read_only=True)
     assert not rig.manager.make_room(7 * UNIT)
     assert states(saved) == [State.BOTH] * 3 + [State.OUT] * 3
     assert rig.manager.reclaim(UNIT) == 0
@@ -128,7 +128,7 @@ def test_reclaim_waits_for_what_died_under_its_copy(rig):
     rig.cupy.eagerness = 0
     saved = [rig.save(float(i)) for i in range(4)]
     for one in saved:
-        rig.manager._mover.begin_out(one.storage)
+        rig.manager._transfers.begin_out(one.storage)
     one = None
     saved.clear()
     gc.collect()
@@ -140,11 +140,11 @@ def test_reclaim_waits_for_what_died_under_its_copy(rig):
 
 def test_reclaim_does_not_wait_where_something_else_goes(rig):
     clean, dying = rig.save(1.0), rig.save(2.0)
-    rig.manager._mover.begin_out(clean.storage)
+    rig.manager._transfers.begin_out(clean.storage)
     rig.manager.settle()
     rig.cupy.synchronize()
     rig.cupy.eagerness = 0
-    rig.manager._mover.begin_out(dying.storage)
+    rig.manager._transfers.begin_out(dying.storage)
     del dying
     gc.collect()
     before = rig.cupy.calls["synchronize"]
@@ -159,7 +159,7 @@ def test_what_is_fetched_stays_below_the_high_mark(rig):
     rig.manager.move_all_out()
     more = [rig.save(float(i)) for i in range(4)]
     held = [rig.array(0.0) for _ in range(3)]
-    (array,) = rig.manager.fetch(saved[:1], trusted=True)
+    (array,) = rig.manager.fetch(saved[:1], read_only=True)
     assert rig.pool.used_bytes() == 7 * UNIT
     assert states(more) == [State.OUT] + [State.RESIDENT] * 3
     del array, held
@@ -168,19 +168,19 @@ def test_what_is_fetched_stays_below_the_high_mark(rig):
 def test_all_that_was_used_goes_with_the_rest(rig):
     saved = [rig.save(float(i)) for i in range(3)]
     rig.manager.move_all_out()
-    rig.manager.fetch(saved, trusted=True)
-    rig.manager.finish(saved[:2], drop=False)
+    rig.manager.fetch(saved, read_only=True)
+    rig.manager.release_use(saved[:2], drop=False)
     rig.manager.move_all_out()
     assert states(saved) == [State.OUT, State.OUT, State.BOTH]
 
 
 def test_what_has_changed_its_state_meanwhile_is_passed_over(rig):
     saved = [rig.save(float(i)) for i in range(3)]
-    mover = rig.manager._mover
+    transfers = rig.manager._transfers
     seen = []
-    for storage in mover.members(State.RESIDENT):
+    for storage in transfers.members(State.RESIDENT):
         seen.append(storage)
-        mover.begin_out(saved[1].storage)
+        transfers.begin_out(saved[1].storage)
         saved[2] = None
     assert seen == [saved[0].storage]
 
@@ -197,18 +197,18 @@ def test_nothing_is_trimmed_while_there_is_room(rig, monkeypatch):
 
 
 def test_more_is_copied_at_a_time_than_may_be_under_way(rig, monkeypatch):
-    import chainer_ooc.swap.reclaimer as reclaimer
+    import chainer_ooc.swap.eviction as evictor
 
-    monkeypatch.setattr(reclaimer, "IN_FLIGHT", 2 * UNIT)
+    monkeypatch.setattr(evictor, "IN_FLIGHT", 2 * UNIT)
     saved = [rig.save(float(i)) for i in range(7)]
     most = []
-    begin_out = rig.manager._mover.begin_out
+    begin_out = rig.manager._transfers.begin_out
 
     def begin(storage):
         begin_out(storage)
-        most.append(rig.manager._mover.nbytes[State.GOING_OUT])
+        most.append(rig.manager._transfers.nbytes[State.GOING_OUT])
 
-    monkeypatch.setattr(rig.manager._mover, "begin_out", begin)
+    monkeypatch.setattr(rig.manager._transfers, "begin_out", begin)
     rig.settings = Settings(limit=2 * UNIT, min_bytes=1)
     rig.manager.make_room(0)
     assert max(most) == 3 * UNIT  # more than that many, then one is waited for
@@ -216,17 +216,17 @@ def test_more_is_copied_at_a_time_than_may_be_under_way(rig, monkeypatch):
 
 
 def test_writing_behind_keeps_few_under_way(rig, monkeypatch):
-    import chainer_ooc.swap.reclaimer as reclaimer
+    import chainer_ooc.swap.eviction as evictor
 
-    monkeypatch.setattr(reclaimer, "IN_FLIGHT", 2 * UNIT)
+    monkeypatch.setattr(evictor, "IN_FLIGHT", 2 * UNIT)
     saved = [rig.save(float(i)) for i in range(7)]
     rig.cupy.eagerness = 0
-    rig.manager._reclaimer.write_behind(5 * UNIT)
+    rig.manager._evictor.write_behind(5 * UNIT)
     assert states(saved).count(State.GOING_OUT) == 2
     rig.cupy.synchronize()
-    rig.manager._reclaimer.write_behind(5 * UNIT)
+    rig.manager._evictor.write_behind(5 * UNIT)
     assert states(saved).count(State.BOTH) == 2
     assert states(saved).count(State.GOING_OUT) == 2
     rig.cupy.synchronize()
-    rig.manager._reclaimer.write_behind(5 * UNIT)
+    rig.manager._evictor.write_behind(5 * UNIT)
     assert states(saved).count(State.GOING_OUT) == 1

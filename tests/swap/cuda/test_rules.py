@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chainer_ooc.testing.simulated_cuda import SimulatedCuda
+from tests.doubles.simulated_cuda import SimulatedCuda
 from tests.swap.cuda.rules import RULES, Bench
 
 

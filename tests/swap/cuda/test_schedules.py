@@ -36,7 +36,7 @@ steps = st.lists(
             st.tuples(st.just("use"), indexes),
             st.tuples(st.just("use some"), indexes),
             st.tuples(st.just("write"), indexes),
-            st.tuples(st.just("hold"), indexes),
+            st.tuples(st.just("set_cached_limit"), indexes),
             st.tuples(st.just("let go"), st.none()),
             st.tuples(st.just("die"), indexes),
             st.tuples(st.just("graph dies"), indexes),
@@ -64,7 +64,7 @@ OFTEN = {
     "use some": 6,
     "use": 4,
     "make room": 3,
-    **dict.fromkeys(["write", "hold", "let go", "finish", "prefetch", "temporary"], 2),
+    **dict.fromkeys(["write", "set_cached_limit", "let go", "finish", "prefetch", "temporary"], 2),
     **dict.fromkeys(["move all out", "fail", "pass by", "weigh"], 2),
     **dict.fromkeys(["die", "drop", "limit", "disk full"], 1),
     "graph dies": 0.3,
@@ -94,7 +94,7 @@ class Program:
         self.rig = rig
         self.saved = []
         self.values = []
-        self.held = []
+        self.referenced_externally = []
         self.weights = []
         self.streams = [rig.cupy.get_current_stream()]
         self.streams += [rig.cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
@@ -178,7 +178,7 @@ class Program:
             manager.move_all_out()
         elif what == "let go":
             self.order_streams()
-            self.held.clear()
+            self.referenced_externally.clear()
         elif what == "weigh":
             self.order_streams()
             for weight in self.weights:
@@ -206,17 +206,17 @@ class Program:
         elif what == "give up some":
             with manager._lock:
                 for one in group:
-                    manager._reclaimer.give_up(one.storage)
+                    manager._evictor.give_up(one.storage)
         elif what == "pass by":
-            manager._passing = weakref.WeakSet(one.storage for one in group)
+            manager._evict_after_recompute = weakref.WeakSet(one.storage for one in group)
         elif what in ("die", "graph dies"):
             self.order_streams()  # the program's own duty
             for index in chosen:
                 self.saved[index] = None
         elif what == "finish":
-            manager.finish(group, drop=False)
+            manager.release_use(group, drop=False)
         elif what == "drop":
-            manager.finish(group, drop=True)
+            manager.release_use(group, drop=True)
             for index, one in zip(chosen, group, strict=True):
                 if one.storage.dependents or not one.storage.used:
                     continue  # others are made again from it
@@ -226,15 +226,15 @@ class Program:
                         one.get()
                 self.saved[index] = None
         elif what in ("use", "use some"):
-            arrays = manager.fetch(group, trusted=True)
+            arrays = manager.fetch(group, read_only=True)
             for index, array in zip(chosen, arrays, strict=True):
                 assert set(array.get()) == {self.values[index]}
         elif what == "write":
             for index, one in zip(chosen, group, strict=True):
-                manager.read(one, trusted=False).add(1000)
+                manager.read(one, read_only=False).add(1000)
                 self.values[index] += 1000
-        elif what == "hold":
-            self.held += [one.get() for one in group]
+        elif what == "set_cached_limit":
+            self.referenced_externally += [one.get() for one in group]
 
     def derive(self, index, needed):
         """Save the sum of what was saved and of a weight, and how it is made again."""
@@ -249,10 +249,10 @@ class Program:
 
         array = rig.array(value, size)
         saved = manager.save(array, "sum")
-        manager.expect([saved])
+        manager.add_use([saved])
         self.saved.append(saved)
         self.values.append(value)
-        looks = manager.look_at(saved), (manager.look_at(needed),)
+        looks = manager.fingerprint(saved), (manager.fingerprint(needed),)
         if looks[1][0] is not None:
             costly = bool(len(self.weights) % 2)
             recipe = Recipe(
@@ -272,7 +272,7 @@ class Program:
             saved = self.saved[index]
             if saved is not None:
                 assert set(saved.get().get()) == {self.values[index]}
-        self.held.clear()
+        self.referenced_externally.clear()
         self.weights.clear()
         self.saved.clear()
         del saved
@@ -289,11 +289,11 @@ def check_nothing_is_left(rig):
     """All has died: nothing is in use anywhere."""
     rig.manager.settle()
     rig.cupy.synchronize()
-    mover = rig.manager._mover
+    transfers = rig.manager._transfers
     assert rig.manager.storages() == []
-    assert not mover._by_owner
-    assert not mover._graves
-    assert set(mover.nbytes.values()) == {0}
+    assert not transfers._by_owner
+    assert not transfers._deferred_frees
+    assert set(transfers.nbytes.values()) == {0}
     assert rig.device.disk.file.allocated == 0
     if (block := rig.device.host.allocate(1)) is not None:  # and take back what was retired
         block.free()
@@ -378,13 +378,13 @@ def work(rig, seed, steps, per_thread):
             value = float(1000 * seed + number)
             saved.append((rig.save(value, rng.choice([4 * KIB, 64 * KIB, 256 * KIB])), value))
             for one, expected in rng.sample(saved, min(len(saved), 2)):
-                (array,) = rig.manager.fetch([one], trusted=True)
+                (array,) = rig.manager.fetch([one], read_only=True)
                 assert set(array.get()) == {expected}
                 del array
             rig.manager.prefetch([rng.choice(saved)[0]])
             if len(saved) > 12:
                 one, _ = saved.pop(rng.randrange(len(saved)))
-                rig.manager.finish([one], drop=rng.random() < 0.5)
+                rig.manager.release_use([one], drop=rng.random() < 0.5)
                 del one
         rig.cupy.get_current_stream().synchronize()
 

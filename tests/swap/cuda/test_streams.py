@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from chainer_ooc.swap.devices import cuda_streams
-from chainer_ooc.swap.devices.cuda import CudaDevice
+from chainer_ooc.swap.devices.cuda import streams
+from chainer_ooc.swap.devices.cuda.device import CudaDevice
 from chainer_ooc.swap.storage import Layout
-from chainer_ooc.testing.simulated_cuda import CUDARuntimeError, SimulatedCuda
+from tests.doubles.simulated_cuda import CUDARuntimeError, SimulatedCuda
 from tests.swap.cuda.conftest import UNIT
 
 
@@ -257,7 +257,7 @@ def clock(monkeypatch):
     """The host's clock: its ``now`` is what it says (seconds)."""
     clock = types.SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
-    monkeypatch.setattr(cuda_streams, "time", clock)
+    monkeypatch.setattr(streams, "time", clock)
     return clock
 
 

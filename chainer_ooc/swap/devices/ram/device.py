@@ -13,13 +13,14 @@ import psutil
 import xxhash
 
 from chainer_ooc import wording
-from chainer_ooc.swap import native, process_memory
-from chainer_ooc.swap.devices.base import Location, checksum_of_array
-from chainer_ooc.swap.devices.copy_threads import CopyThreads
-from chainer_ooc.swap.devices.file_copies import FileCopy, FileTransfer
-from chainer_ooc.swap.disk import ALIGNMENT, SwapFile
-from chainer_ooc.swap.observing import Span
-from chainer_ooc.swap.ranks import ranks_of_this_node
+from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.protocol import Location, checksum_of_array
+from chainer_ooc.swap.devices.ram.copy_threads import CopyThreads
+from chainer_ooc.swap.devices.ram.file_copies import FileCopy, FileTransfer
+from chainer_ooc.swap.events import Span
+from chainer_ooc.swap.system import memory
+from chainer_ooc.swap.system.ranks import ranks_of_this_node
+from chainer_ooc.swap.tiers.swap_file import ALIGNMENT, SwapFile
 
 if TYPE_CHECKING:
     from chainer_ooc.swap.storage import Layout
@@ -33,7 +34,7 @@ THREADS = 4
 RETURNED = 4 << 20
 
 
-class _Patience:
+class _Backoff:
     """How many attempts to skip: after each that was in vain twice as many, up to 31."""
 
     def __init__(self) -> None:
@@ -73,14 +74,14 @@ class RamDevice:
     def __init__(self, directory: str) -> None:
         self.file = SwapFile(directory)
         self.pages: Any = None
-        self._resident = process_memory.ResidentMemory()
+        self._resident = memory.ResidentMemory()
         self._threads: CopyThreads | None = None
         self._lock = threading.Lock()
         self._memory_is_short = False
         self._cached_limit = 0
         # Copies in, and how many bytes of what they fill the system does not count before.
         self._arriving: dict[int, tuple[FileTransfer, int]] = {}
-        self._ordinary, self._desperate = _Patience(), _Patience()
+        self._ordinary, self._desperate = _Backoff(), _Backoff()
 
     def locate(self, array: Any) -> Location | None:
         """Return where a plain NumPy array lies; ``None`` if its memory is not NumPy's or not dense."""
@@ -113,10 +114,10 @@ class RamDevice:
         return self._start(copy, copy.write(memory))
 
     def copy_in(
-        self, copy: FileCopy, nbytes: int, phase: int
+        self, copy: FileCopy, nbytes: int, page_offset: int
     ) -> tuple[np.ndarray, int, FileTransfer]:
         """Allocate memory at the same place in a page and begin to read a storage into it."""
-        owner, origin = _empty(nbytes, phase)
+        owner, origin = _empty(nbytes, page_offset)
         address = _address(owner)
         pooled = self.pages is not None and address in self.pages
         untouched = self.pages.untouched_bytes(address) if pooled else nbytes
@@ -128,22 +129,22 @@ class RamDevice:
             self._arriving_bytes()  # forgets those that have ended
         return owner, origin, transfer
 
-    def adopt(
-        self, array: np.ndarray, layout: Layout, nbytes: int, phase: int
+    def take_buffer(
+        self, array: np.ndarray, layout: Layout, nbytes: int, page_offset: int
     ) -> tuple[np.ndarray, int]:
         """Return the owner and the origin of a storage that ``array`` fills, at the same place in a page."""
         location = self.locate(array)
         if location is not None and array.strides == layout.strides:
             whole = location.nbytes == nbytes and not location.offset
-            if whole and (location.address - phase) % ALIGNMENT == 0:
+            if whole and (location.address - page_offset) % ALIGNMENT == 0:
                 return location.owner, 0
-        return self.duplicate(array, layout, nbytes, phase)
+        return self.duplicate(array, layout, nbytes, page_offset)
 
     def duplicate(
-        self, array: np.ndarray, layout: Layout, nbytes: int, phase: int
+        self, array: np.ndarray, layout: Layout, nbytes: int, page_offset: int
     ) -> tuple[np.ndarray, int]:
         """Return the owner and the origin of a new storage that has the elements of ``array``."""
-        owner, origin = _empty(nbytes, phase)
+        owner, origin = _empty(nbytes, page_offset)
         self.view(owner, origin, layout._replace(writeable=True))[...] = array
         return owner, origin
 
@@ -162,7 +163,7 @@ class RamDevice:
         """Return the resident memory (bytes), and that of copies in under way, but for free pages.
 
         Those wait for the next allocation, and are given back to the system as far as they are too many: see
-        :meth:`hold`.
+        :meth:`set_cached_limit`.
         """
         arriving = self._arriving_bytes() if self._arriving else 0
         if self.pages is None:
@@ -181,7 +182,7 @@ class RamDevice:
             self.pages.set_arriving_bytes(total)
         return total
 
-    def hold(self, nbytes: int) -> None:
+    def set_cached_limit(self, nbytes: int) -> None:
         """Keep free pages for the next allocation as long as resident memory is below ``nbytes``."""
         if nbytes != self._cached_limit:
             self._cached_limit = nbytes
@@ -202,11 +203,11 @@ class RamDevice:
 
     def capacity(self) -> int:
         """Return what this process has and what is available to it, less a reserve of 5 % (bytes)."""
-        return process_memory.attainable_bytes(0.05, ranks_of_this_node())
+        return memory.attainable_bytes(0.05, ranks_of_this_node())
 
     def total_bytes(self) -> int:
         """Return this process's share of the memory there is (bytes)."""
-        return process_memory.physical_bytes() // ranks_of_this_node()
+        return memory.physical_bytes() // ranks_of_this_node()
 
     def mark(self) -> float:
         """Return the time."""
@@ -229,18 +230,18 @@ class RamDevice:
         if not self._memory_is_short:
             # Only now: what is given back at once must be taken again at once, which costs time.
             self._memory_is_short = True
-            if process_memory.ucx_keeps_freed_memory():
+            if memory.ucx_keeps_freed_memory():
                 wording.warn(
                     "MPI's transport UCX keeps freed memory from going back to the system: memory will grow past "
                     "the limit; set UCX_MEM_EVENTS=no in the environment before MPI is loaded",
                     stacklevel=2,
                 )
-            process_memory.keep_less_freed_memory(RETURNED)
+            memory.keep_less_freed_memory(RETURNED)
         patience = self._desperate if desperate else self._ordinary
         if patience.skips:
             return
         before = self.used_bytes()
-        process_memory.trim()
+        memory.trim()
         if before - self.used_bytes() >= RETURNED // 4:
             self._ordinary.reset()
             self._desperate.reset()
@@ -263,7 +264,7 @@ class RamDevice:
             threads, self._threads = self._threads, None
         if threads:
             threads.close()
-        self.hold(0)
+        self.set_cached_limit(0)
         self.file.close()
 
     def _start(self, copy: FileCopy, jobs: list[Callable[[], Span]]) -> FileTransfer:
@@ -288,14 +289,14 @@ def _pool_of_process() -> Any:
         return None
 
 
-def _empty(nbytes: int, phase: int) -> tuple[np.ndarray, int]:
-    """Return memory, and where in it begins what has the address ``phase`` modulo the page size."""
+def _empty(nbytes: int, page_offset: int) -> tuple[np.ndarray, int]:
+    """Return memory, and where in it begins what has the address ``page_offset`` modulo the page size."""
     owner = np.empty(nbytes, np.uint8)
-    if (_address(owner) - phase) % ALIGNMENT == 0:
+    if (_address(owner) - page_offset) % ALIGNMENT == 0:
         return owner, 0
     del owner
     owner = np.empty(nbytes + ALIGNMENT, np.uint8)
-    return owner, (phase - _address(owner)) % ALIGNMENT
+    return owner, (page_offset - _address(owner)) % ALIGNMENT
 
 
 def _is_dense(owner: np.ndarray) -> bool:

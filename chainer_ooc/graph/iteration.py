@@ -1,0 +1,405 @@
+"""IterationTracker: an iteration is recorded while it runs, planned, and from then on the engine moves as planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from chainer_ooc.graph.recompute import STEP
+from chainer_ooc.planning.plan_cache import PlanCache
+from chainer_ooc.planning.profile import Profile, describe_input, signature_of
+from chainer_ooc.planning.recorder import Recorder
+from chainer_ooc.planning.search import make_plan
+from chainer_ooc.planning.steps import BACKWARD, FORWARD, OTHER, key_of
+from chainer_ooc.planning.system import System, Tier
+from chainer_ooc.settings import Settings
+from chainer_ooc.swap import native
+from chainer_ooc.swap.executor import PlanExecutor
+from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.storage import PackedArray, Storage
+
+__all__ = ["IterationTracker", "tracker_of"]
+
+#: What a link is taken to carry until something was copied over it (bytes per second).
+ASSUMED_BANDWIDTH = 1e9
+#: After so many iterations that were known, the next are not recorded any more.
+WARY = 4
+#: The keys of so many functions are kept in mind.
+_MOST_TEXTS = 1 << 14
+#: What runs after backward: the update, the next batch.
+BETWEEN = "between iterations"
+
+
+@dataclasses.dataclass
+class MeasuredTimes:
+    """What an iteration that followed a plan did: what :class:`~chainer_ooc.planning.prefetch_tuner.PrefetchTuner` reads."""
+
+    seconds: float = 0.0
+    waits: dict[int, float] = dataclasses.field(default_factory=dict)
+    slack: dict[int, float] = dataclasses.field(default_factory=dict)
+    starts: list[float] = dataclasses.field(default_factory=list)
+
+
+class IterationTracker:
+    """The iterations of one device.
+
+    An iteration begins with the first function that runs forward after backward has run, and ends where the next one
+    begins. One that is not known yet is recorded, and planned when the next one begins. A function that is
+    not the one that the plan expects ends the plan: the rest of the iteration is served on demand.
+
+    Its methods are called where functions run, outside of other functions, in the thread that trains; functions of
+    other threads make an iteration one that nobody knows.
+
+    Args:
+        manager: The device's.
+
+    Attributes:
+        plan_cache: The plans of its graphs.
+    """
+
+    def __init__(self, manager: SwapManager) -> None:
+        self.manager = manager
+        self.plan_cache = PlanCache()
+        self._counters = manager.counters
+        self._lock = native.EngineLock()
+        self._thread = 0
+        self._iteration = self._number = -1  # no function of an iteration has run yet
+        # Whether backward has run: the next function that runs forward begins an iteration.
+        self._backward = False
+        self._to_record = WARY  # iterations, at most
+        self._keys: list[str] = []
+        self._clocks: list[float] = []
+        # Where each step began and ended in the order of computation; ``None`` while nobody asks.
+        self._marks: list[Any] | None = None
+        self._asked: Any = None
+        self._arrivals: dict[int, tuple[Any, Any]] = {}
+        # By number: the order of saving in an iteration in which all is saved.
+        self._storages: dict[int, weakref.ref[Storage]] = {}
+        self._numbers: dict[int, int] = {}  # of the storages, by their sequence
+        self._saved: dict[int, tuple[int, ...]] = {}  # what each step has saved, by number
+        self._leaves = False  # what the plan leaves in memory is not saved
+        self._left: list[weakref.ref[Any]] = []  # the functions of which nothing was
+        # Keys of functions, and what describes their inputs, by label, dtypes, shapes and makers.
+        self._texts: dict[Any, tuple[str, tuple[str, ...]]] = {}
+        self._recorder: Recorder | None = None
+        self._held: list[tuple[weakref.ref[Storage], int]] = []
+        self._executor: PlanExecutor | None = None
+        self._start = self._ended_clock = 0.0
+        self._ended_used = self._peak = 0
+
+    def forward(self, func: Any, inputs: Iterable[Any], settings: Settings) -> None:
+        """Tell that a function is about to run forward."""
+        with self._lock:
+            if not self._is_mine():
+                return
+            key, described = self._describe(func, inputs)
+            if self._backward or self._is_over(key):
+                self._begin(settings)
+            elif self._number < 0:
+                return
+            self._step(key, func._impl_name, FORWARD, described)
+            func.__dict__[STEP] = self._iteration, self._number
+
+    def moves(self, func: Any) -> bool:
+        """Tell whether the plan moves anything that a function keeps that has run forward just now.
+
+        What it leaves in memory need not be saved, but when memory gets short all the same, or the plan is left.
+        """
+        with self._lock:
+            if self._executor is None or func.__dict__.get(STEP) != (self._iteration, self._number):
+                return False
+            if not self._executor.moved.isdisjoint(self._saved.get(self._number, ())):
+                return True
+            self._left.append(weakref.ref(func))
+            return False
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether only what a plan moves is saved now."""
+        return self._leaves and self._executor is not None
+
+    def saved(self, func: Any, group: Iterable[PackedArray]) -> None:
+        """Tell what a function has saved that has run forward just now."""
+        with self._lock:
+            step = func.__dict__.get(STEP)
+            if step is None or step != (self._iteration, self._number):
+                return
+            group = [saved for saved in group if saved.storage.manager is self.manager]
+            if self._leaves:
+                numbers = self._saved.get(self._number, ())
+                if len(numbers) == len(group):
+                    for number, saved in zip(numbers, group, strict=True):
+                        self._take(saved.storage, number)
+                return
+            makers = {}
+            if self._recorder is not None:
+                makers = {
+                    id(node.__dict__.get("_data")): node._creator_node
+                    for node in func.inputs or ()
+                    if node is not None
+                }
+            found = []
+            for saved in group:
+                storage = saved.storage
+                number = self._numbers.get(storage.sequence, -1)
+                if number < 0:
+                    number = len(self._storages)
+                    self._take(storage, number)
+                    if self._recorder is not None:
+                        maker = self._step_of(makers.get(id(saved)))
+                        self._recorder.made(storage.nbytes, maker)
+                        self._held.append((self._storages[number], number))
+                found.append(number)
+            self._saved[self._number] = tuple(found)
+            if self._recorder is not None:
+                self._recorder.saved(found)
+                for saved in group:
+                    self._note_recipe(saved.storage)
+
+    def _take(self, storage: Storage, number: int) -> None:
+        self._numbers[storage.sequence] = number
+        self._storages[number] = weakref.ref(storage)
+
+    def _note_recipe(self, storage: Storage) -> None:
+        """Note how a storage can be made again, if that is from storages of this iteration, by its functions."""
+        recipe, number = storage.recipe, self._numbers.get(storage.sequence)
+        if recipe is None or number is None or self._recorder is None:
+            return
+        reads = [self._numbers.get(one.sequence) for one in recipe.storages()]
+        steps = [step[1] for step in recipe.functions if step and step[0] == self._iteration]
+        if None not in reads and len(steps) == len(recipe.functions):
+            known = [read for read in reads if read is not None]
+            self._recorder.can_remake(number, known, steps)
+
+    def backward(self, func: Any) -> None:
+        """Tell that a function is about to run backward."""
+        with self._lock:
+            if not self._is_mine():
+                return
+            self._backward = True
+            if self._number < 0:  # it began before anybody looked
+                return
+            label = func._impl_name
+            self._step(key_of(BACKWARD, label, ()), label, BACKWARD, (), self._step_of(func))
+
+    def fetched(self, group: Iterable[PackedArray]) -> None:
+        """Tell that what a function needs in backward is there."""
+        if self._marks is None:  # nobody asks how long anything took
+            return
+        with self._lock:
+            if not self._is_mine():
+                return
+            if self._executor is not None:
+                for saved in group:
+                    storage = saved.storage
+                    number = self._numbers.get(storage.sequence)
+                    if number is not None and storage.arrival is not None:
+                        self._arrivals.setdefault(number, (self._asked, storage.arrival))
+            if self._marks:
+                self._marks[-1] = self.manager.device.mark()  # what it waited for does not count
+
+    def ran(self, peak: int) -> None:
+        """Tell that a function has run.
+
+        Args:
+            peak: The highest :meth:`~chainer_ooc.swap.manager.SwapManager.usage_without_offload` meanwhile (bytes).
+        """
+        with self._lock:
+            if not self._is_mine():
+                return
+            self._peak = max(self._peak, self.manager.budget.last_used)
+            if self._marks is None:
+                return
+            self._ended_clock = self._clock()
+            if len(self._marks) % 2:
+                self._marks.append(self.manager.device.mark())
+            if self._recorder is not None:
+                used = self.manager.usage_without_offload(self.manager.budget.used_bytes())
+                self._recorder.end(max(peak, used))
+                self._ended_used = used
+
+    def _is_mine(self) -> bool:
+        thread = threading.get_ident()
+        if not self._thread:
+            self._thread = thread
+        if thread == self._thread:
+            return True
+        self._leave_the_plan()
+        self._recorder, self._backward, self._number, self._thread = None, False, -1, thread
+        return False
+
+    def _is_over(self, key: str) -> bool:
+        """Tell whether a function begins an iteration though backward has not run: predictions with a graph."""
+        if not self._keys or key != self._keys[0]:
+            return False
+        return not any(reference() for reference in (*self._storages.values(), *self._left))
+
+    def _begin(self, settings: Settings) -> None:
+        """End the iteration that ran, and begin the next."""
+        now = time.perf_counter()
+        if self._number >= 0 and self._backward:
+            self._end(now - self._start, settings)
+        self._iteration += 1
+        self._number = -1
+        self._backward = False
+        self._start, self._peak = time.perf_counter(), 0
+        self._keys, self._clocks, self._held = [], [], []
+        self._storages, self._numbers = {}, {}
+        self._saved, self._left = {}, []
+        self._arrivals = {}
+        self._marks = [] if self.plan_cache.is_settling or self._to_record else None
+        self._executor = None
+        self.plan_cache.begin()
+        self._recorder = Recorder() if self._to_record else None
+        # Copies are dropped after their last use only of what is saved; what can be made again is looked at at once.
+        in_full = settings.single_backward or settings.recompute or settings.verify
+        self._leaves = not (in_full or self._to_record)
+
+    def _end(self, seconds: float, settings: Settings) -> None:
+        """End an iteration: its plan is corrected, or it gets one."""
+        self.plan_cache.advance(key_of(OTHER, BETWEEN, ()))
+        step_seconds, measured = self._times(seconds)
+        system = self._system(settings)
+        known = self.plan_cache.finish(measured, self._peak, step_seconds, system)
+        if known is not None:
+            self._to_record = max(self._to_record - 1, 0)
+            if not self._leaves:
+                self.plan_cache.entries[known].saved = self._saved
+            return
+        signature = signature_of(key for key in self._keys if key.startswith(FORWARD))
+        entry = self.plan_cache.entries.get(signature)
+        self._to_record = 0 if entry is not None and entry.disabled else WARY
+        if self._recorder is not None and self.plan_cache.wants(signature):
+            profile = self._profile(self._recorder, step_seconds)
+            if profile.saved:
+                self.plan_cache.add(profile, make_plan(profile, system), seconds)
+                self.plan_cache.entries[signature].saved = self._saved
+
+    def _times(self, seconds: float) -> tuple[list[float], MeasuredTimes | None]:
+        """Return how long each step took by itself, and when what came in was there."""
+        device, marks = self.manager.device, self._marks
+        if not marks or len(marks) != 2 * len(self._keys):
+            return [], None
+        starts, ends = marks[::2], marks[1::2]
+        pairs = list(zip(starts, ends, strict=True))
+        if device.runs_behind:  # the host's clock says nothing
+            own = [device.seconds(start, end) for start, end in pairs]
+            own.append(max(device.seconds(ends[-1], device.mark()), 0.0))
+        else:
+            clocks = [*self._clocks, self._ended_clock, self._clock()]
+            # Other threads may wait meanwhile.
+            own = [max(b - a, 0.0) for a, b in itertools.pairwise(clocks)]
+        measured = MeasuredTimes(seconds)
+        measured.starts = [device.seconds(starts[0], start) for start in (*starts, ends[-1])]
+        for number, (asked, arrival) in self._arrivals.items():
+            late = device.seconds(asked, arrival)
+            measured.waits[number], measured.slack[number] = max(late, 0.0), max(-late, 0.0)
+        return own, measured
+
+    def _profile(self, recorder: Recorder, step_seconds: list[float]) -> Profile:
+        used = self.manager.usage_without_offload(self.manager.budget.used_bytes())
+        recorder.begin(BETWEEN, OTHER, self._ended_clock, max(used, self._ended_used))
+        known = len(step_seconds) == recorder.step + 1
+        seconds = step_seconds if known else recorder.seconds(self._clock())
+        return recorder.profile("recorded", self.manager.device.name, seconds)
+
+    def _system(self, settings: Settings) -> System:
+        out, back = self.manager.bandwidths(ASSUMED_BANDWIDTH)
+        tiers = tuple(
+            Tier(name, out, back, capacity=capacity, one_queue=shared)
+            for name, capacity, shared in self.manager.device.tiers()
+        )
+        return System(self.manager.limit, tiers, settings.single_backward)
+
+    def _step(
+        self, key: str, label: str, phase: str, inputs: tuple[str, ...], function: int = -1
+    ) -> None:
+        """Begin a step: record it, and make the moves of the plan that are due."""
+        self._keys.append(key)
+        self._number += 1
+        if self._marks is not None:
+            self._clocks.append(self._clock())
+        found = self.plan_cache.advance(key)
+        if found is None:
+            if self._executor is not None or self.manager.follows_plan:
+                self._leave_the_plan()
+        else:
+            plan, number = found
+            executor = self._executor
+            if executor is None or executor.plan is not plan:
+                executor = self._executor = PlanExecutor(plan, self._find)
+                if self._leaves:
+                    self._saved = self.plan_cache.entries[plan.signature].saved
+                self.manager.run_plan(executor, number)
+            elif not executor.is_idle(number):
+                self.manager.run_plan(executor, number)
+        if self._recorder is not None:
+            used = self.manager.usage_without_offload(self.manager.budget.used_bytes())
+            clock = self._clock()
+            self._recorder.begin(label, phase, clock, used, inputs=inputs, function=function)
+            self._note_freed()
+        if self._marks is not None:
+            self._asked = self.manager.device.mark()
+            self._marks.append(self._asked)
+
+    def _leave_the_plan(self) -> None:
+        self._executor = None
+        self.manager.run_plan(None)
+
+    def _note_freed(self) -> None:
+        """Note what only the graph refers to from this step on."""
+        held = []
+        for reference, number in self._held:
+            storage = reference()
+            if storage is not None and storage.owner is not None and storage.referenced_externally:
+                held.append((reference, number))
+            else:
+                assert self._recorder is not None
+                self._recorder.freed(number)
+        self._held = held
+
+    def _clock(self) -> float:
+        """Return the time without waits (seconds): what is recorded is how long things take."""
+        return time.perf_counter() - self._counters.lost_seconds
+
+    def _find(self, number: int) -> Storage | None:
+        reference = self._storages.get(number)
+        return None if reference is None else reference()
+
+    def _describe(self, func: Any, inputs: Iterable[Any]) -> tuple[str, tuple[str, ...]]:
+        """Return the key of a function that runs forward, and what describes its inputs."""
+        label = func._impl_name
+        try:
+            facts = tuple(self._facts(x) for x in inputs if x is not None)
+            known = (label, facts)
+            if known not in self._texts:
+                if len(self._texts) >= _MOST_TEXTS:
+                    self._texts.clear()
+                described = tuple(describe_input(*one) for one in facts)
+                self._texts[known] = key_of(FORWARD, label, described), described
+            return self._texts[known]
+        except Exception:  # what is no array gets Chainer's own error
+            return label, ()
+
+    def _facts(self, x: Any) -> tuple[Any, Any, int]:
+        node = getattr(x, "_node", None)  # node and raw_array are properties, a call for each
+        array, maker = (x, None) if node is None else (x._data[0], node._creator_node)
+        return getattr(array, "dtype", None), getattr(array, "shape", ()), self._step_of(maker)
+
+    def _step_of(self, func: Any) -> int:
+        step = None if func is None else func.__dict__.get(STEP)
+        return step[1] if step is not None and step[0] == self._iteration else -1
+
+
+def tracker_of(manager: SwapManager) -> IterationTracker:
+    """Return what follows the iterations of a device."""
+    found: IterationTracker = manager.__dict__.setdefault("tracker", None) or IterationTracker(
+        manager
+    )
+    manager.__dict__["tracker"] = found
+    return found

@@ -1,0 +1,1 @@
+"""Run a function in pieces that fit into memory, with the bits of the whole."""

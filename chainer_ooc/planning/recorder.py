@@ -1,0 +1,202 @@
+"""Recorder: makes the profile of an iteration from what it is told while the iteration runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from chainer_ooc.planning.profile import BACKWARD, Profile, Rerun, SavedTensor, Step
+
+__all__ = ["Recorder"]
+
+
+@dataclasses.dataclass
+class _Step:
+    label: str
+    phase: str
+    inputs: tuple[str, ...]
+    function: int
+    time: float
+    used_bytes: int
+    absent_bytes: int
+    peak_bytes: int = 0
+    saved: tuple[int, ...] = ()
+    rerun: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    by: tuple[int, ...] = ()  # the steps that run again for that, if not this one alone
+
+
+@dataclasses.dataclass
+class _Storage:
+    nbytes: int
+    producer: int
+    label: str
+    free_from: int | None = None
+
+
+class Recorder:
+    """Takes notes of one iteration. It knows no arrays: storages are numbers that :meth:`made` gives.
+
+    Args:
+        min_bytes: Storages below this size (bytes) are left where they are: they are not counted as saved.
+    """
+
+    def __init__(self, min_bytes: int = 0) -> None:
+        self.min_bytes = min_bytes
+        self._steps: list[_Step] = []
+        self._storages: list[_Storage] = []
+
+    @property
+    def step(self) -> int:
+        """The step that runs or ran last (index), -1 before the first."""
+        return len(self._steps) - 1
+
+    def begin(
+        self,
+        label: str,
+        phase: str,
+        time: float,
+        used_bytes: int,
+        absent_bytes: int = 0,
+        inputs: tuple[str, ...] = (),
+        function: int = -1,
+    ) -> int:
+        """Begin a step, which ends the time of the one before. Returns its index.
+
+        Args:
+            label: The function's name.
+            phase: ``FORWARD``, ``BACKWARD`` or ``OTHER``.
+            time: Now (seconds), by any clock.
+            used_bytes: The memory in use now.
+            absent_bytes: The size of the saved storages that were made and are not in memory now.
+            inputs: As :func:`~chainer_ooc.planning.profile.describe_input` gives them.
+            function: For backward, the index of the function's forward step.
+        """
+        self._steps.append(_Step(label, phase, inputs, function, time, used_bytes, absent_bytes))
+        return self.step
+
+    def end(self, peak_bytes: int) -> None:
+        """Note the highest memory while the step ran (bytes)."""
+        self._steps[-1].peak_bytes = peak_bytes
+
+    def made(self, nbytes: int, producer: int = -1) -> int:
+        """Note that a storage was made. Returns its index.
+
+        Args:
+            nbytes: Its size.
+            producer: The step that made it (index), -1 for the one that runs.
+        """
+        step = self.step if producer < 0 else producer
+        self._storages.append(_Storage(nbytes, step, self._steps[step].label))
+        return len(self._storages) - 1
+
+    def producer(self, storage: int) -> int:
+        """Return the step that made a storage."""
+        return self._storages[storage].producer
+
+    def saved(self, storages: Sequence[int]) -> None:
+        """Note what the running step keeps for backward."""
+        self._steps[-1].saved = tuple(sorted(set(storages)))
+
+    def can_rerun(self, reads: Sequence[int], writes: Sequence[int]) -> None:
+        """Note that the running step can be run again bit for bit, and what it reads and makes then."""
+        self._steps[-1].rerun = tuple(sorted(set(reads))), tuple(sorted(set(writes)))
+
+    def can_remake(self, storage: int, reads: Sequence[int], steps: Sequence[int]) -> None:
+        """Note that a storage can be made again from others by running steps again.
+
+        Args:
+            storage: What is made.
+            reads: The storages that are needed.
+            steps: The steps that run. Meanwhile they take what they took together, but for the storage.
+        """
+        maker = self._steps[self.producer(storage)]
+        if maker.rerun is None:
+            maker.rerun, maker.by = (tuple(sorted(set(reads))), (storage,)), tuple(steps)
+        elif maker.by == tuple(steps):  # another result of the same
+            known, writes = maker.rerun
+            maker.rerun = tuple(sorted({*known, *reads})), tuple(sorted({*writes, storage}))
+
+    def freed(self, storage: int) -> None:
+        """Note that from the step on that runs next, or runs, nothing but the graph refers to a storage."""
+        self._storages[storage].free_from = max(self.step, self.producer(storage) + 1)
+
+    def seconds(self, time: float) -> list[float]:
+        """Return the time of each step; the last ends at ``time``. A clock that goes back tells of none."""
+        starts = [step.time for step in self._steps]
+        return [max(b - a, 0.0) for a, b in zip(starts, [*starts[1:], time], strict=True)]
+
+    def profile(self, name: str, device: str, seconds: Sequence[float]) -> Profile:
+        """Return the profile.
+
+        Args:
+            name: What was trained.
+            device: Where.
+            seconds: The time of each step, as :meth:`seconds` gives it or the least of several iterations.
+        """
+        count = len(self._steps)
+        uses: list[list[int]] = [[] for _ in self._storages]
+        for number, step in enumerate(self._steps):
+            if step.phase == BACKWARD and step.function >= 0:
+                for i in self._steps[step.function].saved:
+                    if self._storages[i].nbytes >= self.min_bytes:
+                        uses[i].append(number)
+        storages = tuple(
+            SavedTensor(
+                s.nbytes,
+                s.producer,
+                count if s.free_from is None else s.free_from,
+                tuple(used),
+                s.label,
+            )
+            for s, used in zip(self._storages, uses, strict=True)
+        )
+        made = [0] * count
+        for storage in storages:
+            if storage.uses:
+                made[storage.producer] += storage.nbytes
+        beside = []
+        saved = 0
+        for step, nbytes in zip(self._steps, made, strict=True):
+            beside.append(step.used_bytes + step.absent_bytes - saved)
+            saved += nbytes
+        fixed = max(0, min(beside, default=0))
+        steps = tuple(
+            self._step(number, storages, made[number], max(0, beside[number] - fixed), seconds)
+            for number in range(count)
+        )
+        return Profile(name, device, False, fixed, steps, storages)
+
+    def _step(
+        self,
+        number: int,
+        storages: Sequence[SavedTensor],
+        made: int,
+        held: int,
+        seconds: Sequence[float],
+    ) -> Step:
+        step = self._steps[number]
+        workspace = max(0, step.peak_bytes - step.used_bytes - made)
+        rerun = None
+        if step.rerun and step.rerun[1]:
+            reads, writes = step.rerun
+            spent = sum(seconds[n] for n in step.by or (number,))
+            taken = apart = 0
+            if step.by:
+                again = [self._steps[n] for n in step.by]
+                taken = sum(max(0, one.peak_bytes - one.used_bytes) for one in again)
+                apart = sum(storages[i].nbytes for i in writes)
+            else:
+                # What nobody saved is part of the step's workspace; a re-run counts it by itself.
+                taken = workspace
+                apart = sum(storages[i].nbytes for i in {*reads, *writes} if not storages[i].uses)
+            rerun = Rerun(spent, max(0, taken - apart), reads, writes)
+        return Step(
+            step.label,
+            step.phase,
+            seconds[number],
+            workspace,
+            held,
+            step.inputs,
+            step.function,
+            rerun,
+        )

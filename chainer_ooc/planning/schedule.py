@@ -1,0 +1,179 @@
+"""From a choice of what to drop to a plan: what must be swapped then, and when everything comes and goes."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Collection
+
+import numpy as np
+
+from chainer_ooc.planning.plan import Choice, Plan
+from chainer_ooc.planning.profile import Profile
+from chainer_ooc.planning.rerun import can_be_made_again
+from chainer_ooc.planning.residency import Eviction, Needs, Residency, needs_of
+from chainer_ooc.planning.system import System
+
+__all__ = ["ScheduleBuilder"]
+
+#: How often a layout that does not fit is repaired.
+_REPAIRS = 24
+
+
+class ScheduleBuilder:
+    """Makes plans of one profile on one system, without a clock.
+
+    Args:
+        profile: The iteration.
+        system: The limit.
+    """
+
+    def __init__(self, profile: Profile, system: System) -> None:
+        self.profile = profile
+        self.system = system
+        pairs = zip(profile.workspace, profile.made_bytes, strict=True)
+        self._need_bytes = tuple(workspace + made for workspace, made in pairs)
+        # What is dropped must be free, and what it is made again from, too: nobody may write to that.
+        self._drop_from = {i: self._free_from(i) for i in can_be_made_again(profile)}
+        # Backward needs the oldest last: they have most time to go and to come.
+        self.by_age = sorted(
+            profile.saved,
+            key=lambda i: (-profile.storages[i].uses[0], profile.storages[i].producer),
+        )
+
+    def plan(self, dropped: Collection[int], kept: Collection[int], headroom: int) -> Plan:
+        """Lay out one choice.
+
+        Args:
+            dropped: What is made again, as far as that fits.
+            kept: What is not swapped whatever happens.
+            headroom: What is left free at each step (bytes), so that copies may come in early.
+        """
+        profile, system = self.profile, self.system
+        gone = {i for i in dropped if self._drop_from[i] < profile.storages[i].uses[0]}
+        self._keep_what_is_made_from_nothing(gone)
+        evicted: set[Eviction] = set()
+        for _ in range(_REPAIRS):
+            needs = needs_of(profile, system, gone, evicted)
+            memory = Residency(profile, system, needs)
+            for i in gone:
+                memory.leave[i] = self._drop_from[i]
+                memory.remove(i)
+            for i, after in evicted:
+                if after in needs.steps[i]:
+                    memory.remove_after(i, after)
+            movable = [i for i in self.by_age if i not in gone and i not in kept]
+            swapped = memory.cover(movable, headroom)
+            if not self._repair(memory, needs, gone, set(swapped), evicted):
+                break
+        return self._plan_of(memory, needs, gone, swapped, evicted)
+
+    def _keep_what_is_made_from_nothing(self, gone: set[int]) -> None:
+        """Leave out what would be made again from what ``single_backward`` has dropped after its last use."""
+        if not self.system.single_backward:
+            return
+        storages, makers = self.profile.storages, self.profile.makers
+        for i in sorted(gone):
+            now, todo, seen = storages[i].uses[-1], [i], {i}
+            while todo:
+                one = todo.pop()
+                number = makers.get(one)
+                rerun = None if number is None else self.profile.steps[number].rerun
+                if rerun is None:
+                    gone.remove(i)
+                    break
+                for read in rerun.reads:
+                    uses = storages[read].uses
+                    if (read in gone or not uses or uses[-1] < now) and read not in seen:
+                        seen.add(read)
+                        todo.append(read)
+
+    def _free_from(self, i: int) -> int:
+        storages = self.profile.storages
+        rerun = self.profile.steps[self.profile.makers[i]].rerun
+        reads = () if rerun is None else rerun.reads
+        return max(storages[one].free_from for one in (i, *reads) if storages[one].uses)
+
+    def _repair(
+        self,
+        memory: Residency,
+        needs: Needs,
+        gone: set[int],
+        swapped: set[int],
+        evicted: set[Eviction],
+    ) -> bool:
+        """Change what does not fit. Returns whether something was changed."""
+        short = np.flatnonzero(memory.room < 0)
+        if not len(short):
+            return False
+        number = int(short[np.argmin(memory.room[short])])
+        missing = -int(memory.room[number])
+        # What came back for an earlier step and is needed by a later one leaves meanwhile.
+        found = []
+        for i in (*gone, *swapped):
+            position = bisect.bisect_right(needs.steps[i], number)
+            before, after = needs.steps[i][:position], needs.steps[i][position:]
+            if before and after and (i, before[-1]) not in evicted:
+                first, end = memory.gap(i, before[-1])
+                if first <= number < end:
+                    found.append((i in gone, -after[0], i, before[-1]))
+        for _, _, i, last in sorted(found):
+            evicted.add((i, last))
+            missing -= self.profile.storages[i].nbytes
+            if missing <= 0:
+                break
+        if found:
+            return True
+        # The re-runs themselves do not fit: what is wanted there is not dropped.
+        for step, again in needs.reruns:
+            if step == number:
+                reruns = [self.profile.steps[n].rerun for n in again]
+                back = gone.intersection(*[{i for r in reruns if r for i in r.writes}])
+                gone.difference_update(back)
+                return bool(back)
+        return False
+
+    def _plan_of(
+        self,
+        memory: Residency,
+        needs: Needs,
+        gone: set[int],
+        swapped: list[int],
+        evicted: set[Eviction],
+    ) -> Plan:
+        storages = self.profile.storages
+        choices = [Choice.KEEP] * len(storages)
+        for i in swapped:
+            choices[i] = Choice.SWAP
+        for i in gone:
+            choices[i] = Choice.RECOMPUTE
+        leave = memory.leave
+        gaps = [(i, -1) for i in swapped]
+        release, drop, evict_after_recompute = [], [(leave[i], i) for i in gone], []
+        for i, after in sorted(evicted):
+            if after not in needs.steps[i] or choices[i] is Choice.KEEP:
+                continue
+            if after not in storages[i].uses:
+                evict_after_recompute.append((after, i))
+            elif choices[i] is Choice.SWAP:
+                release.append((after + 1, i))
+            else:
+                drop.append((after + 1, i))
+            if choices[i] is Choice.SWAP and after != needs.steps[i][-1]:
+                gaps.append((i, after))
+        arrivals = tuple(memory.arrivals(gaps))
+        if not self.system.single_backward:
+            # Backward may run again: what it has used leaves as well, its copy or its re-run remains.
+            release += [(storages[i].uses[-1] + 1, i) for i in swapped]
+            drop += [(storages[i].uses[-1] + 1, i) for i in gone]
+        return Plan(
+            self.profile.signature,
+            tuple(choices),
+            copy_out=tuple(sorted((leave[i], i) for i in swapped)),
+            copy_in=arrivals,
+            earliest=tuple(step for step, _ in arrivals),
+            release=tuple(sorted(release)),
+            drop=tuple(sorted(drop)),
+            rerun=tuple(needs.reruns),
+            evict_after_recompute=tuple(sorted(evict_after_recompute)),
+            need_bytes=self._need_bytes,
+        )

@@ -1,0 +1,192 @@
+"""Turn out-of-core mode on and off: for the process, for a thread, in a forked child."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from chainer_ooc import state
+from chainer_ooc.graph import hooks
+from chainer_ooc.report.trace import Trace
+from chainer_ooc.settings import Settings
+from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.protocol import Device
+from chainer_ooc.swap.devices.ram import RamDevice
+from chainer_ooc.swap.gpus import Gpus
+from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.system import forks
+
+__all__ = ["disable", "enable", "is_enabled", "make_manager", "out_of_core_mode"]
+
+_traces: dict[str, Trace] = {}
+_has_warned = False  # that allocations cannot be announced
+
+
+def is_enabled() -> bool:
+    """Return whether what the calling thread computes now is saved out of core."""
+    return state.current() is not None
+
+
+def enable(**given: Any) -> None:
+    """Turn it on in all threads. See :func:`chainer_ooc.enable`."""
+    settings = Settings.resolve(given)
+    _prepare(settings)
+    state.process.enabled = settings
+    state.void_levels()
+    _write_traces()
+
+
+def disable() -> None:
+    """Turn it off in all threads. What was saved until then is restored when it is read, as before."""
+    state.process.enabled = None
+    state.void_levels()
+    state.unhook_allocations()
+    state.keep_no_free_memory()  # nor for other threads
+    if state.process.gpus is not None:
+        state.process.gpus.disable()
+    _write_traces()
+
+
+@contextlib.contextmanager
+def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
+    """Turn it on, or off, in the calling thread, for a ``with``."""
+    entry: Any = state.OFF
+    if on:
+        entry = Settings.resolve(given, state.current())
+        _prepare(entry)
+    state.local.stack.append(entry)
+    state.void_levels()
+    try:
+        yield
+    finally:
+        _leave(entry)
+        state.void_levels()
+        settings = state.current()
+        if settings is None:
+            state.unhook_allocations()
+        if (gpus := state.process.gpus) is not None:
+            if settings is not None:
+                gpus.enable(settings)
+            elif state.process.enabled is None:
+                gpus.disable()
+        _write_traces()
+
+
+def _leave(entry: Any) -> None:
+    """Take back the last such entry: generators leave in any order, and a forked child has none."""
+    stack = state.local.stack
+    for index in reversed(range(len(stack))):
+        if stack[index] is entry:
+            del stack[index]
+            return
+
+
+def _prepare(settings: Settings) -> None:
+    """Check what only the machine can tell, and patch Chainer."""
+    hooks.install()
+    state.process.describe = hooks.describe
+    _warn_without_extension()
+    with state.process.lock:
+        state.process.last = settings
+        manager = state.manager_of_ram() or _make_ram_manager(settings)
+        manager.device.move_to(settings.directory)
+        state.local.stack.append(settings)
+        try:
+            manager.limit  # noqa: B018  # what None means is what is free now, not when memory gets short
+            if state.process.announced is not None:
+                state.announce()
+            _prepare_gpus(settings)
+        finally:
+            state.local.stack.pop()
+        if settings.trace is not None and settings.trace not in _traces:
+            _begin_trace(settings.trace)
+
+
+def _warn_without_extension() -> None:
+    """Say once in a process what is different where the package was built without its C extension."""
+    global _has_warned
+    if native.allocator is None and not _has_warned:
+        _has_warned = True
+        message = (
+            f"chainer_ooc has no C extension here: {native.WITHOUT_IT}; {native.HOW_TO_GET_IT}"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=5)  # where enable() was called
+
+
+def _make_ram_manager(settings: Settings) -> SwapManager:
+    manager = state.process.managers["ram"] = make_manager(RamDevice(settings.directory))
+    return manager
+
+
+def make_manager(device: Device) -> SwapManager:
+    """Return a manager of a device that the functions of the graph use."""
+    return SwapManager(
+        device,
+        state.current_or_last,
+        hooks.save_pending,
+        lambda: state.local.read_only,
+        state.observers,
+    )
+
+
+def _prepare_gpus(settings: Settings) -> None:
+    cupy = sys.modules.get("cupy")  # Chainer has imported it if it can be imported
+    if state.process.gpus is None and cupy is not None and cupy.cuda.is_available():
+        state.process.gpus = Gpus(
+            cupy,
+            make_manager,
+            state.current,
+            lambda: hooks.describe(state.local.running),
+            state.note_used,
+        )
+    if state.process.gpus is not None:
+        state.process.gpus.enable(settings)
+
+
+def _begin_trace(path: str) -> None:
+    def facts() -> dict[str, Any]:
+        from chainer_ooc.report.plans import plans
+        from chainer_ooc.stats import stats
+
+        planned = [dataclasses.asdict(one) for one in plans()]
+        figures = {"stats": dataclasses.asdict(stats()), "plan": planned[0] if planned else None}
+        return {"settings": dataclasses.asdict(state.process.last), **figures}
+
+    _traces[path] = Trace(path, facts)
+    state.observers.append(_traces[path])
+
+
+def _write_traces() -> None:
+    """Write the traces that no mode asks for any more."""
+    modes = (state.process.enabled, *state.local.stack)
+    wanted = {mode.trace for mode in modes if isinstance(mode, Settings)}
+    for path in _traces.keys() - wanted:
+        trace = _traces.pop(path)
+        state.observers.remove(trace)
+        trace.write()
+
+
+@atexit.register
+def _write_last_traces() -> None:
+    while _traces:
+        _traces.popitem()[1].write()
+
+
+def _after_fork() -> None:
+    """A child begins with out-of-core mode off, with no threads, and lets its parent's file alone."""
+    if state.local.hooked:
+        native.allocator.uninstall()
+    for manager in state.managers():
+        manager.after_fork()
+    state.process.__init__(last=state.process.last)  # type: ignore[misc]
+    state.local.__init__()  # type: ignore[misc]
+    _traces.clear()
+    state.observers.clear()
+
+
+forks.register(_after_fork)

@@ -1,0 +1,139 @@
+"""CuPy's allocator with room made before it fails, and again after."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from chainer_ooc import errors
+from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.wording import repr_of
+
+__all__ = ["CupyAllocator", "out_of_memory_class"]
+
+#: For allocations smaller than this (bytes) room is made only if they fail.
+SMALL = 64 << 10
+
+
+class CupyAllocator:
+    """An allocator for ``cupy.cuda.set_allocator``: the one that it was before, and room made for it.
+
+    Args:
+        cupy: CuPy, or what simulates it.
+        manager_of: Returns the manager of a GPU, ``None`` if memory is not managed there now.
+        describe: Names what runs now, for errors.
+        note: Called after an allocation with the bytes that would be in use if nothing had been moved.
+    """
+
+    def __init__(
+        self,
+        cupy: Any,
+        manager_of: Callable[[int], SwapManager | None],
+        describe: Callable[[], str],
+        note: Callable[[int], None],
+    ) -> None:
+        self._cupy = cupy
+        self._manager_of = manager_of
+        self._describe = describe
+        self._note = note
+        self._stock: Any = None  # the allocator that it took the place of
+        self._installed = False
+
+    def install(self) -> None:
+        """Put it in the place of the allocator there is, if it is not there yet.
+
+        Raises:
+            SettingError: Inside ``cupy.cuda.using_allocator``, where CuPy's allocator cannot be changed.
+        """
+        cuda = self._cupy.cuda
+        allocator = cuda.get_allocator()
+        if allocator is self:
+            return
+        before, self._stock = self._stock, allocator
+        try:
+            cuda.set_allocator(self)
+        except ValueError as error:
+            self._stock = before
+            if not self._installed:
+                raise errors.SettingError(
+                    "out-of-core mode cannot be turned on inside cupy.cuda.using_allocator(), where CuPy's "
+                    "allocator cannot be changed: turn it on before, or use cupy.cuda.set_allocator()"
+                ) from error
+            return  # it is there already, for other threads and for afterwards
+        self._installed = True
+        if not self._has_pool():
+            warnings.warn(
+                f"CuPy allocates with {repr_of(allocator)}, which is not of a cupy.cuda.MemoryPool: the limit cannot "
+                "be held, and of arrays whose memory is not CuPy's nothing is moved out; call "
+                "cupy.cuda.set_allocator(cupy.cuda.MemoryPool().malloc) first",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def uninstall(self) -> None:
+        """Put back the allocator that was there before, unless somebody has set another since."""
+        if self._cupy.cuda.get_allocator() is self:
+            self._cupy.cuda.set_allocator(self._stock)
+            self._installed = False
+
+    def pool(self) -> Any:
+        """Return the memory pool behind the allocator that it took the place of; else CuPy's default one."""
+        return self._stock.__self__ if self._has_pool() else self._cupy.get_default_memory_pool()
+
+    def _has_pool(self) -> bool:
+        return isinstance(getattr(self._stock, "__self__", None), self._cupy.cuda.MemoryPool)
+
+    def __call__(self, nbytes: int) -> Any:
+        """Allocate memory on the current GPU.
+
+        Raises:
+            OutOfMemoryError: If it does not fit when all has been moved out that can be; also CuPy's own.
+            SwapSpaceError: If what would have to be moved out has no space outside.
+        """
+        manager = self._manager_of(self._cupy.cuda.runtime.getDevice())
+        if manager is None or manager.busy:
+            return self._stock(nbytes)
+        device: Any = manager.device
+        # The pool's own sum is asked first: it takes CuPy 13 no time, unlike what is in use.
+        short = nbytes >= SMALL and device.taken_bytes() + nbytes > manager.budget.low
+        if short and device.used_bytes() + nbytes > manager.budget.high:
+            manager.make_room(nbytes)
+        try:
+            memory = self._stock(nbytes)
+        except MemoryError as error:
+            memory = self._reclaim(manager, nbytes, error)
+        device.note_allocation()
+        if short:
+            self._note(manager.usage_without_offload(device.used_bytes()))
+        return memory
+
+    def _reclaim(self, manager: SwapManager, nbytes: int, error: MemoryError) -> Any:
+        # What is free may be in pieces, or on another stream's list: more is given up until it fits.
+        freed = 1
+        while freed:
+            freed = manager.reclaim(nbytes)
+            with contextlib.suppress(MemoryError):
+                return self._stock(nbytes)
+        message = manager.explain_shortage(nbytes, self._describe())
+        try:
+            raise out_of_memory_class(self._cupy)(message) from error
+        finally:
+            del error  # it would hold this frame, and so those of its callers with their arrays
+
+
+@functools.cache
+def out_of_memory_class(cupy: Any) -> type[errors.OutOfMemoryError]:
+    """Return the class that is both :class:`chainer_ooc.errors.OutOfMemoryError` and CuPy's."""
+
+    class OutOfMemoryError(errors.OutOfMemoryError, cupy.cuda.memory.OutOfMemoryError):
+        """The GPU's memory does not hold what must be there at one time."""
+
+        __init__ = Exception.__init__  # CuPy's wants sizes
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return errors.OutOfMemoryError, self.args
+
+    return OutOfMemoryError

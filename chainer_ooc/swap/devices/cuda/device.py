@@ -1,0 +1,325 @@
+"""CuPy arrays: out of a GPU's memory into page-locked memory or the swap file, and back, on streams."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.swap.devices.cuda.checksum import CudaChecksum
+from chainer_ooc.swap.devices.cuda.host import PIECE, THREADS, DiskCopy, DiskTier, HostTier
+from chainer_ooc.swap.devices.cuda.streams import CopyStreams
+from chainer_ooc.swap.devices.cuda.transfers import DiskTransfer, FailedTransfer, StreamTransfer
+from chainer_ooc.swap.devices.protocol import Location, Transfer, checksum_of_array
+from chainer_ooc.swap.storage import Layout
+from chainer_ooc.swap.system import memory
+from chainer_ooc.swap.system.ranks import ranks_of_this_node
+from chainer_ooc.swap.tiers.pinned import PinnedSlab
+from chainer_ooc.swap.tiers.swap_file import ALIGNMENT as PAGE
+from chainer_ooc.swap.tiers.swap_file import SwapFile
+
+__all__ = ["CudaDevice", "CupyArrays", "new_slab"]
+
+#: This share of the free memory is left to what does not come from CuPy's pool: libraries, kernels.
+RESERVE = 0.05
+_HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all GPUs
+
+# What a forked child must not destroy: the driver's objects are the parent's.
+_abandoned: list[object] = []
+
+
+class CupyArrays:
+    """Where CuPy's arrays lie. Their memory is freed when the last array lets go of its ``Memory``."""
+
+    asks_for_room = True
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+        self._checksum = CudaChecksum(cupy)
+
+    def locate(self, array: Any) -> Location | None:
+        """Return where an array lies; ``None`` if its memory is not of CuPy's allocators or not the GPU's."""
+        if type(array) is not self._cupy.ndarray:
+            return None
+        memory = array.data.mem
+        module = self._cupy.cuda.memory
+        if type(memory) is module.PooledMemory:
+            if memory.identity != "Memory":  # managed, system, foreign
+                return None
+        elif type(memory) is not module.Memory:
+            return None
+        return Location(memory, memory.size, memory.ptr, array.data.ptr - memory.ptr)
+
+    def address(self, owner: Any) -> int:
+        """Return the first address of an owner's memory."""
+        return int(owner.ptr)
+
+    def allocate(self, nbytes: int, page_offset: int) -> tuple[Any, int]:
+        """Return the owner of new memory, and where in it that begins. All of it is aligned alike.
+
+        Raises:
+            MemoryError: If there is none.
+        """
+        pointer = self._cupy.cuda.alloc(nbytes)
+        return pointer.mem, pointer.ptr - pointer.mem.ptr
+
+    def empty(self) -> Any:
+        """Return an array without elements."""
+        return self._cupy.ndarray((0,), "B")
+
+    def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
+        """Return the checksum of ``nbytes`` at byte ``origin`` of ``owner``. Waits."""
+        return self._checksum(owner.ptr + origin, nbytes)
+
+    def checksum_of(self, array: Any) -> tuple[int, int] | None:
+        """Return the checksum and the offset of an array that need not be saved. Waits."""
+        return checksum_of_array(array, self.locate, self.checksum)
+
+    def view(self, owner: Any, origin: int, layout: Layout) -> Any:
+        """Return the array of that layout at byte ``origin`` of ``owner``."""
+        pointer = self._cupy.cuda.MemoryPointer(owner, origin + layout.offset)
+        return self._cupy.ndarray(layout.shape, layout.dtype, pointer, layout.strides)
+
+
+class CudaDevice:
+    """The memory of one GPU, as CuPy's pool has it.
+
+    Copies run on two non-blocking streams beside the computation; where :meth:`Transfer.join` orders the
+    computation after a copy, the GPU waits, not the host. The host waits only for the swap file, or for
+    page-locked memory when there is none. What a program computes on streams of its own is respected:
+    copies come after all that the streams have been given which were seen when memory was asked for.
+
+    Args:
+        cupy: CuPy, or what simulates it.
+        device_id: The GPU.
+        directory: Where the swap file is made.
+        host: Page-locked memory, or the most of it (bytes), or ``None``: 80 % of the free memory of the
+            machine, divided by the ranks that share it.
+        arrays: Where arrays lie and how they are made.
+        pool: Returns the pool that arrays are allocated from. Left out: CuPy's default one.
+    """
+
+    runs_behind = True
+    copy_signs = None
+
+    def __init__(
+        self,
+        cupy: Any,
+        device_id: int,
+        directory: str,
+        host: PinnedSlab | int | None = None,
+        arrays: CupyArrays | None = None,
+        pool: Callable[[], Any] | None = None,
+    ) -> None:
+        self.name = f"GPU {device_id}"
+        self.device_id = device_id
+        self.streams = CopyStreams(cupy, device_id)
+        self.arrays = CupyArrays(cupy) if arrays is None else arrays
+        self.asks_for_room = self.arrays.asks_for_room
+        self._cupy = cupy
+        self._runtime = cupy.cuda.runtime
+        self.pool = cupy.get_default_memory_pool if pool is None else pool
+        self._peak = 0
+        with self.streams.on_device():
+            self.stand_in = self.arrays.empty()
+            #: The limit of the pool that the user has set (CUPY_GPU_MEMORY_LIMIT), 0 for none (bytes).
+            self.own_limit = int(self.pool().get_limit())
+        slab = host if isinstance(host, PinnedSlab) else new_slab(cupy, host)
+        self._owns_slab = slab is not host
+        # Staging blocks are inside the limit, unless they would take more than a quarter of it.
+        piece = min(PIECE, max(slab.limit // (4 * THREADS) // PAGE, 16) * PAGE)
+        #: Page-locked memory for what is on the way to the swap file or back (bytes).
+        self.staging_bytes = THREADS * piece
+        slab.limit = max(slab.limit - self.staging_bytes, 0)
+        self.disk = DiskTier(self.streams, new_slab(cupy, self.staging_bytes), piece, directory)
+        self.host = HostTier(slab)
+
+    def locate(self, array: Any) -> Location | None:
+        """Return where an array lies, ``None`` if it must stay where it is."""
+        return self.arrays.locate(array)
+
+    def view(self, owner: Any, origin: int, layout: Layout) -> Any:
+        """Return the array of that layout at byte ``origin`` of ``owner``."""
+        return self.arrays.view(owner, origin, layout)
+
+    def copy_out(self, owner: Any, origin: int, nbytes: int) -> Transfer:
+        """Begin to copy a storage to page-locked memory, or to the swap file if there is no more.
+
+        Raises:
+            SwapSpaceError: If the swap file cannot take it either.
+        """
+        address = self.arrays.address(owner) + origin
+        copy = self.host.allocate(nbytes)
+        with self.streams.on_device():
+            if copy is None:
+                try:
+                    on_disk = self.disk.allocate(nbytes)
+                except SwapSpaceError as error:
+                    raise SwapSpaceError(
+                        error.errno,
+                        f"{error.strerror} (and host_limit leaves {self.host.slab.limit} bytes of page-locked "
+                        f"memory, {self.host.slab.allocated} in use)",
+                        error.filename,
+                    ) from error
+                after = self.streams.computed()
+                return DiskTransfer(on_disk, self.disk.write(on_disk, address, after), owner)
+            try:
+                after = self.streams.computed()
+                begin, copy.written = self.streams.copy_out(copy.address, address, nbytes, after)
+            except OSError as error:
+                return FailedTransfer(copy, error)
+        return StreamTransfer(self.streams, copy, begin, copy.written, owner)
+
+    def copy_in(self, copy: Any, nbytes: int, page_offset: int) -> tuple[Any, int, Transfer]:
+        """Allocate memory on the current stream and begin to copy a storage into it.
+
+        Raises:
+            MemoryError: If the pool has no memory for it.
+        """
+        with self.streams.on_device():
+            owner, origin = self.arrays.allocate(nbytes, page_offset)
+            self.note_allocation()
+            address = self.arrays.address(owner) + origin
+            after = self.streams.allocated()
+            if isinstance(copy, DiskCopy):
+                futures = self.disk.read(copy, address, after)
+                return owner, origin, DiskTransfer(copy, futures, owner)
+            after.append(copy.written)
+            try:
+                begin, copy.read = self.streams.copy_in(address, copy.address, nbytes, after)
+            except OSError as error:
+                return owner, origin, FailedTransfer(copy, error)
+        return owner, origin, StreamTransfer(self.streams, copy, begin, copy.read, owner)
+
+    def take_buffer(
+        self, array: Any, layout: Layout, nbytes: int, page_offset: int
+    ) -> tuple[Any, int]:
+        """Return the owner and the origin of a storage that ``array`` fills. All memory is aligned alike."""
+        location = self.arrays.locate(array)
+        if (
+            location is not None
+            and array.strides == layout.strides
+            and location.nbytes == nbytes
+            and not location.offset
+        ):
+            return location.owner, 0
+        return self.duplicate(array, layout, nbytes, page_offset)
+
+    def duplicate(
+        self, array: Any, layout: Layout, nbytes: int, page_offset: int
+    ) -> tuple[Any, int]:
+        """Return the owner and the origin of a new storage that has the elements of ``array``."""
+        with self.streams.on_device():
+            owner, origin = self.arrays.allocate(nbytes, page_offset)
+            self.arrays.view(owner, origin, layout)[...] = array
+        return owner, origin
+
+    def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
+        """Return a checksum of a storage's bytes, computed on the current stream. The host waits for it."""
+        with self.streams.on_device():
+            return self.arrays.checksum(owner, origin, nbytes)
+
+    def checksum_of(self, array: Any) -> tuple[int, int] | None:
+        """Return the checksum and the offset of an array that need not be saved. The host waits for it."""
+        with self.streams.on_device():
+            return self.arrays.checksum_of(array)
+
+    def before_release(self) -> None:
+        """Order the computing streams, if there are several: one may use memory that another allocated."""
+        self.streams.order_computing()
+
+    def used_bytes(self) -> int:
+        """Return what arrays and workspaces have of the pool (bytes)."""
+        with self.streams.on_device():
+            return int(self.pool().used_bytes())
+
+    def set_cached_limit(self, nbytes: int) -> None:
+        """Do nothing: CuPy's pool has a limit of its own."""
+
+    def mark(self) -> Any:
+        """Return an event of all that has been computed until now."""
+        return self.streams.mark()
+
+    def seconds(self, earlier: Any, later: Any) -> float:
+        """Return the time on the GPU between two events. Waits for them."""
+        return self.streams.seconds(earlier, later)
+
+    def tiers(self) -> list[tuple[str, int | None, bool]]:
+        """Return page-locked memory, a stream each way, and the swap file."""
+        return [("page-locked memory", self.host.slab.limit, False), ("swap file", None, True)]
+
+    def taken_bytes(self) -> int:
+        """Return what the current GPU's pool has taken of it, free blocks included (bytes). Never waits."""
+        return int(self.pool().total_bytes())
+
+    def note_allocation(self) -> None:
+        """Tell that memory has been allocated on the current stream, for the peak and for the order of copies."""
+        self.streams.note_current()
+        self._peak = max(self._peak, self.taken_bytes())
+
+    def peak_bytes(self) -> int:
+        """Return the most that the pool has taken of the GPU, free blocks that it keeps included (bytes)."""
+        with self.streams.on_device():
+            self.note_allocation()
+        return self._peak
+
+    def capacity(self) -> int:
+        """Return what the pool has and what is free, less a reserve, for each rank that shares the GPU (bytes)."""
+        with self.streams.on_device():
+            free = self._runtime.memGetInfo()[0]
+            nbytes = self.taken_bytes() + int(free * (1 - RESERVE)) // self._ranks()
+        return min(nbytes, self.own_limit) if self.own_limit else nbytes
+
+    def total_bytes(self) -> int:
+        """Return this process's share of the GPU's memory (bytes)."""
+        with self.streams.on_device():
+            return int(self._runtime.memGetInfo()[1]) // self._ranks()
+
+    def trim(self, desperate: bool = False) -> None:
+        """Do nothing: CuPy's pool gives free blocks back itself when it needs to, and that stops the GPU."""
+
+    def move_to(self, directory: str) -> None:
+        """Make the swap file in another directory from now on; copies in the old one stay readable there."""
+        if directory != self.disk.file.directory:
+            self.disk.file = SwapFile(directory)
+
+    def after_fork(self) -> None:
+        """In a forked child there is no GPU: nothing of the parent's may be destroyed."""
+        _abandoned.append((self.streams, self.host, self.disk))
+        self.host.slab.after_fork()
+        self.disk.staging.after_fork()
+
+    def close(self) -> None:
+        """Wait for the copies, end the threads and give up all space outside."""
+        self.streams.synchronize()
+        self.disk.close()
+        if self._owns_slab:
+            self.host.slab.close()
+
+    def _ranks(self) -> int:
+        """Return how many ranks share this GPU, if they take the GPUs of the machine in turn."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if visible and "," not in visible:  # the launcher gave this rank one of its own
+            return 1
+        return -(-ranks_of_this_node() // max(self._runtime.getDeviceCount(), 1))
+
+
+def new_slab(cupy: Any, limit: int | None) -> PinnedSlab:
+    """Return page-locked memory for all GPUs of the process.
+
+    Args:
+        cupy: CuPy, or what simulates it.
+        limit: The most of it (bytes); ``None``: 80 % of the free memory of the machine, divided by the ranks
+            that share it.
+    """
+    if limit is None:
+        limit = int(memory.available_bytes() * 0.8) // ranks_of_this_node()
+    runtime = cupy.cuda.runtime
+    device_id = runtime.getDevice()
+
+    def register(address: int, nbytes: int) -> None:
+        with cupy.cuda.Device(device_id):  # in the thread that makes chunks ahead, too
+            runtime.hostRegister(address, nbytes, _HOST_REGISTER_PORTABLE)
+
+    return PinnedSlab(limit, register, runtime.hostUnregister)

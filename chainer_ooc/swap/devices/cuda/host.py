@@ -1,0 +1,225 @@
+"""Where the copies of a GPU's storages are: page-locked host memory, then the swap file."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import queue
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.swap.devices.cuda.streams import CopyStreams
+from chainer_ooc.swap.events import Span
+from chainer_ooc.swap.tiers.pinned import PinnedSlab
+from chainer_ooc.swap.tiers.swap_file import ALIGNMENT as PAGE
+from chainer_ooc.swap.tiers.swap_file import SwapFile
+
+__all__ = ["DiskCopy", "DiskTier", "HostTier", "PinnedCopy"]
+
+#: Threads that move bytes between the swap file and staging blocks, and the largest such block (bytes).
+THREADS, PIECE = 4, 16 << 20
+
+
+class PinnedCopy:
+    """A storage's bytes in page-locked memory.
+
+    Attributes:
+        address: Where they are.
+        written: The end of the copy that writes them.
+        read: The end of the last copy that reads them; it comes after all earlier ones, on one stream.
+    """
+
+    def __init__(self, tier: HostTier, address: int, nbytes: int) -> None:
+        self.tier = tier
+        self.address = address
+        self.nbytes = nbytes
+        self.written: Any = None
+        self.read: Any = None
+
+    def free(self) -> None:
+        """Give the block back; it is used again when no copy writes or reads it any more."""
+        if self.address:
+            events = [event for event in (self.written, self.read) if event is not None]
+            self.tier.retire(self.address, self.nbytes, events)
+            self.address = 0
+
+
+class HostTier:
+    """Page-locked blocks, each used again only after the copies that touched it have ended.
+
+    Args:
+        slab: Where they come from.
+    """
+
+    def __init__(self, slab: PinnedSlab) -> None:
+        self.slab = slab
+        self._retired: deque[tuple[int, int, list[Any]]] = deque()
+
+    def allocate(self, nbytes: int) -> PinnedCopy | None:
+        """Return a block for ``nbytes`` bytes, ``None`` if there is none within the limit."""
+        # Copies end in the order of their streams: those behind one that has not are not asked.
+        while self._retired and _have_ended(self._retired[0][2]):
+            *block, _ = self._retired.popleft()
+            self.slab.free(*block)
+        address = self.slab.allocate(nbytes)
+        while address is None and self._retired:
+            *block, events = self._retired.popleft()
+            for event in events:
+                event.synchronize()
+            self.slab.free(*block)
+            address = self.slab.allocate(nbytes)
+        return None if address is None else PinnedCopy(self, address, nbytes)
+
+    def retire(self, address: int, nbytes: int, events: list[Any]) -> None:
+        """Take a block back."""
+        if _have_ended(events):
+            self.slab.free(address, nbytes)
+        else:
+            self._retired.append((address, nbytes, events))
+
+
+class DiskCopy:
+    """A storage's bytes in the swap file."""
+
+    def __init__(self, file: SwapFile, nbytes: int) -> None:
+        self.file = file
+        self.nbytes = nbytes
+        self.offset = file.allocate(nbytes)
+
+    def free(self) -> None:
+        """Give the block back to the file."""
+        if self.offset >= 0:
+            self.file.free(self.offset, self.nbytes)
+            self.offset = -1
+
+
+class DiskTier:
+    """The swap file under page-locked memory: threads carry pieces between it and the GPU.
+
+    A piece passes through a staging block: the GPU's copy ends before the file is written, and before the
+    block is used for the next piece.
+
+    Args:
+        streams: The copies between staging blocks and the GPU.
+        staging: Where the staging blocks come from.
+        piece: Their size (bytes), a multiple of the page size.
+        directory: Where the swap file is made.
+    """
+
+    def __init__(
+        self, streams: CopyStreams, staging: PinnedSlab, piece: int, directory: str
+    ) -> None:
+        self.file = SwapFile(directory)
+        self.staging = staging
+        self.piece = piece
+        self._streams = streams
+        self._blocks: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def allocate(self, nbytes: int) -> DiskCopy:
+        """Return a block of the file.
+
+        Raises:
+            SwapSpaceError: If the disk is full, or the system has no memory for the staging blocks.
+        """
+        self._prepare()
+        return DiskCopy(self.file, nbytes)
+
+    def write(self, copy: DiskCopy, device: int, after: list[Any]) -> list[Future[Span]]:
+        """Begin to copy a storage at address ``device`` out, after some events."""
+        return self._start(self._write_piece, copy, device, after)
+
+    def read(self, copy: DiskCopy, device: int, after: list[Any]) -> list[Future[Span]]:
+        """Begin to copy a storage to address ``device``, after some events."""
+        return self._start(self._read_piece, copy, device, after)
+
+    def close(self) -> None:
+        """End the threads; give up the file and the staging blocks."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool:
+            pool.shutdown()
+        self.file.close()
+        self.staging.close()
+
+    def _prepare(self) -> None:
+        with self._lock:
+            if self._pool is not None:
+                return
+            self._blocks = queue.SimpleQueue()
+            for _ in range(THREADS):
+                address = self.staging.allocate(self.piece)
+                if address is None:
+                    raise SwapSpaceError(
+                        errno.ENOMEM,
+                        f"page-locked memory for {THREADS} staging blocks of {self.piece} bytes cannot be had "
+                        "(see `ulimit -l`); no data was lost",
+                        self.file.directory,
+                    )
+                self._blocks.put(address)
+            self._pool = ThreadPoolExecutor(THREADS, "chainer_ooc-copy")
+
+    def _start(
+        self, move: Any, copy: DiskCopy, device: int, after: list[Any]
+    ) -> list[Future[Span]]:
+        pool = self._pool
+        if pool is None:
+            raise OSError(errno.EBADF, "the swap file is closed", self.file.directory)
+        return [
+            pool.submit(
+                functools.partial(
+                    move,
+                    copy.file,
+                    copy.offset + start,
+                    device + start,
+                    min(self.piece, copy.nbytes - start),
+                    after,
+                )
+            )
+            for start in range(0, copy.nbytes, self.piece)
+        ]
+
+    def _write_piece(
+        self, file: SwapFile, offset: int, device: int, nbytes: int, after: list[Any]
+    ) -> Span:
+        with self._staged() as (host, memory):
+            begin, end = self._streams.copy_out(host, device, nbytes, after)
+            end.synchronize()
+            start = self._streams.host_time(begin)
+            file.write(offset, memory[: _whole_pages(nbytes)])
+        return start, time.perf_counter()
+
+    def _read_piece(
+        self, file: SwapFile, offset: int, device: int, nbytes: int, after: list[Any]
+    ) -> Span:
+        with self._staged() as (host, memory):
+            start = time.perf_counter()
+            file.read(offset, memory[: _whole_pages(nbytes)])
+            self._streams.copy_in(device, host, nbytes, after)[1].synchronize()
+        return start, time.perf_counter()
+
+    @contextlib.contextmanager
+    def _staged(self) -> Any:
+        """Lend a staging block: its address and its bytes."""
+        blocks, address = self._blocks, self._blocks.get()
+        try:
+            with self._streams.on_device():
+                memory = (ctypes.c_char * self.piece).from_address(address)
+                yield address, memoryview(memory).cast("B")
+        finally:
+            blocks.put(address)
+
+
+def _have_ended(events: list[Any]) -> bool:
+    return all(event.done for event in events)
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE

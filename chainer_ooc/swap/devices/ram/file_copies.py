@@ -1,0 +1,135 @@
+"""Copies in the swap file: whole pages there, the unaligned ends in memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import time
+from collections.abc import Callable
+
+from chainer_ooc.swap.events import Span
+from chainer_ooc.swap.tiers.swap_file import ALIGNMENT, SwapFile
+
+__all__ = ["PIECE", "FileCopy", "FileTransfer"]
+
+#: The largest piece of a storage that a thread copies at a time (bytes).
+PIECE = 16 << 20
+
+_Move = Callable[[int, memoryview], None]
+
+
+class FileCopy:
+    """A storage's bytes: pages in the swap file, and the unaligned bytes before and after them in RAM.
+
+    Direct I/O moves only whole, aligned pages of memory. An allocation begins and ends somewhere in a
+    page: those ends, less than two pages, are kept here.
+
+    Args:
+        file: Where.
+        nbytes: The size of the storage.
+        page_offset: Its first address, or that modulo the page size.
+    """
+
+    def __init__(self, file: SwapFile, nbytes: int, page_offset: int) -> None:
+        self._head = min(-page_offset % ALIGNMENT, nbytes)
+        self._body = (nbytes - self._head) // ALIGNMENT * ALIGNMENT
+        self._ends: tuple[bytes, bytes] = (b"", b"")
+        self._file = file
+        self._offset = file.allocate(self._body) if self._body else -1
+
+    def free(self) -> None:
+        """Give the block back to the file."""
+        if self._offset >= 0:
+            self._file.free(self._offset, self._body)
+            self._offset = -1
+
+    def write(self, memory: memoryview) -> list[Callable[[], Span]]:
+        """Return the calls that write ``memory``, the storage's bytes. Each returns when it began and ended."""
+        self._ends = (
+            bytes(memory[: self._head]),
+            bytes(memory[self._head + self._body :]),
+        )
+        return self._pieces(memory, self._file.write)
+
+    def read(self, memory: memoryview) -> list[Callable[[], Span]]:
+        """Return the calls that fill ``memory`` with the storage's bytes. Each returns when it began and ended."""
+        memory[: self._head], memory[self._head + self._body :] = self._ends
+        return self._pieces(memory, self._file.read)
+
+    def _pieces(self, memory: memoryview, move: _Move) -> list[Callable[[], Span]]:
+        return [
+            functools.partial(
+                _timed,
+                move,
+                self._offset + start,
+                memory[self._head + start : self._head + min(start + PIECE, self._body)],
+            )
+            for start in range(0, self._body, PIECE)
+        ]
+
+
+def _timed(move: _Move, offset: int, piece: memoryview) -> Span:
+    start = time.perf_counter()
+    # Released here, before the transfer counts as done: whoever then asks who holds the storage's
+    # memory must not find a thread that is about to let go.
+    with piece:
+        move(offset, piece)
+    return start, time.perf_counter()
+
+
+class FileTransfer:
+    """Pieces of a :class:`FileCopy` that threads are writing or reading.
+
+    Args:
+        copy: The copy.
+        count: How many pieces. Each is given to :meth:`run`, once.
+    """
+
+    def __init__(self, copy: FileCopy, count: int) -> None:
+        self.copy = copy
+        self._left = count
+        self._lock = threading.Lock()
+        self._under_way = threading.Lock()  # held until the last piece has ended
+        self._begin, self._end = math.inf, 0.0
+        self._error: BaseException | None = None
+        if count:
+            self._under_way.acquire()
+
+    def run(self, piece: Callable[[], Span]) -> None:
+        """Write or read one piece, in any thread. Raises nothing."""
+        begin, end = math.inf, 0.0
+        try:
+            begin, end = piece()
+        except BaseException as error:
+            self._error = self._error or error
+        with self._lock:
+            self._begin, self._end = min(self._begin, begin), max(self._end, end)
+            self._left -= 1
+            if not self._left:
+                self._under_way.release()
+
+    def done(self) -> bool:
+        """Tell whether all pieces have ended."""
+        return not self._left
+
+    def wait(self) -> None:
+        """Wait for all pieces, well or badly ended."""
+        with self._under_way:
+            pass
+
+    def join(self) -> None:
+        """Wait for all pieces; raise the first error."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+
+    def span(self) -> Span | None:
+        """Return when the first piece began and the last ended."""
+        is_over = self._end and not self._left and self._error is None
+        return (self._begin, self._end) if is_over else None
+
+    def arrival(self) -> float | None:
+        """Return when the last piece ended."""
+        span = self.span()
+        return span[1] if span else None

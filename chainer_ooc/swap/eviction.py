@@ -1,0 +1,229 @@
+"""Reclaimer: which storages give up their memory, and which are copied out behind the computation."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+
+from chainer_ooc.swap.budget import MemoryBudget
+from chainer_ooc.swap.recipe import Recipe
+from chainer_ooc.swap.storage import State, Storage
+from chainer_ooc.swap.transfers import Transfers
+
+__all__ = ["EVERYTHING", "Evictor", "outside", "to_be_made"]
+
+#: Most bytes on their way out at a time.
+IN_FLIGHT = 256 << 20
+EVERYTHING = 1 << 62
+
+
+class Evictor:
+    """Gives up memory when it is short. Its caller holds the manager's lock.
+
+    Storages that backward has used go first, then the oldest, which backward needs last; those with a valid
+    copy before those that must be copied yet; last what was fetched ahead of its use. What somebody else
+    holds stays: letting go of it would free nothing.
+
+    Args:
+        transfers: Makes the transitions.
+        budget: The limit, and where memory stands.
+
+    Attributes:
+        leaving_first: What is going out goes before what has a valid copy: a plan has chosen it.
+        discards: What can be made again is given up without a copy.
+    """
+
+    def __init__(self, transfers: Transfers, budget: MemoryBudget) -> None:
+        self.leaving_first = False
+        self.discards = True
+        self._transfers = transfers
+        self._marks = budget
+
+    def reclaim(self, nbytes: int) -> None:
+        """Give up memory until ``nbytes`` fit below the high-water mark, or nothing is left to give up.
+
+        Raises:
+            SwapSpaceError: If there is no more space outside.
+        """
+
+        def excess() -> int:
+            return self._marks.used_bytes() + nbytes - self._marks.high
+
+        if excess() <= 0:
+            return
+        self._trim()
+        steps = [self.release_clean, self._release_leaving, self.push_out, self._release_arrivals]
+        if self.leaving_first:
+            steps[:2] = [self._release_leaving, self.release_clean]
+        for step in steps:
+            missing = excess()
+            if missing <= 0:
+                return
+            if step(missing):
+                self._trim()
+        if excess() > 0:
+            self._trim(desperate=True)
+
+    def release_clean(self, nbytes: int, used_only: bool = False) -> int:
+        """Release storages whose copy is valid: the used ones, then the oldest. Returns bytes."""
+        self.settle()
+        freed = 0
+        for used in (True,) if used_only else (True, False):
+            for storage in self._transfers.members(State.BOTH):
+                if freed >= nbytes:
+                    return freed
+                if storage.used is used:
+                    freed += self.release_unless_held(storage)
+        return freed
+
+    def push_out(self, nbytes: int) -> int:
+        """Copy storages out and release them: the oldest first, the used ones last. Returns bytes.
+
+        What can be made again is released at once. What another needs for that is not given up so, too.
+        """
+        freed = 0
+        for used in (False, True):
+            for storage in self._transfers.members(State.RESIDENT):
+                if freed + self._transfers.nbytes[State.GOING_OUT] >= nbytes:
+                    break
+                if storage.used is not used or storage.referenced_externally:
+                    continue
+                if self._can_be_remade(storage):
+                    self._transfers.discard(storage)
+                    freed += storage.nbytes
+                else:
+                    self._transfers.begin_out(storage)
+                    if self._transfers.nbytes[State.GOING_OUT] > IN_FLIGHT:
+                        freed += self._release_leaving(1)
+        return freed + self._release_leaving(nbytes)
+
+    def write_behind(self, nbytes: int) -> None:
+        """Begin to copy the oldest storages out, until ``nbytes`` could be released at once."""
+        self.settle()
+        size = self._transfers.nbytes
+        for storage in self._transfers.members(State.RESIDENT):
+            if (
+                size[State.BOTH] + size[State.GOING_OUT] >= nbytes
+                or size[State.GOING_OUT] >= IN_FLIGHT
+            ):
+                return
+            if storage.used or storage.referenced_externally:
+                continue
+            if self._can_be_remade(storage):
+                nbytes -= storage.nbytes
+            else:
+                self._transfers.begin_out(storage)
+
+    def _release_leaving(self, nbytes: int) -> int:
+        """Wait for storages on their way out and release them, the first first. Returns bytes."""
+        freed = 0
+        leaving = self._transfers.leaving
+        while leaving and freed < nbytes:
+            storage = leaving.popleft()()
+            if storage is not None and storage.state is State.GOING_OUT:
+                self._transfers.end_out(storage)
+                freed += self.release_unless_held(storage)
+        return freed
+
+    def _release_arrivals(self, nbytes: int) -> int:
+        """Release storages that were fetched ahead of their use, the last needed first. Returns bytes."""
+        freed = 0
+        for storage in self._transfers.members(State.COMING_IN):
+            if freed >= nbytes:
+                break
+            self._transfers.end_in(storage)
+            freed += self.release_unless_held(storage)
+        return freed
+
+    def begin_ahead(self, storage: Storage, most: int) -> bool:
+        """Begin to fetch a storage that is out, or what it is made again from, if memory stays below ``most`` bytes.
+
+        Returns:
+            Whether it was begun.
+        """
+        transfers = self._transfers
+        wanted = outside(storage)
+        nbytes = sum(one.nbytes for one in wanted)
+        room = most - self._marks.used_bytes()
+        if room < nbytes:
+            room += self.release_clean(nbytes - room, used_only=True)
+        if room < nbytes:
+            return False
+        for needed in wanted:
+            try:
+                transfers.begin_in(needed)
+            except MemoryError:  # the free memory is in pieces: it is fetched when it is needed
+                return False
+            needed.ahead = True
+            transfers.counters.prefetched += 1
+        return True
+
+    def give_up(self, storage: Storage) -> int:
+        """Give up a storage, as a plan says: for its copy, or to be made again. Returns bytes."""
+        if storage.recipe is not None:
+            self.reclaim(storage.recipe.bytes_to_keep())
+        goes = storage.state is State.RESIDENT and not storage.referenced_externally
+        if goes and self._can_be_remade(storage, planned=True):
+            with contextlib.suppress(MemoryError):  # it stays, as constants cannot be kept
+                self._transfers.discard(storage)
+                return storage.nbytes
+        return self.release_unless_held(storage)
+
+    def release_unless_held(self, storage: Storage) -> int:
+        """Release a storage that has a valid copy, if nobody holds it. Returns bytes."""
+        if storage.state is not State.BOTH or storage.referenced_externally:
+            return 0
+        self._transfers.release(storage)
+        return storage.nbytes
+
+    def _can_be_remade(self, storage: Storage, planned: bool = False) -> bool:
+        recipe = storage.recipe
+        if not self.discards or recipe is None:
+            return False
+        if storage.dependents and not planned:
+            return False
+        return recipe.fits(self._transfers.device, storage, planned)
+
+    def settle(self) -> None:
+        """Take note of the copies that have ended."""
+        leaving = self._transfers.leaving
+        while leaving:
+            storage = leaving[0]()
+            if storage is not None and storage.state is State.GOING_OUT:
+                assert storage.transfer is not None
+                if not storage.transfer.done():
+                    return
+                self._transfers.end_out(storage)
+            leaving.popleft()
+
+    def _trim(self, desperate: bool = False) -> None:
+        start = time.perf_counter()
+        self._transfers.device.trim(desperate)
+        self._transfers.stalled("trim", start)
+
+
+def outside(storage: Storage) -> list[Storage]:
+    """Return the storages that must be copied in for this one: itself, or those that it is made again from."""
+    todo = [storage]
+    found = {storage}
+    for one in todo:
+        for needed in one.recipe.storages() if one.discarded and one.recipe is not None else ():
+            if needed not in found:
+                found.add(needed)
+                todo.append(needed)
+    return [one for one in todo if one.state is State.OUT and not one.discarded]
+
+
+def to_be_made(wanted: Iterable[Storage]) -> list[tuple[Storage, Recipe]]:
+    """Return what is made again to have some forgone storages, and how: each after what it is made from."""
+    order: dict[Storage, Recipe] = {}
+    todo = [*wanted][::-1]
+    while todo:
+        recipe = todo[-1].recipe
+        assert recipe is not None
+        first = [one for one in recipe.storages() if one.discarded and one not in order]
+        if not first:
+            order.setdefault(todo.pop(), recipe)
+        todo += first[::-1]
+    return list(order.items())

@@ -1,0 +1,126 @@
+"""Player: makes the moves of a plan, between two functions, as far as they are possible."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from chainer_ooc.planning.plan import Plan
+from chainer_ooc.swap.storage import State, Storage
+
+if TYPE_CHECKING:
+    from chainer_ooc.swap.budget import MemoryBudget
+    from chainer_ooc.swap.eviction import Evictor
+    from chainer_ooc.swap.transfers import Transfers
+
+__all__ = ["PlanExecutor"]
+
+
+class PlanExecutor:
+    """Follows one plan through one iteration. Its caller holds the manager's lock.
+
+    Storages are where they are: what cannot be done as planned, since somebody holds an array or wants it earlier,
+    is left out, and served on demand. So a plan decides about time, never about results.
+
+    Args:
+        plan: The plan.
+        find: Returns the storage that has a number in the plan, ``None`` if there is none or it is dead.
+
+    Attributes:
+        moved: The storages (numbers) that do not stay in memory throughout.
+    """
+
+    def __init__(self, plan: Plan, find: Callable[[int], Storage | None]) -> None:
+        self.plan = plan
+        self._find = find
+        self._out = deque(plan.copy_out)
+        self._come = deque(plan.copy_in)
+        self._release = deque(plan.release)
+        self._drop = deque(plan.drop)
+        self._evict_after_recompute: dict[int, list[int]] = {}
+        for step, number in plan.evict_after_recompute:
+            self._evict_after_recompute.setdefault(step, []).append(number)
+        moves = (plan.copy_out, plan.copy_in, plan.release, plan.drop, plan.evict_after_recompute)
+        self.moved = frozenset(number for due in moves for _, number in due)
+        self._steps = frozenset(step for due in moves for step, _ in due)
+        # Those that are held still, or made from what is; those that go out, and are released then.
+        self._waiting: list[Storage] = []
+        self._staying: list[Storage] = []
+        self._leaving: list[Storage] = []
+
+    def step(self, step: int, transfers: Transfers, evictor: Evictor, budget: MemoryBudget) -> None:
+        """Make the moves that are due before a step."""
+        evictor.settle()
+        self._leaving = [one for one in self._leaving if not _has_left(one, evictor)]
+        for storage in self._due(self._release, step):
+            evictor.release_unless_held(storage)
+        staying, self._staying = self._staying + self._due(self._drop, step), []
+        for storage in staying:
+            if storage.resident and not storage.used and _is_held(storage):
+                self._staying.append(storage)
+            else:
+                evictor.give_up(storage)
+        waiting, self._waiting = self._waiting + self._due(self._out, step), []
+        for storage in waiting:
+            if storage.state is State.RESIDENT and not storage.used:
+                if storage.referenced_externally:
+                    self._waiting.append(storage)
+                    continue
+                transfers.begin_out(storage)
+            if storage.state in (State.GOING_OUT, State.BOTH):
+                self._leaving.append(storage)
+        if self._come and self._come[0][0] <= step:
+            self._begin_in(step, evictor, budget.high - self.plan.need_bytes[step])
+
+    def is_idle(self, step: int) -> bool:
+        """Tell whether there is nothing to do before a step, which follows the one that was played last."""
+        return not (
+            step in self._steps
+            or step - 1
+            in self._evict_after_recompute  # what was given up after its use there is not any more
+            or self._leaving
+            or self._waiting
+            or self._staying
+            or (self._come and self._come[0][0] <= step)
+        )
+
+    def evict_after_recompute(self, step: int) -> list[Storage]:
+        """Return what a step needs only for its re-runs: it is given up as soon as they have read it."""
+        found = (self._find(number) for number in self._evict_after_recompute.get(step, ()))
+        return [storage for storage in found if storage is not None]
+
+    def _due(self, moves: deque[tuple[int, int]], step: int) -> list[Storage]:
+        due = []
+        while moves and moves[0][0] <= step:
+            storage = self._find(moves.popleft()[1])
+            if storage is not None:
+                due.append(storage)
+        return due
+
+    def _begin_in(self, step: int, evictor: Evictor, most: int) -> None:
+        """Begin the copies in that are due, one after the other, as far as there is room below ``most`` bytes."""
+        while self._come and self._come[0][0] <= step:
+            storage = self._find(self._come[0][1])
+            if storage is not None and not storage.used:
+                if storage.state is State.GOING_OUT:
+                    return
+                if storage.state is State.OUT and not evictor.begin_ahead(storage, most):
+                    return
+            self._come.popleft()
+
+
+def _is_held(storage: Storage) -> bool:
+    """Tell whether somebody refers to a storage, or to one that it is to be made again from."""
+    inputs = () if storage.recipe is None else storage.recipe.storages()
+    return storage.referenced_externally or any(
+        one.state is State.RESIDENT and one.referenced_externally for one in inputs
+    )
+
+
+def _has_left(storage: Storage, evictor: Evictor) -> bool:
+    """Release a storage that is to leave if its copy is complete. Returns whether nothing is left to wait for."""
+    if storage.state is State.GOING_OUT:
+        return False
+    evictor.release_unless_held(storage)
+    return True

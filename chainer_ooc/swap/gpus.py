@@ -1,0 +1,130 @@
+"""Gpus: one manager for each GPU that arrays are on, the allocator hook, and the pools' limits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from chainer_ooc.settings import Settings
+from chainer_ooc.swap.cupy_allocator import CupyAllocator
+from chainer_ooc.swap.devices.cuda.device import CudaDevice, new_slab
+from chainer_ooc.swap.devices.protocol import Device
+from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.tiers.pinned import PinnedSlab
+
+__all__ = ["Gpus"]
+
+
+class Gpus:
+    """The GPUs of this process. They share its page-locked memory.
+
+    Args:
+        cupy: CuPy, or what simulates it.
+        make: Makes the manager of a device.
+        settings: Returns the settings in force in the calling thread, ``None`` if out-of-core mode is off.
+        describe: Names what runs now, for errors.
+        note: Called with the bytes in use after an allocation.
+
+    Attributes:
+        array_type: The type of the GPUs' arrays.
+        managers: The managers by device id; they are made when the first array of their GPU is seen.
+    """
+
+    def __init__(
+        self,
+        cupy: Any,
+        make: Callable[[Device], SwapManager],
+        settings: Callable[[], Settings | None],
+        describe: Callable[[], str],
+        note: Callable[[int], None],
+    ) -> None:
+        self.array_type = cupy.ndarray
+        self.managers: dict[int, SwapManager] = {}
+        self._cupy = cupy
+        self._make = make
+        self._settings = settings
+        self._allocator = CupyAllocator(cupy, self._manager_of, describe, note)
+        self._bounds: dict[int, int] = {}  # of the pools, as they were set here
+        self._slab: PinnedSlab | None = None
+        self._host_limit: int | None = None  # that the slab was made for
+        self._lock = threading.RLock()
+
+    def manager_for(self, array: Any) -> SwapManager | None:
+        """Return the manager of an array's GPU; ``None`` if there is none and out-of-core mode is off."""
+        device_id = int(array.data.device_id)
+        manager = self.managers.get(device_id)
+        if manager is None:
+            settings = self._settings()
+            if settings is not None:
+                manager = self._add(device_id, settings)
+        return manager
+
+    def enable(self, settings: Settings) -> None:
+        """Have allocations make room, and bound the pools."""
+        with self._lock:
+            self._allocator.install()
+            self._bound_host(settings)
+            for device_id, manager in self.managers.items():
+                device: Any = manager.device
+                device.move_to(settings.directory)
+                self._note_own_limit(device_id, device)
+                self._bound(device_id, manager.limit)
+
+    def disable(self) -> None:
+        """Leave allocations and pools alone."""
+        with self._lock:
+            self._allocator.uninstall()
+            for device_id, manager in self.managers.items():
+                device: Any = manager.device
+                self._note_own_limit(device_id, device)
+                self._bound(device_id, device.own_limit)
+
+    def after_fork(self) -> None:
+        """In a forked child there is no GPU."""
+        for manager in self.managers.values():
+            manager.after_fork()
+
+    def _add(self, device_id: int, settings: Settings) -> SwapManager:
+        with self._lock:
+            if device_id not in self.managers:
+                device = CudaDevice(
+                    self._cupy,
+                    device_id,
+                    settings.directory,
+                    self._bound_host(settings),
+                    pool=self._allocator.pool,
+                )
+                manager = self._make(device)
+                self._bound(device_id, manager.limit)
+                self.managers[device_id] = manager
+            return self.managers[device_id]
+
+    def _bound_host(self, settings: Settings) -> PinnedSlab:
+        """Return the page-locked memory of all GPUs, held to ``host_limit``. Staging blocks are part of that."""
+        wanted = settings.host_limit
+        if self._slab is None:
+            self._slab = new_slab(self._cupy, wanted)
+        elif wanted != self._host_limit:
+            devices: list[Any] = [manager.device for manager in self.managers.values()]
+            limit = new_slab(self._cupy, wanted).limit
+            if wanted is None:  # what is free now, beside what has been taken of it
+                limit += self._slab.size
+            self._slab.limit = max(limit - sum(device.staging_bytes for device in devices), 0)
+        self._host_limit = wanted
+        return self._slab
+
+    def _bound(self, device_id: int, nbytes: int) -> None:
+        with self._cupy.cuda.Device(device_id):
+            self._allocator.pool().set_limit(size=nbytes)
+        self._bounds[device_id] = nbytes
+
+    def _note_own_limit(self, device_id: int, device: Any) -> None:
+        """Take note of a limit that somebody else has set on the pool since it was set here."""
+        with self._cupy.cuda.Device(device_id):
+            nbytes = int(self._allocator.pool().get_limit())
+        if nbytes != self._bounds[device_id]:
+            device.own_limit = nbytes
+
+    def _manager_of(self, device_id: int) -> SwapManager | None:
+        return None if self._settings() is None else self.managers.get(device_id)

@@ -1,0 +1,171 @@
+"""PinnedSlab: exact-size blocks of page-locked host memory, under a hard cap."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Callable
+
+from chainer_ooc.swap.tiers.free_blocks import FreeBlocks
+
+__all__ = ["ALIGNMENT", "PinnedSlab"]
+
+#: Blocks begin at multiples of this (bytes), and their sizes are rounded up to it.
+ALIGNMENT = 512
+#: The slab grows by chunks of at least this size (bytes), and of at least a quarter of what it has.
+CHUNK = 64 << 20
+
+# Registered memory that a forked child must never unmap: another mapping may lie at its address there.
+_abandoned: list[object] = []
+
+
+class PinnedSlab:
+    """Page-locked memory in few large chunks, handed out in blocks of any size.
+
+    CuPy's own pool of pinned memory rounds sizes up to powers of two and allocates block by block, which
+    takes milliseconds each and serializes the GPU's streams. Here a chunk is mapped and registered as a
+    whole, by a thread, before the last one is used up. All methods may be called from any thread.
+
+    Args:
+        limit: Most bytes that are ever registered.
+        register: Page-locks memory: called with an address and a size (bytes). Raises if it cannot.
+        unregister: Undoes it: called with the address.
+
+    Attributes:
+        limit: Most bytes that are ever registered. What is registered already stays if it is lowered.
+        size: Bytes that are registered, or about to be.
+        allocated: Bytes that are handed out.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        register: Callable[[int, int], None],
+        unregister: Callable[[int], None],
+    ) -> None:
+        self.limit = limit
+        self.size = 0
+        self.allocated = 0
+        self._register = register
+        self._unregister = unregister
+        self._free = FreeBlocks()
+        self._chunks: list[tuple[int, mmap.mmap]] = []
+        self._lock = threading.Lock()
+        self._growing: threading.Thread | None = None
+        self._refused = False  # the system has no more memory to lock
+
+    def allocate(self, nbytes: int) -> int | None:
+        """Return the address of a block of at least ``nbytes`` bytes, ``None`` if the slab is full."""
+        size = _round_up(nbytes)
+        with self._lock:
+            address = self._free.take(size)
+        if address is None:
+            self.wait()
+            with self._lock:
+                if self._free.largest() < size:
+                    self._grow(size)
+                address = self._free.take(size)
+                if address is None:
+                    return None
+        with self._lock:
+            self.allocated += size
+            if self._growing is None and self._free.nbytes < self._next_chunk() // 2:
+                self._grow_ahead()
+        return address
+
+    def free(self, address: int, nbytes: int) -> None:
+        """Give back the block at ``address`` that was allocated with ``nbytes`` bytes."""
+        with self._lock:
+            if self._chunks:  # else a forked child gives back what is the parent's
+                size = _round_up(nbytes)
+                self.allocated -= size
+                self._free.insert(address, size)
+
+    def wait(self) -> None:
+        """Wait until a chunk that is being made ahead is there."""
+        thread = self._growing
+        if thread is not None:
+            thread.join()
+
+    def after_fork(self) -> None:
+        """In a forked child: the memory is not there (``MADV_DONTFORK``)."""
+        _abandoned.append(self._chunks)
+        self._chunks, self._free = [], FreeBlocks()
+        self.size = self.allocated = self.limit = 0
+        self._lock, self._growing = threading.Lock(), None
+
+    def close(self) -> None:
+        """Give all memory back to the system. No block may be in use."""
+        self.wait()
+        with self._lock:
+            for address, memory in self._chunks:
+                self._unregister(address)
+                memory.close()
+            self._chunks, self._free = [], FreeBlocks()
+            self.size = self.allocated = 0
+
+    def _next_chunk(self) -> int:
+        """Return the size of the next chunk (bytes), 0 if there is to be none."""
+        if self._refused:
+            return 0
+        room = (self.limit - self.size) // mmap.PAGESIZE * mmap.PAGESIZE
+        return max(min(_whole_pages(max(CHUNK, self.size // 4)), room), 0)
+
+    def _grow_ahead(self) -> None:
+        nbytes = self._next_chunk()
+        self.size += nbytes
+        self._growing = threading.Thread(
+            target=self._make_ahead, args=(nbytes,), name="chainer_ooc-pin", daemon=True
+        )
+        self._growing.start()
+
+    def _make_ahead(self, nbytes: int) -> None:
+        chunk = self._make(nbytes)
+        with self._lock:
+            self._add(chunk, nbytes)
+            self._growing = None
+
+    def _grow(self, nbytes: int) -> None:
+        """Grow by a chunk that has a block of ``nbytes``, if that is allowed."""
+        smallest = _whole_pages(nbytes)
+        for size in sorted({max(smallest, self._next_chunk()), smallest}, reverse=True):
+            if size <= self.limit - self.size and not self._refused:
+                self.size += size
+                chunk = self._make(size)
+                self._add(chunk, size)
+                if chunk is not None:
+                    return
+                self._refused = size == smallest  # else there may be enough of less
+
+    def _add(self, chunk: tuple[int, mmap.mmap] | None, nbytes: int) -> None:
+        if chunk is None:
+            self._refused = True
+            self.size -= nbytes
+        else:
+            self._chunks.append(chunk)
+            self._free.add_region(chunk[0], nbytes)
+
+    def _make(self, nbytes: int) -> tuple[int, mmap.mmap] | None:
+        """Map and register a chunk. ``None`` if the system refuses."""
+        try:
+            memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            return None
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        # A GPU goes on writing to the parent's pages; after a fork those might be copies of them.
+        memory.madvise(mmap.MADV_DONTFORK)
+        try:
+            self._register(address, nbytes)
+        except Exception:  # CuPy's CUDARuntimeError, whatever the reason
+            memory.close()
+            return None
+        return address, memory
+
+
+def _round_up(nbytes: int) -> int:
+    return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
+
+
+def _whole_pages(nbytes: int) -> int:
+    return max(-(-nbytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE

@@ -1,0 +1,439 @@
+"""Mover: the transitions of a storage, one method each. When to make them is the manager's business."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from chainer_ooc.errors import CorruptCopyError, SwapSpaceError
+from chainer_ooc.swap import fingerprints
+from chainer_ooc.swap.devices.protocol import Device, SwappedBlock, Transfer
+from chainer_ooc.swap.events import Copied, Observer, Span
+from chainer_ooc.swap.prefetch import SavedSequence
+from chainer_ooc.swap.recipe import Recipe
+from chainer_ooc.swap.storage import State, Storage
+
+__all__ = ["Counters", "Transfers"]
+
+#: Waits shorter than this are counted, but not told (seconds).
+_NOTICED = 20e-6
+
+
+@dataclasses.dataclass
+class Counters:
+    """What has been done so far. See :class:`chainer_ooc.Stats`, where they are summed up."""
+
+    bytes_out: int = 0
+    bytes_in: int = 0
+    storages_out: int = 0
+    storages_in: int = 0
+    hits: int = 0
+    prefetched: int = 0
+    prefetch_hits: int = 0
+    bytes_discarded: int = 0
+    storages_remade: int = 0
+    recompute_seconds: float = 0.0
+    copy_seconds: float = 0.0
+    stall_fetch_seconds: float = 0.0
+    stall_late_seconds: float = 0.0
+    stall_room_seconds: float = 0.0
+    stall_trim_seconds: float = 0.0
+
+    @property
+    def lost_seconds(self) -> float:
+        """Time in which computing threads did nothing but what out-of-core mode made them do."""
+        return self.waited_seconds + self.recompute_seconds
+
+    @property
+    def waited_seconds(self) -> float:
+        """Time in which computing threads waited."""
+        waited = self.stall_fetch_seconds + self.stall_late_seconds + self.stall_room_seconds
+        return waited + self.stall_trim_seconds
+
+
+class _Link:
+    """What has been copied in one direction, and in which time any copy was under way."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.seconds = self._busy_until = 0.0
+
+    def note(self, nbytes: int, span: Span) -> None:
+        self.nbytes += nbytes
+        self.seconds += max(span[1] - max(span[0], self._busy_until), 0)
+        self._busy_until = max(self._busy_until, span[1])
+
+
+class Transfers:
+    """Moves single storages of one device. Its caller holds the manager's lock.
+
+    Args:
+        device: The memory and the way out of it.
+        make_room: Called with a number of bytes when the device has no memory for a transfer. Returns how
+            much has been given up, 0 if that is all.
+        observers: Who is told what happens.
+
+    Attributes:
+        counters: What has been done so far.
+        leaving: The storages that are going out, in the order in which they were begun.
+        nbytes: The size of all storages in each state (bytes).
+    """
+
+    def __init__(
+        self, device: Device, make_room: Callable[[int], int], observers: Sequence[Observer] = ()
+    ) -> None:
+        self.device = device
+        self.counters = Counters()
+        self.leaving: deque[weakref.ref[Storage]] = deque()
+        self.observers = observers
+        self._make_room = make_room
+        # Bytes that have come into memory, and that were given up.
+        self._landed = self._released = 0
+        self._busy_until = 0.0
+        self._links = _Link(), _Link()  # in, out
+        self._copies: deque[tuple[Copied, Transfer]] = deque()  # whose times are not known yet
+        # The resident storages by the identity of their owner, which lives as long as it is here.
+        self._by_owner: dict[int, weakref.ref[Storage]] = {}
+        # The storages that live, by state and sequence number, and how many bytes they are.
+        self._members: dict[State, dict[int, weakref.ref[Storage]]] = {state: {} for state in State}
+        self.nbytes = dict.fromkeys(State, 0)
+        # Dead storages, and what they left: filled at any time by any thread.
+        self._dead: deque[tuple[State, int, int, SavedSequence]] = deque()
+        self._known = 0  # how many live, or are dead and not forgotten yet
+        self._deferred_frees: deque[tuple[SwappedBlock | None, Transfer | None]] = deque()
+        self._recipes: deque[Recipe] = deque()
+
+    def find(self, owner: Any) -> Storage | None:
+        """Return the resident storage in the memory of ``owner``, if there is one."""
+        reference = self._by_owner.get(id(owner))
+        return reference() if reference else None
+
+    def bandwidth(self, out: bool) -> float | None:
+        """Return the bytes per second of the copies in one direction, ``None`` if nobody knows yet."""
+        self._take_times()
+        link = self._links[out]
+        return link.nbytes / link.seconds if link.seconds > 0 else None
+
+    def stalled(self, cause: str, start: float) -> None:
+        """Note that the calling thread has waited since ``start``. ``cause`` is one of the counters' ``stall_``."""
+        end = time.perf_counter()
+        name = f"stall_{cause}_seconds"
+        setattr(self.counters, name, getattr(self.counters, name) + end - start)
+        if end - start > _NOTICED:
+            for observer in self.observers:
+                observer.stalled(self.device.name, cause, (start, end))
+
+    def register(self, storage: Storage) -> None:
+        """Take a new storage, which is RESIDENT."""
+        reference = weakref.ref(storage)
+        self._by_owner[id(storage.owner)] = reference
+        self._members[storage.state][storage.sequence] = reference
+        self.nbytes[storage.state] += storage.nbytes
+        self._known += 1
+
+    @property
+    def has_living(self) -> bool:
+        """Whether a storage lives. Asked at any time in any thread."""
+        return self._known > len(self._dead)
+
+    def members(self, *states: State, newest_first: bool = False) -> Iterator[Storage]:
+        """Return the storages that are in one of the states now, in the order of saving."""
+        found = {n: reference for state in states for n, reference in self._members[state].items()}
+        for number in sorted(found, reverse=newest_first):
+            storage = found[number]()
+            if storage is not None and storage.state in states:
+                yield storage
+
+    def begin_out(self, storage: Storage) -> None:
+        """RESIDENT -> GOING_OUT.
+
+        Raises:
+            SwapSpaceError: If there is no space for it outside; it stays RESIDENT.
+        """
+        refused = None
+        try:
+            storage.transfer = self._copy_out(storage)
+        except SwapSpaceError as error:
+            refused = _explained(SwapSpaceError, error, f"{storage!r} cannot be moved out")
+        if refused is not None:  # here the first error is gone, whose frames hold the memory
+            try:
+                raise refused
+            finally:
+                del (
+                    refused
+                )  # it would hold this frame, and so those of its callers with their arrays
+        self._move(storage, State.GOING_OUT)
+        storage.dirty = False
+        self.leaving.append(weakref.ref(storage))
+
+    def end_out(self, storage: Storage) -> None:
+        """GOING_OUT -> BOTH, or -> RESIDENT if somebody may have written to it meanwhile. Waits.
+
+        Raises:
+            SwapSpaceError: If it could not be written, twice; it is RESIDENT then.
+        """
+        transfer = storage.transfer
+        assert transfer is not None
+        start = time.perf_counter()
+        try:
+            try:
+                transfer.join()
+            except OSError:
+                transfer.copy.free()
+                transfer = self._copy_out(storage)
+                transfer.join()
+        except OSError as error:
+            storage.transfer = None
+            self._move(storage, State.RESIDENT)
+            transfer.copy.free()
+            what = f"{storage!r} could not be written, twice; it stays in memory, no data was lost"
+            raise _explained(SwapSpaceError, error, what) from error
+        finally:
+            self.stalled("room", start)
+        storage.transfer = None
+        if storage.dirty:
+            self._move(storage, State.RESIDENT)
+            transfer.copy.free()
+        else:
+            storage.copy = transfer.copy
+            self._move(storage, State.BOTH)
+        self._copied(storage, transfer, out=True)
+
+    def release(self, storage: Storage) -> None:
+        """BOTH -> OUT: give up the memory. For RESIDENT see :meth:`discard`."""
+        self._move(storage, State.OUT)
+        if not storage.used:
+            storage.saved_sequence.look_again_at(storage)
+        storage.ahead = False
+        self._let_go(storage)
+
+    def moved_bytes(self) -> int:
+        """Return by how much moves have changed the memory in use: what has come in less what was given up."""
+        return self._landed - self._released
+
+    def discard(self, storage: Storage) -> None:
+        """RESIDENT -> OUT without a copy: its recipe makes it again. Its inputs are used once more for that."""
+        assert storage.recipe is not None
+        for constant in storage.recipe.constants:
+            constant.keep()
+        for needed in storage.recipe.storages():
+            needed.remaining_uses += 1
+            if needed.dependents is None:
+                needed.dependents = weakref.WeakSet()
+            needed.dependents.add(storage)
+        self.counters.bytes_discarded += storage.nbytes
+        self.release(storage)
+
+    def remake(self, storage: Storage, array: Any) -> None:
+        """OUT without a copy -> RESIDENT, with the bytes of ``array``, which its recipe has made.
+
+        Raises:
+            CorruptCopyError: If they are not what they were; it stays OUT.
+        """
+        assert storage.recipe is not None
+        layout = storage.recipe.layout
+        owner, origin = self.device.take_buffer(array, layout, storage.nbytes, storage.page_offset)
+        del array
+        fingerprints.check_remade(self.device, storage, owner, origin)
+        storage.owner, storage.origin = owner, origin
+        self._by_owner[id(owner)] = weakref.ref(storage)
+        self._move(storage, State.RESIDENT)
+        self._landed += storage.nbytes
+        self._need_no_more(storage.recipe, storage)
+        self.counters.storages_remade += 1
+
+    def begin_in(self, storage: Storage) -> None:
+        """OUT -> COMING_IN."""
+        copy = storage.copy
+        assert copy is not None
+        owner, origin, transfer = self._again_with_room(
+            storage.nbytes, lambda: self.device.copy_in(copy, storage.nbytes, storage.page_offset)
+        )
+        storage.owner, storage.origin, storage.transfer = owner, origin, transfer
+        self._by_owner[id(owner)] = weakref.ref(storage)
+        self._move(storage, State.COMING_IN)
+        self._landed += storage.nbytes
+        self.counters.bytes_in += storage.nbytes
+        self.counters.storages_in += 1
+
+    def end_in(self, storage: Storage) -> None:
+        """COMING_IN -> BOTH. Waits.
+
+        Raises:
+            OSError: If it could not be read, twice; it is OUT then.
+        """
+        start = time.perf_counter()
+        try:
+            self._join_arrival(storage)
+        except OSError:
+            self.begin_in(storage)
+            try:
+                self._join_arrival(storage)
+            except CorruptCopyError:
+                raise
+            except OSError as error:
+                what = f"{storage!r} could not be read, twice"
+                raise _explained(OSError, error, what) from error
+        finally:
+            self.stalled("late" if storage.ahead else "fetch", start)
+
+    def mark_dirty(self, storage: Storage) -> None:
+        """BOTH -> RESIDENT: somebody who may write has the array, so that its copy is worth nothing."""
+        if storage.state is State.GOING_OUT:
+            storage.dirty = True
+        elif storage.state is State.BOTH:
+            self._move(storage, State.RESIDENT)
+            copy, storage.copy = storage.copy, None
+            assert copy is not None
+            copy.free()
+
+    def drop(self, storage: Storage) -> None:
+        """Any state -> DROPPED: give up the memory and the copy."""
+        if storage.state is not State.DROPPED:
+            if storage.discarded:
+                assert storage.recipe is not None
+                self._need_no_more(storage.recipe, storage)
+            storage.recipe = None
+            self._move(storage, State.DROPPED)
+            self._deferred_frees.append((storage.copy, storage.transfer))
+            storage.copy = storage.transfer = None
+            if storage.owner is not None:
+                self._let_go(storage)
+            self.run_deferred_frees()
+
+    def defer_free(self, storage: Storage) -> None:
+        """Take what a dying storage leaves. Called at any time in any thread, in the midst of anything."""
+        if storage.owner is not None:
+            self._by_owner.pop(id(storage.owner), None)
+        if storage.discarded:
+            assert storage.recipe is not None
+            self._recipes.append(storage.recipe)
+        self._dead.append((storage.state, storage.sequence, storage.nbytes, storage.saved_sequence))
+        if storage.copy is not None or storage.transfer is not None:
+            self._deferred_frees.append((storage.copy, storage.transfer))
+
+    @property
+    def has_deferred_frees(self) -> bool:
+        """Whether there is anything for :meth:`run_deferred_frees` to do."""
+        return bool(self._dead or self._deferred_frees)
+
+    def run_deferred_frees(self) -> None:
+        """Forget the dead; give back the space they left, once nothing reads or writes it any more."""
+        if not self.has_deferred_frees:
+            return
+        while self._dead:
+            if self._recipes:  # what it needed may die with it
+                self._need_no_more(self._recipes.popleft())
+                continue
+            state, number, nbytes, saved_sequence = self._dead.popleft()
+            saved_sequence.living -= 1
+            self._known -= 1
+            del self._members[state][number]
+            self.nbytes[state] -= nbytes
+            # Had nothing moved, it would free its memory now.
+            if state in (State.OUT, State.DROPPED):
+                self._released -= nbytes
+        for _ in range(len(self._deferred_frees)):
+            copy, transfer = self._deferred_frees.popleft()
+            if transfer is not None and not transfer.done():
+                self._deferred_frees.append((copy, transfer))
+                continue
+            if transfer is not None and transfer.copy is not copy:
+                transfer.copy.free()
+            if copy is not None:
+                copy.free()
+
+    def wait_for_deferred_frees(self) -> None:
+        """Wait until all that dead storages left can be given back, and give it back."""
+        for _, transfer in tuple(self._deferred_frees):
+            if transfer is not None:
+                transfer.wait()
+        self.run_deferred_frees()
+
+    @staticmethod
+    def _need_no_more(recipe: Recipe, dependent: Storage | None = None) -> None:
+        for storage in recipe.storages():
+            storage.remaining_uses -= 1
+            if dependent is not None:
+                assert storage.dependents is not None
+                storage.dependents.discard(dependent)
+
+    def _move(self, storage: Storage, state: State) -> None:
+        before = storage.state
+        storage.move_to(state)
+        self._members[state][storage.sequence] = self._members[before].pop(storage.sequence)
+        self.nbytes[before] -= storage.nbytes
+        self.nbytes[state] += storage.nbytes
+
+    def _copied(self, storage: Storage, transfer: Transfer, out: bool) -> None:
+        name, sequence = self.device.name, storage.sequence
+        copied = Copied(name, storage.label, sequence, storage.nbytes, out)
+        self._copies.append((copied, transfer))
+        self._take_times()
+
+    def _take_times(self) -> None:
+        """Take note of when copies began and ended, once that is known: a stream may be behind."""
+        while self._copies:
+            copied, transfer = self._copies[0]
+            if not transfer.done():
+                return
+            self._copies.popleft()
+            span = transfer.span()
+            if span is None:  # there was no whole page
+                continue
+            # Transfers overlap each other: the time in which any was under way.
+            self.counters.copy_seconds += max(span[1] - max(span[0], self._busy_until), 0)
+            self._busy_until = max(self._busy_until, span[1])
+            self._links[copied.out].note(copied.nbytes, span)
+            for observer in self.observers:
+                observer.copied(copied, span)
+
+    def _copy_out(self, storage: Storage) -> Transfer:
+        fingerprints.check_unchanged(self.device, storage)
+        transfer: Transfer = self._again_with_room(
+            storage.nbytes,
+            lambda: self.device.copy_out(storage.owner, storage.origin, storage.nbytes),
+        )
+        self.counters.bytes_out += storage.nbytes
+        self.counters.storages_out += 1
+        return transfer
+
+    def _join_arrival(self, storage: Storage) -> None:
+        transfer = storage.transfer
+        assert transfer is not None
+        try:
+            transfer.join()
+            fingerprints.check_arrival(self.device, storage)
+        except OSError:
+            storage.transfer = None
+            self._move(storage, State.OUT)
+            self._let_go(storage)
+            raise
+        storage.transfer = None
+        self._move(storage, State.BOTH)
+        storage.arrival = transfer.arrival()
+        self._copied(storage, transfer, out=False)
+
+    def _let_go(self, storage: Storage) -> None:
+        self._by_owner.pop(id(storage.owner), None)
+        self._released += storage.nbytes
+        self.device.before_release()
+        storage.owner = None
+
+    def _again_with_room(self, nbytes: int, begin: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return begin()
+            except MemoryError:
+                # What is free may be in pieces: more is given up until it fits.
+                if not self._make_room(nbytes):
+                    raise
+
+
+def _explained(kind: type[OSError], error: OSError, what: str) -> OSError:
+    """Return an error of that kind with the number and the file of another, which names a storage, too."""
+    return kind(error.errno, f"{what}: {error.strerror or error}", error.filename)
