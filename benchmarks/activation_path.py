@@ -9,6 +9,7 @@ often one file calls into another. ``--calls`` prints every call, indented by it
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def calls_of(run: Callable[[], Any]) -> list[Call]:
 
 def changes(found: list[Call]) -> int:
     """Return how often the next call is in another file."""
-    return sum(a.file != b.file for a, b in zip(found, found[1:], strict=False))
+    return sum(a.file != b.file for a, b in itertools.pairwise(found))
 
 
 def measure(functions: int) -> dict[str, list[Call]]:
@@ -79,7 +80,9 @@ def measure(functions: int) -> dict[str, list[Call]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--calls", action="store_true", help="print every call")
     arguments = parser.parse_args()
     print("| | calls | files | changes of file |\n|---|---:|---:|---:|")

@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Iterator
 
 from chainer_ooc.planning.plan import Choice, Plan
-from chainer_ooc.planning.policies import OnDemand, Planned, Policy
+from chainer_ooc.planning.policies import OnDemand, Planned
 from chainer_ooc.planning.profile import BACKWARD, FORWARD, Profile
 from chainer_ooc.planning.rerun import can_be_made_again
 from chainer_ooc.planning.residency import needs_of
-from chainer_ooc.planning.simulator import SimulatedState, Simulator, simulate
+from chainer_ooc.planning.simulator import Policy, SimulatedState, Simulator, simulate
 from chainer_ooc.planning.system import System
 from chainer_ooc.planning.timeline import Timeline
 

@@ -16,12 +16,13 @@ if TYPE_CHECKING:  # what __getattr__ loads, so that type checkers see it and re
     from chainer_ooc import extensions as extensions
     from chainer_ooc import serializers as serializers
     from chainer_ooc import testing as testing
-    from chainer_ooc.api import Stats, disable, enable, is_enabled, out_of_core_mode, stats
+    from chainer_ooc.api import disable, enable, is_enabled, out_of_core_mode
     from chainer_ooc.estimating.estimator import estimate
     from chainer_ooc.graph.attributes import saved_attributes
     from chainer_ooc.graph.recompute import recomputable
     from chainer_ooc.report.explain import explain
     from chainer_ooc.report.plans import PlanReport, plans
+    from chainer_ooc.statistics import Stats, stats
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,8 @@ _LAZY = dict.fromkeys(__all__, "chainer_ooc.api") | {
     "PlanReport": "chainer_ooc.report.plans",
     "plans": "chainer_ooc.report.plans",
     "recomputable": "chainer_ooc.graph.recompute",
+    "Stats": "chainer_ooc.statistics",
+    "stats": "chainer_ooc.statistics",
     "saved_attributes": "chainer_ooc.graph.attributes",
 }
 

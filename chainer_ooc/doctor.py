@@ -154,7 +154,7 @@ def _chainer() -> Iterator[Finding]:
 
 
 def _extension() -> Finding:
-    from chainer_ooc.swap import native
+    from chainer_ooc.swap.devices.ram import native
 
     if native.allocator is None:
         text = f"not built: {native.WITHOUT_IT}"

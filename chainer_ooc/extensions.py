@@ -7,8 +7,8 @@ from typing import Any
 
 from chainer.training import extension
 
-from chainer_ooc.api import Stats, stats
 from chainer_ooc.graph import agreement
+from chainer_ooc.statistics import Stats, stats
 
 __all__ = ["AgreeOnPlans", "OutOfCoreReport"]
 

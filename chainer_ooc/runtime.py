@@ -12,11 +12,12 @@ from typing import Any
 
 from chainer_ooc import state
 from chainer_ooc.graph import hooks
+from chainer_ooc.report.plans import plans
 from chainer_ooc.report.trace import Trace
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import native
+from chainer_ooc.statistics import stats
 from chainer_ooc.swap.devices.protocol import Device
-from chainer_ooc.swap.devices.ram import RamDevice
+from chainer_ooc.swap.devices.ram import RamDevice, native
 from chainer_ooc.swap.gpus import Gpus
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.system import forks
@@ -150,9 +151,6 @@ def _prepare_gpus(settings: Settings) -> None:
 
 def _begin_trace(path: str) -> None:
     def facts() -> dict[str, Any]:
-        from chainer_ooc.report.plans import plans
-        from chainer_ooc.stats import stats
-
         planned = [dataclasses.asdict(one) for one in plans()]
         figures = {"stats": dataclasses.asdict(stats()), "plan": planned[0] if planned else None}
         return {"settings": dataclasses.asdict(state.process.last), **figures}

@@ -17,10 +17,12 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
 import psutil
 
 from chainer_ooc.errors import SettingError
-from chainer_ooc.swap.tiers.swap_file import EXTENT
 from chainer_ooc.wording import repr_of
 
 __all__ = ["Arguments", "Settings", "check_names", "parse_bytes", "parse_limit", "show_settings"]
+
+#: A swap file grows by so many bytes, or by one block if that is larger.
+EXTENT = 64 << 20
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

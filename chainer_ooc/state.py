@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chainer_ooc.planning.system import MARGIN
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import native
-from chainer_ooc.swap.budget import MARGIN
-from chainer_ooc.swap.devices.ram import RamDevice
+from chainer_ooc.swap.devices.ram import RamDevice, native
 from chainer_ooc.swap.events import Observer
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.observed_growth import ObservedGrowth

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc  # the import hook comes before any import of Chainer
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.ram import native
 
 ROOT = Path(chainer_ooc.__file__).resolve().parents[1]
 

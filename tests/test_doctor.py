@@ -30,7 +30,7 @@ def test_the_report_names_everything_and_exits_0_where_the_main_job_can_run(run_
 
 
 def test_without_the_extension_it_says_what_that_means_and_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr("chainer_ooc.swap.native.allocator", None)
+    monkeypatch.setattr("chainer_ooc.swap.devices.ram.native.allocator", None)
     doctor.main()
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) < 120

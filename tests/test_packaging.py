@@ -24,7 +24,7 @@ import pytest
 
 import chainer_ooc
 from chainer_ooc.compat import installation
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.ram import native
 
 ROOT = Path(chainer_ooc.__file__).resolve().parents[1]
 SETUPTOOLS = int(importlib.metadata.version("setuptools").split(".")[0])
@@ -372,7 +372,7 @@ def test_one_wheel_with_the_extension_is_for_all_versions(build, run_python, sou
             archive.extractall(place)
     code = (
         f"import sys; sys.path.insert(0, {str(place)!r})\n"
-        "from chainer_ooc.swap import native; print(native.allocator.__file__)"
+        "from chainer_ooc.swap.devices.ram import native; print(native.allocator.__file__)"
     )
     done = run_python("-c", code)
     assert done.stdout.strip() == str(place / EXTENSION), done.stderr

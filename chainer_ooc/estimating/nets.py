@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import chainer_ooc
 from chainer_ooc.estimating.errors import EstimateError
 from chainer_ooc.estimating.inputs import Inputs, images, parse
 from chainer_ooc.estimating.ledger import Ledger
@@ -113,7 +112,7 @@ def _of_vision(name: str) -> Net:
 
 
 def _roots() -> list[Path]:
-    own = Path(chainer_ooc.__file__).resolve().parent.parent
+    own = Path(__file__).resolve().parents[2]
     return [base / "examples" / "imagenet" for base in (Path.cwd(), own)]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,14 +91,23 @@ def new_like(
     return new(shape, dtype, ledger_of(array), order="F" if fortran else "C")
 
 
+#: What NumPy's ufuncs and other functions do with these arrays: filled by the modules that know.
+_calls: dict[str, Callable[..., Any]] = {}
+
+
+def register(kind: str, call: Callable[..., Any]) -> None:
+    """Have ``call`` answer for NumPy's ``"ufunc"`` or ``"function"``."""
+    _calls[kind] = call
+
+
 class ShapeArray(np.ndarray):
     """See the module."""
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        return ufuncs.call(ufunc, method, inputs, kwargs)
+        return _calls["ufunc"](ufunc, method, inputs, kwargs)
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return shape_rules.call(func, args, kwargs)
+        return _calls["function"](func, args, kwargs)
 
     # What NumPy would compute in C.
 
@@ -407,5 +416,3 @@ def _reshape_copies(array: np.ndarray, shape: Sequence[int], order: Any) -> bool
 
 #: numpy.reshape takes copy=False.
 _CAN_REFUSE = np.lib.NumpyVersion(np.__version__) >= "2.1.0"
-
-from chainer_ooc.estimating import shape_rules, ufuncs  # noqa: E402  they import this module

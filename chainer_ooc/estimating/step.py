@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-import chainer_ooc
+from chainer_ooc import runtime
 from chainer_ooc.estimating.errors import EstimateError
 from chainer_ooc.estimating.ledger import Ledger, Segment, active_ledger
 from chainer_ooc.estimating.shape_array import ShapeArray, memory_of, new
@@ -105,7 +105,7 @@ def record(
     watch = _watch_class()(ledger, keep_on_gpu)
     outer = reporter._get_reporters()[:]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(chainer_ooc.out_of_core_mode(False))
+        stack.enter_context(runtime.out_of_core_mode(False, {}))
         stack.enter_context(chainer.using_config("train", True))
         stack.enter_context(chainer.using_config("enable_backprop", True))
         stack.enter_context(chainer.using_config("debug", False))

@@ -201,3 +201,6 @@ def _small_like(dtype: np.dtype, shape: tuple[int, ...], strides: tuple[int, ...
         max(elements, 1) * dtype.itemsize
     )  # not an array: those have no elements here
     return np.ndarray(shape, dtype, memory, 0, [stride * dtype.itemsize for stride in strides])
+
+
+shape_array.register("ufunc", call)

@@ -18,7 +18,7 @@ from chainer_ooc.planning.search import make_plan
 from chainer_ooc.planning.steps import BACKWARD, FORWARD, OTHER, key_of
 from chainer_ooc.planning.system import System, Tier
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import PackedArray, Storage
@@ -37,7 +37,7 @@ BETWEEN = "between iterations"
 
 @dataclasses.dataclass
 class MeasuredTimes:
-    """What an iteration that followed a plan did: what :class:`~chainer_ooc.planning.prefetch_tuner.PrefetchTuner` reads."""
+    """What an iteration that followed a plan did, for :class:`~chainer_ooc.planning.prefetch_tuner.PrefetchTuner`."""
 
     seconds: float = 0.0
     waits: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -398,8 +398,7 @@ class IterationTracker:
 
 def tracker_of(manager: SwapManager) -> IterationTracker:
     """Return what follows the iterations of a device."""
-    found: IterationTracker = manager.__dict__.setdefault("tracker", None) or IterationTracker(
-        manager
-    )
-    manager.__dict__["tracker"] = found
-    return found
+    if manager.tracker is None:
+        manager.tracker = IterationTracker(manager)
+    tracker: IterationTracker = manager.tracker
+    return tracker

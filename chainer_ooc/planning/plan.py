@@ -34,8 +34,8 @@ class Plan:
         release: (step, storage): give it up again, its copy is valid.
         drop: (step, storage): give it up; it is made again by what ``rerun`` says.
         rerun: (step, forward steps): run these again, in this order, before the step.
-        evict_after_recompute: (step, storage): the step does not need it, only its re-runs do: give it up as soon as they
-            have read it, before the step runs.
+        evict_after_recompute: (step, storage): only what the step runs again needs it: give it up as soon as that
+            has read it, before the step runs.
         need_bytes: For each step what it takes at most beyond what is in use before it: what begins to come in
             then leaves that much free.
         seconds: The step time that the simulation foresees.

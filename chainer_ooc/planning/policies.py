@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Protocol
 
 from chainer_ooc.planning.plan import Plan
 from chainer_ooc.planning.simulator import SimulatedState, Simulator
+from chainer_ooc.planning.system import IN_FLIGHT, LOW_WATER, REMEMBERED_GROWTH
 
-__all__ = ["OnDemand", "Planned", "Policy"]
-
-#: As in chainer_ooc.swap.manager: the low-water mark as a share of the limit, the most bytes on their way
-#: out behind the computation, and how many functions the next one's appetite is guessed from.
-LOW_WATER = 0.8
-IN_FLIGHT = 256 << 20
-REMEMBERED = 16
-
-
-class Policy(Protocol):
-    """What decides in a simulated iteration."""
-
-    def between(self, simulator: Simulator) -> None:
-        """Act before a step."""
-
-    def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
-        """Make room under the limit for ``nbytes`` that are about to be allocated."""
-
-    def evicts_after_recompute(self, simulator: Simulator, i: int) -> bool:
-        """Tell whether a storage is to be given up once the re-runs before the step have read it."""
+__all__ = ["OnDemand", "Planned"]
 
 
 class OnDemand:
@@ -40,7 +21,7 @@ class OnDemand:
     """
 
     def __init__(self) -> None:
-        self._growth: deque[int] = deque([0], REMEMBERED)
+        self._growth: deque[int] = deque([0], REMEMBERED_GROWTH)
 
     def between(self, simulator: Simulator) -> None:
         """Write behind after the last function; fetch what this one needs, and ahead of it."""

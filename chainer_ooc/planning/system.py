@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 
-__all__ = ["MARGIN", "System", "Tier"]
+__all__ = ["IN_FLIGHT", "LOW_WATER", "MARGIN", "REMEMBERED_GROWTH", "System", "Tier"]
 
-#: The share of the limit that the executor leaves for what nobody announces.
+#: This share of the limit is left for what nobody announces: Python's objects, BLAS buffers.
 MARGIN = 1 / 64
+#: The low-water mark, as a share of the limit: past it, copies go out behind the computation.
+LOW_WATER = 0.8
+#: Most bytes on their way out at a time.
+IN_FLIGHT = 256 << 20
+#: What the last functions took for themselves is what the next may take: this many of them.
+REMEMBERED_GROWTH = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chainer_ooc.report.whole import write_whole
-from chainer_ooc.swap.events import Copied, Observer, Span
+from chainer_ooc.swap.devices.protocol import Span
+from chainer_ooc.swap.events import Copied, Observer
 from chainer_ooc.swap.storage import Storage
 from chainer_ooc.swap.system import ranks
 

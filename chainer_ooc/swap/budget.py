@@ -6,17 +6,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from chainer_ooc.planning.system import LOW_WATER, MARGIN, REMEMBERED_GROWTH
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.protocol import Device
 
-__all__ = ["MARGIN", "MemoryBudget"]
+__all__ = ["MemoryBudget"]
 
-#: This share of the limit is left for what nobody announces: Python's objects, BLAS buffers.
-MARGIN = 1 / 64
-#: The low-water mark, as a share of the limit: past it, copies go out behind the computation.
-LOW_WATER = 0.8
-#: What the last functions took for themselves is what the next may take: this many of them.
-_REMEMBERED = 16
 #: The system is asked at least once in so many functions.
 _UNASKED = 64
 
@@ -36,7 +31,7 @@ class MemoryBudget:
         self._device = device
         self._settings = settings
         self.last_used = 0
-        self._growth: deque[int] = deque([0], _REMEMBERED)
+        self._growth: deque[int] = deque([0], REMEMBERED_GROWTH)
         # The settings in force, and their limit, high- and low-water mark; what a limit of None means.
         self._measured: tuple[Any, tuple[int, int, int]] = (None, (0, 0, 0))
         self._capacity: int | None = None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from chainer_ooc.swap.devices.protocol import Span
+
 if TYPE_CHECKING:
     from chainer_ooc.swap.storage import Storage
 
-__all__ = ["Copied", "Observer", "Span"]
-
-#: When something began and ended (seconds of :func:`time.perf_counter`).
-Span = tuple[float, float]
+__all__ = ["Copied", "Observer"]
 
 
 class Copied(NamedTuple):

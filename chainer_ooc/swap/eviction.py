@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable
 
+from chainer_ooc.planning.system import IN_FLIGHT
 from chainer_ooc.swap.budget import MemoryBudget
 from chainer_ooc.swap.recipe import Recipe
 from chainer_ooc.swap.storage import State, Storage
@@ -13,8 +14,6 @@ from chainer_ooc.swap.transfers import Transfers
 
 __all__ = ["EVERYTHING", "Evictor", "outside", "to_be_made"]
 
-#: Most bytes on their way out at a time.
-IN_FLIGHT = 256 << 20
 EVERYTHING = 1 << 62
 
 
@@ -208,11 +207,13 @@ def outside(storage: Storage) -> list[Storage]:
     todo = [storage]
     found = {storage}
     for one in todo:
-        for needed in one.recipe.storages() if one.discarded and one.recipe is not None else ():
+        for needed in (
+            one.recipe.storages() if one.state is State.DISCARDED and one.recipe is not None else ()
+        ):
             if needed not in found:
                 found.add(needed)
                 todo.append(needed)
-    return [one for one in todo if one.state is State.OUT and not one.discarded]
+    return [one for one in todo if one.state is State.OUT]
 
 
 def to_be_made(wanted: Iterable[Storage]) -> list[tuple[Storage, Recipe]]:
@@ -222,7 +223,9 @@ def to_be_made(wanted: Iterable[Storage]) -> list[tuple[Storage, Recipe]]:
     while todo:
         recipe = todo[-1].recipe
         assert recipe is not None
-        first = [one for one in recipe.storages() if one.discarded and one not in order]
+        first = [
+            one for one in recipe.storages() if one.state is State.DISCARDED and one not in order
+        ]
         if not first:
             order.setdefault(todo.pop(), recipe)
         todo += first[::-1]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from chainer_ooc.planning.plan import Plan
-from chainer_ooc.swap.storage import State, Storage
+from chainer_ooc.swap.storage import AWAY, State, Storage
 
 if TYPE_CHECKING:
     from chainer_ooc.swap.budget import MemoryBudget
@@ -105,7 +105,7 @@ class PlanExecutor:
             if storage is not None and not storage.used:
                 if storage.state is State.GOING_OUT:
                     return
-                if storage.state is State.OUT and not evictor.begin_ahead(storage, most):
+                if storage.state in AWAY and not evictor.begin_ahead(storage, most):
                     return
             self._come.popleft()
 

@@ -41,6 +41,7 @@ class Gpus:
     ) -> None:
         self.array_type = cupy.ndarray
         self.managers: dict[int, SwapManager] = {}
+        self._devices: dict[int, CudaDevice] = {}
         self._cupy = cupy
         self._make = make
         self._settings = settings
@@ -66,7 +67,7 @@ class Gpus:
             self._allocator.install()
             self._bound_host(settings)
             for device_id, manager in self.managers.items():
-                device: Any = manager.device
+                device = self._devices[device_id]
                 device.move_to(settings.directory)
                 self._note_own_limit(device_id, device)
                 self._bound(device_id, manager.limit)
@@ -75,15 +76,9 @@ class Gpus:
         """Leave allocations and pools alone."""
         with self._lock:
             self._allocator.uninstall()
-            for device_id, manager in self.managers.items():
-                device: Any = manager.device
+            for device_id, device in self._devices.items():
                 self._note_own_limit(device_id, device)
                 self._bound(device_id, device.own_limit)
-
-    def after_fork(self) -> None:
-        """In a forked child there is no GPU."""
-        for manager in self.managers.values():
-            manager.after_fork()
 
     def _add(self, device_id: int, settings: Settings) -> SwapManager:
         with self._lock:
@@ -97,7 +92,7 @@ class Gpus:
                 )
                 manager = self._make(device)
                 self._bound(device_id, manager.limit)
-                self.managers[device_id] = manager
+                self.managers[device_id], self._devices[device_id] = manager, device
             return self.managers[device_id]
 
     def _bound_host(self, settings: Settings) -> PinnedSlab:
@@ -106,11 +101,12 @@ class Gpus:
         if self._slab is None:
             self._slab = new_slab(self._cupy, wanted)
         elif wanted != self._host_limit:
-            devices: list[Any] = [manager.device for manager in self.managers.values()]
             limit = new_slab(self._cupy, wanted).limit
             if wanted is None:  # what is free now, beside what has been taken of it
                 limit += self._slab.size
-            self._slab.limit = max(limit - sum(device.staging_bytes for device in devices), 0)
+            self._slab.limit = max(
+                limit - sum(device.staging_bytes for device in self._devices.values()), 0
+            )
         self._host_limit = wanted
         return self._slab
 
@@ -119,7 +115,7 @@ class Gpus:
             self._allocator.pool().set_limit(size=nbytes)
         self._bounds[device_id] = nbytes
 
-    def _note_own_limit(self, device_id: int, device: Any) -> None:
+    def _note_own_limit(self, device_id: int, device: CudaDevice) -> None:
         """Take note of a limit that somebody else has set on the pool since it was set here."""
         with self._cupy.cuda.Device(device_id):
             nbytes = int(self._allocator.pool().get_limit())

@@ -10,16 +10,18 @@ from typing import Any
 
 from chainer_ooc import wording
 from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
+from chainer_ooc.planning.system import MARGIN
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import fingerprints, native
-from chainer_ooc.swap.budget import MARGIN, MemoryBudget
-from chainer_ooc.swap.devices.protocol import Device
-from chainer_ooc.swap.events import Observer, Span
+from chainer_ooc.swap import fingerprints
+from chainer_ooc.swap.budget import MemoryBudget
+from chainer_ooc.swap.devices.protocol import Device, Layout, Span
+from chainer_ooc.swap.devices.ram import native
+from chainer_ooc.swap.events import Observer
 from chainer_ooc.swap.eviction import EVERYTHING, Evictor, outside, to_be_made
 from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.prefetch import UseOrder
 from chainer_ooc.swap.recipe import Recipe, checksum_of
-from chainer_ooc.swap.storage import Layout, PackedArray, State, Storage
+from chainer_ooc.swap.storage import AWAY, PackedArray, State, Storage
 from chainer_ooc.swap.system import forks
 from chainer_ooc.swap.transfers import Counters, Transfers
 
@@ -49,6 +51,7 @@ class SwapManager:
         budget: The limit, and where memory stands.
         has_been_short: Whether memory has passed the low-water mark before, or all had to go out.
         follows_plan: Whether a plan decides what moves ahead of need.
+        tracker: What follows the iterations that use this device: the graph's.
     """
 
     _transfers_type = Transfers
@@ -75,6 +78,7 @@ class SwapManager:
         self._has_warned = self._is_remaking = False
         self.has_been_short = False
         self.follows_plan = False
+        self.tracker: Any = None
         self._low_after_graph = (
             0  # the low-water mark, where free memory is kept up to the high one
         )
@@ -235,7 +239,7 @@ class SwapManager:
                     self._begin_in(saved.storage)
                 elif saved.storage.verified:
                     fingerprints.check_unchanged(self.device, saved.storage)
-            discarded = [saved.storage for saved in group if saved.storage.discarded]
+            discarded = [saved.storage for saved in group if saved.storage.state is State.DISCARDED]
             if discarded:
                 self._make_again(discarded)
             return [
@@ -250,11 +254,12 @@ class SwapManager:
         """
         with self._lock:
             following = self._order.use({saved.storage for saved in group})
-            if self.follows_plan or not self._transfers.nbytes[State.OUT]:
+            size = self._transfers.nbytes
+            if self.follows_plan or not (size[State.OUT] or size[State.DISCARDED]):
                 return
             most = self.budget.high_beside_growth()
             for storage in following:
-                wanted = storage.state is State.OUT and not storage.used
+                wanted = storage.state in AWAY and not storage.used
                 if wanted and not self._evictor.begin_ahead(storage, most):
                     return
 
@@ -412,7 +417,7 @@ class SwapManager:
     def _bring_in(self, storage: Storage) -> None:
         """Make a storage resident. Waits, or computes."""
         self._begin_in(storage)
-        if storage.discarded:
+        if storage.state is State.DISCARDED:
             self._make_again([storage])
         else:
             self._transfers.end_in(storage)
@@ -539,7 +544,8 @@ class SwapManager:
         resident = size[State.RESIDENT] + size[State.GOING_OUT] + size[State.BOTH]
         return (
             f"<SwapManager of {self.device.name}: {_mib(self.device.used_bytes())} of {_mib(self.limit)} used; "
-            f"saved: {_mib(resident)} resident, {_mib(size[State.OUT])} out, {_mib(size[State.GOING_OUT])} going out, "
+            f"saved: {_mib(resident)} resident, {_mib(size[State.OUT])} out, "
+            f"{_mib(size[State.DISCARDED])} discarded, {_mib(size[State.GOING_OUT])} going out, "
             f"{_mib(size[State.COMING_IN])} coming in; so far {_mib(counters.bytes_out)} out, "
             f"{_mib(counters.bytes_in)} in>"
         )

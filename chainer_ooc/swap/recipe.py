@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from chainer_ooc.swap.storage import Layout, PackedArray, State, Storage
+from chainer_ooc.swap.devices.protocol import Layout
+from chainer_ooc.swap.storage import PackedArray, State, Storage
 
 if TYPE_CHECKING:
     from chainer_ooc.swap.devices.protocol import Device, Location
@@ -110,7 +111,7 @@ class Recipe:
                 found = needed.checksum
             elif needed.state is State.RESIDENT and not needed.referenced_externally:
                 found = checksum_of(device, needed)
-            elif planned and needed.discarded:
+            elif planned and needed.state is State.DISCARDED:
                 assert needed.recipe is not None
                 found = needed.recipe.checksum
             else:

@@ -6,19 +6,18 @@ import enum
 import sys
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Protocol
 
 from chainer_ooc import references
 from chainer_ooc.errors import OutOfCoreError
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.protocol import Layout, SwappedBlock, Transfer
+from chainer_ooc.swap.devices.ram import native
 
 if TYPE_CHECKING:
-    from chainer_ooc.swap.devices.protocol import SwappedBlock, Transfer
-    from chainer_ooc.swap.manager import SwapManager
     from chainer_ooc.swap.prefetch import SavedSequence
     from chainer_ooc.swap.recipe import Recipe
 
-__all__ = ["Layout", "PackedArray", "State", "Storage"]
+__all__ = ["AWAY", "PackedArray", "State", "Storage"]
 
 
 class State(enum.Enum):
@@ -31,37 +30,37 @@ class State(enum.Enum):
     RESIDENT = "resident"  #: in the device's memory alone
     GOING_OUT = "going out"  #: resident, and a copy is being written
     BOTH = "both"  #: resident, and a valid copy is outside (clean)
-    OUT = "out"  #: outside alone; or nowhere, and a recipe makes it again
+    OUT = "out"  #: outside alone
+    DISCARDED = "discarded"  #: nowhere: its recipe makes it again
     COMING_IN = "coming in"  #: outside, and being read into memory
     DROPPED = "dropped"  #: nowhere: its last use has been
 
 
+#: Not in memory, and not on the way.
+AWAY = (State.OUT, State.DISCARDED)
+
 _LEGAL = {
-    State.RESIDENT: {State.GOING_OUT, State.OUT, State.DROPPED},
+    State.RESIDENT: {State.GOING_OUT, State.DISCARDED, State.DROPPED},
     State.GOING_OUT: {State.BOTH, State.RESIDENT, State.DROPPED},
     State.BOTH: {State.OUT, State.RESIDENT, State.DROPPED},
-    State.OUT: {State.COMING_IN, State.RESIDENT, State.DROPPED},
+    State.OUT: {State.COMING_IN, State.DROPPED},
+    State.DISCARDED: {State.RESIDENT, State.DROPPED},
     State.COMING_IN: {State.BOTH, State.OUT, State.DROPPED},
     State.DROPPED: set(),
 }
 
 
-class Layout(NamedTuple):
-    """How an array lies in its storage.
+class Keeper(Protocol):
+    """What a storage and its arrays ask of the manager that moves them."""
 
-    Attributes:
-        dtype: Its NumPy dtype.
-        shape: Its shape.
-        strides: Its strides (bytes).
-        offset: Bytes from the storage's first byte to the array's first element.
-        writeable: Whether it may be written to.
-    """
+    def read(self, packed: PackedArray, read_only: bool = False) -> Any:
+        """Return an array, fetched first where it is out."""
 
-    dtype: Any
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    writeable: bool
+    def is_read_only(self) -> bool:
+        """Tell whether the code that reads arrays in the calling thread leaves them as they are."""
+
+    def defer_free(self, storage: Storage) -> None:
+        """Queue what a dying storage leaves for freeing."""
 
 
 class Storage(native.Mortal):
@@ -123,7 +122,7 @@ class Storage(native.Mortal):
 
     def __init__(
         self,
-        manager: SwapManager,
+        manager: Any,
         sequence: int,
         owner: Any,
         nbytes: int,
@@ -172,11 +171,6 @@ class Storage(native.Mortal):
     def resident(self) -> bool:
         """Whether its bytes are in the device's memory, ready to be used."""
         return self.owner is not None and self.state is not State.COMING_IN
-
-    @property
-    def discarded(self) -> bool:
-        """Whether its bytes are nowhere, and its recipe makes them again."""
-        return self.state is State.OUT and self.copy is None
 
     @property
     def referenced_externally(self) -> bool:

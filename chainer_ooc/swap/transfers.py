@@ -11,8 +11,8 @@ from typing import Any
 
 from chainer_ooc.errors import CorruptCopyError, SwapSpaceError
 from chainer_ooc.swap import fingerprints
-from chainer_ooc.swap.devices.protocol import Device, SwappedBlock, Transfer
-from chainer_ooc.swap.events import Copied, Observer, Span
+from chainer_ooc.swap.devices.protocol import Device, Span, SwappedBlock, Transfer
+from chainer_ooc.swap.events import Copied, Observer
 from chainer_ooc.swap.prefetch import SavedSequence
 from chainer_ooc.swap.recipe import Recipe
 from chainer_ooc.swap.storage import State, Storage
@@ -25,7 +25,26 @@ _NOTICED = 20e-6
 
 @dataclasses.dataclass
 class Counters:
-    """What has been done so far. See :class:`chainer_ooc.Stats`, where they are summed up."""
+    """What a device's transfers have done so far.
+
+    Attributes:
+        bytes_out: Bytes copied out of the devices' memory.
+        bytes_in: Bytes copied back.
+        storages_out: Allocations copied out.
+        storages_in: Allocations copied back.
+        hits: Reads that found the array in memory.
+        prefetched: Allocations whose copy back was begun before they were asked for.
+        prefetch_hits: Those of them that were used before they had to go out again.
+        bytes_discarded: Bytes that were given up with no copy, to be computed again.
+        storages_remade: Allocations that were computed again.
+        recompute_seconds: Time that took.
+        copy_seconds: Time in which copies were under way, as far as they are known to have ended.
+        stall_fetch_seconds: Time that computing threads waited for arrays that were fetched when they were asked
+            for. On a GPU, where the streams wait, this and the next are what the host waited.
+        stall_late_seconds: Time that they waited for arrays that were fetched ahead, too late.
+        stall_room_seconds: Time that they waited for copies out, to make room.
+        stall_trim_seconds: Time that they spent on giving freed memory back to the system.
+    """
 
     bytes_out: int = 0
     bytes_in: int = 0
@@ -205,7 +224,10 @@ class Transfers:
 
     def release(self, storage: Storage) -> None:
         """BOTH -> OUT: give up the memory. For RESIDENT see :meth:`discard`."""
-        self._move(storage, State.OUT)
+        self._give_up(storage, State.OUT)
+
+    def _give_up(self, storage: Storage, state: State) -> None:
+        self._move(storage, state)
         if not storage.used:
             storage.saved_sequence.look_again_at(storage)
         storage.ahead = False
@@ -216,7 +238,7 @@ class Transfers:
         return self._landed - self._released
 
     def discard(self, storage: Storage) -> None:
-        """RESIDENT -> OUT without a copy: its recipe makes it again. Its inputs are used once more for that."""
+        """RESIDENT -> DISCARDED: its recipe makes it again. Its inputs are used once more for that."""
         assert storage.recipe is not None
         for constant in storage.recipe.constants:
             constant.keep()
@@ -226,13 +248,13 @@ class Transfers:
                 needed.dependents = weakref.WeakSet()
             needed.dependents.add(storage)
         self.counters.bytes_discarded += storage.nbytes
-        self.release(storage)
+        self._give_up(storage, State.DISCARDED)
 
     def remake(self, storage: Storage, array: Any) -> None:
-        """OUT without a copy -> RESIDENT, with the bytes of ``array``, which its recipe has made.
+        """DISCARDED -> RESIDENT, with the bytes of ``array``, which its recipe has made.
 
         Raises:
-            CorruptCopyError: If they are not what they were; it stays OUT.
+            CorruptCopyError: If they are not what they were; it stays DISCARDED.
         """
         assert storage.recipe is not None
         layout = storage.recipe.layout
@@ -294,7 +316,7 @@ class Transfers:
     def drop(self, storage: Storage) -> None:
         """Any state -> DROPPED: give up the memory and the copy."""
         if storage.state is not State.DROPPED:
-            if storage.discarded:
+            if storage.state is State.DISCARDED:
                 assert storage.recipe is not None
                 self._need_no_more(storage.recipe, storage)
             storage.recipe = None
@@ -309,7 +331,7 @@ class Transfers:
         """Take what a dying storage leaves. Called at any time in any thread, in the midst of anything."""
         if storage.owner is not None:
             self._by_owner.pop(id(storage.owner), None)
-        if storage.discarded:
+        if storage.state is State.DISCARDED:
             assert storage.recipe is not None
             self._recipes.append(storage.recipe)
         self._dead.append((storage.state, storage.sequence, storage.nbytes, storage.saved_sequence))
@@ -335,7 +357,7 @@ class Transfers:
             del self._members[state][number]
             self.nbytes[state] -= nbytes
             # Had nothing moved, it would free its memory now.
-            if state in (State.OUT, State.DROPPED):
+            if state in (State.OUT, State.DISCARDED, State.DROPPED):
                 self._released -= nbytes
         for _ in range(len(self._deferred_frees)):
             copy, transfer = self._deferred_frees.popleft()

@@ -21,11 +21,11 @@ import numpy as np
 from chainer_ooc import state
 from chainer_ooc.graph import hooks
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap.devices.protocol import Device
+from chainer_ooc.swap.devices.protocol import Device, Layout
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.events import Observer
 from chainer_ooc.swap.manager import SwapManager
-from chainer_ooc.swap.storage import Layout, PackedArray, State, Storage
+from chainer_ooc.swap.storage import PackedArray, State, Storage
 from chainer_ooc.swap.transfers import Counters, Transfers
 
 __all__ = ["Moved", "force_copies"]

@@ -9,8 +9,7 @@ from typing import Any
 
 from chainer_ooc import state
 from chainer_ooc.graph import hooks, nodes
-from chainer_ooc.swap import native
-from chainer_ooc.swap.devices.ram import RamDevice
+from chainer_ooc.swap.devices.ram import RamDevice, native
 from chainer_ooc.swap.tiers.swap_file import SwapFile
 from chainer_ooc.swap.transfers import Transfers
 

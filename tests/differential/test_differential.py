@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.ram import native
 from tests.differential.contest import Arena
 from tests.differential.planted import PLANTED
 from tests.differential.program import make_program

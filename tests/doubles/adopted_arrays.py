@@ -11,10 +11,9 @@ import numpy as np
 
 from chainer_ooc import runtime, state
 from chainer_ooc.swap.devices.cuda.device import CudaDevice
-from chainer_ooc.swap.devices.protocol import Location, checksum_of_array
+from chainer_ooc.swap.devices.protocol import Layout, Location, checksum_of_array
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
-from chainer_ooc.swap.storage import Layout
 from tests.doubles.simulated_cuda import POISON, OutOfMemoryError, SimulatedCuda
 
 __all__ = ["AdoptedArrays", "simulated_gpu", "storage_at"]

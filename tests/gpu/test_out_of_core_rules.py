@@ -119,6 +119,6 @@ class TestDevice:
 
 
 def _layout(array, offset):
-    from chainer_ooc.swap.storage import Layout
+    from chainer_ooc.swap.devices.protocol import Layout
 
     return Layout(array.dtype, array.shape, array.strides, offset, True)

@@ -31,7 +31,7 @@ import numpy as np
 
 from chainer_ooc import state
 from chainer_ooc.errors import OutOfMemoryError, SwapSpaceError
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.ram import native
 
 MOST = 100  #: allocations of one call
 

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.ram import native
 from tests.conftest import ROOT
 from tests.swap.allocation_sweep import PLACES, calls
 
@@ -53,7 +53,7 @@ OF_SORTS = """
 import chainer_ooc
 import numpy as np
 from chainer_ooc.errors import OutOfMemoryError
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.ram import native
 
 objects = np.random.RandomState(0).randint(0, 99, (40, 6)).astype(object)
 calls = {

@@ -14,8 +14,7 @@ import pytest
 
 import chainer_ooc
 from chainer_ooc import state
-from chainer_ooc.swap import native
-from chainer_ooc.swap.devices.ram import RamDevice
+from chainer_ooc.swap.devices.ram import RamDevice, native
 
 if native.allocator is None:
     pytest.skip("the C extension is not built here", allow_module_level=True)
@@ -338,7 +337,7 @@ STRICT = """
 import sys, threading, numpy as np, chainer_ooc
 from chainer_ooc import state
 from chainer_ooc.errors import OutOfMemoryError
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.ram import native
 MIB = 1 << 20
 
 def work():

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.ram import native
 
 if native.allocator is None:
     pytest.skip("the C extension is not built here", allow_module_level=True)
@@ -143,7 +143,7 @@ signal.signal(signal.SIGUSR1, lambda *_: notes.append(lock._is_owned()))
 ctypes.pythonapi.PyOS_getsig.restype = ctypes.c_void_p
 pythons = ctypes.pythonapi.PyOS_getsig(signal.SIGUSR1)
 stock = _signal.signal
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.ram import native
 
 lock = native.EngineLock()
 

@@ -15,7 +15,7 @@ import weakref
 
 import pytest
 
-from chainer_ooc.swap import native
+from chainer_ooc.swap.devices.ram import native
 
 if native.allocator is None:
     pytest.skip("the C extension is not built here", allow_module_level=True)

@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 from chainer_ooc import state
-from chainer_ooc.swap import native
-from chainer_ooc.swap.devices.ram import RamDevice
+from chainer_ooc.swap.devices.ram import RamDevice, native
 from chainer_ooc.swap.system.memory import ResidentMemory
 from chainer_ooc.swap.tiers.swap_file import SwapFile
 

@@ -13,7 +13,8 @@ import numpy
 from chainer_ooc.compat.cudnn import device, math_mode
 from chainer_ooc.compat.cudnn.constants import CUDNN_DETERMINISTIC
 from chainer_ooc.compat.cudnn.descriptors import Descriptor
-from chainer_ooc.compat.cudnn.library import CuDNNError, loaded
+from chainer_ooc.compat.cudnn.errors import CuDNNError
+from chainer_ooc.compat.cudnn.library import loaded
 from chainer_ooc.compat.cudnn.prototypes import AlgorithmPerformance
 
 __all__ = [

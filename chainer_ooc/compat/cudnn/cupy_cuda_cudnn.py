@@ -10,7 +10,8 @@ from __future__ import annotations
 from chainer_ooc.compat.cudnn import choice as _choice
 from chainer_ooc.compat.cudnn import device as _device
 from chainer_ooc.compat.cudnn.constants import *  # noqa: F403
-from chainer_ooc.compat.cudnn.library import CuDNNError, LibraryNotFoundError, loaded
+from chainer_ooc.compat.cudnn.errors import CuDNNError
+from chainer_ooc.compat.cudnn.library import LibraryNotFoundError, loaded
 from chainer_ooc.compat.cudnn.rnn_weights import getRNNParamsSize
 from chainer_ooc.compat.cudnn.spatial import (
     spatialTfGridGeneratorBackward,

@@ -11,7 +11,7 @@ from cupy.cuda import alloc as _alloc
 from cupy.cuda import runtime
 from cupy.cuda.memory import OutOfMemoryError
 
-from chainer_ooc.compat.cudnn.library import CuDNNError
+from chainer_ooc.compat.cudnn.errors import CuDNNError
 
 __all__ = [
     "CuDNNOutOfMemoryError",

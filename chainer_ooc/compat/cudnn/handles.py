@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 
 from chainer_ooc.compat.cudnn import device
-from chainer_ooc.compat.cudnn.library import CuDNNError, loaded
+from chainer_ooc.compat.cudnn.errors import CuDNNError
+from chainer_ooc.compat.cudnn.library import loaded
 
 __all__ = ["get_handle"]
 

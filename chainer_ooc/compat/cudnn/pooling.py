@@ -9,8 +9,9 @@ import numpy
 
 from chainer_ooc.compat.cudnn import descriptors, device
 from chainer_ooc.compat.cudnn.constants import CUDNN_POOLING_MAX, CUDNN_POOLING_MAX_DETERMINISTIC
+from chainer_ooc.compat.cudnn.errors import CuDNNError
 from chainer_ooc.compat.cudnn.handles import get_handle
-from chainer_ooc.compat.cudnn.library import CuDNNError, loaded
+from chainer_ooc.compat.cudnn.library import loaded
 
 __all__ = ["pooling_backward", "pooling_forward"]
 

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from chainer_ooc.swap.events import Span
-
-if TYPE_CHECKING:
-    from chainer_ooc.swap.storage import Layout
-
-__all__ = ["Device", "Location", "SwappedBlock", "Transfer", "checksum_of_array"]
+__all__ = [
+    "Device",
+    "Layout",
+    "Location",
+    "Span",
+    "SwappedBlock",
+    "Transfer",
+    "checksum_of_array",
+]
 
 #: An array may be a view of so many times its bytes, to have a checksum; a smaller one, of anything.
 CROPPED, SMALL = 2, 64 << 10
+
+
+#: When something began and ended (seconds of :func:`time.perf_counter`).
+Span = tuple[float, float]
+
+
+class Layout(NamedTuple):
+    """How an array lies in its storage.
+
+    Attributes:
+        dtype: Its NumPy dtype.
+        shape: Its shape.
+        strides: Its strides (bytes).
+        offset: Bytes from the storage's first byte to the array's first element.
+        writeable: Whether it may be written to.
+    """
+
+    dtype: Any
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    writeable: bool
 
 
 class Location(NamedTuple):
@@ -151,6 +176,9 @@ class Device(Protocol):
 
     def trim(self, desperate: bool = False) -> None:
         """Give freed memory that the allocator keeps back to the system; ``desperate`` if all else is done."""
+
+    def move_to(self, directory: str) -> None:
+        """Put swap files that are made from now on into ``directory``."""
 
     def after_fork(self) -> None:
         """In a forked child: threads are gone, and the space outside is the parent's, to be read only."""

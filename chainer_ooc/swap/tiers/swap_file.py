@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 
 from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.settings import EXTENT
 from chainer_ooc.swap.system import forks
 from chainer_ooc.swap.tiers.forked_readers import Descriptor, ForkedReaders
 
@@ -21,8 +22,6 @@ __all__ = ["ALIGNMENT", "SwapFile"]
 
 #: Direct I/O wants addresses, offsets and lengths in multiples of this (bytes).
 ALIGNMENT = 4096
-#: The file grows by extents of this size (bytes), or by one block if that is larger.
-EXTENT = 64 << 20
 
 
 class SwapFile:

@@ -129,7 +129,7 @@ def test_dropout_mask_size(real):
 
 def test_refusals_are_errors_with_the_librarys_words(real):
     _, descriptors = real
-    from chainer_ooc.compat.cudnn.library import CuDNNError
+    from chainer_ooc.compat.cudnn.errors import CuDNNError
 
     with pytest.raises(CuDNNError, match=r"CUDNN_STATUS_BAD_PARAM \(2000\).*stride") as info:
         descriptors.convolution("f", (1, 1), (0, 1), (1, 1), 1, 3)
@@ -140,7 +140,7 @@ def test_refusals_are_errors_with_the_librarys_words(real):
 
 def test_handle_needs_a_gpu(real):
     library, _ = real
-    from chainer_ooc.compat.cudnn.library import CuDNNError
+    from chainer_ooc.compat.cudnn.errors import CuDNNError
 
     try:
         handle = library.create("cudnnCreate")

@@ -19,8 +19,8 @@ from chainer_ooc.swap.devices.cuda.device import CudaDevice, new_slab
 from chainer_ooc.swap.devices.cuda.device import _abandoned as abandoned
 from chainer_ooc.swap.devices.cuda.host import THREADS
 from chainer_ooc.swap.devices.cuda.transfers import DiskTransfer, FailedTransfer
+from chainer_ooc.swap.devices.protocol import Layout
 from chainer_ooc.swap.events import Observer
-from chainer_ooc.swap.storage import Layout
 from chainer_ooc.swap.tiers.pinned import CHUNK
 from tests.doubles.adopted_arrays import AdoptedArrays
 from tests.doubles.simulated_cuda import SimulatedCuda

@@ -7,6 +7,7 @@ import gc
 import pytest
 
 from chainer_ooc.settings import Settings
+from chainer_ooc.swap import eviction
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT, states, values
 
@@ -197,9 +198,7 @@ def test_nothing_is_trimmed_while_there_is_room(rig, monkeypatch):
 
 
 def test_more_is_copied_at_a_time_than_may_be_under_way(rig, monkeypatch):
-    import chainer_ooc.swap.eviction as evictor
-
-    monkeypatch.setattr(evictor, "IN_FLIGHT", 2 * UNIT)
+    monkeypatch.setattr(eviction, "IN_FLIGHT", 2 * UNIT)
     saved = [rig.save(float(i)) for i in range(7)]
     most = []
     begin_out = rig.manager._transfers.begin_out
@@ -216,9 +215,7 @@ def test_more_is_copied_at_a_time_than_may_be_under_way(rig, monkeypatch):
 
 
 def test_writing_behind_keeps_few_under_way(rig, monkeypatch):
-    import chainer_ooc.swap.eviction as evictor
-
-    monkeypatch.setattr(evictor, "IN_FLIGHT", 2 * UNIT)
+    monkeypatch.setattr(eviction, "IN_FLIGHT", 2 * UNIT)
     saved = [rig.save(float(i)) for i in range(7)]
     rig.cupy.eagerness = 0
     rig.manager._evictor.write_behind(5 * UNIT)

@@ -11,7 +11,7 @@ import pytest
 
 from chainer_ooc.swap.devices.cuda import streams
 from chainer_ooc.swap.devices.cuda.device import CudaDevice
-from chainer_ooc.swap.storage import Layout
+from chainer_ooc.swap.devices.protocol import Layout
 from tests.doubles.simulated_cuda import CUDARuntimeError, SimulatedCuda
 from tests.swap.cuda.conftest import UNIT
 

@@ -11,8 +11,7 @@ from chainer_ooc.swap.devices.cuda.checksum import CudaChecksum
 from chainer_ooc.swap.devices.cuda.host import PIECE, THREADS, DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
 from chainer_ooc.swap.devices.cuda.transfers import DiskTransfer, FailedTransfer, StreamTransfer
-from chainer_ooc.swap.devices.protocol import Location, Transfer, checksum_of_array
-from chainer_ooc.swap.storage import Layout
+from chainer_ooc.swap.devices.protocol import Layout, Location, Transfer, checksum_of_array
 from chainer_ooc.swap.system import memory
 from chainer_ooc.swap.system.ranks import ranks_of_this_node
 from chainer_ooc.swap.tiers.pinned import PinnedSlab

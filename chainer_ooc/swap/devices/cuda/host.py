@@ -15,7 +15,7 @@ from typing import Any
 
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
-from chainer_ooc.swap.events import Span
+from chainer_ooc.swap.devices.protocol import Span
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT as PAGE
 from chainer_ooc.swap.tiers.swap_file import SwapFile

@@ -7,8 +7,7 @@ from typing import Any
 
 from chainer_ooc.swap.devices.cuda.host import DiskCopy
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
-from chainer_ooc.swap.devices.protocol import SwappedBlock
-from chainer_ooc.swap.events import Span
+from chainer_ooc.swap.devices.protocol import Span, SwappedBlock
 
 __all__ = ["DiskTransfer", "FailedTransfer", "StreamTransfer"]
 

@@ -13,17 +13,16 @@ import psutil
 import xxhash
 
 from chainer_ooc import wording
-from chainer_ooc.swap import native
-from chainer_ooc.swap.devices.protocol import Location, checksum_of_array
+from chainer_ooc.swap.devices.protocol import Location, Span, checksum_of_array
+from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.devices.ram.copy_threads import CopyThreads
 from chainer_ooc.swap.devices.ram.file_copies import FileCopy, FileTransfer
-from chainer_ooc.swap.events import Span
 from chainer_ooc.swap.system import memory
 from chainer_ooc.swap.system.ranks import ranks_of_this_node
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT, SwapFile
 
 if TYPE_CHECKING:
-    from chainer_ooc.swap.storage import Layout
+    from chainer_ooc.swap.devices.protocol import Layout
 
 __all__ = ["RamDevice"]
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from chainer_ooc.swap.events import Span
+from chainer_ooc.swap.devices.protocol import Span
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT, SwapFile
 
 __all__ = ["PIECE", "FileCopy", "FileTransfer"]
