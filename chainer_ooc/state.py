@@ -169,12 +169,17 @@ def hook_allocations() -> None:
 def announce() -> None:
     """Have allocations announced that matter under the limit in force; those that mattered before, too."""
     manager = process.managers["ram"]
-    wanted = min(_ANNOUNCED, max(_POOLED, int(manager.limit * MARGIN) // _UNANNOUNCED))
+    wanted = _announced_from(manager.limit)
     if process.announced is None or wanted < process.announced:
         device = manager.device
         pool = device.keep_pages() if isinstance(device, RamDevice) else None
         native.allocator.configure(_before_allocation, wanted, pool, _POOLED)
         process.announced = wanted
+
+
+def _announced_from(limit: int) -> int:
+    """Return the size of an allocation (bytes) from which on it matters under a limit."""
+    return min(_ANNOUNCED, max(_POOLED, int(limit * MARGIN) // _UNANNOUNCED))
 
 
 def unhook_allocations() -> None:

@@ -52,7 +52,7 @@ def main() -> None:
     trainer.extend(AgreeOnPlans(communicator))
     with chainer_ooc.out_of_core_mode(limit=LIMIT, min_bytes=1):
         trainer.run()
-    (entry,) = tracker_of(state.process.managers["ram"]).plan_cache.pages.values()
+    (entry,) = tracker_of(state.process.managers["ram"]).plan_cache.entries.values()
     result = {
         "plan": json.loads(entry.plan.to_json()),
         "bytes_in": chainer_ooc.stats().bytes_in,

@@ -27,7 +27,7 @@ from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.tiers.swap_file import SwapFile
 from chainer_ooc.testing import assert_same_bits
 from tests.doubles.adopted_arrays import simulated_gpu
-from tests.swap.test_leaks import on_ram
+from tests.swap.test_leaks import on_ram, small_arrays_unannounced
 
 KIB, MIB = 1 << 10, 1 << 20
 #: What counts as used by something else: memory is always past the low-water mark.
@@ -40,7 +40,7 @@ OTHER = 8 * MIB
 @contextlib.contextmanager
 def on_gpu(directory, monkeypatch, other):
     monkeypatch.setitem(state.process.managers, "ram", None)
-    with simulated_gpu(3, directory, 8 * MIB, other):
+    with simulated_gpu(3, directory, 8 * MIB, other), small_arrays_unannounced():
         yield
 
 
