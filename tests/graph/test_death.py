@@ -230,7 +230,7 @@ def test_out_of_core_keeps_nothing_alive_that_stock_chainer_lets_die(everything_
     node = weakref.ref(h.node)
     y = F.sum(F.identity(h))  # nothing retains h; exp retains its output
     del h
-    everything_out.adopt()
+    everything_out.save_pending()
     assert node() is not None
     y.unchain_backward()
     assert node() is None

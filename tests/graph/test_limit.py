@@ -89,8 +89,8 @@ def test_what_the_margin_does_not_hold_is_announced(monkeypatch, limit, announce
         return make_room(manager, nbytes)
 
     monkeypatch.setattr(SwapManager, "make_room", asking)
-    monkeypatch.setattr(state, "_announced", None)  # what earlier tests have asked for
-    state._unhook_allocations()
+    monkeypatch.setattr(state.process, "announced", None)  # what earlier tests have asked for
+    state.unhook_allocations()
     with warnings.catch_warnings(action="ignore"), chainer_ooc.out_of_core_mode(limit=limit):
         F.exp(np.ones(1 << 20, np.float32))  # the interpreter alone is beyond the limit
         asked.clear()

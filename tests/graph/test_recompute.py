@@ -13,6 +13,7 @@ import pytest
 import chainer_ooc
 from chainer_ooc import state
 from chainer_ooc.errors import CorruptCopyError
+from chainer_ooc.swap.storage import State
 from chainer_ooc.testing import assert_same_bits
 
 ON = {"swap_all": True, "min_bytes": 1, "recompute": True}
@@ -313,7 +314,7 @@ def test_graphs_that_die_give_everything_back(bytes_in_use):
             loss = F.sum(y * y) + F.sum(h * h)
             del y, h
             F.tanh(x)
-            assert any(s.discarded for s in state.managers()[0].storages())
+            assert any(s.state is State.DISCARDED for s in state.managers()[0].storages())
             del loss
     del x
     assert bytes_in_use() == (0, 0)

@@ -55,7 +55,7 @@ def asked():
     native.allocator.install()
     yield asked
     native.allocator.uninstall()
-    native.allocator.configure(None, 1 << 62, device.entries, 64 * KIB)
+    native.allocator.configure(None, 1 << 62, device.pages, 64 * KIB)
     state.process.announced, state.local.hooked = None, False
     device.close()
 

@@ -548,7 +548,7 @@ def test_under_a_limit_of_address_space_there_is_no_pool(run_python, tmp_path):
 @pytest.fixture
 def device(tmp_path, pool):
     device = RamDevice(str(tmp_path))
-    device.entries = pool  # of its own
+    device.pages = pool  # of its own
     yield device
     device.close()
 

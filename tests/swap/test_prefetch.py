@@ -132,7 +132,7 @@ def test_predictions_do_not_pile_up(graph):
     for _ in range(1000):
         alive = [*alive, *graph([("a", 0), ("b", 1)])][-6:]
         gc.collect(0)
-    assert len(graph.order._forward._storages) < 200
+    assert len(graph.order._saved_sequence._storages) < 200
 
 
 def test_orders_are_forgotten_after_many_graphs(graph):

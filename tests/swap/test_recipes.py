@@ -37,7 +37,7 @@ def test_it_goes_without_a_copy_and_comes_back(manager):
     x, y = save_pair(manager)
     manager.move_all_out()
     assert x.storage.state is State.OUT and x.storage.copy is not None
-    assert y.storage.discarded
+    assert y.storage.state is State.DISCARDED
     assert manager.counters.bytes_out == 40000 == manager.counters.bytes_discarded
     (array,) = manager.fetch([y], read_only=True)
     assert array.tolist() == (np.arange(5000.0) + 1).tolist()
@@ -107,7 +107,7 @@ def test_what_was_written_to_before_goes_with_a_copy(manager, written):
     saved = save_pair(manager)
     saved[written].alive()[:] = 7
     manager.move_all_out()
-    assert not saved[1].storage.discarded
+    assert saved[1].storage.state is not State.DISCARDED
     assert manager.read(saved[1])[10] == (7 if written else 11)
 
 
@@ -115,7 +115,7 @@ def test_an_input_that_somebody_holds_may_change(manager):
     x, y = save_pair(manager)
     held = x.alive()
     manager.move_all_out()
-    assert not y.storage.discarded
+    assert y.storage.state is not State.DISCARDED
     held[:] = 7
     assert manager.read(y)[10] == 11
 
@@ -145,7 +145,7 @@ def test_memory_lies_as_it_lay(manager):
     expected = y.copy()
     del x, y
     manager.move_all_out()
-    assert saved[1].storage.discarded
+    assert saved[1].storage.state is State.DISCARDED
     again = manager.read(saved[1], read_only=True)
     assert again.strides == strides
     assert (again.__array_interface__["data"][0] - address) % 4096 == 0
@@ -159,7 +159,7 @@ def test_a_recipe_is_no_input_of_another(manager):
     add = lambda arrays: arrays[0] + 1  # noqa: E731
     manager.give_recipe(z, Recipe((y,), add, z.layout, *looks))
     manager.move_all_out()
-    assert [one.storage.discarded for one in (x, y, z)] == [False, True, False]
+    assert [one.storage.state is State.DISCARDED for one in (x, y, z)] == [False, True, False]
     assert manager.read(z)[10] == 12
 
 
@@ -171,7 +171,7 @@ def test_what_it_is_made_from_is_fetched_ahead(manager):
     manager.fetch([last], read_only=True)
     manager.prefetch([last])
     assert x.storage.state in (State.COMING_IN, State.BOTH)
-    assert y.storage.discarded
+    assert y.storage.state is State.DISCARDED
     assert manager.read(y, read_only=True)[10] == 11
     assert manager.counters.prefetch_hits == 1
 
@@ -225,7 +225,7 @@ def test_a_look_at_what_is_nowhere_tells_what_it_was(manager):
     _, y = save_pair(manager)
     before = manager.fingerprint(y)
     manager.move_all_out()
-    assert y.storage.discarded
+    assert y.storage.state is State.DISCARDED
     assert manager.fingerprint(y) == before
 
 
@@ -237,7 +237,7 @@ def test_several_are_made_from_one(manager):
     double = lambda arrays: arrays[0] * 2  # noqa: E731
     manager.give_recipe(z, Recipe((x,), double, z.layout, *looks))
     manager.move_all_out()
-    assert y.storage.discarded and z.storage.discarded
+    assert y.storage.state is State.DISCARDED and z.storage.state is State.DISCARDED
     manager.read(x)[:] = 7
     assert [manager.read(one, read_only=True)[10] for one in (y, z)] == [11, 20]
 
@@ -267,7 +267,7 @@ def test_other_bits_are_an_error_and_it_stays_out(manager):
     manager.move_all_out()
     with pytest.raises(CorruptCopyError, match="recompute=False"):
         manager.read(y, read_only=True)
-    assert y.storage.discarded
+    assert y.storage.state is State.DISCARDED
 
 
 def test_what_was_made_again_is_known_by_its_memory(manager):

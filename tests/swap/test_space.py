@@ -108,5 +108,5 @@ def test_the_order_of_what_died_unused_is_forgotten(machine):
     """Predictions save and never run backward."""
     for _ in range(300):
         save(machine, nbytes=4096)
-    saved, _ = machine.manager._order._forward.signature
+    saved, _ = machine.manager._order._saved_sequence.signature
     assert saved < 100

@@ -60,12 +60,12 @@ def test_waiting_for_the_graves_empties_them(transfers):
 
 def test_time_in_which_copies_overlap_counts_once_and_a_copy_of_no_page_holds_up_none(transfers):
     spans = (0.0, 2.0), None, (1.0, 3.0), (1.5, 2.5), (10.0, 11.0)
-    transfers = [Transfer(Copy(), span) for span in spans]
+    under_way = [Transfer(Copy(), span) for span in spans]
     copied = Copied("RAM", "f", 0, 10, True)
-    transfers._copies.extend((copied, transfer) for transfer in transfers)
+    transfers._copies.extend((copied, transfer) for transfer in under_way)
     transfers._take_times()
     assert transfers.counters.copy_seconds == 0
-    for transfer in transfers:
+    for transfer in under_way:
         transfer.ended = True
     transfers._take_times()
     assert transfers.counters.copy_seconds == 4

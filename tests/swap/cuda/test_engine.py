@@ -19,6 +19,7 @@ from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT, host_bytes, states, values
+from tests.swap.cuda.test_eviction import with_recipe
 
 
 @pytest.fixture
@@ -71,13 +72,13 @@ def test_space_of_the_dead_is_given_back_at_the_next_save(rig):
     assert len(rig.manager.storages()) == 1
     transfers = rig.manager._transfers
     assert {state: n for state, n in transfers.nbytes.items() if n} == {State.RESIDENT: UNIT}
-    assert [len(transfers._members[state]) for state in State] == [1, 0, 0, 0, 0, 0]
+    assert [len(transfers._members[state]) for state in State] == [1, 0, 0, 0, 0, 0, 0]
 
 
 def test_graphs_that_are_never_used_are_forgotten(rig):
     for number in range(500):
         rig.save(float(number), 512)
-    assert len(rig.manager._order._forward._storages) < 200
+    assert len(rig.manager._order._saved_sequence._storages) < 200
 
 
 ASKED = {
@@ -324,9 +325,15 @@ def test_a_storage_may_be_dropped_in_any_state(rig, state):
     rig.cupy.eagerness = 0
     saved = rig.save(1.0)
     transfers = rig.manager._transfers
-    if state is not State.RESIDENT:
+    if state is State.DISCARDED:
+        source = saved
+        saved = with_recipe(rig, source)
+        transfers.discard(saved.storage)
+        rig.manager.release_use([source], drop=True)  # needed until the other is dropped
+        assert source.storage.state is State.RESIDENT
+    elif state is not State.RESIDENT:
         transfers.begin_out(saved.storage)
-    if state not in (State.RESIDENT, State.GOING_OUT):
+    if state in (State.BOTH, State.OUT, State.COMING_IN):
         transfers.end_out(saved.storage)
     if state in (State.OUT, State.COMING_IN):
         transfers.release(saved.storage)

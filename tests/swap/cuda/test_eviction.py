@@ -117,7 +117,7 @@ def test_giving_up_what_can_be_made_again_needs_no_copy(rig):
     x = rig.save(1.0)
     y = with_recipe(rig, x)
     assert rig.manager._evictor.give_up(y.storage) == UNIT
-    assert y.storage.discarded
+    assert y.storage.state is State.DISCARDED
     assert value(y) == 2
 
 
@@ -137,7 +137,7 @@ def test_what_has_a_copy_goes_for_that_although_it_could_be_made_again(rig):
     rig.manager._transfers.begin_out(y.storage)
     rig.manager.settle()
     assert rig.manager._evictor.give_up(y.storage) == UNIT
-    assert not y.storage.discarded
+    assert y.storage.state is not State.DISCARDED
     assert x.storage.remaining_uses == 1
     assert rig.manager.counters.bytes_discarded == 0
 
@@ -156,7 +156,7 @@ def test_on_demand_what_others_are_made_again_from_goes_with_a_copy(rig):
     assert rig.manager._evictor.give_up(z.storage) == UNIT
     assert y.storage.dependents
     rig.manager.move_all_out()
-    assert y.storage.state is State.OUT and not y.storage.discarded
+    assert y.storage.state is State.OUT
     assert [value(one) for one in (z, y, x)] == [3, 2, 1]
 
 
@@ -168,7 +168,7 @@ def test_a_plan_gives_up_what_others_are_made_again_from(rig, first):
     for one in (z, y) if first else (y, z):
         assert rig.manager._evictor.give_up(one.storage) == UNIT
     rig.manager.move_all_out()
-    assert states([x, y, z]) == [State.OUT] * 3
+    assert states([x, y, z]) == [State.OUT, State.DISCARDED, State.DISCARDED]
     assert outside(z.storage) == [x.storage]
     assert value(z) == 3
     assert states([y, z]) == [State.RESIDENT] * 2
@@ -189,7 +189,7 @@ def test_copies_that_a_chain_begins_with_are_fetched_ahead_if_there_is_room(rig)
     assert x.storage.state is State.OUT
     assert rig.manager._evictor.begin_ahead(z.storage, most)
     assert x.storage.ahead
-    assert states([y, z]) == [State.OUT] * 2
+    assert states([y, z]) == [State.DISCARDED] * 2
     assert value(z) == 3
 
 
@@ -207,7 +207,7 @@ def test_what_only_serves_to_make_others_is_given_up_when_the_last_is_made(rig):
     arrays = rig.manager.fetch([z, w], read_only=True)
     assert [float(array.get()[0]) for array in arrays] == [3, 3]
     assert runs == ["y", "z", "w"]
-    assert y.storage.discarded
+    assert y.storage.state is State.DISCARDED
     rig.manager.run_plan(None)
     assert value(y) == 2
 
@@ -216,11 +216,11 @@ def test_costly_recipes_are_for_plans(rig):
     x = rig.save(1.0)
     y = with_recipe(rig, x, costly=True)
     rig.manager.move_all_out()
-    assert y.storage.state is State.OUT and not y.storage.discarded
+    assert y.storage.state is State.OUT
     assert value(y) == 2
     rig.manager._transfers.mark_dirty(y.storage)
     assert rig.manager._evictor.give_up(y.storage) == UNIT
-    assert y.storage.discarded
+    assert y.storage.state is State.DISCARDED
     assert value(y) == 2
 
 
@@ -241,7 +241,7 @@ def test_a_long_chain_needs_no_deep_stack(make_rig):
         del array
     for one in chain[1:]:
         rig.manager._evictor.give_up(one.storage)
-    assert all(one.storage.discarded for one in chain[1:])
+    assert all(one.storage.state is State.DISCARDED for one in chain[1:])
     assert value(chain[-1]) == 1200
 
 
@@ -291,7 +291,7 @@ def test_what_a_recipe_allocates_finds_room(rig):
     blocks = []
     y = with_recipe(rig, rig.save(1.0), [lambda: blocks.append(rig.array(0.0, 3 * UNIT))])
     rig.manager.move_all_out()
-    assert y.storage.discarded
+    assert y.storage.state is State.DISCARDED
     others = [rig.save(float(i)) for i in range(6)]
     assert value(y) == 2
     assert State.OUT in states(others)
@@ -345,7 +345,7 @@ def test_what_is_about_to_be_written_to_is_no_input_meanwhile(rig):
     assert [value(one) for one in (z, y, x)] == [2, 2, 7]
     w = with_recipe(rig, x)
     rig.manager.move_all_out()
-    assert w.storage.discarded
+    assert w.storage.state is State.DISCARDED
     assert rest
 
 
@@ -364,7 +364,7 @@ def test_what_others_are_made_from_is_not_dropped_however_often_it_was_used(rig)
 def test_what_dies_with_a_recipe_that_died_is_forgotten_as_well(rig):
     y = with_recipe(rig, rig.save(1.0))
     rig.manager.move_all_out()
-    assert y.storage.discarded
+    assert y.storage.state is State.DISCARDED
     del y
     rig.manager._transfers.run_deferred_frees()
     assert set(rig.manager._transfers.nbytes.values()) == {0}
@@ -378,7 +378,7 @@ def test_room_for_constants_may_be_that_of_the_storage_itself(rig):
     rig.manager._evictor.release_unless_held(x.storage)
     rest = [rig.array(0.0) for _ in range(5)]
     assert rig.manager._evictor.give_up(y.storage) == 0
-    assert y.storage.state is State.OUT and not y.storage.discarded
+    assert y.storage.state is State.OUT
     assert len(rest) == 5
     rest.clear()
     assert value(y) == 2
@@ -424,7 +424,7 @@ def test_who_holds_what_is_needed_still_may_write_to_it(rig, why):
     (held,) = rig.manager.fetch([x], read_only=True)
     assert x.storage.state is State.BOTH
     if y is not None:
-        assert y.storage.discarded
+        assert y.storage.state is State.DISCARDED
         x.storage.remaining_uses = 1  # as if it had been used once too often
     rig.manager.release_use([x], drop=True)
     assert x.storage.state in (State.RESIDENT, State.DROPPED)

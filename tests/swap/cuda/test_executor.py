@@ -148,7 +148,7 @@ def test_what_is_held_is_given_up_once_it_is_let_go(rig, staying, what):
     y, executor, held = staying(what)
     held.clear()
     rig.manager.run_plan(executor, 1)
-    assert y.storage.discarded
+    assert y.storage.state is State.DISCARDED
     assert value(y) == 2
 
 
