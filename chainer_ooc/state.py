@@ -118,7 +118,8 @@ def current() -> Settings | None:
 
 def current_or_last() -> Settings:
     """Return the settings in force in the calling thread, or those that were in force last."""
-    return current() or process.last
+    settings = local.stack[-1] if local.stack else process.enabled
+    return process.last if settings is None or settings is OFF else settings
 
 
 def note_used(nbytes: int) -> None:
@@ -203,16 +204,15 @@ def void_levels() -> None:
 
 
 def begin_peak(manager: SwapManager) -> None:
-    """Begin to note the most memory that a function takes; ``manager`` is its device's."""
-    if local.hooked and manager is manager_of_ram():
+    """Begin to note what a function's announced allocations take; ``manager`` is its device's."""
+    if manager is process.managers.get("ram"):
         native.allocator.set_moved_bytes(manager.moved_bytes())
         native.allocator.take_peak()
 
 
 def end_peak() -> None:
     """Note what those allocations have taken that were granted without asking anybody."""
-    if local.hooked:
-        local.peak = max(local.peak, native.allocator.take_peak())
+    local.peak = max(local.peak, native.allocator.take_peak())
 
 
 def _before_allocation(nbytes: int) -> None:

@@ -107,6 +107,9 @@ def _apply(self: Any, inputs: Any) -> Any:
     apply = _stock["apply"]
     if settings is None or not isinstance(inputs, _SEQUENCES):  # others can be looked at only once
         return apply(self, inputs)
+    inside = state.local.running is not None
+    if inside and not settings.verify and not _config("enable_backprop"):
+        return _run(self, inputs, None, apply, self, inputs)  # nothing is kept
     manager, plenty = _before(inputs, settings)
     if plenty:
         outputs = apply(self, inputs)
@@ -126,7 +129,7 @@ def _apply(self: Any, inputs: Any) -> Any:
                 _save(self, settings.single_backward)
         else:
             _note(self, settings)
-        if _recomputes(manager, settings):
+        if settings.recompute and manager.has_been_short:
             save_pending()
             # Now, not when it is saved: what it computed from, and what it made, is as it was.
             recompute.offer_recipes(self, inputs, outputs)
@@ -242,7 +245,7 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     """
     # This runs around each function: few calls, and raw_array is a property.
     variable, closely = _stock["variable"], state.local.hooked or settings.swap_all
-    in_ram, manager, nbytes = state.manager_of_ram(), None, 0
+    in_ram, manager, nbytes = state.process.managers.get("ram"), None, 0
     for x in inputs:
         array = x._data[0] if isinstance(x, variable) else x
         owner = in_ram if type(array) is ndarray else state.manager_for(array)
@@ -264,14 +267,13 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     return manager, False
 
 
-def _plans(manager: SwapManager, settings: Settings) -> bool:
-    """Tell whether iterations are planned. While memory has never been short nobody plans."""
-    return settings.plan and manager.has_been_short and not settings.swap_all
-
-
 def _tracker(manager: SwapManager, settings: Settings) -> IterationTracker | None:
-    """Return what follows the iterations; ``None`` inside of a function, which belongs to that one's step."""
-    if state.local.running is not None or not _plans(manager, settings):
+    """Return what follows the iterations; ``None`` inside of a function, which belongs to that one's step.
+
+    While memory has never been short nobody plans.
+    """
+    inside = state.local.running is not None
+    if inside or not settings.plan or not manager.has_been_short or settings.swap_all:
         return None
     return tracker_of(manager)
 
@@ -284,37 +286,42 @@ def _keeps_graph(inputs: Any) -> bool:
 
 
 def _after(manager: SwapManager, settings: Settings) -> None:
+    if state.local.running is not None:
+        return
+    if settings.swap_all or settings.verify:
+        save_pending()  # now: what it computed from is as it was
     if settings.swap_all:
-        save_pending()
         manager.move_all_out()
-    elif state.local.running is None:
-        if settings.verify:
-            save_pending()  # now: what it computed from is as it was
+    else:
         manager.make_room(0)
 
 
-def _run(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
-    """Call a function of the graph; take note of what it takes for itself, and how long."""
+def _run(func: Any, inputs: Any, manager: SwapManager | None, call: Any, *args: Any) -> Any:
+    """Call a function of the graph; with a manager, note what it takes for itself, and how long."""
     local = state.local
     outer = local.running
+    if outer is not None:
+        manager = None  # a function inside another one takes part in what that takes
     start, begun = 0, 0.0
     try:  # a signal's handler may raise anywhere
         local.running = (func, inputs)
-        if outer is None:  # a function inside another one takes part in what that takes
+        if manager is not None:
             local.peak = start = manager.usage_without_offload(manager.budget.last_used)
-            state.begin_peak(manager)
+            if local.hooked:
+                state.begin_peak(manager)
             begun = time.perf_counter() if state.observers else 0.0
-        if outer is None and local.growth is not None and not manager.device.asks_for_room:
-            return _observed(local.growth, manager, call, *args)
+            if local.growth is not None and not manager.device.asks_for_room:
+                return _observed(local.growth, manager, call, *args)
         return call(*args)
     finally:
         local.running = outer
-        if outer is None:
-            state.end_peak()
+        if manager is not None:
+            if local.hooked:
+                state.end_peak()
             manager.budget.note_growth(local.peak - start)
-        if begun:
-            label = wording.label_of(func)
-            manager.ran(label, call is not _stock["apply"], (begun, time.perf_counter()))
+            if begun:
+                label = wording.label_of(func)
+                manager.ran(label, call is not _stock["apply"], (begun, time.perf_counter()))
 
 
 def _run_verified(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
@@ -399,16 +406,13 @@ def save_pending() -> None:
                 _save(func, *how)
 
 
-def _recomputes(manager: SwapManager, settings: Settings) -> bool:
-    """Tell whether functions are to be run again. While memory has never been short nobody asks."""
-    return settings.recompute and manager.has_been_short
-
-
 def _save(func: Any, drop: bool) -> None:
     label = func._impl_name
 
+    in_ram = state.process.managers.get("ram")
+
     def save(array: Any) -> PackedArray | None:
-        manager = state.manager_for(array)
+        manager = in_ram if type(array) is ndarray else state.manager_for(array)
         return None if manager is None else manager.save(array, label)
 
     if func._n_local_function_hooks:

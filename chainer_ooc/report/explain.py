@@ -84,7 +84,7 @@ def explain(model: Any = None) -> Explanation:
         manager.save_pending()
         storages += [(manager, storage) for storage in manager.storages()]
     resident = [(m, s) for m, s in storages if s.owner is not None]
-    held = [(m, s) for m, s in resident if s.resident and s.referenced_externally]
+    held = [(m, s) for m, s in resident if s.state.in_memory and s.referenced_externally]
     found = _find_holders(held, _paths(model))
     rows = [HeldStorage(s.label, s.nbytes, tuple(sorted(found.get(id(s), ())))) for _, s in held]
     return Explanation(

@@ -24,6 +24,7 @@ class MemoryBudget:
         settings: Returns the settings in force in the calling thread.
 
     Attributes:
+        note_growth: Takes how many bytes a function took for itself.
         last_used: The bytes that were in use when the device was asked last.
     """
 
@@ -32,6 +33,7 @@ class MemoryBudget:
         self._settings = settings
         self.last_used = 0
         self._growth: deque[int] = deque([0], REMEMBERED_GROWTH)
+        self.note_growth = self._growth.append
         # The settings in force, and their limit, high- and low-water mark; what a limit of None means.
         self._measured: tuple[Any, tuple[int, int, int]] = (None, (0, 0, 0))
         self._capacity: int | None = None
@@ -68,10 +70,6 @@ class MemoryBudget:
             self._slack = self.low - self.used_bytes() - nbytes
             self._unasked = 0
         return self._slack >= 0
-
-    def note_growth(self, nbytes: int) -> None:
-        """Tell how many bytes a function took for itself."""
-        self._growth.append(nbytes)
 
     def high_beside_growth(self) -> int:
         """Return the high-water mark less what functions took for themselves of late (bytes).

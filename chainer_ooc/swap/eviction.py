@@ -66,14 +66,15 @@ class Evictor:
 
     def release_clean(self, nbytes: int, used_only: bool = False) -> int:
         """Release storages whose copy is valid: the used ones, then the oldest. Returns bytes."""
-        self.settle()
+        if self._transfers.leaving:
+            self.settle()
         freed = 0
-        for used in (True,) if used_only else (True, False):
-            for storage in self._transfers.members(State.BOTH):
+        both = self._transfers.members(State.BOTH)
+        for storages in _used_and_not(both)[: 1 if used_only else 2] if both else ():
+            for storage in storages:
                 if freed >= nbytes:
                     return freed
-                if storage.used is used:
-                    freed += self.release_unless_held(storage)
+                freed += self.release_unless_held(storage)
         return freed
 
     def push_out(self, nbytes: int) -> int:
@@ -82,11 +83,12 @@ class Evictor:
         What can be made again is released at once. What another needs for that is not given up so, too.
         """
         freed = 0
-        for used in (False, True):
-            for storage in self._transfers.members(State.RESIDENT):
+        resident = self._transfers.members(State.RESIDENT)
+        for storages in _used_and_not(resident)[::-1] if resident else ():
+            for storage in storages:
                 if freed + self._transfers.nbytes[State.GOING_OUT] >= nbytes:
                     break
-                if storage.used is not used or storage.referenced_externally:
+                if storage.state is not State.RESIDENT or storage.referenced_externally:
                     continue
                 if self._can_be_remade(storage):
                     self._transfers.discard(storage)
@@ -107,7 +109,7 @@ class Evictor:
                 or size[State.GOING_OUT] >= IN_FLIGHT
             ):
                 return
-            if storage.used or storage.referenced_externally:
+            if storage.state is not State.RESIDENT or storage.used or storage.referenced_externally:
                 continue
             if self._can_be_remade(storage):
                 nbytes -= storage.nbytes
@@ -131,7 +133,8 @@ class Evictor:
         for storage in self._transfers.members(State.COMING_IN):
             if freed >= nbytes:
                 break
-            self._transfers.end_in(storage)
+            if storage.state is State.COMING_IN:
+                self._transfers.end_in(storage)
             freed += self.release_unless_held(storage)
         return freed
 
@@ -142,7 +145,7 @@ class Evictor:
             Whether it was begun.
         """
         transfers = self._transfers
-        wanted = outside(storage)
+        wanted = [storage] if storage.state is State.OUT else outside(storage)
         nbytes = sum(one.nbytes for one in wanted)
         room = most - self._marks.used_bytes()
         if room < nbytes:
@@ -200,6 +203,14 @@ class Evictor:
         start = time.perf_counter()
         self._transfers.device.trim(desperate)
         self._transfers.stalled("trim", start)
+
+
+def _used_and_not(storages: Iterable[Storage]) -> tuple[list[Storage], list[Storage]]:
+    """Return the storages that backward has used, and the others."""
+    parts: tuple[list[Storage], list[Storage]] = ([], [])
+    for storage in storages:
+        parts[storage.remaining_uses > 0].append(storage)
+    return parts
 
 
 def outside(storage: Storage) -> list[Storage]:

@@ -57,7 +57,7 @@ class PlanExecutor:
             evictor.release_unless_held(storage)
         staying, self._staying = self._staying + self._due(self._drop, step), []
         for storage in staying:
-            if storage.resident and not storage.used and _is_held(storage):
+            if storage.state.in_memory and not storage.used and _is_held(storage):
                 self._staying.append(storage)
             else:
                 evictor.give_up(storage)

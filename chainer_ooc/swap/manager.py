@@ -51,6 +51,7 @@ class SwapManager:
         budget: The limit, and where memory stands.
         has_been_short: Whether memory has passed the low-water mark before, or all had to go out.
         follows_plan: Whether a plan decides what moves ahead of need.
+        counters: What has been done so far.
         tracker: What follows the iterations that use this device: the graph's.
     """
 
@@ -71,6 +72,7 @@ class SwapManager:
         self.budget = MemoryBudget(device, settings)
         self._observers = [] if observers is None else observers
         self._transfers = self._transfers_type(device, self.reclaim, self._observers)
+        self.counters: Counters = self._transfers.counters
         self._evictor = Evictor(self._transfers, self.budget)
         self._order = UseOrder()
         self._lock = native.EngineLock()
@@ -85,11 +87,6 @@ class SwapManager:
         # What is given up again once it has served to make others.
         self._evict_after_recompute: weakref.WeakSet[Storage] = weakref.WeakSet()
         _managers.add(self)
-
-    @property
-    def counters(self) -> Counters:
-        """What has been done so far."""
-        return self._transfers.counters
 
     @property
     def limit(self) -> int:
@@ -151,7 +148,7 @@ class SwapManager:
         """Return the checksum of what the storage of an array has now; ``None`` if nobody knows."""
         storage = saved.storage
         with self._lock:
-            if storage.resident and storage.copy is None:
+            if storage.state.in_memory and storage.copy is None:
                 if storage.checksum is None:
                     storage.checksum = checksum_of(self.device, storage)
                 else:
@@ -175,7 +172,7 @@ class SwapManager:
     def _resident_of(self, array: Any) -> Storage | None:
         location = self.device.locate(array)
         storage = None if location is None else self._transfers.find(location.owner)
-        return storage if storage is not None and storage.resident else None
+        return storage if storage is not None and storage.state.in_memory else None
 
     def give_recipe(self, saved: PackedArray, recipe: Recipe) -> None:
         """Let the storage of ``saved``, a resident array, be computed again instead of moved.
@@ -215,7 +212,7 @@ class SwapManager:
                     "single_backward=True; to run backward through a graph twice, or to read its arrays "
                     "after it, enable out-of-core mode with single_backward=False"
                 )
-            if storage.resident:
+            if storage.state.in_memory:
                 self.counters.hits += 1
             else:
                 self._bring_in(storage)
@@ -233,7 +230,7 @@ class SwapManager:
         """Return the arrays of ``group``; their transfers are all begun before one is waited for."""
         with self._lock:
             # What is resident first: held by this list, it cannot be released for the others.
-            arrays = {id(s): self.read(s, read_only) for s in group if s.storage.resident}
+            arrays = {id(s): self.read(s, read_only) for s in group if s.storage.state.in_memory}
             for saved in group:
                 if id(saved) not in arrays:
                     self._begin_in(saved.storage)
@@ -294,7 +291,7 @@ class SwapManager:
 
     def _note_who_holds(self, storages: Iterable[Storage]) -> None:
         for storage in storages:
-            if storage.resident and storage.referenced_externally:
+            if storage.state.in_memory and storage.referenced_externally:
                 # Backward gave it to somebody, a gradient say, who may write to it.
                 self._mark_dirty(storage)
 
@@ -303,9 +300,8 @@ class SwapManager:
 
         Its rise while a function runs is what the function takes for itself, whatever goes and comes meanwhile.
         """
-        if self._transfers.has_deferred_frees:
-            with self._lock:
-                self._transfers.run_deferred_frees()
+        with self._lock:
+            self._transfers.run_deferred_frees()
         return used - self._transfers.moved_bytes()
 
     def moved_bytes(self) -> int:
@@ -410,7 +406,9 @@ class SwapManager:
 
     def _begin_in(self, storage: Storage) -> None:
         """Begin to fetch a storage that is out, or what it is made again from."""
-        for needed in outside(storage):
+        if storage.state not in AWAY:
+            return
+        for needed in (storage,) if storage.state is State.OUT else outside(storage):
             self._evictor.reclaim(needed.nbytes)
             self._transfers.begin_in(needed)
 
@@ -502,7 +500,7 @@ class SwapManager:
     def storages(self) -> list[Storage]:
         """Return the storages that live, in the order of saving."""
         with self._lock:
-            return list(self._transfers.members(*State))
+            return self._transfers.everything()
 
     def after_fork(self) -> None:
         """In a forked child: what the parent saved can be read, and nothing of the parent's is touched."""

@@ -6,7 +6,7 @@ import dataclasses
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from chainer_ooc.errors import CorruptCopyError, SwapSpaceError
@@ -159,13 +159,19 @@ class Transfers:
         """Whether a storage lives. Asked at any time in any thread."""
         return self._known > len(self._dead)
 
-    def members(self, *states: State, newest_first: bool = False) -> Iterator[Storage]:
-        """Return the storages that are in one of the states now, in the order of saving."""
-        found = {n: reference for state in states for n, reference in self._members[state].items()}
-        for number in sorted(found, reverse=newest_first):
+    def members(self, state: State) -> list[Storage]:
+        """Return the storages that are in a state now, in the order of saving."""
+        found, storages = self._members[state], []
+        for number in sorted(found):
             storage = found[number]()
-            if storage is not None and storage.state in states:
-                yield storage
+            if storage is not None:
+                storages.append(storage)
+        return storages
+
+    def everything(self) -> list[Storage]:
+        """Return all storages, in the order of saving."""
+        found = [storage for state in State for storage in self.members(state)]
+        return sorted(found, key=lambda storage: storage.sequence)
 
     def begin_out(self, storage: Storage) -> None:
         """RESIDENT -> GOING_OUT.
@@ -338,14 +344,9 @@ class Transfers:
         if storage.copy is not None or storage.transfer is not None:
             self._deferred_frees.append((storage.copy, storage.transfer))
 
-    @property
-    def has_deferred_frees(self) -> bool:
-        """Whether there is anything for :meth:`run_deferred_frees` to do."""
-        return bool(self._dead or self._deferred_frees)
-
     def run_deferred_frees(self) -> None:
         """Forget the dead; give back the space they left, once nothing reads or writes it any more."""
-        if not self.has_deferred_frees:
+        if not (self._dead or self._deferred_frees):
             return
         while self._dead:
             if self._recipes:  # what it needed may die with it

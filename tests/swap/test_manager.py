@@ -61,7 +61,7 @@ def test_past_the_low_mark_the_oldest_are_copied_and_stay(machine):
     copied = [s.storage.state is State.BOTH for s in saved]
     assert copied == sorted(copied, reverse=True)
     assert 4 <= sum(copied) <= 8
-    assert all(s.storage.resident for s in saved)
+    assert all(s.storage.state.in_memory for s in saved)
 
 
 def test_when_there_is_no_room_the_oldest_go(machine):
@@ -203,7 +203,7 @@ def test_fetching_ahead_goes_backward_and_leaves_room(machine):
     manager.fetch(saved[50:51], read_only=True)
     manager.prefetch(saved[50:51])
     manager.settle()
-    come = [n for n, one in enumerate(saved) if one.storage.resident]
+    come = [n for n, one in enumerate(saved) if one.storage.state.in_memory]
     assert come == list(range(come[0], 51))
     assert 30 <= len(come) <= 33
     assert machine.used_bytes() + 30 * MIB <= manager.budget.high

@@ -262,7 +262,7 @@ def test_allocations_are_stock_while_the_mode_is_off(mode):
     saved.append(mode.save(3.0, 0))
     with pytest.raises(OutOfMemoryError):
         mode.save(4.0, 0)
-    assert all(one.storage.resident for one in saved)
+    assert all(one.storage.state.in_memory for one in saved)
     mode.on = mode.last
     saved.append(mode.save(4.0, 0))
     assert [set(one.get().get()) for one in saved] == [{float(i)} for i in range(5)]

@@ -169,7 +169,7 @@ def test_what_was_out_when_it_was_to_be_given_up_stays_once_it_came_back(rig):
     rig.manager.run_plan(executor, 0)
     assert value(y) == 2
     rig.manager.run_plan(executor, 1)
-    assert y.storage.resident
+    assert y.storage.state.in_memory
 
 
 def test_what_is_dead_serves_nobody(rig):
