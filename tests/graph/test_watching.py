@@ -274,4 +274,4 @@ def test_the_manager_tells_where_it_stands(x):
         del loss
     assert "<SwapManager of RAM: " in text
     assert " of 1,048,576 MiB used; saved: " in text
-    assert " 3 MiB out, 0 MiB going out, 0 MiB coming in; so far " in text
+    assert " 3 MiB out, 0 MiB discarded, 0 MiB going out, 0 MiB coming in; so far " in text

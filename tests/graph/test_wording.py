@@ -256,7 +256,7 @@ def test_holders_that_cannot_be_looked_at_are_told_all_the_same(how):
         holder = HOLDERS[how](h.array)
         del h
         explanation = chainer_ooc.explain()
-    held = [one for one in explanation.referenced_externally if one.nbytes == 12000]
+    held = [one for one in explanation.held if one.nbytes == 12000]
     assert held and all(one.holders for one in held)
     assert "held by" in str(explanation)
     del graph, y, holder
