@@ -155,8 +155,10 @@ def simulated_gpu(
     manager = runtime.make_manager(device)
 
     machine.label = lambda address: storage_at(manager, address, _address)
-    before = state.process.managers.get("ram")
+    before, announced = state.process.managers.get("ram"), state.process.announced
     state.process.managers["ram"] = manager
+    if announced is not None:
+        state.process.announced = 0  # NumPy's allocator, and its pool, stay as they are
     try:
         yield machine
     finally:
@@ -164,5 +166,7 @@ def simulated_gpu(
             del state.process.managers["ram"]
         else:
             state.process.managers["ram"] = before
+        if announced is not None:
+            state.process.announced = announced
     manager.settle()
     machine.check()
