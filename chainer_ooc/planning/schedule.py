@@ -32,7 +32,7 @@ class ScheduleBuilder:
         self.system = system
         pairs = zip(profile.workspace, profile.made_bytes, strict=True)
         self._need_bytes = tuple(workspace + made for workspace, made in pairs)
-        # The first step at which only the graph refers to a storage and to its re-run's inputs: no code may write to them.
+        # From this step on only the graph refers to the storage and to its re-run's inputs: no code can write to them.
         self._drop_from = {i: self._free_from(i) for i in can_be_made_again(profile)}
         # Backward needs the oldest last: they have the most time to leave and return.
         self.by_age = sorted(
