@@ -55,7 +55,7 @@ def candidate_orders(profile: Profile, units: Order) -> Iterator[Order]:
 
 
 def _chains(profile: Profile, units: Order, most: int) -> Order:
-    """Choose candidates so that no recomputation chain exceeds `most`, cheapest first."""
+    """Choose candidates so that no recomputation chain exceeds ``most``, cheapest first."""
     reads: dict[frozenset[int], set[int]] = {}
     for unit in units:
         _, needed = chain(profile, unit, lambda i: bool(profile.storages[i].uses))

@@ -331,7 +331,7 @@ class Simulator:
         self._free(self.nbytes[i])
 
     def wait_for_leaving(self, nbytes: int) -> int:
-        """Wait for pending copies out, oldest first; release until `nbytes` are free."""
+        """Wait for pending copies out, oldest first; release until ``nbytes`` are free."""
         freed = 0
         while self.leaving and freed < nbytes:
             i = self.leaving.popleft()

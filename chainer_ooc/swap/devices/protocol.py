@@ -130,7 +130,7 @@ class Device(Protocol):
     def take_buffer(
         self, array: Any, layout: Layout, nbytes: int, page_offset: int
     ) -> tuple[Any, int]:
-        """Use `array`'s buffer as the storage's memory if strides and page offset match; else copy.
+        """Use the buffer of ``array`` as the storage's memory if strides and page offset match; else copy.
 
         Return the storage's owner and origin.
         """

@@ -194,7 +194,7 @@ class CudaDevice:
     def take_buffer(
         self, array: Any, layout: Layout, nbytes: int, page_offset: int
     ) -> tuple[Any, int]:
-        """Use `array`'s buffer as the storage's memory if its strides match; else copy."""
+        """Use the buffer of ``array`` as the storage's memory if its strides match; else copy."""
         location = self.arrays.locate(array)
         if (
             location is not None

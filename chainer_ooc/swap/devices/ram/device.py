@@ -131,7 +131,7 @@ class RamDevice:
     def take_buffer(
         self, array: np.ndarray, layout: Layout, nbytes: int, page_offset: int
     ) -> tuple[np.ndarray, int]:
-        """Use `array`'s buffer as the storage's memory if strides and page offset match; else copy."""
+        """Use the buffer of ``array`` as the storage's memory if strides and page offset match; else copy."""
         location = self.locate(array)
         if location is not None and array.strides == layout.strides:
             whole = location.nbytes == nbytes and not location.offset
