@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from chainer_ooc.compat import install as _install_import_hook
 
-if TYPE_CHECKING:  # what __getattr__ loads, so that type checkers see it and refuse any other name
+if TYPE_CHECKING:  # the names that __getattr__ loads: type checkers see them and refuse others
     from chainer_ooc import errors as errors
     from chainer_ooc import extensions as extensions
     from chainer_ooc import serializers as serializers
@@ -43,7 +43,7 @@ __all__ = [
 
 _install_import_hook()
 
-# Loaded when first asked for: every Python process of the environment imports this module to get the hook.
+# Loaded on first use: every Python process of the environment imports this module for the import hook.
 _LAZY = dict.fromkeys(__all__, "chainer_ooc.api") | {
     "estimate": "chainer_ooc.estimating.estimator",
     "explain": "chainer_ooc.report.explain",

@@ -1,7 +1,7 @@
-"""Command line: ``python -m chainer_ooc COMMAND``.
+"""The command line: ``python -m chainer_ooc COMMAND``.
 
-Each command is one function that adds its arguments to a parser and one that does the work;
-``_COMMANDS`` lists them.
+For each command one function adds its arguments to a parser and another does the work. ``_COMMANDS`` lists
+them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _estimate(options: argparse.Namespace) -> int:
-    """Print what training a network takes."""
+    """Print an estimate of the memory and the time that training a network takes."""
     from chainer_ooc.errors import OutOfCoreError
     from chainer_ooc.estimating.estimator import estimate
 
@@ -116,7 +116,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    """Write the report of a run and print where it is."""
+    """Write the report of a run and print its path."""
     from chainer_ooc.errors import OutOfCoreError
     from chainer_ooc.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""The functions of the public API; :mod:`chainer_ooc` loads them when they are first asked for."""
+"""The functions of the public API. :mod:`chainer_ooc` loads them on first use."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _UNSET: Any = object()
 def enable(limit: int | float | str | None = _UNSET, /, **settings: Unpack[Arguments]) -> None:
     """Turn out-of-core mode on for the whole process.
 
-    From now on what backward will need moves out of memory when memory gets short, and back in time. The
-    results are bit for bit those of stock Chainer. What an argument leaves out is taken from
-    ``CHAINER_OOC_<NAME>``, then from the default. Calling it again replaces the settings.
+    From now on arrays that backward will need leave memory when it gets short, and come back in time. The
+    results are bit for bit those of stock Chainer. A setting that is not given has the value of
+    ``CHAINER_OOC_<NAME>`` in the environment, or else its default. A second call replaces all settings.
 
     Args:
         limit: The memory that training may take.
@@ -33,14 +33,14 @@ def enable(limit: int | float | str | None = _UNSET, /, **settings: Unpack[Argum
         TypeError: If there is no such setting.
     """
     by_position = {} if limit is _UNSET else {"limit": limit}
-    runtime.enable(**by_position, **settings)  # both is an error of Python's
+    runtime.enable(**by_position, **settings)  # Python raises TypeError if limit is given twice
     import chainer
 
     chainer.out_of_core_mode = out_of_core_mode
 
 
 def disable() -> None:
-    """Turn out-of-core mode off. Graphs built before stay valid: what is out is fetched when it is read."""
+    """Turn out-of-core mode off. Existing graphs stay valid: arrays outside of memory are fetched when read."""
     runtime.disable()
 
 
@@ -61,8 +61,9 @@ def out_of_core_mode(
 ) -> contextlib.AbstractContextManager[None]:
     """Return a context manager that turns out-of-core mode on, or off, in the calling thread.
 
-    It takes the settings of :func:`enable`, by name, and nests like :func:`chainer.using_config`: those left out are
-    those of the mode outside. What is computed inside is saved out of core, also when it is read after the ``with``.
+    It takes the settings of :func:`enable`, by name, and nests like :func:`chainer.using_config`: settings
+    that are not given are those of the mode outside. Arrays saved inside stay out of core after the
+    ``with``.
 
     Args:
         enabled: ``False`` turns it off inside.
@@ -70,7 +71,7 @@ def out_of_core_mode(
             reserved word today; ``**{"async": True}`` works). Copies are asynchronous whatever it says.
         fine_granularity: As ``async_``: every array moves on its own whatever it says.
         debug: As ``async_``: prints :func:`stats` at the end of the ``with``.
-        devices: As ``async_``: what is on any device is saved.
+        devices: As ``async_``: arrays on any device are saved.
         **settings: See :func:`enable`.
 
     Raises:

@@ -1,6 +1,6 @@
-"""``python -m chainer_ooc doctor``: what this machine has, and the commands that install the rest.
+"""``python -m chainer_ooc doctor``: list what this machine has, and the commands that install the rest.
 
-What can crash or hang (MPI, the GPU's libraries) is tried in child processes with a timeout.
+Checks that can crash or hang (MPI, the GPU's libraries) run in child processes with a timeout.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: What was looked for.
-        text: What was found.
-        ok: Whether it is there and works.
-        required: Whether the main job needs it.
-        fix: Command, or advice, for when it is not ok.
+        name: The name of the thing.
+        text: The result of the search.
+        ok: It exists and works.
+        required: The main job needs it.
+        fix: The command, or advice, if it is not ok.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Finding:
 
 
 def main() -> int:
-    """Print the report. Returns 0 when the main job can run here, else 1."""
+    """Print the report. Return 0 if the main job can run here, else 1."""
     import chainer_ooc
 
     print(f"chainer_ooc {chainer_ooc.__version__}\n")
@@ -108,7 +108,7 @@ def _mark(finding: Finding) -> str:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at the machine, one thing after the other."""
+    """Examine the machine and return the findings."""
     yield _python()
     yield _numpy()
     yield from _chainer()
@@ -141,7 +141,7 @@ def _chainer() -> Iterator[Finding]:
     try:
         import chainer
     except Exception as error:
-        # What the import hook says of a Chainer that is missing, or another one, ends with the command.
+        # The import hook's message about a missing or another Chainer ends with the command.
         said = re.fullmatch(r"(.*?); ((?:uv )?pip .*)", str(error))
         text, fix = said.groups() if said else (_first_line(error), installation.reinstall())
         yield Finding("Chainer", text, False, True, fix)
@@ -176,7 +176,7 @@ def _mpi() -> Iterator[Finding]:
         else:
             yield Finding("mpi4py", f"does not import: {_last_line(err)}", False, True, install)
 
-    # Beside the interpreter first: that is where the mpich package puts it, activated or not.
+    # First beside the interpreter, where the mpich package puts it, even if the environment is not activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     mpiexec = shutil.which("mpiexec", path=path)
     if mpiexec is None:
@@ -243,7 +243,7 @@ def _gpu() -> Iterator[Finding]:
 
 
 def probe_gpu() -> None:
-    """Print as JSON what CuPy finds. Runs in a child process: a broken driver can end it."""
+    """Print CuPy's view of the GPUs as JSON. It runs in a child process, which a broken driver may end."""
     found: dict[str, Any] = {}
     try:
         import cupy
@@ -314,7 +314,7 @@ def _memory() -> Finding:
 def cgroup_memory_limit(
     groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> int | None:
-    """Return the least memory limit of this process's control groups in bytes, if one is set."""
+    """Return the least memory limit of this process's control groups (bytes), ``None`` if there is none."""
     limits = []
     try:
         lines = groups.read_text().splitlines()
@@ -329,13 +329,13 @@ def cgroup_memory_limit(
         else:
             continue
         path = base / group.lstrip("/")
-        # A parent's limit binds too. In a container the path may not exist: its own group is then
+        # A parent's limit binds, too. In a container the path may not exist: then its own group is
         # the root.
         for directory in (path, *path.parents):
             if directory.is_relative_to(base):
                 try:
                     limits.append(int((directory / file).read_text()))
-                except (OSError, ValueError):  # not there, or "max"
+                except (OSError, ValueError):  # no such file, or "max"
                     continue
     return min(limits, default=None)
 
@@ -371,8 +371,8 @@ def pip_install(*packages: str) -> str:
 
 
 def _child(command: list[str]) -> tuple[int, str, str]:
-    """Run a command. Returns its exit status, standard output and standard error."""
-    # Where this package came from, for an install by PYTHONPATH or from the current directory.
+    """Run a command. Return its exit status, standard output and standard error."""
+    # This package's place, if it was found by PYTHONPATH or in the current directory.
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)))
     try:

@@ -13,24 +13,24 @@ __all__ = [
 
 
 class OutOfCoreError(Exception):
-    """Base class of all errors that chainer_ooc raises of itself."""
+    """The base class of the errors that chainer_ooc raises."""
 
 
 class SettingError(OutOfCoreError, ValueError):
-    """A setting has a value that is not allowed. The message names both."""
+    """A setting has a value that is not allowed. The message names the setting and the value."""
 
 
 class OutOfMemoryError(OutOfCoreError, MemoryError):
-    """What must be in memory at one time does not fit under the limit."""
+    """The arrays that must be in memory at one time do not fit under the limit."""
 
 
 class SwapSpaceError(OutOfCoreError, OSError):
-    """The swap file cannot take more (or cannot be written). No data was lost: arrays stay resident."""
+    """The swap file is full or cannot be written. No data was lost: the arrays stay in memory."""
 
 
 class GraphReleasedError(OutOfCoreError, RuntimeError):
-    """An array was asked for that ``single_backward`` has dropped after its last use."""
+    """``single_backward`` dropped the requested array after its last use."""
 
 
 class CorruptCopyError(OutOfCoreError, OSError):
-    """With ``verify``: what came back is not what went out. The disk, or the memory, is broken."""
+    """With ``verify``: a copy came back with other bytes. The disk, or the memory, is broken."""

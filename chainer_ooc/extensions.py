@@ -1,4 +1,4 @@
-"""Trainer extensions: what out-of-core mode does, for LogReport and PrintReport; one plan for all ranks."""
+"""Trainer extensions: figures of out-of-core mode for LogReport and PrintReport; one plan for all ranks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _FIRST = 4
 
 
 class AgreeOnPlans(extension.Extension):
-    """Lets all ranks of a ChainerMN run follow rank 0's plans.
+    """Make all ranks of a ChainerMN run follow rank 0's plans.
 
-    Each rank plans for itself, from its own times: so ranks move different arrays at different times, and each
-    update waits for the slowest. With this extension, on all ranks, those whose graph, arrays and limit are the same as
-    rank 0's follow its plan; the others keep theirs. It is collective after the iterations 4, 8, 16, 32 and so on,
-    and does nothing after others.
+    Without it each rank plans for itself, from its own times. Ranks then move different arrays at different
+    times, and each update waits for the slowest. With this extension on all ranks, a rank follows rank 0's
+    plan if it has the same graph, arrays and limit; otherwise it keeps its own. The call is collective
+    after the iterations 4, 8, 16, 32 and so on, and does nothing after others.
 
     >>> comm = chainermn.create_communicator("pure_nccl")
     >>> trainer.extend(chainer_ooc.extensions.AgreeOnPlans(comm))
 
     Args:
-        communicator: ChainerMN's.
+        communicator: The run's ChainerMN communicator.
     """
 
     trigger = (1, "iteration")
@@ -38,7 +38,7 @@ class AgreeOnPlans(extension.Extension):
         self._communicator = communicator
 
     def __call__(self, trainer: Any) -> None:
-        """Take rank 0's plans over, if it is time."""
+        """Take over rank 0's plans, in the iterations for that."""
         iteration = trainer.updater.iteration
         if iteration >= _FIRST and iteration & (iteration - 1) == 0:
             mine = agreement.offers() if self._communicator.rank == 0 else None
@@ -46,12 +46,13 @@ class AgreeOnPlans(extension.Extension):
 
 
 class OutOfCoreReport(extension.Extension):
-    """Reports the figures of out-of-core mode at every iteration.
+    """Report the figures of out-of-core mode at every iteration.
 
-    ``LogReport`` averages what it is given over its interval, so that its entries are per iteration: under
-    ``prefix + name``, with the names of :class:`~chainer_ooc.Stats`, bytes and seconds of copies and stalls, and
-    ``stall_seconds``, their sum. ``prefetch_accuracy`` and ``overlap_percent`` are there where they are known.
-    ``peak_bytes``, the highest memory measured since the process began, and ``limit_bytes`` are as they stand.
+    ``LogReport`` averages its values over an interval, so its entries are per iteration. Their names are
+    ``prefix`` plus the names of :class:`~chainer_ooc.Stats`: bytes and seconds of copies and stalls, and
+    ``stall_seconds``, their sum. ``prefetch_accuracy`` and ``overlap_percent`` are present if they are
+    known. ``peak_bytes`` (the highest memory since the process began) and ``limit_bytes`` are
+    current values.
 
     >>> trainer.extend(chainer_ooc.extensions.OutOfCoreReport())
     >>> trainer.extend(extensions.LogReport())
@@ -60,7 +61,7 @@ class OutOfCoreReport(extension.Extension):
     Under ChainerMN each rank reports its own.
 
     Args:
-        prefix: What the names begin with.
+        prefix: The beginning of the names.
     """
 
     trigger = (1, "iteration")
@@ -75,7 +76,7 @@ class OutOfCoreReport(extension.Extension):
         self._before = stats()
 
     def __call__(self, trainer: Any) -> None:
-        """Report what has been done since the last call."""
+        """Report the figures since the last call."""
         now, before = stats(), self._before or stats()
         self._before = now
         still = {"peak_bytes": now.peak_bytes, "limit_bytes": now.limit_bytes}

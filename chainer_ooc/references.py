@@ -1,15 +1,15 @@
-"""Whether anything else refers to an object: its reference count, less what the question itself adds.
+"""Find out whether anything else refers to an object, by its reference count.
 
-How many references a count finds beside those of others depends on the interpreter and on how the object is passed on:
-a temporary result on the evaluation stack counts one; a local variable that is passed on counts one more up to
-Python 3.13, and none from 3.14 on, where the stack borrows it. So these functions are given the place where the
-object lies, not the object, and fetch it themselves: it is counted in one way only, which is measured when this
-module is imported, on objects to which nothing else refers.
+The count includes references of the question itself. Their number depends on the interpreter and on how the
+object is passed: a temporary result on the evaluation stack counts one; a local variable that is passed on
+counts one more up to Python 3.13, and none from 3.14 on, where the stack borrows it. So these functions
+take the place where the object lies, not the object, and fetch it themselves. That always adds the same
+number of references. It is measured when this module is imported, on objects to which nothing else refers.
 
-Every reference that keeps an object alive counts, whoever has it: a local variable of a running or suspended frame,
-a container, a traceback, C code. A borrowed one does not count, but that from which it is borrowed does. Weak
-references and bare addresses keep nothing alive. An object that never dies, such as ``None``, always counts as
-referred to.
+Every reference that keeps an object alive counts: from a local variable of a running or suspended frame, a
+container, a traceback, C code. A borrowed reference does not count, but the one from which it is borrowed
+does. Weak references and bare addresses do not count. Objects that never die, such as ``None``, always
+count as referred to.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any
 
 __all__ = ["attribute_is_referenced_externally", "item_is_referenced_externally"]
 
-# How many references are counted when only the attribute, or only the container, refers to the object.
+# The counts when nothing but the attribute, or the container, refers to the object.
 _of_attribute = 0
 _of_item = 0
 
-#: So often each shape is tried: the interpreter exchanges the instructions of what runs often.
+#: The number of trials of each shape: the interpreter specializes instructions that run often.
 _ROUNDS = 64
 
 
 def attribute_is_referenced_externally(holder: Any, name: str) -> bool:
     """Return whether anything but an attribute refers to its value.
 
-    A variable in which the caller has the value counts, too.
+    A variable of the caller that refers to the value counts, too.
 
     Args:
         holder: The object that has the attribute, in a slot or in its ``__dict__``.
@@ -46,7 +46,7 @@ def attribute_is_referenced_externally(holder: Any, name: str) -> bool:
 def item_is_referenced_externally(container: Any, key: Any) -> bool:
     """Return whether anything but a ``dict`` or a ``list`` refers to one of its values.
 
-    A variable in which the caller has the value counts, too.
+    A variable of the caller that refers to the value counts, too.
 
     Args:
         container: The ``dict`` or the ``list``.
@@ -68,10 +68,11 @@ class _Attribute:
 
 
 def _calibrate() -> None:
-    """Measure how many references the functions above and the place of the object add themselves.
+    """Measure the references that the functions above and the object's place add themselves.
 
     Raises:
-        RuntimeError: If the counts of this interpreter do not tell whether anything else refers to an object.
+        RuntimeError: If the counts of this interpreter do not show whether anything else refers to an
+            object.
     """
     global _of_attribute, _of_item
 

@@ -25,16 +25,16 @@ from chainer_ooc.swap.system import forks
 __all__ = ["disable", "enable", "is_enabled", "make_manager", "out_of_core_mode"]
 
 _traces: dict[str, Trace] = {}
-_has_warned = False  # that allocations cannot be announced
+_has_warned = False  # of a missing C extension
 
 
 def is_enabled() -> bool:
-    """Return whether what the calling thread computes now is saved out of core."""
+    """Return whether out-of-core mode is on in the calling thread."""
     return state.current() is not None
 
 
 def enable(**given: Any) -> None:
-    """Turn it on in all threads. See :func:`chainer_ooc.enable`."""
+    """Turn out-of-core mode on in all threads. See :func:`chainer_ooc.enable`."""
     settings = Settings.resolve(given)
     _prepare(settings)
     state.process.enabled = settings
@@ -43,11 +43,11 @@ def enable(**given: Any) -> None:
 
 
 def disable() -> None:
-    """Turn it off in all threads. What was saved until then is restored when it is read, as before."""
+    """Turn out-of-core mode off in all threads. Saved arrays are restored when they are read, as before."""
     state.process.enabled = None
     state.void_levels()
     state.unhook_allocations()
-    state.keep_no_free_memory()  # nor for other threads
+    state.keep_no_free_memory()  # not even for other threads
     if state.process.gpus is not None:
         state.process.gpus.disable()
     _write_traces()
@@ -55,7 +55,7 @@ def disable() -> None:
 
 @contextlib.contextmanager
 def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
-    """Turn it on, or off, in the calling thread, for a ``with``."""
+    """Turn out-of-core mode on, or off, in the calling thread, for the length of a ``with``."""
     entry: Any = state.OFF
     if on:
         entry = Settings.resolve(given, state.current())
@@ -79,7 +79,7 @@ def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
 
 
 def _leave(entry: Any) -> None:
-    """Take back the last such entry: generators leave in any order, and a forked child has none."""
+    """Remove the last such entry. Generators leave in any order, and a forked child has no entry."""
     stack = state.local.stack
     for index in reversed(range(len(stack))):
         if stack[index] is entry:
@@ -88,7 +88,7 @@ def _leave(entry: Any) -> None:
 
 
 def _prepare(settings: Settings) -> None:
-    """Check what only the machine can tell, and patch Chainer."""
+    """Patch Chainer, make the managers and check the settings against the machine."""
     hooks.install()
     state.process.describe = hooks.describe
     _warn_without_extension()
@@ -98,7 +98,7 @@ def _prepare(settings: Settings) -> None:
         manager.device.move_to(settings.directory)
         state.local.stack.append(settings)
         try:
-            manager.limit  # noqa: B018  # what None means is what is free now, not when memory gets short
+            manager.limit  # noqa: B018  # limit=None means the memory that is free now, so compute it now
             if state.process.announced is not None:
                 state.announce()
             _prepare_gpus(settings)
@@ -109,14 +109,14 @@ def _prepare(settings: Settings) -> None:
 
 
 def _warn_without_extension() -> None:
-    """Say once in a process what is different where the package was built without its C extension."""
+    """Warn once per process if the package was built without its C extension."""
     global _has_warned
     if native.allocator is None and not _has_warned:
         _has_warned = True
         message = (
             f"chainer_ooc has no C extension here: {native.WITHOUT_IT}; {native.HOW_TO_GET_IT}"
         )
-        warnings.warn(message, RuntimeWarning, stacklevel=5)  # where enable() was called
+        warnings.warn(message, RuntimeWarning, stacklevel=5)  # the line that called enable()
 
 
 def _make_ram_manager(settings: Settings) -> SwapManager:
@@ -125,7 +125,7 @@ def _make_ram_manager(settings: Settings) -> SwapManager:
 
 
 def make_manager(device: Device) -> SwapManager:
-    """Return a manager of a device that the functions of the graph use."""
+    """Return a new manager for a device, connected with the settings and the graph."""
     return SwapManager(
         device,
         state.current_or_last,
@@ -136,7 +136,7 @@ def make_manager(device: Device) -> SwapManager:
 
 
 def _prepare_gpus(settings: Settings) -> None:
-    cupy = sys.modules.get("cupy")  # Chainer has imported it if it can be imported
+    cupy = sys.modules.get("cupy")  # Chainer imports CuPy if it is installed
     if state.process.gpus is None and cupy is not None and cupy.cuda.is_available():
         state.process.gpus = Gpus(
             cupy,
@@ -160,7 +160,7 @@ def _begin_trace(path: str) -> None:
 
 
 def _write_traces() -> None:
-    """Write the traces that no mode asks for any more."""
+    """Write the traces that no active mode wants any more."""
     modes = (state.process.enabled, *state.local.stack)
     wanted = {mode.trace for mode in modes if isinstance(mode, Settings)}
     for path in _traces.keys() - wanted:
@@ -176,7 +176,7 @@ def _write_last_traces() -> None:
 
 
 def _after_fork() -> None:
-    """A child begins with out-of-core mode off, with no threads, and lets its parent's file alone."""
+    """Turn out-of-core mode off in a forked child, without touching the parent's file."""
     if state.local.hooked:
         native.allocator.uninstall()
     for manager in state.managers():

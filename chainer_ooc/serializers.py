@@ -1,4 +1,4 @@
-"""Loading of Chainer's ``.npz`` files that runs nothing of what they contain."""
+"""Load Chainer's ``.npz`` files without running code that they contain."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _HEADERS: dict[tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], boo
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-#: Deflate shrinks no bytes by more.
+#: The largest ratio by which deflate compresses.
 _MOST_SHRUNK = 1032
-#: A pickled None takes less (bytes).
+#: An upper bound of the size of a pickled None (bytes).
 _MOST_OF_NONE = 1024
 
 _Ignored = str | Callable[[str], bool]
@@ -36,21 +36,22 @@ def load_npz(
 ) -> None:
     """Load an object as ``chainer.serializers.load_npz`` does, but unpickle nothing.
 
-    Chainer's own function lets NumPy unpickle what the file holds, which runs any code that its author
-    wished for. This one reads arrays of numbers, truth values and text, and None, which is all that
-    ``chainer.serializers.save_npz`` writes of models, optimizers and trainers.
+    Chainer's own function lets NumPy unpickle the file's objects, which runs any code that the file's
+    author chose. This one reads arrays of numbers, truth values and text, and None.
+    ``chainer.serializers.save_npz`` writes nothing else of models, optimizers and trainers.
 
     Args:
-        file: What ``save_npz`` has written: a path, or a file that is open for reading and can seek.
+        file: A file of ``save_npz``: a path, or a seekable file that is open for reading.
         obj: The object to load, with Chainer's ``serialize``.
-        path: Where in the file it is, such as ``"updater/model:main/"``.
-        strict: Whether a value that is missing in the file is an error, and not left as it is.
-        ignore_names: Names of values to leave as they are, or functions of a name that say so.
+        path: The object's place in the file, such as ``"updater/model:main/"``.
+        strict: A value that is missing in the file is an error. Otherwise the object keeps its value.
+        ignore_names: Names of values to leave unchanged, or functions that take a name and return whether
+            to.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is no such file, is damaged, or holds other Python objects.
-        KeyError: If a value is missing in it.
+        ValueError: If it is not such a file, is damaged, or holds other Python objects.
+        KeyError: If a value is missing.
 
     If it fails, some values may have been loaded already.
     """
@@ -67,7 +68,7 @@ def load_npz(
 
 
 class _Arrays:
-    """The arrays of an archive, by their names; they are read when they are asked for."""
+    """The arrays of an archive by name, each read on first use."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
@@ -110,13 +111,13 @@ class _Arrays:
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     try:
         shape, _, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
-    except Exception as error:  # MemoryError, too: Python's parser raises it for what nests deeply
+    except Exception as error:  # also MemoryError, which Python's parser raises for deep nesting
         raise ValueError("it has not the header of an array") from error
     return shape, dtype
 
 
 def _operations(data: bytes) -> list[tuple[str, Any]]:
-    """Return what a pickle would do, without doing it: alike for all versions of pickle and of NumPy."""
+    """Return the operations of a pickle without running them, in a form that does not depend on versions."""
     alike = {"NEWFALSE": ("BININT1", 0), "NEWTRUE": ("BININT1", 1)}
     found = []
     for operation, argument, _ in pickletools.genops(data):

@@ -1,4 +1,4 @@
-"""The settings of out-of-core mode: arguments first, then ``CHAINER_OOC_*`` variables, then defaults."""
+"""The settings of out-of-core mode: from arguments, then ``CHAINER_OOC_*`` variables, then defaults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from chainer_ooc.wording import repr_of
 
 __all__ = ["Arguments", "Settings", "check_names", "parse_bytes", "parse_limit", "show_settings"]
 
-#: A swap file grows by so many bytes, or by one block if that is larger.
+#: A swap file grows by this many bytes, or by one block if that is larger.
 EXTENT = 64 << 20
 
 _IN_MEMORY = ("tmpfs", "ramfs")
@@ -32,7 +32,7 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 Limit = int | float | None
 Split = Literal["exact", "always", "never"]
 F = TypeVar("F", bound=Callable[..., Any])
-#: Where in a docstring the descriptions of the settings go.
+#: The part of a docstring that the descriptions of the settings replace.
 _PLACE = re.compile(r" +limit: .*\n +\*\*settings: .*")
 
 
@@ -43,7 +43,7 @@ def parse_bytes(name: str, value: int | float | str) -> int:
     ``GB``, ``TB`` powers of 1000.
 
     Args:
-        name: The setting's name, for the error.
+        name: The name of the setting, for the error.
         value: The value.
 
     Raises:
@@ -145,7 +145,7 @@ def _default_directory(temporary: str) -> str:
 
 
 def _file_system(directory: str) -> str:
-    """Return the type of the file system of a directory, such as ``"ext4"``; ``""`` if unknown."""
+    """Return the type of a directory's file system, such as ``"ext4"``; ``""`` if unknown."""
     path = os.path.realpath(directory)
     mounts = psutil.disk_partitions(all=True)
     over = [m for m in mounts if os.path.commonpath([path, m.mountpoint]) == m.mountpoint]
@@ -161,7 +161,7 @@ def _setting(default: Any, parse: Callable[[str, Any], Any], doc: str) -> Any:
 
 
 class Arguments(TypedDict, total=False):
-    """What users may give, for type checkers. A field of :class:`Settings` that is not here is not for them."""
+    """The settings that users may give, for type checkers. Other fields of :class:`Settings` are internal."""
 
     limit: int | float | str | None
     swap_dir: str | os.PathLike[str] | None
@@ -177,7 +177,7 @@ class Arguments(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings in force, each with its default, what checks and converts it, and its description."""
+    """The settings in force, each with its default, its parser and its description."""
 
     limit: int | float | None = _setting(
         None,
@@ -245,17 +245,17 @@ class Settings:
         end of the process or when out-of-core mode is turned off. With several ranks, each writes its own: its number
         is added to the name.""",
     )
-    # Only tests set these, so that arrays of any size move whether memory is short or not: no user is shown them.
+    # For tests only, to move arrays of any size at any time. Not shown to users.
     swap_all: bool = _setting(False, _parse_flag, "Move every saved array out at once.")
     min_bytes: int = _setting(64 << 10, parse_bytes, "Leave smaller allocations where they are.")
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], base: Settings | None = None) -> Settings:
-        """Return settings from arguments, for what they leave out ``base`` or the environment.
+        """Return settings from arguments, and from ``base`` or the environment for those that are not given.
 
         Args:
             given: Values by name.
-            base: What holds already, of an outer mode; ``None`` reads ``CHAINER_OOC_*``.
+            base: The settings of an outer mode; ``None`` reads ``CHAINER_OOC_*``.
 
         Raises:
             SettingError: If a value is not allowed.
@@ -287,7 +287,7 @@ _FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 
 
 def check_names(given: Mapping[str, Any]) -> None:
-    """Raise a :class:`TypeError` that names what is no setting among ``given``."""
+    """Raise a :class:`TypeError` if a name in ``given`` is not that of a setting."""
     for name, value in given.items():
         if name not in _FIELDS:
             known = [*Arguments.__annotations__]
@@ -297,9 +297,9 @@ def check_names(given: Mapping[str, Any]) -> None:
 
 
 def show_settings(function: F) -> F:
-    """Show the settings that users have in place of ``**settings``: in the signature, with types and defaults.
+    """Show the public settings in place of ``**settings``: in the signature, with types and defaults.
 
-    Where the docstring lists ``limit``, the descriptions of all take the place of that line and the next.
+    In the docstring, their descriptions replace the line of ``limit`` and the next line.
     """
     own = inspect.signature(function, eval_str=True)
     types = get_type_hints(Arguments)
@@ -314,7 +314,7 @@ def show_settings(function: F) -> F:
     }
     first, last = [], []
     for parameter in own.parameters.values():
-        if parameter.name in settings:  # which may be given by position
+        if parameter.name in settings:  # may be given by position
             kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
             first.append(settings.pop(parameter.name).replace(kind=kind))
         elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:

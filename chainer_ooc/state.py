@@ -1,4 +1,4 @@
-"""What is in force in this process and in this thread: settings, managers, and what runs now."""
+"""The state of this process and of each thread: settings in force, managers, the running function."""
 
 from __future__ import annotations
 
@@ -39,32 +39,33 @@ __all__ = [
     "void_levels",
 ]
 
-#: NumPy allocations of this size (bytes) and more are announced.
+#: NumPy allocations of this size (bytes) and more ask for room, under a small limit even smaller ones.
 _ANNOUNCED = 1 << 20
-#: So many of those that are not announced fit into the margin that the limit leaves for them.
+#: The number of largest unannounced allocations that fit into the limit's margin.
 _UNANNOUNCED = 8
-#: NumPy arrays of this size (bytes) and more lie in pages that are used again, while memory may get short.
+#: NumPy arrays of this size (bytes) and more lie in the page pool, while memory may get short.
 _POOLED = 64 << 10
 _UNLIMITED = (1 << 63) - 1
 
-#: Stands for "off" where a thread's modes are stacked.
+#: An entry of a thread's stack of modes that means "off".
 OFF = object()
 _ON_CPU: frozenset[type] = frozenset({np.ndarray})
 
 
 @dataclasses.dataclass
 class Process:
-    """What all threads of this process share. A forked child begins with new values.
+    """The state that all threads of this process share. A forked child begins with a new one.
 
     Attributes:
         enabled: The settings of :func:`chainer_ooc.enable`; ``None`` while it is off.
-        last: The settings that were in force last: for what moves where none are.
-        managers: The managers by device, but for the GPUs'.
-        gpus: The GPUs' managers; ``None`` until CuPy has been seen.
-        announced: From how many bytes on NumPy's allocations ask for room; ``None``: they never have.
-        growth: What functions were seen to take, for allocations that cannot be announced.
-        describe: Words what ``local.running`` is, for errors.
-        lock: Held while managers are made and allocations hooked.
+        last: The settings that were last in force, for moves while none are.
+        managers: The managers by device, except those of GPUs.
+        gpus: The GPUs with their managers; ``None`` until CuPy is imported.
+        announced: The size (bytes) from which NumPy's allocations ask for room; ``None`` before they ever
+            have.
+        growth: The memory that functions took, if allocations cannot be announced.
+        describe: Takes ``local.running`` and returns words for it, for errors.
+        lock: Protects the making of managers and the hooking of allocations.
     """
 
     enabled: Settings | None = None
@@ -78,21 +79,21 @@ class Process:
 
 
 class _Local(threading.local):
-    """What belongs to one thread.
+    """The state of one thread.
 
     Attributes:
-        stack: The modes that it has entered, the innermost last: settings, or :data:`OFF`.
-        running: The function of the graph that runs, and its inputs; ``None`` between two functions.
-        read_only: The code that runs now does not write to the arrays it reads.
-        hooked: Its large NumPy allocations are announced.
-        growth: Where they cannot be announced: what functions were seen to take.
-        peak: The most that ``SwapManager.usage_without_offload()`` was while the function ran (bytes).
-        uninterrupted: No signal handler runs in the main thread while it has this lock.
+        stack: The modes that the thread has entered, the innermost last: settings, or :data:`OFF`.
+        running: The running function of the graph, and its inputs; ``None`` between two functions.
+        read_only: The running code does not write to the arrays that it reads.
+        hooked: The thread's large NumPy allocations ask for room.
+        growth: The memory that functions took, if allocations cannot ask for room.
+        peak: The highest ``SwapManager.usage_without_offload()`` while the function ran (bytes).
+        uninterrupted: A lock. While the main thread has it, no signal handler runs.
     """
 
     def __init__(self) -> None:
-        # What finalizers compute that the collector of garbage runs in a thread of ours must not wait for the engine:
-        # that may be waiting for this thread.
+        # Garbage collection may run finalizers in our threads. Their computations must not wait for the engine, which
+        # may be waiting for this thread.
         ours = threading.current_thread().name.startswith("chainer_ooc-")
         self.stack: list[Any] = [OFF] if ours else []
         self.running: Any = None
@@ -105,7 +106,7 @@ class _Local(threading.local):
 
 process = Process()
 local = _Local()
-observers: list[Observer] = []  #: who is told what happens in all threads and on all devices
+observers: list[Observer] = []  #: told of events in all threads and on all devices
 
 
 def current() -> Settings | None:
@@ -117,13 +118,13 @@ def current() -> Settings | None:
 
 
 def current_or_last() -> Settings:
-    """Return the settings in force in the calling thread, or those that were in force last."""
+    """Return the settings in force in the calling thread, or else those that were last in force."""
     settings = local.stack[-1] if local.stack else process.enabled
     return process.last if settings is None or settings is OFF else settings
 
 
 def note_used(nbytes: int) -> None:
-    """Note what memory in use would be, had nothing been moved, while a function of this thread runs (bytes)."""
+    """Raise the running function's peak of memory without moves to ``nbytes``, if it was lower."""
     local.peak = max(local.peak, nbytes)
 
 
@@ -133,7 +134,7 @@ def array_types() -> frozenset[type]:
 
 
 def manager_for(array: Any) -> SwapManager | None:
-    """Return the manager of the device that ``array`` is on; ``None`` for arrays that stay as they are."""
+    """Return the manager of the device that holds ``array``; ``None`` if the array must stay as it is."""
     if type(array) is np.ndarray:
         return process.managers.get("ram")
     if process.gpus is not None and type(array) is process.gpus.array_type:
@@ -153,9 +154,10 @@ def managers() -> list[SwapManager]:
 
 
 def hook_allocations() -> None:
-    """Have the calling thread's large NumPy allocations announced to the manager from now on.
+    """Make the calling thread's large NumPy allocations ask the manager for room from now on.
 
-    Where they cannot be, room is made before each function for what it was seen to take.
+    Without the C extension, room is made before each function instead, for the memory that earlier calls
+    took.
     """
     if native.allocator is None:
         local.growth = process.growth
@@ -168,7 +170,7 @@ def hook_allocations() -> None:
 
 
 def announce() -> None:
-    """Have allocations announced that matter under the limit in force; those that mattered before, too."""
+    """Make allocations ask for room from the size that matters under the limit; never raise that size."""
     manager = process.managers["ram"]
     wanted = _announced_from(manager.limit)
     if process.announced is None or wanted < process.announced:
@@ -179,12 +181,12 @@ def announce() -> None:
 
 
 def _announced_from(limit: int) -> int:
-    """Return the size of an allocation (bytes) from which on it matters under a limit."""
+    """Return the size (bytes) from which allocations matter under a limit."""
     return min(_ANNOUNCED, max(_POOLED, int(limit * MARGIN) // _UNANNOUNCED))
 
 
 def unhook_allocations() -> None:
-    """Stop announcing the calling thread's allocations, and keep no free memory for them."""
+    """Stop the calling thread's allocations from asking for room, and drop cached free memory."""
     if local.hooked:
         native.allocator.uninstall()
         keep_no_free_memory()
@@ -192,26 +194,26 @@ def unhook_allocations() -> None:
 
 
 def keep_no_free_memory() -> None:
-    """Give NumPy's free pages back to the system."""
+    """Give NumPy's cached free pages back to the system."""
     if (manager := manager_of_ram()) is not None:
         manager.keep_no_free_memory()
 
 
 def void_levels() -> None:
-    """Have the next allocation of each thread ask for room: other settings may be in force."""
+    """Make the next allocation of each thread ask for room: other settings may be in force."""
     if native.allocator is not None:
         native.allocator.ask_again()
 
 
 def begin_peak(manager: SwapManager) -> None:
-    """Begin to note what a function's announced allocations take; ``manager`` is its device's."""
+    """Begin to measure the most memory that a function takes. ``manager`` is its device's."""
     if manager is process.managers.get("ram"):
         native.allocator.set_moved_bytes(manager.moved_bytes())
         native.allocator.take_peak()
 
 
 def end_peak() -> None:
-    """Note what those allocations have taken that were granted without asking anybody."""
+    """Count the allocations that the C extension granted without a call of Python."""
     local.peak = max(local.peak, native.allocator.take_peak())
 
 
@@ -219,8 +221,8 @@ def _before_allocation(nbytes: int) -> None:
     """Make room for an allocation of a NumPy array.
 
     Raises:
-        OutOfMemoryError: If there is none, and the mode is ``strict``.
-        SwapSpaceError: If there is no more space outside.
+        OutOfMemoryError: If there is no room and the mode is ``strict``.
+        SwapSpaceError: If there is no space outside of memory.
     """
     if current() is None:
         native.allocator.set_level(_UNLIMITED)
@@ -237,6 +239,6 @@ def _before_allocation(nbytes: int) -> None:
             try:
                 raise error
             finally:
-                del error  # it would hold this frame, and so those of its callers with their arrays
+                del error  # else it refers to this frame, and so to the callers' arrays
     native.allocator.set_moved_bytes(manager.moved_bytes())
     native.allocator.set_level(manager.granted_bytes())

@@ -1,4 +1,4 @@
-"""What out-of-core mode has done in this process so far, in figures."""
+"""The statistics of out-of-core mode in this process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["Stats", "stats"]
 
 @dataclasses.dataclass
 class Stats(Counters):
-    """What out-of-core mode has done in this process so far, over all devices.
+    """The statistics of out-of-core mode in this process, over all devices.
 
-    Beside these it has the attributes of :class:`~chainer_ooc.swap.transfers.Counters`.
+    It also has the attributes of :class:`~chainer_ooc.swap.transfers.Counters`.
 
     Attributes:
         peak_bytes: The highest memory measured (the process's resident memory on the CPU).
@@ -26,27 +26,27 @@ class Stats(Counters):
 
     @property
     def stall_in_seconds(self) -> float:
-        """Time that computing threads waited for copies back."""
+        """The time that computing threads waited for copies back."""
         return self.stall_fetch_seconds + self.stall_late_seconds
 
     @property
     def stall_out_seconds(self) -> float:
-        """Time that computing threads waited for copies out."""
+        """The time that computing threads waited for copies out."""
         return self.stall_room_seconds
 
     @property
     def stall_seconds(self) -> float:
-        """Time that computing threads waited, for whatever cause."""
+        """The time that computing threads waited, for any cause."""
         return self.stall_in_seconds + self.stall_out_seconds + self.stall_trim_seconds
 
     @property
     def prefetch_accuracy(self) -> float | None:
-        """The share of what was fetched ahead that was used before it had to go out again; ``None`` for none."""
+        """The share of prefetched allocations that were used before they left again; ``None`` without any."""
         return self.prefetch_hits / self.prefetched if self.prefetched else None
 
     @property
     def overlap_percent(self) -> float | None:
-        """The share of the copies' time in which nobody waited for them (%); ``None`` where it is not measured."""
+        """The share of the copies' time that hid behind computation (%); ``None`` if not measured."""
         if not self.copy_seconds:
             return None
         waited = self.stall_in_seconds + self.stall_out_seconds
@@ -54,7 +54,7 @@ class Stats(Counters):
 
 
 def stats() -> Stats:
-    """Return what has been done so far, over all devices. The peak is the highest of any device."""
+    """Return the statistics so far, over all devices. The peak is the highest of any device."""
     managers = state.managers()
     names = [field.name for field in dataclasses.fields(Counters)]
     totals = {name: sum(getattr(manager.counters, name) for manager in managers) for name in names}

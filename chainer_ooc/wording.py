@@ -1,4 +1,4 @@
-"""Words for messages and reports. Nothing here raises, and no warning ends what runs."""
+"""Words for messages and reports. No function here raises, and no warning becomes an error."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["label_of", "repr_of", "shape_of", "warn"]
 
 
 def label_of(func: Any) -> str:
-    """Return the label of a function of the graph; the name of its class where the label cannot be had."""
+    """Return the label of a function of the graph, or the name of its class if the label raises."""
     for name in (
         "label",
         "_impl_name",
-    ):  # the second is the class's name, also of an old-style function
-        with contextlib.suppress(Exception):  # they may be the user's properties
+    ):  # _impl_name is the class's name, even for old-style functions
+        with contextlib.suppress(Exception):  # both may be the user's properties
             return str(getattr(func, name))
     return type(func).__name__
 
 
 def shape_of(x: Any) -> str:
-    """Return the shape of an input as text; what it is instead where it has none."""
+    """Return the shape of an input as text, or its type if it has no shape."""
     try:
         return "None" if x is None else str(x.shape)
     except Exception:
@@ -30,7 +30,7 @@ def shape_of(x: Any) -> str:
 
 
 def repr_of(value: Any) -> str:
-    """Return ``repr(value)``; the name of its class where that fails."""
+    """Return ``repr(value)``, or the name of its class if that raises."""
     try:
         return repr(value)
     except Exception:
@@ -38,17 +38,17 @@ def repr_of(value: Any) -> str:
 
 
 def warn(message: str, stacklevel: int = 1) -> None:
-    """Issue a :class:`RuntimeWarning` in the midst of a computation.
+    """Issue a :class:`RuntimeWarning` in the middle of a computation.
 
-    Where the user's filters make errors of warnings, it is written to ``sys.stderr`` instead: stock Chainer
-    would compute on.
+    If the user's filters make errors of warnings, the message goes to ``sys.stderr`` instead: stock Chainer
+    would continue.
 
     Args:
-        message: Its text.
+        message: The text.
         stacklevel: As that of :func:`warnings.warn`: 1 is the caller.
     """
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel + 1)
-    except Exception:  # by a filter, or of a showwarning() of the user's
+    except Exception:  # from a filter, or from the user's showwarning()
         with contextlib.suppress(Exception):
             sys.stderr.write(f"RuntimeWarning: {message}\n")

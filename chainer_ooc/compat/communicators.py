@@ -1,4 +1,4 @@
-"""What replaces the ChainerMN communicators that version 7 removed."""
+"""The replacements of the ChainerMN communicators that version 7 removed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ REMOVED = ("hierarchical", "two_dimensional", "single_node")
 def current_name(name: str) -> str:
     """Return the name of the communicator to use for ``name``.
 
-    The removed ones give, with a warning, ``pure_nccl`` where there is a GPU and NCCL, ``flat``
-    (which needs a CUDA-aware MPI) where there is a GPU only, and ``naive`` where there is none.
-    Every other name is returned as it is.
+    For the removed ones this is, with a warning, ``pure_nccl`` with a GPU and NCCL, ``flat`` (which needs a
+    CUDA-aware MPI) with a GPU only, and ``naive`` without a GPU. Every other name is returned unchanged.
     """
     if name not in REMOVED:
         return name

@@ -1,4 +1,4 @@
-"""The import hook: edits modules of Chainer and ChainerMN, and redirects what CuPy dropped.
+"""The import hook: it edits modules of Chainer and ChainerMN, and redirects modules that CuPy removed.
 
 The hook sits first in :data:`sys.meta_path` and answers only for
 
@@ -35,7 +35,7 @@ _EDITED_PACKAGES = frozenset({"chainer", "chainermn", "onnx_chainer"})
 
 
 class EditedSourceLoader(SourceFileLoader):
-    """Loads one module from its file with the edits applied.
+    """Load one module from its file with the edits applied.
 
     Tracebacks and :func:`inspect.getsource` show the edited text, the text that runs.
     """
@@ -63,7 +63,7 @@ class EditedSourceLoader(SourceFileLoader):
         return edits.apply(fullname, text, self.path)
 
     def get_code(self, fullname: str):  # type: ignore[no-untyped-def]
-        """Compile the edited text, every time: processes without the hook would read a cache."""
+        """Compile the edited text, every time: processes without the hook would read a cache of it."""
         text = self.get_source(fullname)
         import linecache
 
@@ -74,7 +74,7 @@ class EditedSourceLoader(SourceFileLoader):
 
 
 class _RedirectLoader:
-    """Gives a module that already exists (or can be imported) a second name."""
+    """Give an existing module (or one that can be imported) a second name."""
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -87,12 +87,12 @@ class _RedirectLoader:
         return module
 
     def exec_module(self, module) -> None:  # type: ignore[no-untyped-def]
-        # The import system has just replaced the module's spec by that of the second name.
+        # The import system has just replaced the module's spec by the second name's.
         module.__spec__ = self._own_spec
 
 
 class CompatFinder:
-    """See the module's text."""
+    """Find the modules to edit or to redirect. See the module."""
 
     def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
         """Return the spec of a module to edit or to redirect, ``None`` for every other module.
@@ -112,7 +112,7 @@ class CompatFinder:
             return None
         spec = self._find_elsewhere(fullname, path, target)
         if spec is None or spec.origin is None or spec.loader is None:
-            if fullname in _EDITED_PACKAGES:  # not there, or an empty directory of that name
+            if fullname in _EDITED_PACKAGES:  # not installed, or an empty directory
                 _refuse_missing(fullname)
             return spec
         if fullname == "chainer":
@@ -135,7 +135,7 @@ class CompatFinder:
     def _find_redirect(self, fullname, path):  # type: ignore[no-untyped-def]
         from chainer_ooc.compat.cudnn import choice
 
-        # CuPy 13 has modules of these names, which may or may not load.
+        # CuPy 13 has modules with these names, which may fail to load.
         if not choice.stands_in(self._find_elsewhere(fullname, path) is not None):
             return None
         target = REDIRECTS[fullname]
@@ -144,7 +144,7 @@ class CompatFinder:
 
 
 def _check_version(spec: ModuleSpec) -> None:
-    """Raise ``ImportError`` when ``spec`` describes another version of Chainer, or another has been written over."""
+    """Raise ``ImportError`` if ``spec`` is another version of Chainer, or another one was installed over this."""
     import os
     import re
 
@@ -176,7 +176,7 @@ def _refuse_missing(package: str) -> None:
 
 
 def install() -> CompatFinder:
-    """Install the hook for this process, unless it already is, and return it.
+    """Install the hook for this process, unless that is done, and return it.
 
     Modules imported earlier keep their unedited code.
     """

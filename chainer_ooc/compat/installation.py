@@ -1,6 +1,6 @@
-"""What is installed of chainer_ooc and Chainer, and the commands that mend it.
+"""Find the installed chainer_ooc and Chainer, and the commands that repair the installation.
 
-chainer_ooc's wheel has Chainer in it, as a distribution of its own whose files belong to chainer_ooc.
+chainer_ooc's wheel contains Chainer, as a distribution of its own whose files belong to chainer_ooc.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHAINER_VERSION = "7.8.1"
 
 
 def reinstall() -> str:
-    """Return the shell command that installs chainer_ooc, and with it Chainer, once more from where it came from."""
+    """Return the shell command that installs chainer_ooc, with its Chainer, again from the same source."""
     import json
     import shlex
     from urllib.parse import unquote, urlsplit
@@ -26,7 +26,7 @@ def reinstall() -> str:
         above = os.path.dirname
         return f"pip install {shlex.quote(above(above(above(os.path.abspath(__file__)))))}"
     origin = json.loads(found.read_text("direct_url.json") or "{}")
-    url = origin.get("url", "chainer_ooc")  # none: it came from an index
+    url = origin.get("url", "chainer_ooc")  # without a URL it came from an index
     if url.startswith("file:"):
         url = unquote(urlsplit(url).path)
     elif "vcs_info" in origin:
@@ -37,8 +37,8 @@ def reinstall() -> str:
 
 
 def replace() -> str:
-    """Return the shell commands that remove every Chainer there is, and install that of chainer_ooc."""
-    # With chainer_ooc goes the Chainer in it, so that the second finds the other one.
+    """Return the shell commands that remove every installed Chainer and install chainer_ooc's."""
+    # The first command removes chainer_ooc with its Chainer, so the second finds the other Chainer.
     uninstall = "uv pip uninstall" if _is_of_uv(_distribution()) else "pip uninstall -y"
     return f"{uninstall} chainer_ooc; {uninstall} chainer; {reinstall()}"
 
@@ -56,7 +56,7 @@ def _is_of_uv(found: Distribution | None) -> bool:
 
 
 def other_versions(site_packages: str) -> list[str]:
-    """Return the versions of Chainer, other than 7.8.1, whose metadata lie in a directory."""
+    """Return the versions of Chainer other than 7.8.1 that have metadata in a directory."""
     import re
 
     is_chainer = re.compile(r"chainer-([^-]+)(-py[\d.]+)?\.(dist|egg)-info").fullmatch
@@ -65,7 +65,7 @@ def other_versions(site_packages: str) -> list[str]:
 
 
 def leftovers(site_packages: str) -> list[str]:
-    """Return the files of an earlier Chainer 7.8.1 that would stay, as broken metadata, without chainer_ooc."""
+    """Return the files of an earlier Chainer 7.8.1 that would survive chainer_ooc's removal as broken metadata."""
     folder = os.path.join(site_packages, f"chainer-{CHAINER_VERSION}.dist-info")
     try:
         with open(os.path.join(folder, "INSTALLER"), encoding="utf-8") as file:

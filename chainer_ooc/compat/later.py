@@ -1,4 +1,4 @@
-"""Libraries that Chainer imports and few programs use: they are imported when they are first used."""
+"""Import on first use libraries that Chainer imports but few programs use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["Later", "later"]
 
 
 class Later:
-    """Stands in for a module until one of its attributes is asked for.
+    """A stand-in for a module, which imports the module when one of its attributes is read.
 
     Args:
-        name: Full name of the module.
+        name: The full name of the module.
     """
 
     def __init__(self, name: str) -> None:
@@ -28,14 +28,14 @@ class Later:
             is_package = hasattr(module, "__path__") and not attribute.startswith("__")
             if not is_package or importlib.util.find_spec(name) is None:
                 raise
-            return importlib.import_module(name)  # a module below it that nobody has imported
+            return importlib.import_module(name)  # a submodule that is not imported yet
 
 
 def later(name: str) -> Any:
-    """Return a module, or what stands in for it until it is used.
+    """Return a module, or a stand-in that imports it on first use.
 
     Raises:
-        ImportError: The library is not installed.
+        ImportError: If the library is not installed.
     """
     library = name.partition(".")[0]
     if library in sys.modules or importlib.util.find_spec(library) is None:

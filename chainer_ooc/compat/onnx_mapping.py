@@ -1,4 +1,4 @@
-"""The two tables of ``onnx.mapping``, which ``onnx_chainer`` reads and ONNX no longer has."""
+"""The two tables of ``onnx.mapping`` that ``onnx_chainer`` reads and ONNX has removed."""
 
 from __future__ import annotations
 

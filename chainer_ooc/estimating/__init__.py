@@ -1,5 +1,5 @@
-"""Estimates of training steps from shapes: no data, no memory, no GPU."""
+"""Estimate training steps from shapes alone: no data, no memory for arrays, no GPU."""
 
 from chainer_ooc.estimating import (
-    shape_rules as shape_rules,  # it, and ufuncs, register what they know
+    shape_rules as shape_rules,  # imported to register its rules, as ufuncs is
 )

@@ -1,4 +1,4 @@
-"""How fast this machine does what NumPy does for Chainer: measured in a second or two."""
+"""Measure in a second or two how fast this machine does NumPy's work for Chainer."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _GEMM_SIZES = (1, 8, 64, 512)
 
 @dataclasses.dataclass(frozen=True)
 class CpuRates:
-    """What was measured.
+    """The measured rates of this machine.
 
     Attributes:
         gemm: Floating-point operations per second (float32) of products whose smallest dimension is 1, 8, 64, 512.
         copy: Bytes per second, read and written, of copies of rows as im2col makes them.
-        gather: The same of copies that transpose.
+        gather: Bytes per second, read and written, of copies that transpose.
         simple: Bytes per second, read and written, of sums, products and comparisons.
         reduce: Bytes per second of sums over an axis.
-        fill: Bytes per second.
+        fill: Bytes per second of filling memory.
         fresh: Bytes per second of new pages from the system.
         heavy: Elements per second of exp and its like.
         random: Elements per second of random numbers.
         index: Elements per second of take and add.at.
-        call_seconds: Of one NumPy call on nothing.
-        function_seconds: Of one Chainer function, forward or backward, beside what NumPy does.
+        call_seconds: The seconds of one NumPy call on nothing.
+        function_seconds: The seconds of one Chainer function, forward or backward, without NumPy's work.
     """
 
     gemm: tuple[float, ...]
@@ -54,7 +54,7 @@ class CpuRates:
     function_seconds: float = 60e-6
 
     def seconds(self, segment: Segment) -> float:
-        """Return the time that a segment would take."""
+        """Return the estimated time of a segment (seconds)."""
         total = self.function_seconds if segment.name else 0.0
         for kind, amount in segment.work.items():
             total += amount * self.call_seconds if kind == "calls" else amount / getattr(self, kind)
@@ -72,7 +72,7 @@ class CpuRates:
 @functools.cache
 def calibrate() -> CpuRates:
     """Measure this machine, once per process. It takes a second or two."""
-    # Larger than caches, as the arrays of a network are.
+    # Larger than the caches, like a network's arrays.
     a = np.full((1 << 22,), 1.5, np.float32)
     b, c = a.copy(), a.copy()
     image = np.full((4, 32, 58, 58), 0.5, np.float32)
@@ -116,7 +116,7 @@ def _gemm(smallest: int) -> float:
 
 
 def _best(call: Callable[[], object], repeat: int = 4) -> float:
-    """Return the least time (seconds) of a few calls."""
+    """Return the least time of a few calls (seconds)."""
     call()
     times = []
     for _ in range(repeat):

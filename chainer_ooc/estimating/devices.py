@@ -1,4 +1,4 @@
-"""The devices that can be named, with what their makers' data sheets say."""
+"""The devices that users can name, with the figures of their makers' data sheets."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Gpu:
     """A GPU.
 
     Attributes:
-        name: What it is called.
-        memory_bytes: What a program can have of its memory: 2 % less than what it is sold with.
+        name: The name that users give.
+        memory_bytes: The memory that a program can have: 2 % less than the GPU is sold with.
         flops: Peak floating-point operations per second, float32 without tensor cores.
         half_flops: The same, float16 with tensor cores, dense.
         bandwidth: Peak bytes per second of its memory.
         link: Peak bytes per second to host memory, each direction.
-        link_name: What the link is.
-        source: Where the figures are from.
+        link_name: The name of the link.
+        source: The source of the figures.
     """
 
     name: str

@@ -8,4 +8,4 @@ __all__ = ["EstimateError"]
 
 
 class EstimateError(OutOfCoreError, ValueError):
-    """What was asked cannot be estimated. The message names the value, and what would do."""
+    """The request cannot be estimated. The message names the value and gives what would work."""

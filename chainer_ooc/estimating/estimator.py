@@ -1,4 +1,4 @@
-""":func:`estimate`: will it fit, how fast, and why. The answer before a run, and without a GPU."""
+"""Estimate, before a run and without a GPU, whether a model fits, how fast it trains, and why."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ def estimate(
     single_backward: bool = False,
     search: bool = True,
 ) -> Estimate:
-    """Estimate a training step of a model: memory, traffic, time, and what would fit.
+    """Estimate a training step of a model: memory, traffic, time, and the largest sizes that fit.
 
-    The model's own code runs, forward, backward and update, with arrays that have shapes but no elements: no
-    data, no memory and no GPU are needed. What each function keeps, and what NumPy takes for itself, is
-    so what it would be. Times come from a quick calibration of this machine (``device="cpu"``) or from the
-    data sheet of a GPU.
+    The model's own code runs, forward, backward and update, with arrays that have shapes but no elements.
+    So no data, no memory for arrays and no GPU are needed, and functions keep and NumPy allocates the same
+    sizes as in a real step. Times come from a quick calibration of this machine (``device="cpu"``) or from
+    the data sheet of a GPU.
 
     Args:
-        model: A :class:`chainer.Link` that returns its loss when it is called with the inputs, or the name of
-            a network (``"resnet50"``, ``"file.py:callable"``). It is left as it is, uninitialized parameters
+        model: A :class:`chainer.Link` that takes the inputs and returns its loss, or the name of a network
+            (``"resnet50"``, ``"file.py:callable"``). It is left as it is, uninitialized parameters
             included.
         inputs: ``(insize, batchsize)`` for images (batchsize, 3, insize, insize), float32, and labels
-            (batchsize,), int32; or what the model is called with: arrays, ``(shape, dtype)`` pairs, lists of
-            them. Of float arrays only the shape counts; integers keep their values.
-        limit: As in :func:`chainer_ooc.enable`. ``None``: what the device has.
+            (batchsize,), int32; or the model's arguments: arrays, ``(shape, dtype)`` pairs, lists of them.
+            Of float arrays only the shape counts; integers keep their values.
+        limit: As in :func:`chainer_ooc.enable`. ``None``: the memory that the device has.
         device: ``"cpu"``, or a GPU's name such as ``"h200"`` or ``"v100"``.
         optimizer: The name of one of ``chainer.optimizers`` (``"momentum_sgd"``, ``"adam"``), its class, or
             ``None``: no update.
         single_backward: As in :func:`chainer_ooc.enable`.
-        search: Look for the largest batchsize and insize that fit; takes a few times longer.
+        search: Search for the largest batchsize and insize that fit. It takes a few times longer.
 
     Returns:
         The estimate; print it.
 
     Raises:
-        EstimateError: If the device, the network or the optimizer is unknown, the network does not take the
-            insize, the limit is less than the step takes at the least, or something has no rule.
+        EstimateError: If the device, the network or the optimizer is unknown, the network does not accept
+            the insize, the limit is below the floor, or a function has no rule.
         SettingError: If the limit is not allowed.
     """
     gpu = devices.find(device)
@@ -93,7 +93,7 @@ def estimate(
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
-    """A step for one batch size and insize."""
+    """The step of one batch size and insize."""
 
     recording: Recording
     profile: Profile
@@ -149,7 +149,7 @@ class _Estimator:
         """Run a step without data."""
         model, inputs = self.model, given
         if model is None:
-            # One that brings its own inputs may make nothing of these sizes: they are scaled below.
+            # A network with its own inputs may ignore these sizes: they are scaled below.
             model, inputs = self.net.build(insize or self.asked[0], batchsize or self.asked[1])
         recording = self._record(model, inputs, batchsize, insize)
         profile = profiles.make_profile(
@@ -175,7 +175,7 @@ class _Estimator:
             )
         except EstimateError:
             raise
-        except Exception as error:  # whatever the model's own code raises
+        except Exception as error:  # the model's own code may raise anything
             size = f" with insize={insize}, batchsize={batchsize}" if insize else ""
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise EstimateError(
@@ -184,7 +184,7 @@ class _Estimator:
             ) from error
 
     def run(self, given: Inputs, search: bool) -> Estimate:
-        """Estimate."""
+        """Make the estimate."""
         point = self.point(given, given.batchsize, given.insize)
         profile = point.profile
         in_core = point.in_core_bytes <= self.limit
@@ -349,7 +349,7 @@ def _plain(name: str) -> str:
 
 
 def _process_bytes(model: Any) -> int:
-    """Return what this process takes besides the model's arrays: what the training process will, too."""
+    """Return the memory of this process besides the model's arrays. The training process will take as much."""
     arrays = 0
     if model is not None:
         arrays = sum(
@@ -400,5 +400,5 @@ def _functions(profile: Profile, most: int = 8) -> tuple[tuple[str, int, float, 
 
 
 def _room_outside(timeline: Timeline, profile: Profile) -> int:
-    """Return the most bytes that copies outside take at one time."""
+    """Return the most space that copies take at one time (bytes)."""
     return min(timeline.bytes_out, profile.saved_bytes)

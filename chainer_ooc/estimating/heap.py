@@ -1,9 +1,9 @@
-"""How much memory glibc's malloc holds for a program's allocations: more than what is allocated.
+"""Simulate how much memory glibc's malloc keeps for a program's allocations.
 
-Blocks that are freed inside its heap stay resident until the top of the heap is free. The rules are those
-of glibc's malloc.c for blocks above 1 KiB: the smallest free chunk that fits, else the top of the heap, else, from
-``M_MMAP_THRESHOLD`` on, a mapping of its own; that threshold grows with the mappings that are freed, up to
-32 MiB (mallopt(3)).
+It is more than the allocated bytes: blocks that are freed inside the heap stay resident until the top of
+the heap is free. The rules are those of glibc's malloc.c for blocks above 1 KiB. A block is cut from the
+smallest free chunk that fits, else from the top of the heap, else, from ``M_MMAP_THRESHOLD`` on, it is a
+mapping of its own. That threshold grows with the mappings that are freed, up to 32 MiB (mallopt(3)).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class _Heap:
         self.trim = 2 * self.threshold if fixed_threshold else _THRESHOLD
         self.dynamic = fixed_threshold is None
         self.mapped = 0
-        self.top = 0  # where the top chunk begins
-        self.end = 0  # where the heap ends
+        self.top = 0  # the begin of the top chunk
+        self.end = 0  # the end of the heap
         self.touched = 0  # the heap is resident up to here
         self.free: list[tuple[int, int]] = []  # (size, address), sorted
         self.starts: dict[int, int] = {}  # address -> size of free chunks
@@ -37,7 +37,7 @@ class _Heap:
         return self.mapped + self.touched
 
     def malloc(self, nbytes: int) -> tuple[int, int]:
-        """Return (address, size); the address is -1 for a mapping."""
+        """Return (address, size). The address of a mapping is -1."""
         size = -(-(nbytes + 16) // 16) * 16
         index = bisect.bisect_left(self.free, (size, -1))
         if index < len(self.free):
@@ -91,11 +91,11 @@ class _Heap:
 
 
 def resident_peak(events: Iterable[tuple[int, int]], threshold: int | None = None) -> int:
-    """Return the most memory (bytes) that is resident for a sequence of allocations and releases.
+    """Return the most resident memory (bytes) during a sequence of allocations and releases.
 
     Args:
         events: (number, bytes) of each allocation, (number, -bytes) of its release, in order.
-        threshold: ``M_MMAP_THRESHOLD`` (bytes) where it was set, ``None``: glibc's own, which grows.
+        threshold: ``M_MMAP_THRESHOLD`` (bytes) if it was set; ``None``: glibc's own, which grows.
     """
     heap = _Heap(threshold)
     blocks: dict[int, tuple[int, int]] = {}

@@ -1,4 +1,4 @@
-"""The inputs of a step, without data, and the same for another batch size or input size."""
+"""The inputs of a step without data, for any batch size and image size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FORMS = "give (insize, batchsize), or the model's arguments: arrays, (shape, dt
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The arguments that a model is called with.
+    """The arguments for a model.
 
     Attributes:
         arguments: Arrays, (shape, dtype) pairs, lists and tuples of them, or other values.
@@ -34,7 +34,7 @@ class Inputs:
     def make(
         self, batchsize: int | None = None, insize: int | None = None
     ) -> Callable[[], list[Any]]:
-        """Return what makes the arguments, of another size if given."""
+        """Return a function that makes the arguments, in another size if given."""
         return lambda: [self._make(argument, batchsize, insize) for argument in self.arguments]
 
     def _make(self, argument: Any, batchsize: int | None, insize: int | None) -> Any:
@@ -58,7 +58,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
-    """An array: its shape and dtype, and its values where they are integers."""
+    """The shape and dtype of an array, and its values if they are integers."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -75,10 +75,10 @@ def images(insize: int, batchsize: int) -> Inputs:
 
 
 def parse(inputs: Any) -> Inputs:
-    """Return the inputs of what a user gave.
+    """Return the inputs for what a user gave.
 
     Raises:
-        EstimateError: If it is none of the forms.
+        EstimateError: If it has none of the known forms.
     """
     if isinstance(inputs, Inputs):
         return inputs

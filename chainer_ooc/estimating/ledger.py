@@ -1,4 +1,4 @@
-"""The ledger of a step that runs without data: every allocation it would make, and the work it would do."""
+"""The ledger of a step without data: each allocation it would make, and the work it would do."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ running = _Running()
 
 
 def active_ledger() -> Ledger | None:
-    """Return the ledger of the step that runs without data in the calling thread."""
+    """Return the ledger of the step without data that the calling thread runs."""
     return running.ledger
 
 
 class Memory(mmap.mmap):
-    """One allocation: addresses without memory behind them.
+    """One allocation: addresses without memory.
 
     Attributes:
         ledger: The ledger that counts it.
-        number: Its number in the order of allocation.
-        nbytes: Its size (bytes).
+        number: The place in the order of allocation.
+        nbytes: The size (bytes).
         segment: The number of the segment that allocated it.
     """
 
@@ -52,20 +52,19 @@ class Memory(mmap.mmap):
 
 @dataclasses.dataclass
 class Segment:
-    """A stretch of the step: one function forward or backward, or what runs between two of them.
+    """A part of the step: one function forward or backward, or the time between two of them.
 
     Attributes:
         name: The function's label; ``""`` between functions.
         phase: ``"forward"``, ``"backward"`` or ``"between"``.
         begin: The first event of the segment. Events count allocations and releases.
-        start_bytes: What was allocated when it began (bytes).
-        peak_bytes: The most that was allocated during it (bytes).
-        work: What NumPy would do, by kind: elements or bytes touched, see :mod:`.calibration`.
-        gemms: Matrix products: (m, n, k, item size) and how often.
-        used: Numbers of the allocations that the function reads or writes as inputs, outputs,
-            retained arrays or gradients.
-        flops: Floating-point operations of its matrix products and convolutions.
-        io_bytes: Bytes of its inputs and outputs.
+        start_bytes: The bytes that were allocated when it began.
+        peak_bytes: The most bytes that were allocated during it.
+        work: NumPy's work by kind: elements or bytes touched, see :mod:`.calibration`.
+        gemms: Matrix products: (m, n, k, item size), and their number.
+        used: The allocations (numbers) of the function's inputs, outputs, retained arrays and gradients.
+        flops: The floating-point operations of its matrix products and convolutions.
+        io_bytes: The bytes of its inputs and outputs.
     """
 
     name: str
@@ -82,14 +81,14 @@ class Segment:
 
 
 class Ledger:
-    """Counts what is allocated while a step runs without data.
+    """Count the allocations and the work of a step without data.
 
     Attributes:
-        live_bytes: What is allocated now (bytes).
-        peak_bytes: The most that ever was (bytes).
+        live_bytes: The bytes that are allocated now.
+        peak_bytes: The most bytes that were ever allocated.
         events: (number, bytes) of each allocation, (number, -bytes) of each release.
-        segments: The segments so far; the last one is under way.
-        notes: What was assumed about values that nobody computes.
+        segments: The segments so far. The last one is running.
+        notes: The assumptions about values that are not computed.
     """
 
     def __init__(self) -> None:
@@ -103,7 +102,7 @@ class Ledger:
 
     @property
     def segment(self) -> Segment:
-        """The segment under way."""
+        """The running segment."""
         return self.segments[-1]
 
     def begin(self, name: str, phase: str, node: Any = None) -> Segment:
@@ -114,7 +113,7 @@ class Ledger:
         return self.segments[-1]
 
     def allocate(self, nbytes: int) -> Memory:
-        """Return memory of ``nbytes`` > 0 bytes that takes none."""
+        """Return an allocation of ``nbytes`` > 0 bytes, which takes no memory."""
         memory = Memory(-1, nbytes, flags=_FLAGS)
         memory.ledger, memory.number, memory.nbytes = self, self._count, nbytes
         memory.segment = len(self.segments) - 1
@@ -129,12 +128,12 @@ class Ledger:
         return memory
 
     def release(self, memory: Memory) -> None:
-        """Count memory that is no longer referred to. Called when it dies."""
+        """Count a release. An allocation calls it when it dies."""
         self.events.append((memory.number, -memory.nbytes))
         self.live_bytes -= memory.nbytes
 
     def work(self, kind: str, amount: int) -> None:
-        """Count work of a kind, and the call."""
+        """Count an amount of work of a kind, and the call."""
         work = self.segment.work
         work[kind] += amount
         work["calls"] += 1
@@ -145,6 +144,6 @@ class Ledger:
         self.segment.work["calls"] += 1
 
     def note(self, text: str) -> None:
-        """Remember an assumption, once."""
+        """Note an assumption. Repetitions are ignored."""
         where = self.segment.name
         self.notes[f"{where}: {text}" if where else text] = None

@@ -1,4 +1,4 @@
-"""The networks that can be named on the command line."""
+"""The networks that users can name on the command line."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Net:
     """A network that can be built.
 
     Attributes:
-        name: What it was called.
-        source: Where it comes from.
-        build: Returns a model, and its inputs, for (insize, batchsize); no memory is taken.
-        check: Raises :class:`EstimateError` for an insize that the network does not take.
-        multiple: Its insize must be a multiple of this.
+        name: The name that the user gave.
+        source: The place that defines it.
+        build: Takes (insize, batchsize) and returns a model and its inputs. No memory is taken.
+        check: Takes an insize and raises :class:`EstimateError` if the network does not accept it.
+        multiple: The network's insize must be a multiple of this.
     """
 
     name: str
@@ -117,7 +117,7 @@ def _roots() -> list[Path]:
 
 
 def _examples() -> dict[str, Any]:
-    """Return the networks of examples/imagenet, where a checkout has them."""
+    """Return the networks of examples/imagenet, if this is a checkout."""
     for root in _roots():
         if (root / "models" / "__init__.py").is_file():
             try:
@@ -130,7 +130,7 @@ def _examples() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _importing_from(root: Path) -> Iterator[None]:
-    """Import the trainer's modules, whose names are common, without touching modules of the same names."""
+    """Import the trainer's modules, which have common names, without replacing other modules of these names."""
     own = {p.stem for p in root.glob("*.py")} | {p.name for p in root.iterdir() if p.is_dir()}
     others = {}
     for name, module in list(sys.modules.items()):
@@ -217,7 +217,7 @@ def _load(path: Path) -> Any:
 
 
 def _wanted(make: Any, insize: int, batchsize: int) -> dict[str, int]:
-    """Return the arguments, among insize and batchsize, that a callable has parameters for."""
+    """Return those of the arguments insize and batchsize that a callable accepts."""
     try:
         parameters = inspect.signature(make).parameters
     except (TypeError, ValueError):

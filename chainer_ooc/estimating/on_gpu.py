@@ -1,4 +1,4 @@
-"""What functions keep for backward with cuDNN, where that is not what they keep with NumPy."""
+"""The arrays that functions keep for backward with cuDNN, if they differ from those with NumPy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORKSPACE = 8 << 20
 
 
 def keep_as_cudnn(function: Any) -> None:
-    """Have a function that has run on NumPy's code keep what it would keep with cuDNN.
+    """Make a function that ran on NumPy's code keep the arrays that it would keep with cuDNN.
 
     Poolings keep their input and output; NumPy's max pooling keeps the indexes of the maxima instead.
     """
@@ -33,5 +33,5 @@ def keep_as_cudnn(function: Any) -> None:
 
 
 def takes_workspace(label: str) -> bool:
-    """Tell whether cuDNN takes a workspace for a function."""
+    """Return whether cuDNN takes a workspace for a function."""
     return "onvolution" in label or "RNN" in label or "LSTM" in label or "GRU" in label

@@ -1,4 +1,4 @@
-"""From a step that ran without data to the profile that the planner and its simulator read."""
+"""Turn a step without data into the profile that the planner and its simulator read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Cost = Callable[[Segment, Node | None], float]
 
 
 def on_cpu(rates: CpuRates) -> Cost:
-    """Return what tells the time of a segment on this machine."""
+    """Return a function that estimates the time of a segment on this machine."""
     return lambda segment, node: rates.seconds(segment)
 
 
 def on_gpu_seconds(gpu: devices.Gpu) -> Cost:
-    """Return what tells the time of a segment on a GPU: the larger of arithmetic and memory traffic."""
+    """Return a function that estimates a segment's time on a GPU: the larger of arithmetic and memory traffic."""
 
     def cost(segment: Segment, node: Node | None) -> float:
         if node is None:
@@ -63,16 +63,16 @@ def make_profile(
     process_bytes: int = 0,
     smallest: int = 64 << 10,
 ) -> Profile:
-    """Return the profile of a step that ran without data.
+    """Return the profile of a step without data.
 
     Args:
-        recording: The step.
-        cost: Tells the time of a segment.
-        name: What is trained.
-        device: The device whose times these are.
-        gpu: Temporaries are a GPU's, not NumPy's.
-        process_bytes: What the process itself takes (bytes).
-        smallest: Allocations of fewer bytes are left where they are.
+        recording: The recorded step.
+        cost: Returns the time of a segment (seconds).
+        name: The name of the network.
+        device: The device for which the times are.
+        gpu: The temporaries are those of a GPU, not of NumPy.
+        process_bytes: The memory of the process itself (bytes).
+        smallest: Smaller allocations (bytes) never move.
     """
     segments = recording.segments
     offset = len(recording.ledger.segments) - len(segments)
@@ -152,7 +152,7 @@ def make_profile(
 def _drafts(
     recording: Recording, cost: Cost, node_of: dict[int, Node], offset: int
 ) -> tuple[list[_Draft], dict[int, int]]:
-    """Join what runs between two functions to the first of them; what runs after backward is the update."""
+    """Merge the time between two functions into the first of them. The time after backward is the update."""
     drafts: list[_Draft] = []
     step_of: dict[int, int] = {}
     last = len(recording.segments) - 1
@@ -181,7 +181,7 @@ def _drafts(
 
 
 def _lifetimes(recording: Recording, begins: list[int]) -> tuple[dict[int, int], dict[int, int]]:
-    """Return the step in which each allocation of the recorded step was made, and that in which it died."""
+    """Return for each allocation of the recorded step the step that made it, and the step in which it died."""
     made: dict[int, int] = {}
     dead: dict[int, int] = {}
     events = recording.ledger.events
@@ -211,9 +211,9 @@ def _alive(
 
 
 def _left_over(recording: Recording, begins: list[int]) -> list[int]:
-    """Return the bytes that the graph of the step before still keeps when each step begins.
+    """Return the bytes that the previous step's graph still keeps when each step begins.
 
-    They are used: out of core they are given up first.
+    Backward has used them: out of core they leave first.
     """
     first = recording.first_event
     events = recording.ledger.events

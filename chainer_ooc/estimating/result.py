@@ -1,4 +1,4 @@
-"""What an estimate says."""
+"""The result of an estimate."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ __all__ = ["Estimate", "format_bytes"]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What training a model takes, without having trained it. Its text is a summary.
+    """The estimated memory, traffic and time of training a model. Its text is a summary.
 
     Bytes are of one process and one device. On the CPU they are resident memory, as ``limit`` bounds it, with
     the process itself (``process_bytes``); on a GPU they are bytes of CuPy's memory pool.
 
     Attributes:
-        name: What is trained.
-        device: The device that was meant.
-        batchsize: The batch size, ``None`` where the inputs have none in common.
+        name: The name of the network.
+        device: The device of the estimate.
+        batchsize: The batch size, ``None`` if the inputs share none.
         insize: The height and width of images, ``None`` without images.
-        limit_bytes: The limit.
-        peak_in_core_bytes: The peak of stock Chainer, everything in memory.
-        peak_bytes: The peak under the limit.
-        floor_bytes: The least limit that suffices.
+        limit_bytes: The limit (bytes).
+        peak_in_core_bytes: The peak of stock Chainer, with everything in memory (bytes).
+        peak_bytes: The peak under the limit (bytes).
+        floor_bytes: The least limit that suffices (bytes).
         floor_function: The function that needs the most at one time.
-        process_bytes: Of the peaks, what the process takes besides arrays.
-        parameter_bytes: Parameters.
-        state_bytes: Optimizer state.
-        saved_bytes: What functions keep for backward, and can leave memory.
-        bytes_out: Moved out of memory per step.
-        bytes_in: Moved back per step.
-        swap_bytes: Room that the moved arrays take outside at one time, at most.
-        in_core_step_seconds: One step with everything in memory.
-        step_seconds: One step under the limit.
-        planned_step_seconds: The same where copies follow a plan made from this estimate.
-        bound_step_seconds: What no schedule of copies could be faster than.
-        stall_out_seconds: Of ``step_seconds``, waiting for copies out.
-        stall_in_seconds: Of it, waiting for copies back.
-        flops: Floating-point operations of one step's matrix products and convolutions.
-        bottleneck: What would have to be faster.
-        largest: The largest batchsize and insize that fit ``in_core`` and ``out_of_core``; ``None``
-            where it was not asked for, or nothing fits.
-        functions: The functions that take most: (name, calls, seconds, saved bytes, most bytes for itself).
-        assumed: What was assumed.
+        process_bytes: The part of the peaks that the process takes besides arrays (bytes).
+        parameter_bytes: The size of the parameters (bytes).
+        state_bytes: The size of the optimizer's state (bytes).
+        saved_bytes: The size of the arrays that functions keep for backward and that can leave memory
+            (bytes).
+        bytes_out: The bytes moved out of memory per step.
+        bytes_in: The bytes moved back per step.
+        swap_bytes: The most space that copies take at one time (bytes).
+        in_core_step_seconds: The time of a step with everything in memory (seconds).
+        step_seconds: The time of a step under the limit (seconds).
+        planned_step_seconds: The same with copies by a plan made from this estimate (seconds).
+        bound_step_seconds: The lower bound of the step time for any schedule of copies (seconds).
+        stall_out_seconds: The part of ``step_seconds`` spent waiting for copies out (seconds).
+        stall_in_seconds: The part spent waiting for copies back (seconds).
+        flops: The floating-point operations of one step's matrix products and convolutions.
+        bottleneck: The part that would have to be faster.
+        largest: The largest batchsize and insize that fit ``in_core`` and ``out_of_core``; ``None`` if not
+            searched, or if nothing fits.
+        functions: The most expensive functions: (name, calls, seconds, saved bytes, most bytes for itself).
+        assumed: The assumptions.
     """
 
     name: str
@@ -77,11 +78,11 @@ class Estimate:
 
     @property
     def fits_in_core(self) -> bool:
-        """Whether nothing would have to move."""
+        """Whether the step fits without moving anything."""
         return self.peak_in_core_bytes <= self.limit_bytes
 
     def to_json(self) -> str:
-        """Return it as JSON."""
+        """Return the estimate as JSON."""
         data: dict[str, Any] = dataclasses.asdict(self)
         data["fits_in_core"] = self.fits_in_core
         return json.dumps(data, indent=1)
@@ -134,7 +135,7 @@ class Estimate:
 
 
 def format_bytes(nbytes: float) -> str:
-    """Return bytes as text with a binary unit."""
+    """Return a number of bytes as text with a binary unit."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if abs(nbytes) >= size:
             return f"{nbytes / size:.4g} {unit}"

@@ -1,4 +1,4 @@
-"""The largest size that fits, found with few trials: memory grows with a power of the size."""
+"""Find the largest size that fits with few trials: memory grows with a power of the size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FARTHEST = 4096
 
 
 class Fits(NamedTuple):
-    """What a size takes: the peak in core, and the least limit out of core (bytes)."""
+    """The memory for a size: the peak in core, and the least limit out of core (bytes)."""
 
     in_core: int
     out_of_core: int
@@ -28,14 +28,14 @@ def largest(
     multiple: int,
     power: int,
 ) -> dict[str, int | None]:
-    """Return the largest sizes whose memory is within a limit, ``None`` where none is.
+    """Return the largest sizes whose memory is within a limit, ``None`` if no size fits.
 
     Args:
-        trial: Returns what a size takes, ``None`` for a size that is not allowed.
-        start: A size that was tried.
-        here: What it takes.
+        trial: Takes a size and returns its memory, ``None`` for a size that is not allowed.
+        start: A size that was tried already.
+        here: The memory for it.
         limit: The limit (bytes).
-        multiple: Sizes are multiples of this.
+        multiple: Sizes are multiples of this number.
         power: Memory grows with the size to this power.
     """
     tried: dict[int, Fits | None] = {start: here}
@@ -59,13 +59,13 @@ def _largest(
     multiple: int,
     power: int,
 ) -> int | None:
-    """Secant steps from the largest size known to fit towards the smallest known not to, and bisection."""
+    """Return one largest size: secant steps between known bounds, then bisection."""
     start = next(iter(tried))
     step = multiple
     for number in range(_TRIALS):
         known = sorted((size, fits[index]) for size, fits in tried.items() if fits is not None)
         low = max((size for size, taken in known if taken <= limit), default=0)
-        # A larger size that is not allowed is a bound, too.
+        # A size that is not allowed is an upper bound, too.
         failing = [size for size, taken in known if taken > limit]
         failing += [size for size, fits in tried.items() if fits is None and size > low]
         high = min(failing, default=0)
@@ -74,7 +74,7 @@ def _largest(
             break
         middle = (low + high) // 2 // multiple * multiple
         guess = _secant(known, limit, power, low, start) // multiple * multiple
-        # Where the secant falls short again and again, steps double.
+        # If the secant falls short repeatedly, double the steps.
         guess = max(guess, least + step - multiple)
         if high and (guess >= high or number % 2):
             guess = max(middle, least)
@@ -89,7 +89,7 @@ def _largest(
 
 
 def _secant(known: list[tuple[int, int]], limit: int, power: int, low: int, start: int) -> int:
-    """Return where a + b·size**power, through the two nearest known points, meets the limit."""
+    """Return the size at which a + b·size**power, through the two nearest known points, meets the limit."""
     if len(known) < 2:
         size, taken = known[0]
         return 2 * size if taken <= limit else max(size // 2, 1)

@@ -1,8 +1,8 @@
-"""ShapeArray: an array with a shape, a dtype and strides, whose elements nobody computes.
+"""An array with a shape, a dtype and strides but no elements.
 
-It is a ``numpy.ndarray`` over addresses without memory behind them, so that views, transposes and
-reshapes are NumPy's own, and whether a reshape copies is decided by real strides. What would compute
-elements gives another ShapeArray of the shape, dtype and layout that NumPy's result would have.
+``ShapeArray`` is a ``numpy.ndarray`` over addresses without memory. So views, transposes and reshapes are
+NumPy's own, and real strides decide whether a reshape copies. An operation that would compute elements
+returns another ``ShapeArray`` with the shape, dtype and layout of NumPy's result.
 """
 
 # The methods are those of numpy.ndarray, which documents them; their types are wider.
@@ -29,7 +29,7 @@ REALLY_RUN = 64 << 20
 
 
 def ledger_of(array: np.ndarray) -> Ledger:
-    """Return the ledger that counts ``array``'s memory, or the one that is active."""
+    """Return the ledger that counts ``array``'s memory, or else the active one."""
     memory = memory_of(array)
     ledger = memory.ledger if memory is not None else active_ledger()
     return ledger if ledger is not None else _detached
@@ -39,7 +39,7 @@ _detached = Ledger()
 
 
 def memory_of(array: Any) -> Memory | None:
-    """Return the allocation that ``array`` lies in; ``None`` if it is a real array."""
+    """Return the allocation that holds ``array``; ``None`` if it is a real array."""
     while isinstance(array, np.ndarray):
         array = array.base
     if isinstance(array, memoryview):
@@ -50,13 +50,13 @@ def memory_of(array: Any) -> Memory | None:
 def new(
     shape: Any, dtype: Any, ledger: Ledger, axes: Sequence[int] | None = None, order: str = "C"
 ) -> ShapeArray:
-    """Allocate an array.
+    """Allocate an array without elements.
 
     Args:
         shape: Its shape.
         dtype: Its dtype.
-        ledger: What counts it.
-        axes: Its axes in the order in which they lie in memory, the outermost first; ``None``: C order.
+        ledger: The ledger that counts it.
+        axes: The axes in the order of memory, the outermost first; ``None``: C order.
         order: ``"F"`` for Fortran order, if there are no ``axes``.
     """
     shape = tuple(map(operator.index, shape)) if isinstance(shape, Sequence) else (int(shape),)
@@ -74,14 +74,14 @@ def new(
 
 
 def layout_axes(array: np.ndarray) -> list[int]:
-    """Return the axes in the order in which they lie in memory, the outermost first ("K" order)."""
+    """Return an array's axes in the order of memory, the outermost first ("K" order)."""
     return sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
 
 
 def new_like(
     array: np.ndarray, dtype: Any = None, order: str = "K", shape: Any = None
 ) -> ShapeArray:
-    """Allocate an array as :func:`numpy.empty_like` does."""
+    """Allocate an array without elements as :func:`numpy.empty_like` does."""
     shape = array.shape if shape is None else shape
     dtype = array.dtype if dtype is None else dtype
     flags = array.flags
@@ -96,12 +96,12 @@ _calls: dict[str, Callable[..., Any]] = {}
 
 
 def register(kind: str, call: Callable[..., Any]) -> None:
-    """Have ``call`` answer for NumPy's ``"ufunc"`` or ``"function"``."""
+    """Let ``call`` compute NumPy's ``"ufunc"`` or ``"function"`` calls on these arrays."""
     _calls[kind] = call
 
 
 class ShapeArray(np.ndarray):
-    """See the module."""
+    """An array without elements. See the module."""
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         return _calls["ufunc"](ufunc, method, inputs, kwargs)
@@ -109,7 +109,7 @@ class ShapeArray(np.ndarray):
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         return _calls["function"](func, args, kwargs)
 
-    # What NumPy would compute in C.
+    # Methods that NumPy computes in C.
 
     def copy(self, order: Any = "C") -> ShapeArray:
         result = new_like(self, order=order or "K")
@@ -181,7 +181,7 @@ class ShapeArray(np.ndarray):
     def argmax(self, axis: Any = None, out: Any = None, *, keepdims: bool = False) -> Any:
         ledger_of(self).work("reduce", self.nbytes)
         shape = _reduced(self.shape, axis, keepdims)
-        # NumPy moves the axis to the end, and copies where elements then do not lie in order.
+        # NumPy moves the axis to the end, and copies if the elements are not in order then.
         moved = self if axis is None else np.moveaxis(self, axis, -1)
         copied = None if moved.flags.c_contiguous else moved.copy()
         result = new(shape, np.intp, ledger_of(self)) if out is None else out
@@ -266,11 +266,11 @@ class ShapeArray(np.ndarray):
             return np.ndarray.__getitem__(self, index)
         parts = index if type(index) is tuple else (index,)
         if all(map(_is_basic, parts)):
-            # With an ellipsis an element is an array of no dimensions, not a number.
+            # With an ellipsis the result is a 0-d array, not a scalar.
             whole = parts if Ellipsis in parts else (*parts, Ellipsis)
             return np.ndarray.__getitem__(self, whole)
         shape, first, count = _indexed_shape(self, parts)
-        # NumPy lays what the index arrays choose outermost.
+        # NumPy makes the axes of index arrays the outermost in memory.
         chosen = range(first, first + count)
         axes = [*chosen, *(axis for axis in range(len(shape)) if axis not in chosen)]
         return _indexed(self, shape, axes)
@@ -280,7 +280,7 @@ class ShapeArray(np.ndarray):
         if all(map(_is_basic, parts)):
             whole = parts if any(part is Ellipsis for part in parts) else (*parts, Ellipsis)
             nbytes = np.ndarray.__getitem__(self, whole).nbytes
-            # Checked as NumPy would: what is written must broadcast.
+            # Check as NumPy does that the value broadcasts.
             shape = np.ndarray.__getitem__(self, whole).shape
             given = np.shape(value)
             if given and given != shape and math.prod(given) != 1:
@@ -292,10 +292,10 @@ class ShapeArray(np.ndarray):
 
 
 def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that shapes broadcast to; faster than NumPy's where they are alike.
+    """Return the shape that shapes broadcast to. It is faster than NumPy's for equal shapes.
 
     Raises:
-        ValueError: If they do not.
+        ValueError: If they do not broadcast.
     """
     different = {shape for shape in shapes if shape}
     if len(different) > 1:
@@ -343,9 +343,9 @@ def _reduced(shape: Sequence[int], axis: Any, keepdims: bool) -> tuple[int, ...]
 
 
 def _indexed_shape(array: np.ndarray, parts: tuple[Any, ...]) -> tuple[tuple[int, ...], int, int]:
-    """Return the shape of ``array[parts]`` where a part is an array or a list.
+    """Return the shape of ``array[parts]``, if a part is an array or a list.
 
-    And the first axis, and the number of axes, that come from index arrays.
+    Return also the first axis from index arrays, and the number of such axes.
     """
     items: list[Any] = []
     taken = 0
@@ -389,7 +389,7 @@ def _indexed_shape(array: np.ndarray, parts: tuple[Any, ...]) -> tuple[tuple[int
 
 
 def _chosen(mask: np.ndarray) -> list[np.ndarray]:
-    """Return indexes that a mask stands for. One without elements is taken to select everything."""
+    """Return the indexes that a mask selects. A mask without elements is assumed to select everything."""
     if not isinstance(mask, ShapeArray):
         return list(mask.nonzero())
     ledger_of(mask).note("a mask was taken to select everything")

@@ -1,8 +1,8 @@
-"""What NumPy's functions that are no ufuncs return for arrays without elements.
+"""The rules for NumPy functions other than ufuncs: the shape and dtype of the result, without elements.
 
-Functions that NumPy composes in Python of methods and ufuncs run as they are. Those that compute in C,
-or that drop subclasses of ``ndarray`` on the way, have a rule here, by name. One without a rule really
-runs, on zeros, while its arguments are small; else :class:`EstimateError` names it.
+Functions that NumPy composes in Python of methods and ufuncs run as they are. Functions that compute in C,
+or that drop subclasses of ``ndarray``, have a rule here, by name. A function without a rule really runs, on
+zeros, if its arguments are small; otherwise :class:`EstimateError` names it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _OF_DTYPES = ("result_type", "can_cast", "min_scalar_type", "common_type")
 
 
 def call(func: Any, args: Any, kwargs: Any) -> Any:
-    """Do what ``func(*args, **kwargs)`` would, but for computing."""
+    """Return the result of ``func(*args, **kwargs)`` without its elements."""
     if func.__name__ in _OF_DTYPES:
         return func(*_plain(args, []), **kwargs)
     rule = _rules.get(_name(func))
@@ -57,10 +57,10 @@ def call(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def really_run(func: Any, implementation: Any, args: Any, kwargs: Any) -> Any:
-    """Run a function without a rule on zeros, where the arguments are small.
+    """Run a function without a rule on zeros, if its arguments are small.
 
     Raises:
-        EstimateError: If they are large, or it fails on zeros.
+        EstimateError: If the arguments are large, or the function fails on zeros.
     """
     arrays: list[np.ndarray] = []
     args = _plain(args, arrays)
@@ -250,7 +250,7 @@ def _dot(a: Any, b: Any, out: Any = None) -> Any:
         raise ValueError(f"shapes {a.shape} and {b.shape} not aligned")
     ledger = _ledger(a, b)
     dtype = np.result_type(a.dtype, b.dtype)
-    # Of arrays of another dtype, and of such that do not lie in one piece, NumPy makes copies for BLAS.
+    # For BLAS NumPy copies arrays of another dtype, and arrays that are not contiguous.
     held = [_for_blas(x, dtype, ledger) for x in (a, b)]
     result = new(rows + columns, dtype, ledger) if out is None else out
     ledger.gemm(math.prod(rows), math.prod(columns), core, dtype.itemsize)
@@ -296,7 +296,7 @@ def _einsum(
     parse = importlib.import_module(f"{core}.einsumfunc")._parse_einsum_input
     arrays = [x for x in operands if isinstance(x, np.ndarray)]
     ledger = _ledger(*arrays)
-    # The parser makes plain arrays of its operands: of their shapes, with no strides.
+    # The parser needs plain arrays: give it arrays of these shapes with zero strides.
     dummies = [
         np.broadcast_to(np.zeros((), x.dtype), x.shape) if isinstance(x, np.ndarray) else x
         for x in operands

@@ -1,4 +1,4 @@
-"""Run a training step of a model without data: the code of the model and of Chainer runs, NumPy does not."""
+"""Run a training step without data: the model's and Chainer's code runs, NumPy computes nothing."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Node:
     """A function of the graph.
 
     Attributes:
-        label: Its name.
+        label: The function's name.
         segment: The segment in which it ran forward.
-        inputs: (dtype, shape, allocation or -1) of its inputs.
-        saved: The allocations that it keeps for backward.
+        inputs: The inputs: (dtype, shape, allocation or -1).
+        saved: The allocations that the function keeps for backward.
         backwards: The segments in which it ran backward.
-        parameters: Bytes of the parameters among its inputs.
-        in_bytes: Bytes of its inputs, parameters included.
-        out_bytes: Bytes of its outputs.
+        parameters: The bytes of the parameters among its inputs.
+        in_bytes: The bytes of its inputs, parameters included.
+        out_bytes: The bytes of its outputs.
     """
 
     label: str
@@ -48,21 +48,21 @@ class Node:
 
 @dataclasses.dataclass
 class Recording:
-    """A training step that ran without data; the second one, where gradients and optimizer state exist.
+    """A recorded training step without data: the second one, when gradients and optimizer state exist.
 
     Attributes:
-        ledger: All allocations, of both steps.
+        ledger: The allocations of both steps.
         segments: The segments of the second step.
-        first_event: The event at which it began.
+        first_event: The event at which the second step began.
         nodes: Its functions, in the order in which they ran forward.
-        before: The allocations that the graph of the step before keeps.
+        before: The allocations that the graph of the first step keeps.
         held: The allocations that a live variable refers to when forward ends.
         sizes: The size of each allocation (bytes).
-        parameter_bytes: Bytes of parameters.
-        state_bytes: Bytes of optimizer state.
-        input_bytes: Bytes of the input arrays.
-        fixed_bytes: Bytes that live all the time: parameters, persistent values, state, inputs.
-        notes: What was assumed.
+        parameter_bytes: The bytes of parameters.
+        state_bytes: The bytes of optimizer state.
+        input_bytes: The bytes of the input arrays.
+        fixed_bytes: The bytes in use all the time: parameters, persistent values, state, inputs.
+        notes: The assumptions.
     """
 
     ledger: Ledger
@@ -86,17 +86,17 @@ def record(
     keep_on_gpu: bool = False,
     steps: int = 2,
 ) -> Recording:
-    """Run training steps without data.
+    """Run training steps without data, and record the last.
 
     Args:
-        model: A :class:`chainer.Link`; it is as before when this returns.
-        make_inputs: Returns the arguments that the model is called with.
-        optimizer: Makes the optimizer; ``None``: parameters are not updated.
-        keep_on_gpu: Functions keep what they keep with cuDNN, not with NumPy.
-        steps: Steps to run; the last is recorded.
+        model: A :class:`chainer.Link`. It is unchanged when this returns.
+        make_inputs: Returns the arguments for the model.
+        optimizer: Makes the optimizer. ``None``: no update.
+        keep_on_gpu: Functions keep for backward what they keep with cuDNN, not with NumPy.
+        steps: The number of steps. The last is recorded.
 
     Raises:
-        EstimateError: If something depends on data, or has no rule.
+        EstimateError: If a result depends on data, or a function has no rule.
     """
     import chainer
     from chainer import reporter
@@ -151,7 +151,7 @@ def record(
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Let reference cycles live until a step has ended, so that equal steps give equal figures."""
+    """Delay garbage collection until a step has ended, so that equal steps give equal figures."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -162,7 +162,7 @@ def _without_collector() -> Iterator[None]:
 
 
 class _NoUpdate:
-    """Forward and backward alone."""
+    """An optimizer that runs forward and backward only."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -174,7 +174,7 @@ class _NoUpdate:
 
 
 def _loss(model: Any, args: Sequence[Any]) -> Any:
-    """Call the model; make one number of what it returns, if it is none."""
+    """Call the model, and reduce its result to one number if it is not one."""
     import chainer
     import chainer.functions as F
 
@@ -215,7 +215,7 @@ def _state_bytes(model: Any) -> int:
 
 
 def _fixed_bytes(model: Any) -> int:
-    """Bytes of what the model holds all the time, without gradients."""
+    """Return the bytes that the model occupies all the time, without gradients."""
     total = sum(p.array.nbytes for p in model.params() if p.array is not None)
     for link in model.links():
         total += sum(link.__dict__[name].nbytes for name in link._persistent
@@ -225,7 +225,7 @@ def _fixed_bytes(model: Any) -> int:
 
 @contextlib.contextmanager
 def _borrowed(model: Any, ledger: Ledger) -> Iterator[None]:
-    """Give a model parameters without elements, and take them away again with all that ran did to it."""
+    """Lend a model parameters without elements; afterwards restore the model."""
     from chainer.variable import VariableNode
 
     undo: list[Callable[[], None]] = []
@@ -280,11 +280,11 @@ def _stand_in(array: np.ndarray, ledger: Ledger) -> ShapeArray:
 
 
 def _watch_class() -> Any:
-    """Return the class of the hook; Chainer is imported only when it is needed."""
+    """Return the class of the hook. Chainer is imported only here."""
     import chainer
 
     class Watch(chainer.FunctionHook):
-        """Begins a segment for each function, forward and backward, and notes what the graph keeps."""
+        """Begin a segment for each function, forward and backward, and note what the graph keeps."""
 
         name = "chainer_ooc_estimate"
 
@@ -347,7 +347,7 @@ def _watch_class() -> Any:
                 self.ledger.begin("", BETWEEN)
 
         def graph_is_complete(self, loss: Any) -> Any:
-            """Note what the functions of the graph keep. Called when forward has ended."""
+            """Note what the functions of the graph keep. The caller calls it when forward has ended."""
             for node, reference in zip(self.nodes, self._functions, strict=True):
                 function = reference()
                 if function is not None and function.inputs is not None:
@@ -368,7 +368,7 @@ def _watch_class() -> Any:
 
 def _number(array: Any) -> int:
     memory = memory_of(array)
-    # What another ledger counts has a number of another sequence.
+    # Ignore allocations of other ledgers, whose numbers mean something else.
     return -1 if memory is None or memory.ledger is not active_ledger() else memory.number
 
 
@@ -389,7 +389,7 @@ def _parameter_bytes(node: Any) -> int:
 def _kept(function: Any) -> Iterator[int]:
     """Return the numbers of the allocations that a function keeps for backward.
 
-    Inputs that are leaves (parameters, input data) do not count: they stay where they are.
+    Leaves among its inputs (parameters, input data) do not count: they never move.
     """
     from chainer_ooc.graph.attributes import _holders
 
@@ -399,7 +399,7 @@ def _kept(function: Any) -> Iterator[int]:
             yield _number(node.data)
     for array in function._retained_output_data or ():
         yield _number(array)
-    # Batch normalization keeps its statistics in an object of its own.
+    # Batch normalization keeps its statistics in a nested object.
     nested = function.__dict__.get("_impl")
     for holder in [*_holders(function), *([nested] if hasattr(nested, "__dict__") else [])]:
         for value in holder.__dict__.values():

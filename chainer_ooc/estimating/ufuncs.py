@@ -1,7 +1,7 @@
-"""What a ufunc returns, without computing it.
+"""Find the result of a ufunc without computing it.
 
-The ufunc really runs, on arrays of at most two elements along each axis that have the operands' dtypes
-and the order of their strides: so the dtype and the layout of the result are NumPy's own decision.
+The ufunc really runs, on arrays with at most two elements along each axis, with the dtypes of the operands
+and the order of their strides. So the dtype and the layout of the result are NumPy's own decision.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SIMPLE = frozenset(
 
 
 def call(ufunc: Any, method: str, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Do what ``ufunc.method(*inputs, **kwargs)`` would, but for computing."""
+    """Return the result of ``ufunc.method(*inputs, **kwargs)`` without its elements."""
     out = kwargs.get("out")
     operands = [*inputs, *(out or ())]
     ledger = _ledger(operands)
@@ -122,7 +122,7 @@ def _reduce(ufunc: Any, array: Any, kwargs: dict[str, Any], ledger: Ledger) -> A
 def _generalized(
     ufunc: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any], ledger: Ledger
 ) -> Any:
-    """A ufunc whose core is more than an element: its signature says the shapes."""
+    """Return the result of a ufunc whose core is an array. Its signature gives the shapes."""
     left, right = ufunc.signature.split("->")
     arrays = [x if isinstance(x, np.ndarray) else np.asarray(x) for x in inputs]
     sizes: dict[str, int] = {}
@@ -181,7 +181,7 @@ def _axes(result: Any) -> list[int]:
 
 
 def small(operand: Any) -> Any:
-    """Return an operand with the dtype and the order of strides of another and at most two elements an axis."""
+    """Return a small operand with the dtype and the order of strides of another, at most two elements an axis."""
     if not isinstance(operand, np.ndarray):
         return operand
     return _small_like(operand.dtype, operand.shape, operand.strides)
@@ -197,9 +197,7 @@ def _small_like(dtype: np.dtype, shape: tuple[int, ...], strides: tuple[int, ...
     strides = tuple([1 << ranks.index(abs(stride)) if stride else 0 for stride in strides])
     shape = tuple([min(n, 2) for n in shape])
     elements = 1 + sum(stride * (n - 1) for stride, n in zip(strides, shape, strict=True) if n)
-    memory = bytearray(
-        max(elements, 1) * dtype.itemsize
-    )  # not an array: those have no elements here
+    memory = bytearray(max(elements, 1) * dtype.itemsize)  # NumPy's arrays have no elements here
     return np.ndarray(shape, dtype, memory, 0, [stride * dtype.itemsize for stride in strides])
 
 

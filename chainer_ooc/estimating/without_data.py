@@ -1,4 +1,4 @@
-"""A context in which arrays are made without elements."""
+"""A context in which NumPy makes arrays without elements."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _undo: list[Callable[[], None]] = []
 
 @contextlib.contextmanager
 def without_data(ledger: Ledger) -> Iterator[None]:
-    """Have the calling thread's large NumPy arrays made without elements, counted by ``ledger``.
+    """Make the calling thread's large NumPy arrays without elements, and count them in ``ledger``.
 
-    NumPy's functions that make arrays are replaced meanwhile; for other threads they do what they always do.
+    NumPy's functions that make arrays are replaced meanwhile. In other threads they work as always.
     """
     global _users
     with _lock:
@@ -122,7 +122,7 @@ def _full(stock: Any) -> Any:
 
 
 def _arange(stock: Any) -> Any:
-    """Short ranges are real: their values may decide shapes."""
+    """Make short ranges with elements: their values may decide shapes."""
 
     def arange(*args: Any, **kwargs: Any) -> Any:
         ledger = active_ledger()
@@ -223,7 +223,7 @@ def _random(name: str, stock: Any) -> Any:
 
 
 class _NumpyWithoutData:
-    """What modules that call ``numpy.ndarray(...)`` see as ``numpy``."""
+    """A stand-in for the module ``numpy`` in modules that call ``numpy.ndarray(...)``."""
 
     def __getattr__(self, name: str) -> Any:
         return _Ndarray if name == "ndarray" else getattr(np, name)
@@ -243,7 +243,7 @@ class _MakesShapeArrays(type):
 
 
 class _Ndarray(metaclass=_MakesShapeArrays):
-    """Stands in for ``numpy.ndarray``, called and in isinstance()."""
+    """A stand-in for ``numpy.ndarray`` in calls and in ``isinstance()``."""
 
 
 def _patch_chainer() -> None:

@@ -1,1 +1,1 @@
-"""What connects the engine with Chainer's graph: the only code that patches Chainer."""
+"""The connection between the engine and Chainer's graph: the only code that patches Chainer."""

@@ -1,4 +1,4 @@
-"""Agreement: the ranks of a run follow the same plans."""
+"""Make all ranks of a run follow the same plans."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from chainer_ooc.planning.plan import Plan
 
 __all__ = ["follow", "offers"]
 
-#: What a plan takes for granted: the limit (bytes), and the graph with its storages.
+#: The conditions of a plan: the limit (bytes), and the identity of the graph with its storages.
 Case = tuple[int, str]
 
 
 def offers() -> dict[Case, str | None]:
-    """Return the plans of this process as JSON; ``None`` for those that were slower than on demand."""
+    """Return this process's plans as JSON, with ``None`` for plans that were slower than on demand."""
     return {
         (manager.limit, entry.identity): None
         if entry.slower_than_on_demand
@@ -26,13 +26,13 @@ def offers() -> dict[Case, str | None]:
 
 
 def follow(offered: Mapping[Case, str | None]) -> int:
-    """Follow another process's plans from the next iteration on, where graph, storages and limit are the same.
+    """Follow another process's plans from the next iteration on, for equal graphs, storages and limits.
 
     Args:
-        offered: What :func:`offers` returned there.
+        offered: The result of :func:`offers` in the other process.
 
     Returns:
-        For how many graphs.
+        The number of graphs whose plan was taken over.
     """
     adopted = 0
     for manager in state.managers():

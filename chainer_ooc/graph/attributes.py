@@ -1,8 +1,8 @@
-"""Arrays that functions keep as attributes: masks, indexes, scales, statistics.
+"""Save the arrays that functions keep as attributes: masks, indexes, scales, statistics.
 
-When such an array is saved, its place in the function's ``__dict__`` is taken by what stands in for it,
-and the function's class gets a data descriptor of that name, so that every reader (``backward``, a public
-wrapper, a gradient function, the user) gets the array.
+The stand-in replaces the array in the function's ``__dict__``. The function's class gets a data descriptor
+of that name, so that every reader (``backward``, a public wrapper, a gradient function, the user) gets the
+array.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["PackedTuple", "arrays_of", "save_attributes", "saved_attributes"]
 
 _MISSING = object()
 
-#: Tuples that each function of Chainer has, and that hold no arrays.
+#: Tuples of every function of Chainer that hold no arrays.
 _CHAINERS = frozenset({"inputs", "outputs", "_input_layouts", "_output_layouts"})
 
 # Attributes that hold objects with arrays of their own: class -> names.
@@ -26,7 +26,7 @@ _nested: dict[type, tuple[str, ...]] = {}
 
 
 class PackedTuple(tuple):
-    """Stands in for a tuple: its arrays are replaced by :class:`~chainer_ooc.swap.storage.PackedArray`."""
+    """The stand-in for a tuple: its arrays are :class:`~chainer_ooc.swap.storage.PackedArray` here."""
 
     __slots__ = ()
 
@@ -36,7 +36,7 @@ class PackedTuple(tuple):
 
 
 class _SavedAttribute:
-    """A data descriptor: reads what the instance's ``__dict__`` has, arrays in place of their stand-ins."""
+    """A data descriptor that reads the instance's ``__dict__`` and unpacks stand-ins."""
 
     def __init__(self, name: str, default: Any) -> None:
         self.name = name
@@ -75,10 +75,10 @@ class _SavedAttribute:
 
 
 def saved_attributes(cls: type, names: tuple[str, ...] | list[str]) -> None:
-    """Let the arrays of objects that functions of class ``cls`` keep as attributes be saved as well.
+    """Save also the arrays inside objects that functions of class ``cls`` keep as attributes.
 
-    Arrays that a function keeps as attributes themselves, or in a tuple or list, are found without this.
-    It is for functions that keep objects which keep arrays.
+    Arrays that are attributes themselves, or in a tuple or list, need no call. This is for functions that
+    keep objects which keep arrays.
 
     Args:
         cls: A subclass of :class:`chainer.FunctionNode` or :class:`chainer.Function`.
@@ -101,15 +101,15 @@ def saved_attributes(cls: type, names: tuple[str, ...] | list[str]) -> None:
 def save_attributes(
     func: Any, save: Callable[[Any], PackedArray | None], arrays: frozenset[type]
 ) -> list[PackedArray]:
-    """Replace the arrays among the attributes of a function by what stands in for them.
+    """Replace the arrays among a function's attributes by stand-ins.
 
     Args:
-        func: A function node that has been applied.
-        save: Returns what stands in for an array, or ``None`` to leave it.
+        func: A function node that has run forward.
+        save: Returns the stand-in for an array, or ``None`` to leave it.
         arrays: The types of arrays.
 
     Returns:
-        All that is saved.
+        The stand-ins.
     """
     group: list[PackedArray] = []
     for holder in _holders(func):
@@ -136,8 +136,8 @@ def save_attributes(
             elif kind is PackedTuple:
                 group += [item for item in value if type(item) is PackedArray]
             elif kind is list and not (arrays | {PackedArray}).isdisjoint(map(type, value)):
-                value = None  # which would count
-                # Readers of the attribute get the list restored; other holders of it would not.
+                value = None  # else this variable counts as a reference
+                # Readers of the attribute get the list's arrays restored; other references to the list would not.
                 held = references.item_is_referenced_externally(attributes, name)
                 if not held and _descriptor(cls, name):
                     group += _save_list(attributes[name], save, arrays)
@@ -148,7 +148,7 @@ def save_attributes(
 
 
 def arrays_of(func: Any, arrays: frozenset[type]) -> list[Any]:
-    """Return the arrays among the attributes of a function, also in tuples and lists; nothing is fetched.
+    """Return the arrays among a function's attributes, also those in tuples and lists. Nothing is fetched.
 
     Args:
         func: A function node.
@@ -186,7 +186,7 @@ def _holders(func: Any) -> list[Any]:
 
 
 def _descriptor(cls: type, name: str) -> bool:
-    """Set the descriptor on ``cls`` if there is none yet. Returns whether there is one now."""
+    """Set the descriptor on ``cls`` if it has none. Return whether it has one now."""
     found = cls.__dict__.get(name, _MISSING)
     if type(found) is _SavedAttribute:
         return True
@@ -195,6 +195,6 @@ def _descriptor(cls: type, name: str) -> bool:
         return False
     try:
         setattr(cls, name, _SavedAttribute(name, inherited))
-    except (AttributeError, TypeError):  # a class of C, or one that refuses
+    except (AttributeError, TypeError):  # a class in C, or one that refuses attributes
         return False
     return True

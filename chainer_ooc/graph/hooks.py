@@ -1,4 +1,4 @@
-"""Where functions run, forward and backward: what they keep is saved, and fetched when they need it."""
+"""Patch the places where Chainer runs functions: save what backward needs, fetch it when backward runs."""
 
 from __future__ import annotations
 
@@ -25,21 +25,19 @@ __all__ = ["describe", "install", "save_pending"]
 
 _RECORD = "_ooc_record"
 _USED = "_ooc_used"
-#: Of a function that has run backward for a double backward, which will run through it once more.
+#: Marks a function whose backward built a graph: double backward will run through it once more.
 _TWICE = "_ooc_twice"
 
 #: A function may need this many times the bytes of its inputs and outputs for itself (im2col needs
 #: twice the size of its kernel): with less room than that, its allocations are watched.
 _EXPANSION = 128
 
-#: Chainer's functions that write in backward to what they keep; F.forget runs its caller's code, with the arrays
-#: that it retained.
+#: Modules of Chainer whose backward writes to kept arrays; F.forget passes them to its caller's code.
 _WRITERS = frozenset(
     {"chainer.functions.util.forget", "chainer.functions.loss.ctc", "chainer.functions.loss.hinge"}
 )
 
-# Functions that have been applied and not been looked at yet, with their ``single_backward``: while memory
-# is plenty nobody looks.
+# Functions that have run forward and are not saved yet, with their ``single_backward``.
 _pending: deque[tuple[weakref.ref[Any], bool]] = deque()
 _most_pending = 4096
 _SEQUENCES = (tuple, list)
@@ -48,12 +46,12 @@ _install_lock = threading.Lock()
 
 
 class Record:
-    """What a function saved.
+    """The arrays that a function saved.
 
     Attributes:
-        group: All that stands in for its arrays.
-        by_manager: The same, by who moves it.
-        drop: They are dropped after their last use (``single_backward``).
+        group: The stand-ins of all its arrays.
+        by_manager: The same, grouped by manager.
+        drop: The arrays are dropped after their last use (``single_backward``).
     """
 
     __slots__ = ("by_manager", "drop", "group")
@@ -64,7 +62,7 @@ class Record:
         self.drop = drop
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
-        """A deep copy of a function has arrays of its own: none of them is saved."""
+        """Return an empty record: a deep copy of a function owns its arrays, and none of them is saved."""
         return Record([], self.drop)
 
     def __reduce__(self) -> Any:
@@ -72,7 +70,7 @@ class Record:
 
 
 def install() -> None:
-    """Patch Chainer, once."""
+    """Patch Chainer. Later calls do nothing."""
     import chainer
     from chainer import _backprop_utils
     from chainer.functions.normalization import batch_normalization
@@ -96,7 +94,7 @@ def install() -> None:
 
 
 def _config(name: str) -> Any:
-    """Return what ``chainer.config`` has, without the failure of the look-up by which that finds it."""
+    """Return a value of ``chainer.config``, faster than its own look-up, which fails first if only globals have it."""
     config = _stock["config"]
     own = config._local.__dict__
     return own[name] if name in own else getattr(config._global, name)
@@ -105,7 +103,7 @@ def _config(name: str) -> Any:
 def _apply(self: Any, inputs: Any) -> Any:
     settings = state.current()
     apply = _stock["apply"]
-    if settings is None or not isinstance(inputs, _SEQUENCES):  # others can be looked at only once
+    if settings is None or not isinstance(inputs, _SEQUENCES):  # an iterator can be read once
         return apply(self, inputs)
     inside = state.local.running is not None
     if inside and not settings.verify and not _config("enable_backprop"):
@@ -131,7 +129,7 @@ def _apply(self: Any, inputs: Any) -> Any:
             _note(self, settings)
         if settings.recompute and manager.has_been_short:
             save_pending()
-            # Now, not when it is saved: what it computed from, and what it made, is as it was.
+            # Now, while its inputs and outputs are unmodified.
             recompute.offer_recipes(self, inputs, outputs)
     if tracker is not None:
         if not tracker.is_selective:
@@ -147,12 +145,12 @@ def _apply(self: Any, inputs: Any) -> Any:
 
 
 def _is_foreign(func: Any) -> bool:
-    """Tell whether the arrays of a function are not ours to move: what static_graph runs again writes to them."""
+    """Return whether a function's arrays must not move: ``static_graph``, for one, writes to them."""
     return func._is_chainerx_fallback_mode or _config("schedule_func") is not None
 
 
 def _note(func: Any, settings: Settings) -> None:
-    """Note a function that has been applied, to be looked at when memory gets short."""
+    """Note a function that has run forward. Its arrays are saved when memory gets short."""
     _pending.append((weakref.ref(func), settings.single_backward))
     if len(_pending) > _most_pending:
         _forget_dead()
@@ -164,7 +162,7 @@ def _backprop_step(
     record = func.__dict__.get(_RECORD)
     settings = state.current()
     manager, plenty = (None, True) if settings is None else _before(grad_outputs, settings)
-    # The gradients get a graph of their own: a backward through that comes back to this function.
+    # The gradients get their own graph, and its backward comes back to this function.
     twice = bool(_config("enable_backprop"))
     if record is None and plenty:
         func.__dict__[_TWICE if twice else _USED] = True
@@ -206,9 +204,9 @@ def _backprop_step(
 
 
 def _keep(record: Record) -> None:
-    """Note that what a function saved will be used once more, and by functions that did not save it.
+    """Note that a function's saved arrays get one more use, and by functions that did not save them.
 
-    The gradient of max pooling, for one, reads the indexes of the function that it is the gradient of.
+    The gradient of max pooling, for one, reads the indexes of the function whose gradient it is.
     """
     for owner, group in record.by_manager:
         owner.keep(group)
@@ -216,7 +214,7 @@ def _keep(record: Record) -> None:
 
 
 def _is_watched(func: Any) -> bool:
-    """Tell whether hooks may read what a function has used, or others after it: they get what stock gives them."""
+    """Return whether hooks may read this function's arrays after it ran: stock Chainer would give them."""
     import chainer
 
     return bool(chainer.get_function_hooks()) or func._n_local_function_hooks > 0
@@ -224,14 +222,14 @@ def _is_watched(func: Any) -> bool:
 
 def _add_hook(self: Any, hook: Any, name: Any = None) -> None:
     _stock["add_hook"](self, hook, name)
-    # It gets the inputs in backward, also those that only others have saved.
+    # The hook gets all inputs in backward, also those that only other functions have saved.
     for node in self.inputs or ():
         if node is not None:
             nodes.keep(node)
 
 
 def _before_hooks(func: Any) -> None:
-    """Fetch what a function needs in backward before hooks measure it."""
+    """Fetch the arrays that a function's backward needs before hooks measure its time."""
     record = func.__dict__.get(_RECORD)
     if record is not None:
         for owner, group in record.by_manager:
@@ -239,17 +237,17 @@ def _before_hooks(func: Any) -> None:
 
 
 def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
-    """Return the manager of the inputs' device, and whether memory is plenty and nobody watches.
+    """Return the manager of the inputs' device, and whether memory is plenty and nothing observes the function.
 
-    If memory is short, the thread's allocations are announced from now on.
+    If memory is short, the thread's allocations ask for room from now on.
     """
-    # This runs around each function: few calls, and raw_array is a property.
+    # Every function passes here: few calls, and not the property raw_array.
     variable, closely = _stock["variable"], state.local.hooked or settings.swap_all
     in_ram, manager, nbytes = state.process.managers.get("ram"), None, 0
     for x in inputs:
         array = x._data[0] if isinstance(x, variable) else x
         owner = in_ram if type(array) is ndarray else state.manager_for(array)
-        if owner is not None:  # what is no array gets Chainer's own error
+        if owner is not None:  # Chainer itself raises the error for inputs that are no arrays
             if manager is None:
                 if closely:
                     return owner, False
@@ -259,7 +257,7 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
         return None, True
     if manager.budget.are_far(_EXPANSION * nbytes, settings):
         looks = settings.verify or state.observers
-        # While memory has never been short nobody plans or recomputes.
+        # Plans and recipes begin when memory is short for the first time.
         if not looks and not (manager.has_been_short and (settings.plan or settings.recompute)):
             return manager, True
     if not manager.device.asks_for_room:
@@ -268,9 +266,9 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
 
 
 def _tracker(manager: SwapManager, settings: Settings) -> IterationTracker | None:
-    """Return what follows the iterations; ``None`` inside of a function, which belongs to that one's step.
+    """Return the tracker of iterations; ``None`` inside another function, whose step this one belongs to.
 
-    While memory has never been short nobody plans.
+    Iterations are planned once memory has been short for the first time.
     """
     inside = state.local.running is not None
     if inside or not settings.plan or not manager.has_been_short or settings.swap_all:
@@ -289,7 +287,7 @@ def _after(manager: SwapManager, settings: Settings) -> None:
     if state.local.running is not None:
         return
     if settings.swap_all or settings.verify:
-        save_pending()  # now: what it computed from is as it was
+        save_pending()  # now, while its arrays are unmodified
     if settings.swap_all:
         manager.move_all_out()
     else:
@@ -297,11 +295,11 @@ def _after(manager: SwapManager, settings: Settings) -> None:
 
 
 def _run(func: Any, inputs: Any, manager: SwapManager | None, call: Any, *args: Any) -> Any:
-    """Call a function of the graph; with a manager, note what it takes for itself, and how long."""
+    """Call a function of the graph; measure the memory that it takes for itself, and its time."""
     local = state.local
     outer = local.running
     if outer is not None:
-        manager = None  # a function inside another one takes part in what that takes
+        manager = None  # an inner function's memory counts for the outer one
     start, begun = 0, 0.0
     try:  # a signal's handler may raise anywhere
         local.running = (func, inputs)
@@ -325,9 +323,9 @@ def _run(func: Any, inputs: Any, manager: SwapManager | None, call: Any, *args: 
 
 
 def _run_verified(func: Any, inputs: Any, manager: SwapManager, call: Any, *args: Any) -> Any:
-    """Run a function forward that may write to the arrays it was made with, running statistics say.
+    """Run a function forward that may write to the arrays it was made with, such as running statistics.
 
-    That is no mistake of its caller's, which ``verify`` reports.
+    Such a write is legitimate; ``verify`` reports only those of the function's caller.
     """
     given = attributes.arrays_of(func, state.array_types())
     owners = [(owner, array) for array in given if (owner := state.manager_for(array))]
@@ -341,7 +339,7 @@ def _run_verified(func: Any, inputs: Any, manager: SwapManager, call: Any, *args
 
 
 def _observed(growth: ObservedGrowth, manager: SwapManager, call: Any, *args: Any) -> Any:
-    """Call a function whose allocations are not announced: room is made for what it was seen to take before."""
+    """Call a function whose allocations cannot be announced, after making room for its usual memory."""
     func, inputs = state.local.running
     described = tuple((x.shape, x.dtype) for x in inputs if hasattr(x, "dtype"))
     kind = func._impl_name, call is _stock["apply"], described
@@ -349,14 +347,14 @@ def _observed(growth: ObservedGrowth, manager: SwapManager, call: Any, *args: An
     nbytes = growth.expected(kind, otherwise=own)
     manager.make_room(nbytes)
     used = manager.budget.last_used
-    # What can run in pieces finds out for itself how many.
+    # With splitting, graph/splitting/ chooses pieces that fit.
     if used + nbytes > manager.limit and manager.settings().split == "never":
         error = manager.shortage(nbytes, describe(state.local.running))
         if error is not None:
             try:
                 raise error
             finally:
-                del error  # it would hold this frame, and so those of its callers with their arrays
+                del error  # else it refers to this frame, and so to the callers' arrays
     before = manager.usage_without_offload(used)
     start = growth.begin(kind, used)
     try:
@@ -369,7 +367,7 @@ def _observed(growth: ObservedGrowth, manager: SwapManager, call: Any, *args: An
 
 
 def describe(running: tuple[Any, Any] | None) -> str:
-    """Name a function that runs and the shapes of its inputs, ``None`` for those that are not given."""
+    """Return the name of a running function and the shapes of its inputs, ``None`` for missing inputs."""
     if running is None:
         return "what runs between two functions"
     func, inputs = running
@@ -394,15 +392,15 @@ def _by_manager(group: list[PackedArray]) -> list[tuple[SwapManager, list[Packed
 
 
 def save_pending() -> None:
-    """Save what the functions keep that have been applied since the last time."""
+    """Save the arrays of all functions that were noted since the last call."""
     while True:
         try:
             reference, *how = _pending.popleft()
-        except IndexError:  # not asked for beforehand: other threads take from it too
+        except IndexError:  # no test beforehand: other threads empty it, too
             return
         func = reference()
         if func is not None and func.inputs is not None and _RECORD not in func.__dict__:
-            with state.local.uninterrupted:  # all that it keeps is saved, or nothing
+            with state.local.uninterrupted:  # save all of its arrays or none
                 _save(func, *how)
 
 
@@ -433,21 +431,21 @@ def _save(func: Any, drop: bool) -> None:
 
 
 def _is_chainers(func: Any) -> bool:
-    """Tell whether a function is one of Chainer's, which leave what they retain as it is."""
+    """Return whether Chainer defines the function and its backward leaves retained arrays unmodified."""
     wrapped = func.__dict__.get("_function")
     module = type(func if wrapped is None else wrapped).__module__
     return module.startswith(("chainer.", "chainermn.")) and module not in _WRITERS
 
 
 def _stand_in(saved: PackedArray) -> Any:
-    """Return an array with no elements of the type and device of what is saved."""
+    """Return an empty array with the type and device of a saved array."""
     return saved.storage.manager.device.stand_in
 
 
 def _forget_dead() -> None:
-    """Leave out functions that died; look again when there are twice as many as live."""
+    """Remove dead functions from the pending ones; next time at twice the number of living ones."""
     global _most_pending
-    with contextlib.suppress(IndexError):  # another thread has saved them all
+    with contextlib.suppress(IndexError):  # another thread emptied it
         for _ in range(len(_pending)):
             entry = _pending.popleft()
             if entry[0]() is not None:

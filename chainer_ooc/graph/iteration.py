@@ -1,4 +1,4 @@
-"""IterationTracker: an iteration is recorded while it runs, planned, and from then on the engine moves as planned."""
+"""Track training iterations: record one, plan it, and have the engine follow the plan in later ones."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from chainer_ooc.swap.storage import PackedArray, Storage
 
 __all__ = ["IterationTracker", "tracker_of"]
 
-#: What a link is taken to carry until something was copied over it (bytes per second).
+#: The assumed bandwidth of a link before the first copy over it (bytes per second).
 ASSUMED_BANDWIDTH = 1e9
-#: After so many iterations that were known, the next are not recorded any more.
+#: After this many known iterations the next ones are not recorded.
 WARY = 4
-#: The keys of so many functions are kept in mind.
+#: The number of functions whose keys are cached.
 _MOST_TEXTS = 1 << 14
-#: What runs after backward: the update, the next batch.
+#: The label of the time after backward: the update, the next batch.
 BETWEEN = "between iterations"
 
 
 @dataclasses.dataclass
 class MeasuredTimes:
-    """What an iteration that followed a plan did, for :class:`~chainer_ooc.planning.prefetch_tuner.PrefetchTuner`."""
+    """The times of an iteration, for :class:`~chainer_ooc.planning.prefetch_tuner.PrefetchTuner`."""
 
     seconds: float = 0.0
     waits: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -46,20 +46,20 @@ class MeasuredTimes:
 
 
 class IterationTracker:
-    """The iterations of one device.
+    """Track the iterations of one device.
 
-    An iteration begins with the first function that runs forward after backward has run, and ends where the next one
-    begins. One that is not known yet is recorded, and planned when the next one begins. A function that is
-    not the one that the plan expects ends the plan: the rest of the iteration is served on demand.
+    An iteration begins with the first function that runs forward after backward, and ends where the next
+    one begins. An unknown iteration is recorded, and planned when the next one begins. A function that
+    differs from the plan's ends the plan: the rest of the iteration moves on demand.
 
-    Its methods are called where functions run, outside of other functions, in the thread that trains; functions of
-    other threads make an iteration one that nobody knows.
+    The training thread calls the methods where functions run, outside of other functions. An iteration with
+    functions of other threads counts as unknown.
 
     Args:
-        manager: The device's.
+        manager: The device's manager.
 
     Attributes:
-        plan_cache: The plans of its graphs.
+        plan_cache: The plans of the device's graphs.
     """
 
     def __init__(self, manager: SwapManager) -> None:
@@ -71,20 +71,20 @@ class IterationTracker:
         self._iteration = self._number = -1  # no function of an iteration has run yet
         # Whether backward has run: the next function that runs forward begins an iteration.
         self._backward = False
-        self._to_record = WARY  # iterations, at most
+        self._to_record = WARY  # the number of iterations still to record, at most
         self._keys: list[str] = []
         self._clocks: list[float] = []
-        # Where each step began and ended in the order of computation; ``None`` while nobody asks.
+        # The device's marks at the begin and the end of each step; ``None`` while times are not needed.
         self._marks: list[Any] | None = None
         self._asked: Any = None
         self._arrivals: dict[int, tuple[Any, Any]] = {}
-        # By number: the order of saving in an iteration in which all is saved.
+        # Storages by number: their order of saving in an iteration that saves everything.
         self._storages: dict[int, weakref.ref[Storage]] = {}
-        self._numbers: dict[int, int] = {}  # of the storages, by their sequence
-        self._saved: dict[int, tuple[int, ...]] = {}  # what each step has saved, by number
-        self._leaves = False  # what the plan leaves in memory is not saved
-        self._left: list[weakref.ref[Any]] = []  # the functions of which nothing was
-        # Keys of functions, and what describes their inputs, by label, dtypes, shapes and makers.
+        self._numbers: dict[int, int] = {}  # the numbers by Storage.sequence
+        self._saved: dict[int, tuple[int, ...]] = {}  # the numbers that each step has saved
+        self._leaves = False  # arrays that the plan keeps in memory are not saved
+        self._left: list[weakref.ref[Any]] = []  # functions whose arrays were not saved
+        # Cache: keys and input descriptions of functions by label, dtypes, shapes and makers.
         self._texts: dict[Any, tuple[str, tuple[str, ...]]] = {}
         self._recorder: Recorder | None = None
         self._held: list[tuple[weakref.ref[Storage], int]] = []
@@ -93,7 +93,7 @@ class IterationTracker:
         self._ended_used = self._peak = 0
 
     def forward(self, func: Any, inputs: Iterable[Any], settings: Settings) -> None:
-        """Tell that a function is about to run forward."""
+        """Note that a function is about to run forward."""
         with self._lock:
             if not self._is_mine():
                 return
@@ -106,9 +106,9 @@ class IterationTracker:
             func.__dict__[STEP] = self._iteration, self._number
 
     def moves(self, func: Any) -> bool:
-        """Tell whether the plan moves anything that a function keeps that has run forward just now.
+        """Return whether the plan moves any array of the function that has just run forward.
 
-        What it leaves in memory need not be saved, but when memory gets short all the same, or the plan is left.
+        If not, its arrays need no saving, unless memory gets short all the same or the plan is left.
         """
         with self._lock:
             if self._executor is None or func.__dict__.get(STEP) != (self._iteration, self._number):
@@ -120,11 +120,11 @@ class IterationTracker:
 
     @property
     def is_selective(self) -> bool:
-        """Whether only what a plan moves is saved now."""
+        """Whether only the arrays that the plan moves are saved now."""
         return self._leaves and self._executor is not None
 
     def saved(self, func: Any, group: Iterable[PackedArray]) -> None:
-        """Tell what a function has saved that has run forward just now."""
+        """Note the arrays that were saved for the function that has just run forward."""
         with self._lock:
             step = func.__dict__.get(STEP)
             if step is None or step != (self._iteration, self._number):
@@ -166,7 +166,7 @@ class IterationTracker:
         self._storages[number] = weakref.ref(storage)
 
     def _note_recipe(self, storage: Storage) -> None:
-        """Note how a storage can be made again, if that is from storages of this iteration, by its functions."""
+        """Record a storage's recipe, if this iteration's functions and storages suffice for it."""
         recipe, number = storage.recipe, self._numbers.get(storage.sequence)
         if recipe is None or number is None or self._recorder is None:
             return
@@ -177,19 +177,19 @@ class IterationTracker:
             self._recorder.can_remake(number, known, steps)
 
     def backward(self, func: Any) -> None:
-        """Tell that a function is about to run backward."""
+        """Note that a function is about to run backward."""
         with self._lock:
             if not self._is_mine():
                 return
             self._backward = True
-            if self._number < 0:  # it began before anybody looked
+            if self._number < 0:  # the iteration began before tracking did
                 return
             label = func._impl_name
             self._step(key_of(BACKWARD, label, ()), label, BACKWARD, (), self._step_of(func))
 
     def fetched(self, group: Iterable[PackedArray]) -> None:
-        """Tell that what a function needs in backward is there."""
-        if self._marks is None:  # nobody asks how long anything took
+        """Note that all arrays for a function's backward are in memory."""
+        if self._marks is None:  # times are not needed
             return
         with self._lock:
             if not self._is_mine():
@@ -201,13 +201,14 @@ class IterationTracker:
                     if number is not None and storage.arrival is not None:
                         self._arrivals.setdefault(number, (self._asked, storage.arrival))
             if self._marks:
-                self._marks[-1] = self.manager.device.mark()  # what it waited for does not count
+                self._marks[-1] = self.manager.device.mark()  # exclude the wait for its arrays
 
     def ran(self, peak: int) -> None:
-        """Tell that a function has run.
+        """Note that a function has run.
 
         Args:
-            peak: The highest :meth:`~chainer_ooc.swap.manager.SwapManager.usage_without_offload` meanwhile (bytes).
+            peak: The highest :meth:`~chainer_ooc.swap.manager.SwapManager.usage_without_offload` during the
+                run (bytes).
         """
         with self._lock:
             if not self._is_mine():
@@ -234,13 +235,13 @@ class IterationTracker:
         return False
 
     def _is_over(self, key: str) -> bool:
-        """Tell whether a function begins an iteration though backward has not run: predictions with a graph."""
+        """True if this function starts a new iteration without a backward pass (inference with a graph)."""
         if not self._keys or key != self._keys[0]:
             return False
         return not any(reference() for reference in (*self._storages.values(), *self._left))
 
     def _begin(self, settings: Settings) -> None:
-        """End the iteration that ran, and begin the next."""
+        """End the present iteration and begin the next."""
         now = time.perf_counter()
         if self._number >= 0 and self._backward:
             self._end(now - self._start, settings)
@@ -256,12 +257,12 @@ class IterationTracker:
         self._executor = None
         self.plan_cache.begin()
         self._recorder = Recorder() if self._to_record else None
-        # Copies are dropped after their last use only of what is saved; what can be made again is looked at at once.
+        # Dropping and checksums need every array to be saved, so do recipes.
         in_full = settings.single_backward or settings.recompute or settings.verify
         self._leaves = not (in_full or self._to_record)
 
     def _end(self, seconds: float, settings: Settings) -> None:
-        """End an iteration: its plan is corrected, or it gets one."""
+        """End an iteration: correct its plan, or make one."""
         self.plan_cache.advance(key_of(OTHER, BETWEEN, ()))
         step_seconds, measured = self._times(seconds)
         system = self._system(settings)
@@ -281,18 +282,18 @@ class IterationTracker:
                 self.plan_cache.entries[signature].saved = self._saved
 
     def _times(self, seconds: float) -> tuple[list[float], MeasuredTimes | None]:
-        """Return how long each step took by itself, and when what came in was there."""
+        """Return the time of each step without waits, and when the arrays that came in arrived."""
         device, marks = self.manager.device, self._marks
         if not marks or len(marks) != 2 * len(self._keys):
             return [], None
         starts, ends = marks[::2], marks[1::2]
         pairs = list(zip(starts, ends, strict=True))
-        if device.runs_behind:  # the host's clock says nothing
+        if device.runs_behind:  # the host's clock does not time the device
             own = [device.seconds(start, end) for start, end in pairs]
             own.append(max(device.seconds(ends[-1], device.mark()), 0.0))
         else:
             clocks = [*self._clocks, self._ended_clock, self._clock()]
-            # Other threads may wait meanwhile.
+            # Other threads' waits may make a difference negative.
             own = [max(b - a, 0.0) for a, b in itertools.pairwise(clocks)]
         measured = MeasuredTimes(seconds)
         measured.starts = [device.seconds(starts[0], start) for start in (*starts, ends[-1])]
@@ -319,7 +320,7 @@ class IterationTracker:
     def _step(
         self, key: str, label: str, phase: str, inputs: tuple[str, ...], function: int = -1
     ) -> None:
-        """Begin a step: record it, and make the moves of the plan that are due."""
+        """Begin a step: record it, and make the plan's moves that are due."""
         self._keys.append(key)
         self._number += 1
         if self._marks is not None:
@@ -352,7 +353,7 @@ class IterationTracker:
         self.manager.run_plan(None)
 
     def _note_freed(self) -> None:
-        """Note what only the graph refers to from this step on."""
+        """Record the storages to which nothing but the graph refers from this step on."""
         held = []
         for reference, number in self._held:
             storage = reference()
@@ -364,7 +365,7 @@ class IterationTracker:
         self._held = held
 
     def _clock(self) -> float:
-        """Return the time without waits (seconds): what is recorded is how long things take."""
+        """Return the time without waits (seconds): the recorded times are those of the work alone."""
         return time.perf_counter() - self._counters.lost_seconds
 
     def _find(self, number: int) -> Storage | None:
@@ -372,7 +373,7 @@ class IterationTracker:
         return None if reference is None else reference()
 
     def _describe(self, func: Any, inputs: Iterable[Any]) -> tuple[str, tuple[str, ...]]:
-        """Return the key of a function that runs forward, and what describes its inputs."""
+        """Return the key of a function that runs forward, and the descriptions of its inputs."""
         label = func._impl_name
         try:
             facts = tuple(self._facts(x) for x in inputs if x is not None)
@@ -383,11 +384,11 @@ class IterationTracker:
                 described = tuple(describe_input(*one) for one in facts)
                 self._texts[known] = key_of(FORWARD, label, described), described
             return self._texts[known]
-        except Exception:  # what is no array gets Chainer's own error
+        except Exception:  # Chainer itself raises the error for inputs that are no arrays
             return label, ()
 
     def _facts(self, x: Any) -> tuple[Any, Any, int]:
-        node = getattr(x, "_node", None)  # node and raw_array are properties, a call for each
+        node = getattr(x, "_node", None)  # faster than the properties node and raw_array
         array, maker = (x, None) if node is None else (x._data[0], node._creator_node)
         return getattr(array, "dtype", None), getattr(array, "shape", ()), self._step_of(maker)
 
@@ -397,7 +398,7 @@ class IterationTracker:
 
 
 def tracker_of(manager: SwapManager) -> IterationTracker:
-    """Return what follows the iterations of a device."""
+    """Return the iteration tracker of a manager, made if need be."""
     if manager.tracker is None:
         manager.tracker = IterationTracker(manager)
     tracker: IterationTracker = manager.tracker

@@ -1,7 +1,7 @@
-"""Arrays that the nodes of Chainer's graph keep: ``VariableNode._data`` and ``_retained_output_data``.
+"""Save the arrays of the graph's nodes: ``VariableNode._data`` and ``_retained_output_data``.
 
-Both become properties of their classes. The value stays where it was, in the instance's ``__dict__``
-under the same name; where it is what stands in for an array, readers get the array.
+Both become properties of their classes. The value stays in the instance's ``__dict__`` under the same name.
+If it is a stand-in, readers get the array.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from chainer_ooc.swap.storage import PackedArray
 
 __all__ = ["install", "keep", "save_inputs", "save_outputs"]
 
-#: Of a node whose array others may read than the functions that saved it.
+#: Marks a node whose array may have other readers than the functions that saved it.
 _KEPT = "_ooc_kept"
 
 
@@ -26,7 +26,7 @@ def _get_data(node: Any) -> Any:
 def _set_data(node: Any, data: Any) -> None:
     old = node.__dict__.get("_data")
     if old is not None and data is not (old.alive() if type(old) is PackedArray else old):
-        # The functions that saved the old array will read the new one, of which they know nothing.
+        # The functions that saved the old array will read the new one, which they did not count.
         node.__dict__[_KEPT] = True
     node.__dict__["_data"] = data
 
@@ -41,11 +41,11 @@ def _set_retained(func: Any, retained: Any) -> None:
 
 
 def install(stand_in: Callable[[PackedArray], Any], before_hooks: Callable[[Any], None]) -> None:
-    """Make the properties of Chainer's classes, once.
+    """Make the properties of Chainer's classes. Later calls do nothing.
 
     Args:
-        stand_in: Returns an array of the type and on the device of what is saved, with no data.
-        before_hooks: Called with a function before its hooks for backward are.
+        stand_in: Returns an empty array with the type and device of a saved one.
+        before_hooks: Called with a function before its backward hooks.
 
     Raises:
         RuntimeError: If Chainer was imported without the import hook.
@@ -69,7 +69,7 @@ def install(stand_in: Callable[[PackedArray], Any], before_hooks: Callable[[Any]
 
 
 def keep(node: Any) -> None:
-    """Note that others may read a node's array than the functions that save it: it is not dropped."""
+    """Note that other readers than the functions that saved a node's array may need it: do not drop it."""
     node.__dict__[_KEPT] = True
     data = node.__dict__.get("_data")
     if type(data) is PackedArray:
@@ -87,10 +87,10 @@ def save_inputs(func: Any, save: Callable[[Any], PackedArray | None]) -> list[Pa
 
 
 def save_outputs(func: Any, save: Callable[[Any], PackedArray | None]) -> list[PackedArray]:
-    """Save the arrays of the retained outputs: where the output's node has them, and where the function has.
+    """Save the arrays of the retained outputs, both in the outputs' nodes and in the function.
 
     Returns:
-        What the nodes have. What the function has is found among its attributes.
+        The stand-ins in the nodes. Those in the function are among its attributes.
     """
     group = []
     for index in func._output_indexes_to_retain or ():

@@ -1,8 +1,7 @@
-"""What can be run again instead of moved: functions that give the same bits, and how.
+"""Decide which functions run again in backward instead of moving their results, and write the recipes.
 
-A saved array that another function made is made again by running that function, and if its inputs were not
-kept those before it, from arrays that are saved. What runs is a copy of the node with its attributes: nothing
-of the graph changes.
+A recipe runs the function that made a saved array again, and earlier functions too if its inputs were not
+kept, from arrays that are saved. It runs a copy of the node with its attributes: the graph does not change.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from chainer_ooc.wording import repr_of
 
 __all__ = ["STEP", "install", "offer_recipes", "recomputable"]
 
-#: Functions in a row that are run again for one array.
+#: The longest chain of functions that run again for one array.
 _LONGEST = 4
 #: Arrays that are not saved, such as the scales of a normalization, are copied up to this size (bytes).
 _SMALL = 64 << 10
-#: Larger ones, such as the filters of a convolution, are copied when what needs them is given up, if they are this many
-#: times smaller.
+#: Larger ones, such as the filters of a convolution, are copied when an array that needs them is discarded, if they
+#: are this many times smaller.
 _SMALLER = 4
-#: What of Chainer's configuration chooses the code of a function.
+#: The entries of Chainer's configuration that select the code of a function.
 _CONFIGURATION = ("use_cudnn", "use_ideep", "autotune")
-#: How a function ran; ``None`` in a copy of it.
+#: The attribute with a function's :class:`_Run`; ``None`` in a copy of the function.
 _RUN = "_ooc_run"
-#: The number of a function's step in its iteration, where iterations are followed: (iteration, number).
+#: The attribute with a function's step, if iterations are tracked: (iteration, number).
 STEP = "_ooc_step"
-#: What a function has that belongs to the graph.
+#: A function's attributes that belong to the graph.
 _OF_THE_GRAPH = (
     *("inputs", "outputs", "_retained_output_data", "lazy_grad_sum", "_local_function_hooks"),
     *("_ooc_record", "_ooc_used", "_ooc_twice", _RUN, STEP),
 )
 
-#: Computes an array from those of the leaves.
+#: Takes the leaves' arrays and computes an array.
 _Expression = Callable[[Sequence[Any]], Any]
-#: Given a copy of a function that has been applied and the list of its input arrays, returns its outputs.
+#: Takes a copy of a function that has run forward and the list of its input arrays; returns the outputs.
 RerunFunction = Callable[[Any, list[Any]], Sequence[Any]]
 
 
@@ -69,18 +68,19 @@ def recomputable(
 ) -> None:
     """Let ``recompute`` run functions of class ``cls`` again instead of moving their outputs.
 
-    That must give the same bits each time, and do nothing but return outputs and set attributes of the function: no
-    random numbers, no communication, no statistics kept elsewhere.
+    Each run must give the same bits. It must do nothing but return outputs and set attributes of the
+    function: no random numbers, no communication, no statistics kept elsewhere.
 
     Args:
         cls: A subclass of :class:`chainer.FunctionNode`.
-        rerun: For a function whose ``forward`` cannot just be called again. It is given a copy of the function, with
-            the attributes that it had after ``forward``, and the list of its input arrays, and returns its outputs, a
-            tuple of arrays.
-        when: Tells of a function that has been applied whether it can be run again. Default: always.
-        unused: Attributes that ``rerun`` does not need, and will not find.
-        costly: Run it again only where a plan finds that this takes less time than to move what it made.
-        makes: Attributes, arrays, that running it sets anew: they are not moved either.
+        rerun: For a function whose ``forward`` cannot simply be called again. It takes a copy of the
+            function, with the attributes that it had after ``forward``, and the list of its input arrays.
+            It returns the outputs, a tuple of arrays.
+        when: Takes a function that has run forward and returns whether it can be run again. Default:
+            always.
+        unused: Attributes that ``rerun`` does not need. The copy lacks them.
+        costly: Run it again only if a plan finds that this takes less time than moving the result.
+        makes: Attributes (arrays) that a run sets anew. They are not moved either.
 
     Raises:
         TypeError: If ``cls`` is not such a class.
@@ -143,7 +143,7 @@ def install() -> None:
         *(convolution_nd.ConvolutionND, deconvolution_nd.DeconvolutionND, linear.LinearFunction),
     ):
         recomputable(cls, when=_is_deterministic, costly=True)
-    # With its mask, which it has after forward, dropout draws no random numbers; cuDNN keeps no mask.
+    # Given its mask of forward, dropout draws no random numbers; cuDNN keeps no mask.
     recomputable(dropout.Dropout, when=lambda func: not func._use_cudnn)
     recomputable(
         bn.BatchNormalization,
@@ -154,11 +154,11 @@ def install() -> None:
 
 
 class _Content(NamedTuple):
-    """What an array was at a moment.
+    """The content of an array at one moment.
 
     Attributes:
-        checksum: Of its bytes: of its storage where it is saved.
-        layout: Its dtype, shape, strides and offset.
+        checksum: The checksum of the bytes, or of the whole storage if the array is saved.
+        layout: The dtype, shape, strides and offset.
     """
 
     checksum: int
@@ -166,12 +166,12 @@ class _Content(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """An array when a function used it.
+    """An array at the moment when a function used it.
 
     Attributes:
-        content: What it was.
-        saved: What stands in for it, where it is saved.
-        constant: The same of a large array that is not saved, and that no function has made.
+        content: Its content.
+        saved: Its stand-in, if it is saved.
+        constant: A large array that is neither saved nor made by a function.
     """
 
     content: _Content | None
@@ -181,12 +181,12 @@ class _Seen(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Run:
-    """How a function ran: what the recipes that run it again are bound to, whenever they are made.
+    """A function's run: the contents to which all its recipes are bound.
 
     Attributes:
-        inputs: What it computed from.
-        made: What it made, ``None`` where nobody knows.
-        attributes: Those that it needs to run again, :class:`_Seen` for arrays.
+        inputs: The arrays that it read.
+        made: The contents of its outputs, ``None`` if unknown.
+        attributes: The attributes that a re-run needs, with :class:`_Seen` for arrays.
         configuration: The values of :data:`_CONFIGURATION`.
     """
 
@@ -196,14 +196,14 @@ class _Run:
     configuration: dict[str, Any]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of a function has arrays of its own: it has not run."""
+        """Return ``None``: a copy of a function owns its arrays and has not run."""
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
 
 class _Leaves:
-    """The arrays from which something is made again, checksums of the saved ones, and the steps that do it."""
+    """The arrays that an expression reads, the checksums of the saved ones, and the steps that compute it."""
 
     def __init__(self) -> None:
         self.saved: list[PackedArray] = []
@@ -213,7 +213,7 @@ class _Leaves:
         self.costly = False
 
     def add(self, saved: PackedArray, checksum: int) -> _Leaf:
-        """Return what gives the array of ``saved``, whose storage had that checksum when it was used."""
+        """Add a saved array and the checksum that its storage had. Return the expression that reads it."""
         self.saved.append(saved)
         self.checksums.append(checksum)
         return _Leaf(len(self.saved) - 1)
@@ -221,7 +221,7 @@ class _Leaves:
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """The array at a place among those of the leaves."""
+    """An expression that returns one of the leaves' arrays."""
 
     place: int
 
@@ -230,14 +230,14 @@ class _Leaf:
 
 
 def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """Give recipes to what a function has just saved: its inputs, which others made, outputs and attributes.
+    """Give recipes to the arrays that a function has just saved: inputs, outputs and attributes.
 
-    To be called for each function as soon as it has been applied and saved, before anybody can write to what it has
-    used and made: a recipe gives what was there then, and is used only where that is still so.
+    Call this for each function as soon as its arrays are saved, before code can write to them. A recipe is
+    bound to their present contents and is used only while those still hold.
 
     Args:
         func: The function.
-        inputs: What it was applied to: variables or arrays.
+        inputs: The variables or arrays that it read.
         outputs: The variables that it returned.
     """
     retained = func._input_indexes_to_retain or ()
@@ -268,7 +268,7 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> N
 
 
 def _offer_node(node: Any, content: _Content | None) -> None:
-    """Give a recipe to the array of a node, which is that now, if it is what the node's function made."""
+    """Give a node's array a recipe, if its present content is what the node's function made."""
     saved = node.__dict__.get("_data")
     if type(saved) is PackedArray and saved.storage.recipe is None and content == _made(node):
         leaves = _Leaves()
@@ -278,10 +278,10 @@ def _offer_node(node: Any, content: _Content | None) -> None:
 def _offer(
     saved: PackedArray, content: _Content | None, expression: _Expression | None, leaves: _Leaves
 ) -> None:
-    """Give a saved array, which is that now, the recipe that computes ``expression``, if it can have one."""
+    """Give a saved array with that content the recipe that computes ``expression``, if the array can have one."""
     if expression is None or content is None:
         return
-    # A view is not made from what it is a view of.
+    # The result is a view of an input: nothing to compute.
     if any(leaf.storage is saved.storage for leaf in leaves.saved):
         return
     constants = tuple(leaves.constants.values())
@@ -304,7 +304,7 @@ def _offer(
 def _note_run(
     func: Any, rule: _Rule, inputs: list[_Seen | None], outputs: Sequence[Any]
 ) -> _Run | None:
-    """Return how a function ran just now; ``None`` if it cannot be run again from what is known of it."""
+    """Return the record of a function's run; ``None`` if it is not enough to run the function again."""
     import chainer
 
     attributes: dict[str, Any] = {}
@@ -331,36 +331,36 @@ def _note_run(
 
 
 def _is_array(value: Any) -> bool:
-    """Tell whether something is an array of any kind; a scalar is not, nobody can write to it."""
+    """Return whether a value is an array of any kind. Scalars are not: no code can write to them."""
     return isinstance(getattr(value, "nbytes", None), int) and not isinstance(value, np.generic)
 
 
 def _made_now(y: Any) -> _Content | None:
-    """Return what an output is now."""
+    """Return the present content of an output."""
     saved, array = y.node.__dict__.get("_data"), y.raw_array
     return _content_of(saved if type(saved) is PackedArray and saved.alive() is array else array)
 
 
 def _made(node: Any) -> _Content | None:
-    """Return what the array of a node was when its function made it; ``None`` if nobody knows."""
+    """Return the content that a node's array had when its function made it; ``None`` if unknown."""
     func = node._creator_node
     run = None if func is None else func.__dict__.get(_RUN)
     return None if run is None else run.made[_index_of(node)]
 
 
 def _index_of(node: Any) -> int:
-    """Return which output of its function a node is."""
+    """Return a node's index among the outputs of its function."""
     return next(i for i, output in enumerate(node._creator_node.outputs) if output() is node)
 
 
 def _see(node: Any, array: Any, most: int, used: bool) -> _Seen | None:
-    """Return what an input of a function is now, ``None`` if nothing can be made from it.
+    """Return the present state of a function's input, ``None`` if no recipe can use it.
 
     Args:
-        node: Its node.
+        node: The input's node.
         array: The array.
-        most: The most bytes of a constant.
-        used: Whether the function can be run again; else it is only asked whether the array is what was made.
+        most: The largest constant to copy (bytes).
+        used: The function can run again. If not, only arrays that are saved matter.
     """
     saved = node.__dict__.get("_data")
     if type(saved) is PackedArray and saved.alive() is array:
@@ -380,14 +380,14 @@ def _see(node: Any, array: Any, most: int, used: bool) -> _Seen | None:
 
 
 def _see_attribute(value: Any) -> _Seen | None:
-    """Return what an array among the attributes of a function is now, ``None`` if it is too large to be copied."""
+    """Return the present state of an array attribute, ``None`` if it is too large to copy."""
     saved = value if type(value) is PackedArray else None
     content = None if saved is None and value.nbytes > _SMALL else _content_of(value)
     return None if content is None else _Seen(content, saved)
 
 
 def _content_of(data: Any) -> _Content | None:
-    """Return what an array is now, or what stands in for it; ``None`` if nobody can tell."""
+    """Return the present content of an array, or of the array behind a stand-in; ``None`` if unknown."""
     if type(data) is PackedArray:
         checksum, offset = data.storage.manager.fingerprint(data), data.layout.offset
         data = data.layout
@@ -406,7 +406,7 @@ def _nbytes(y: Any) -> int:
 
 
 def _expression_of(node: Any, leaves: _Leaves, longest: int) -> _Expression | None:
-    """Return what computes the array of a node from those of ``leaves``, which it adds to."""
+    """Return an expression for a node's array, and add the arrays that it reads to ``leaves``."""
     rerun = _rerun_of(node._creator_node, leaves, longest)
     if rerun is None:
         return None
@@ -415,7 +415,7 @@ def _expression_of(node: Any, leaves: _Leaves, longest: int) -> _Expression | No
 
 
 def _attribute(func: Any, name: str, leaves: _Leaves) -> _Expression | None:
-    """Return what computes an attribute of a function."""
+    """Return an expression for an attribute of a function."""
     rerun = _rerun_of(func, leaves, _LONGEST)
     return None if rerun is None else lambda arrays: rerun(arrays)[0].__dict__[name]
 
@@ -423,7 +423,7 @@ def _attribute(func: Any, name: str, leaves: _Leaves) -> _Expression | None:
 def _rerun_of(
     func: Any, leaves: _Leaves, longest: int
 ) -> Callable[[Sequence[Any]], tuple[Any, Sequence[Any]]] | None:
-    """Return what runs a copy of a function again, from the arrays of ``leaves``: the copy, and its outputs."""
+    """Return an expression that runs a copy of a function, from the arrays of ``leaves``: copy and outputs."""
     ran: _Run | None = func.__dict__.get(_RUN)
     if ran is None or longest == 0:
         return None
@@ -458,7 +458,7 @@ def _rerun_of(
 
 @dataclasses.dataclass(frozen=True)
 class _Copy:
-    """A small array, as it was."""
+    """A copy of a small array."""
 
     array: Any
 
@@ -467,7 +467,7 @@ class _Copy:
 
 
 def _source(node: Any, seen: _Seen, leaves: _Leaves, longest: int) -> _Expression | None:
-    """Return what gives an input as it was when it was used; ``None`` if that cannot be had any more."""
+    """Return an expression for a function's input as the function read it; ``None`` if that is lost."""
     data = _data_of(node)
     if data is None and seen.saved is None and node._creator_node is not None:
         return _expression_of(node, leaves, longest) if _made(node) == seen.content else None
@@ -475,12 +475,12 @@ def _source(node: Any, seen: _Seen, leaves: _Leaves, longest: int) -> _Expressio
 
 
 def _kept(seen: _Seen, data: Any, leaves: _Leaves) -> _Expression | None:
-    """Return what gives an array as it was seen: its storage, a constant, or a copy of what is there now.
+    """Return an expression for an array as a function saw it: from its storage, a constant, or a copy made now.
 
     Args:
-        seen: What it was.
-        data: The array now, or what stands in for it; ``None`` if nobody has it.
-        leaves: What is needed of what is saved is added to these.
+        seen: The array when the function read it.
+        data: The array now, or its stand-in; ``None`` if the array is gone.
+        leaves: The saved arrays that are needed are added here.
     """
     if seen.constant is not None:
         constant = leaves.constants.setdefault(id(seen.constant.array), seen.constant)
@@ -492,13 +492,13 @@ def _kept(seen: _Seen, data: Any, leaves: _Leaves) -> _Expression | None:
             return None
         if type(data) is not PackedArray:
             return _Copy(data.copy())
-        saved = data  # it has been saved since
+        saved = data  # it was saved meanwhile
     assert seen.content is not None
     return leaves.add(saved, seen.content.checksum)
 
 
 def _data_of(node: Any) -> Any:
-    """Return the array of an input of a function, or what stands in for it; ``None`` if nobody has it."""
+    """Return the array of a function's input, or its stand-in; ``None`` if the array is gone."""
     data = node.__dict__.get("_data")
     if data is None and node._creator_node is None:
         variable = node.get_variable_or_none()
@@ -507,7 +507,7 @@ def _data_of(node: Any) -> Any:
 
 
 def _is_unwatched(func: Any) -> bool:
-    """Tell whether no hook of the user's had the inputs after they were used: it may have written to them."""
+    """Return whether no user's hook got the inputs after their use: a hook may write to them."""
     import chainer
 
     hooks = [*chainer.get_function_hooks().values(), *(func._local_function_hooks or {}).values()]
@@ -516,7 +516,7 @@ def _is_unwatched(func: Any) -> bool:
 
 @contextlib.contextmanager
 def _configured(configuration: dict[str, Any]) -> Iterator[None]:
-    """Have the configuration of Chainer under which a function ran."""
+    """Set Chainer's configuration to the values under which a function ran."""
     import chainer
 
     with contextlib.ExitStack() as stack:
@@ -527,13 +527,13 @@ def _configured(configuration: dict[str, Any]) -> Iterator[None]:
 
 
 def _quiet(expression: _Expression) -> _Expression:
-    """Return what computes an expression without a word: NumPy's errors and warnings were told when it ran first."""
+    """Return the expression without NumPy's errors and warnings: the user got them in the first run."""
 
     def run(arrays: Sequence[Any]) -> Any:
         with np.errstate(all="ignore"):
             try:
                 return expression(arrays)
-            except Warning:  # the function's own, which the user's filters make an error of
+            except Warning:  # the function's own warning, which the user's filters make an error
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     return expression(arrays)
@@ -542,7 +542,7 @@ def _quiet(expression: _Expression) -> _Expression:
 
 
 def _is_deterministic(func: Any) -> bool:
-    """Tell whether a product gives the same bits each time: cuDNN's does where it is asked to."""
+    """Return whether a product gives the same bits each time. cuDNN's does only on request."""
     import chainer
 
     on_cpu = state.array_types() == {np.ndarray}
@@ -555,7 +555,7 @@ def _forward(func: Any, inputs: list[Any]) -> Sequence[Any]:
 
 
 def _batch_normalization(func: Any, inputs: list[Any]) -> Sequence[Any]:
-    """Normalize with the statistics that are there: forward would update the running ones once more."""
+    """Normalize with the kept statistics: forward would update the running ones once more."""
     from chainer import backend
     from chainer.functions.normalization import batch_normalization as bn
 

@@ -1,1 +1,1 @@
-"""Pure functions over recorded iterations: what to keep, swap or recompute, and when each copy starts."""
+"""Plan an iteration from its record: what to keep, swap or recompute, and when each copy begins. Pure functions."""

@@ -1,4 +1,4 @@
-"""A lower bound of the step time under a limit, whatever is kept, swapped or recomputed."""
+"""Compute a lower bound of the step time under a limit, for any choice of keep, swap and recompute."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from chainer_ooc.planning.system import System
 
 __all__ = ["lower_bound"]
 
-#: Most steps between which the bound is taken; of longer iterations a part of them, which is weaker.
+#: The bound uses at most this many steps of an iteration: fewer steps, a weaker bound.
 _KNOTS = 500
-#: How many amounts of recomputed bytes are told apart.
+#: The number of amounts of recomputed bytes that are distinguished.
 _AMOUNTS = 24
-#: Up to so many storages, what is missing is a sum of whole ones.
+#: Up to this many storages, absent bytes are a sum of whole storages.
 _FEW = 12
 
 
@@ -77,7 +77,7 @@ def lower_bound(profile: Profile, system: System) -> float:
     rerun_bytes, rerun_seconds = reruns.curve(np.ones(len(storages), bool))
     knots = _choose(missing)
     size = len(knots)
-    # What compute spends between knots beyond the steps (2), and what must leave between them (3).
+    # The computation's extra time between knots (2), and the bytes that must leave between them (3).
     extra = np.zeros((size, size))
     out = np.zeros((size, size))
     using = np.array([s.uses[0] for s in storages], np.int64)
@@ -127,7 +127,7 @@ def lower_bound(profile: Profile, system: System) -> float:
 
 
 def _choose(missing: np.ndarray) -> np.ndarray:
-    """Return the steps between which the bound is taken: all, or the tight ones and some evenly spaced."""
+    """Return the steps at which the bound is evaluated: all, or the tight ones and some evenly spaced."""
     count = len(missing)
     if count <= _KNOTS:
         return np.arange(count)
@@ -137,7 +137,7 @@ def _choose(missing: np.ndarray) -> np.ndarray:
 
 
 def _whole(missing: float, sizes: np.ndarray) -> float:
-    """Return the least sum of whole ``sizes`` that is at least ``missing``; at least that where there are many."""
+    """Return the least sum of whole ``sizes`` that is at least ``missing``; with many sizes ``missing`` itself."""
     if missing <= 0 or not len(sizes):
         return missing
     if len(sizes) > _FEW:
@@ -150,7 +150,7 @@ def _whole(missing: float, sizes: np.ndarray) -> float:
 
 
 class _Reruns:
-    """What re-runs can make, and in what time."""
+    """The bytes that re-runs can make in a given time."""
 
     def __init__(self, profile: Profile) -> None:
         readers: dict[int, int] = {}
@@ -167,7 +167,7 @@ class _Reruns:
             assert rerun is not None
             total = rerun.seconds
             for i in rerun.reads:
-                # What nobody saved must be made as well; it is charged where nobody else reads it.
+                # Unsaved inputs must be made as well. They are charged to a re-run only if no other reads them.
                 maker = profile.makers.get(i, -1)
                 if not profile.storages[i].uses and readers[i] == 1 and maker not in makes:
                     total += seconds_of(maker)
@@ -180,10 +180,10 @@ class _Reruns:
                 self._bytes[row, column] = profile.storages[profile.saved[column]].nbytes
 
     def curve(self, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the most bytes that re-runs make in some seconds, as the corners of a concave curve.
+        """Return the corners of a concave curve: the most bytes that re-runs can make in a given time.
 
         Args:
-            of: For each saved storage whether it counts.
+            of: Whether each saved storage counts.
         """
         if not len(self._seconds):
             return np.zeros(1), np.zeros(1)
@@ -197,7 +197,7 @@ class _Reruns:
 
 
 def _inverse(value: np.ndarray, speeds: np.ndarray, seconds: np.ndarray, rate: float) -> np.ndarray:
-    """Return the seconds after which link and re-runs have brought ``value`` bytes."""
+    """Return the seconds that link and re-runs together need for ``value`` bytes."""
     inside = np.interp(value, speeds, seconds)
     beyond = np.maximum(value - speeds[-1], 0.0) / rate
     return np.where(value > 0, inside + beyond, 0.0)

@@ -1,4 +1,4 @@
-"""In which order storages may be dropped: the planner drops the first so many of one of these orders."""
+"""Order the storages that may be recomputed: the search drops the first ones of some order."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from chainer_ooc.planning.rerun import can_be_made_again, chain
 
 __all__ = ["Order", "candidate_orders", "recompute_candidates"]
 
-#: How many kinds of functions are tried by themselves.
+#: The number of kinds of functions that are tried by themselves.
 _KINDS = 4
 
 Order = list[frozenset[int]]
 
 
 def recompute_candidates(profile: Profile) -> Order:
-    """Return what can be made again, together what one function makes, the cheapest per byte first."""
+    """Return groups of storages that can be made again, one per function, cheapest per byte first."""
     made: dict[int, list[int]] = {}
     for i in can_be_made_again(profile):
         made.setdefault(profile.makers[i], []).append(i)
@@ -29,11 +29,11 @@ def recompute_candidates(profile: Profile) -> Order:
 
 
 def candidate_orders(profile: Profile, units: Order) -> Iterator[Order]:
-    """Yield orders in which units may be dropped: the first so many of one of them are.
+    """Yield orders of the groups. The search drops a first part of one of them.
 
     Args:
         profile: The iteration.
-        units: What can be made again, the cheapest per byte first.
+        units: The groups of storages that can be made again, cheapest per byte first.
     """
     yield units
     for depth in (1, 2, 4):
@@ -48,14 +48,14 @@ def candidate_orders(profile: Profile, units: Order) -> Iterator[Order]:
     }
     for kind in sorted(kinds, key=lambda kind: -nbytes[kind])[:_KINDS]:
         yield kinds[kind]
-    # Stretches between which something stays, so that re-runs do not need all that came before.
+    # Segments between checkpoints, so that re-runs do not need everything before.
     forward = sorted(units, key=min)
     for length in (3, 6, 12, 2):
         yield [unit for n, unit in enumerate(forward) if n % (length + 1)]
 
 
 def _chains(profile: Profile, units: Order, most: int) -> Order:
-    """Return units of which re-runs need one another only so many times in a row, the cheapest first."""
+    """Choose candidates so that no recomputation chain exceeds ``most``, cheapest first."""
     reads: dict[frozenset[int], set[int]] = {}
     for unit in units:
         _, needed = chain(profile, unit, lambda i: bool(profile.storages[i].uses))
@@ -65,7 +65,7 @@ def _chains(profile: Profile, units: Order, most: int) -> Order:
         for i in read:
             readers.setdefault(i, []).append(unit)
     of = {i: unit for unit in units for i in unit}
-    # How long the chain of re-runs is down to each chosen unit, and up from it.
+    # The length of the chain of re-runs down to each chosen unit, and up from it.
     down: dict[frozenset[int], int] = {}
     up: dict[frozenset[int], int] = {}
 

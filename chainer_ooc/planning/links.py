@@ -1,4 +1,4 @@
-"""Copies under way on the links of a simulated system."""
+"""Simulate the running copies on the links of a system."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["Link", "SimulatedTransfer"]
 
 
 class SimulatedTransfer:
-    """One copy that waits, is under way, or has ended.
+    """One copy that waits, runs, or has ended.
 
     Attributes:
-        storage: What is copied (index).
-        inward: Whether it comes in.
-        left: Bytes that remain, with the latency expressed as bytes.
-        start: When its bytes began to move (seconds), -1 while it waits.
-        end: When it ended (seconds), -1 before.
-        link: Where.
+        storage: The storage (index).
+        inward: The copy comes in.
+        left: The bytes that remain. The latency counts as bytes.
+        start: When the first byte moved (seconds), -1 while it waits.
+        end: When the copy ended (seconds), -1 before.
+        link: The link that it uses.
     """
 
     __slots__ = ("end", "inward", "left", "link", "start", "storage")
@@ -32,12 +32,12 @@ class SimulatedTransfer:
 
 
 class Link:
-    """The copies between memory and one tier: first come, first served in each queue.
+    """The copies between memory and one tier, first come, first served in each queue.
 
-    Where both directions are busy and share bandwidth, each gets the share that it has alone.
+    If both directions are busy and share bandwidth, each gets a part proportional to its own bandwidth.
 
     Args:
-        tier: Its bandwidths.
+        tier: The tier, with its bandwidths.
     """
 
     def __init__(self, tier: Tier) -> None:
@@ -59,7 +59,7 @@ class Link:
         return copy
 
     def cancel(self, copy: SimulatedTransfer) -> bool:
-        """Take a copy that has not started out of its queue. Returns whether that was possible."""
+        """Remove a copy that has not started from its queue. Return whether that was possible."""
         if copy.start >= 0:
             return False
         self._queues[copy.inward].remove(copy)
@@ -72,18 +72,18 @@ class Link:
         self.now = max(self.now, until)
 
     def wait(self, copy: SimulatedTransfer) -> float:
-        """Let time pass until ``copy`` has ended; return when that was (seconds)."""
+        """Let time pass until ``copy`` has ended. Return its end (seconds)."""
         while copy.end < 0:
             self._pass(float("inf"))
         return copy.end
 
     @property
     def busy(self) -> bool:
-        """Whether a copy is under way."""
+        """Whether a copy is running."""
         return bool(self._queues[0] or self._queues[1])
 
     def _pass(self, until: float) -> bool:
-        """Let time pass until a copy ends, at most up to ``until``. Returns whether one has ended."""
+        """Let time pass until a copy ends or ``until`` is reached. Return whether a copy has ended."""
         out, back = self._queues
         heads = []
         if out:

@@ -1,4 +1,4 @@
-"""Plan: what becomes of each saved storage, and when its copies start."""
+"""The plan of an iteration: keep, swap or recompute each saved storage, and when its copies begin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Choice", "Plan"]
 
 
 class Choice(enum.Enum):
-    """What becomes of a saved storage between its last use in forward and its first in backward."""
+    """The treatment of a saved storage between its last use in forward and its first in backward."""
 
     KEEP = "keep"
     SWAP = "swap"
@@ -20,27 +20,27 @@ class Choice(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the executor does in an iteration whose graph has this signature.
+    """The moves of the engine in an iteration whose graph has this signature.
 
-    Steps and storages are the indexes of the profile that the plan was made from. "At a step" means right
-    before it starts; entries of one step are in order.
+    Steps and storages are indexes of the profile that the plan was made from. "At a step" means right
+    before it starts. Entries of one step are in order.
 
     Attributes:
-        signature: Of the graph.
-        choices: For each storage of the profile; ``KEEP`` for those that nobody saved.
-        copy_out: (step, storage): begin to copy it out; it is released as soon as that has ended.
-        copy_in: (step, storage): begin to copy it in, as soon after that as there is room.
+        signature: The signature of the graph.
+        choices: The choice for each storage of the profile; ``KEEP`` for storages that are not saved.
+        copy_out: (step, storage): begin to copy it out. It is released when the copy has ended.
+        copy_in: (step, storage): begin to copy it in, as soon as there is room.
         earliest: For each of ``copy_in`` the first step at which there is room for it until its use.
-        release: (step, storage): give it up again, its copy is valid.
-        drop: (step, storage): give it up; it is made again by what ``rerun`` says.
+        release: (step, storage): release it again, its copy is valid.
+        drop: (step, storage): discard it. ``rerun`` makes it again.
         rerun: (step, forward steps): run these again, in this order, before the step.
-        evict_after_recompute: (step, storage): only what the step runs again needs it: give it up as soon as that
-            has read it, before the step runs.
-        need_bytes: For each step what it takes at most beyond what is in use before it: what begins to come in
-            then leaves that much free.
-        seconds: The step time that the simulation foresees.
-        bound_seconds: The lower bound of the step time; no schedule is faster.
-        peak_bytes: The peak that the simulation foresees.
+        evict_after_recompute: (step, storage): only the step's re-runs need it. Evict it when they have
+            read it, before the step runs.
+        need_bytes: The most bytes that each step takes beyond the memory in use before it. Copies that come
+            in then leave that much free.
+        seconds: The simulated step time.
+        bound_seconds: The lower bound of the step time. No schedule is faster.
+        peak_bytes: The simulated peak.
     """
 
     signature: str
@@ -58,21 +58,21 @@ class Plan:
     peak_bytes: int = 0
 
     def chosen(self, choice: Choice) -> tuple[int, ...]:
-        """Return the storages (indexes) of one choice."""
+        """Return the storages (indexes) with one choice."""
         return tuple(i for i, chosen in enumerate(self.choices) if chosen is choice)
 
     def to_json(self) -> str:
-        """Return it as JSON."""
+        """Return the plan as JSON."""
         data: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data["choices"] = [choice.value for choice in self.choices]
         return json.dumps(data)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Return what :meth:`to_json` wrote.
+        """Return the plan that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: If it is no plan.
+            ValueError: If the text is no plan.
         """
         try:
             data = json.loads(text)

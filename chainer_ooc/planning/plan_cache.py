@@ -1,4 +1,4 @@
-"""PlanCache: which plan the iteration that runs follows, found out as it runs, and what comes of it."""
+"""Find the plan that fits the running iteration, compare the functions with it, and judge the plan by its times."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from chainer_ooc.planning.system import System
 
 __all__ = ["PlanCache", "PlanEntry"]
 
-#: So many plans are kept; the one not followed for longest is forgotten.
+#: The number of plans that are kept, the last used ones.
 _MOST = 32
-#: So many graphs are known by their signature.
+#: The number of signatures of graphs that are remembered.
 _MOST_SEEN = 1024
-#: After so many iterations a plan is made again from their times: the recorded iteration, one of the first, is slow.
+#: A plan is made again after this many iterations: the recorded one, one of the first, was slow.
 _TRIED = 3
-#: After so many iterations the begins of its copies stay as they are.
+#: A plan is measured and tuned for this many iterations.
 _SETTLED = 16
-#: A plan that is slower than on demand by this share after that is not followed any more.
+#: After _TRIED iterations, a plan is disabled if its fastest took more than this times the time on demand.
 _WORSE = 1.02
 
 
 class PlanEntry:
-    """One graph: its profile, its plan, and how the iterations went.
+    """One graph: its profile, its plan, and the measured iterations.
 
     Attributes:
         profile: The recorded iteration.
-        pacer: Has the plan, and corrects it.
-        demand_seconds: How long the recorded iteration took.
-        iterations: How many have followed the plan.
-        seconds: How long the last of them took.
-        peak_bytes: The most memory that was in use in each.
-        saved: The storages (indexes) that each step saves, in the order in which it does.
+        pacer: The tuner that holds and corrects the plan.
+        demand_seconds: The time of the recorded iteration.
+        iterations: The number of iterations that have followed the plan.
+        seconds: The times of the last of them.
+        peak_bytes: The highest memory in use in each.
+        saved: The storages (indexes) that each step saves, in order.
     """
 
     def __init__(self, profile: Profile, plan: Plan, demand_seconds: float) -> None:
@@ -52,41 +52,41 @@ class PlanEntry:
         self.keys = [step.key for step in profile.steps]
         self.saved: dict[int, tuple[int, ...]] = {}
         self.pacer = PrefetchTuner(plan)
-        # The least time of each step, and of all steps of one iteration.
+        # The least time of each step, and the least sum of one iteration.
         self._least = list(profile.seconds)
         self._least_sum = math.fsum(self._least)
-        # What others have decided, until the next iteration begins, and from then on.
+        # Another rank's decision: until the next iteration begins, and from then on.
         self._proposed: tuple[Plan | None] | None = None
         self._given_up: bool | None = None
 
     @property
     def plan(self) -> Plan:
-        """The plan as it is now."""
+        """The present plan."""
         return self.pacer.plan
 
     @property
     def disabled(self) -> bool:
-        """Whether it is not followed: on demand was faster, here or for those who decide for all."""
+        """Whether the plan is not followed: on demand was faster, here or on the rank that decides for all."""
         return self.slower_than_on_demand if self._given_up is None else self._given_up
 
     @property
     def slower_than_on_demand(self) -> bool:
-        """Whether on demand was faster here."""
+        """Whether this process was faster on demand than by the plan."""
         return self.iterations >= _TRIED and min(self.seconds) > _WORSE * self.demand_seconds
 
     @functools.cached_property
     def identity(self) -> str:
-        """What a plan of it takes for granted (hexadecimal): the graph, and the storages by number."""
+        """The conditions of the plan (hexadecimal): the graph, and its numbered storages."""
         storages = [(s.nbytes, s.producer, s.uses) for s in self.profile.storages]
         text = repr((self.profile.signature, self.keys, storages))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def propose(self, plan: Plan | None) -> None:
-        """Follow another plan from the next iteration on; ``None``: none, all is on demand."""
+        """Replace the plan from the next iteration on; ``None`` disables it."""
         self._proposed = (plan,)
 
     def take_proposed(self) -> None:
-        """Follow from now on what was proposed."""
+        """Put the proposed plan into force."""
         if self._proposed is not None:
             (plan,) = self._proposed
             self._proposed = None
@@ -97,7 +97,7 @@ class PlanEntry:
     def finish(
         self, measured: IterationTimes, peak_bytes: int, step_seconds: Sequence[float]
     ) -> None:
-        """Take note of an iteration that has followed the plan."""
+        """Note an iteration that has followed the plan, and tune the plan."""
         self.iterations += 1
         self.seconds.append(measured.seconds)
         self.peak_bytes.append(peak_bytes)
@@ -107,10 +107,10 @@ class PlanEntry:
             self._least_sum = min(self._least_sum, math.fsum(step_seconds))
 
     def plan_again(self, system: System) -> None:
-        """Plan from the least times of all iterations so far.
+        """Make the plan again from the least times of all iterations so far.
 
-        In no iteration is each step as fast as it can be: the times are such that all steps take as long as they did
-        in the fastest.
+        No iteration has all of its steps at their fastest. So the least times are scaled to add up to the
+        time of the fastest iteration.
         """
         slower = self._least_sum / (math.fsum(self._least) or 1.0)
         steps_now = tuple(
@@ -122,14 +122,14 @@ class PlanEntry:
 
 
 class PlanCache:
-    """Keeps the plans of several graphs side by side and follows the one that fits.
+    """Keep the plans of several graphs, and follow the one that fits.
 
-    The executor tells each step's key before the step runs. As long as an iteration is the beginning of one that has
-    a plan, :meth:`advance` gives that plan; the step that differs ends it, and what comes until :meth:`begin` is
-    served on demand. Where two graphs begin alike, the plan followed last is taken until they differ.
+    :meth:`advance` gets each step's key before the step runs, and returns the plan that fits all steps so
+    far. A step that fits no plan ends that: until :meth:`begin` everything moves on demand. If two graphs
+    begin alike, the plan followed last is taken until they differ.
 
     Attributes:
-        entries: The graphs that have plans, by signature.
+        entries: The graphs with plans, by signature.
     """
 
     def __init__(self) -> None:
@@ -139,21 +139,21 @@ class PlanCache:
         self._position = -1
 
     def __len__(self) -> int:
-        """The number of plans."""
+        """Return the number of plans."""
         return len(self.entries)
 
     @property
     def is_settling(self) -> bool:
-        """Whether what the next iterations measure is still of use."""
+        """Whether measurements of the next iterations can still change a plan."""
         return any(
             entry.iterations < _SETTLED and not entry.disabled for entry in self.entries.values()
         )
 
     def wants(self, signature: str) -> bool:
-        """Tell whether a graph that has been recorded, and has no plan, is to be planned.
+        """Return whether a recorded graph without a plan should get one.
 
-        The first one is, then those that come a second time: graphs that never come again are not worth a plan, nor
-        those for which on demand was faster.
+        The first graph should, and any graph that comes a second time: a plan for a graph that never comes
+        again is a waste.
         """
         wanted = not self._seen or signature in self._seen
         self._seen[signature] = None
@@ -162,12 +162,12 @@ class PlanCache:
         return wanted and signature not in self.entries
 
     def add(self, profile: Profile, plan: Plan, demand_seconds: float = float("inf")) -> None:
-        """Keep the plan of a graph in place of an earlier one.
+        """Add the plan of a graph, in place of an earlier one.
 
         Args:
             profile: The recorded iteration.
-            plan: Made from it.
-            demand_seconds: How long that iteration took.
+            plan: The plan made from it.
+            demand_seconds: The time of that iteration.
 
         Raises:
             ValueError: If the plan is another graph's.
@@ -192,13 +192,13 @@ class PlanCache:
         self._position = -1
 
     def advance(self, step: Step | str) -> tuple[Plan, int] | None:
-        """Take note of the step that is about to run.
+        """Compare the step that is about to run with the plans.
 
         Args:
             step: The step, or its key.
 
         Returns:
-            The plan that fits all steps so far and the step's number in it, or ``None`` if there is none.
+            The plan that fits all steps so far and the step's number in it, or ``None``.
         """
         key = step if isinstance(step, str) else step.key
         position = self._position = self._position + 1
@@ -220,17 +220,18 @@ class PlanCache:
         step_seconds: Sequence[float] = (),
         system: System | None = None,
     ) -> str | None:
-        """End an iteration; what was measured moves the copies of its plan.
+        """End an iteration, and tune its plan by what was measured.
 
         Args:
-            measured: What the executor waited for, and when.
-            peak_bytes: The most memory that was in use.
-            step_seconds: How long each step took by itself, without waits.
-            system: Memory and links as they are now: after a few iterations the plan is made again for it.
+            measured: The waits and their times.
+            peak_bytes: The highest memory in use.
+            step_seconds: The time of each step without waits.
+            system: The memory and the links as they are now. After a few iterations the plan is made again
+                for them.
 
         Returns:
-            The signature of the plan that was followed to its end, or ``None``: then the iteration is
-            to be recorded, and planned.
+            The signature of the plan that was followed to its end, or ``None``: then the iteration should
+            be recorded and planned.
         """
         done = [s for s in self._fitting if self._position + 1 == len(self.entries[s].keys)]
         self._fitting = []

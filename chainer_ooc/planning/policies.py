@@ -1,4 +1,4 @@
-"""Policies of the executor: on demand, as in the first iteration, and by a plan."""
+"""The engine's policies, for the simulator: on demand, as in the first iteration, and by a plan."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["OnDemand", "Planned"]
 
 
 class OnDemand:
-    """What the executor does with no plan.
+    """Decide as the engine does without a plan.
 
-    Past the low-water mark copies go out behind the computation, the oldest first. Room is made by giving
-    up what has a copy and was used, what has a copy, what is going out, what is only in memory, what came
-    in early. In backward what a function needs is fetched, and what was saved before it as far ahead as
-    memory allows.
+    Past the low watermark copies go out behind the computation, the oldest first. To make room, storages
+    leave in this order: used ones with a copy, others with a copy, those on their way out, those only in
+    memory, those that came in early. In backward, the needed storages are fetched, and earlier saved ones
+    prefetched as far as memory allows.
     """
 
     def __init__(self) -> None:
         self._growth: deque[int] = deque([0], REMEMBERED_GROWTH)
 
     def between(self, simulator: Simulator) -> None:
-        """Write behind after the last function; fetch what this one needs, and ahead of it."""
+        """Write behind after the last function; fetch this function's storages and prefetch the next."""
         low = int(simulator.system.limit_bytes * LOW_WATER)
         used = simulator.used
         if used > low:
@@ -41,7 +41,7 @@ class OnDemand:
         self._growth.append(simulator.need())
 
     def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
-        """Give up memory until ``nbytes`` fit below the high-water mark, or nothing is left."""
+        """Evict storages until ``nbytes`` fit below the high watermark, or nothing is left."""
         high = simulator.system.high_bytes
         if simulator.used + nbytes <= high:
             return
@@ -54,7 +54,7 @@ class OnDemand:
             simulator.wait_for_deferred_frees()
 
     def evicts_after_recompute(self, simulator: Simulator, i: int) -> bool:
-        """Tell whether only the re-runs before the step need a storage: nothing is dropped on demand."""
+        """Return ``False``: without a plan nothing is dropped."""
         return False
 
     def _write_behind(self, simulator: Simulator, nbytes: int) -> None:
@@ -86,7 +86,7 @@ class OnDemand:
 
 
 class Planned:
-    """What the executor does by a plan. What the plan did not foresee is done on demand.
+    """Decide as the engine does with a plan, and on demand where the plan does not fit.
 
     Args:
         plan: The plan.
@@ -102,7 +102,7 @@ class Planned:
         self._demand = OnDemand()
 
     def between(self, simulator: Simulator) -> None:
-        """Release what has gone out; begin the copies that are due."""
+        """Release the storages that have gone out; begin the copies that are due."""
         step = simulator.step
         if simulator.leaving:
             for i in simulator.settle():
@@ -125,14 +125,14 @@ class Planned:
             self._copy_in(simulator, simulator.system.high_bytes - simulator.need())
 
     def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
-        """Wait for what is going out; then as on demand."""
+        """Wait for pending copies out; then make room on demand."""
         missing = simulator.used + nbytes - simulator.system.high_bytes
         if missing > 0 and simulator.wait_for_leaving(missing) < missing:
             simulator.wait_for_deferred_frees()
         self._demand.make_room(simulator, nbytes)
 
     def evicts_after_recompute(self, simulator: Simulator, i: int) -> bool:
-        """Tell whether only the re-runs before the step need a storage."""
+        """Return whether only the re-runs before the step need a storage."""
         return (simulator.step, i) in self._evict_after_recompute
 
     def _copy_in(self, simulator: Simulator, most: int) -> None:

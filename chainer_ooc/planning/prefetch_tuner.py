@@ -1,4 +1,4 @@
-"""The closed loop: what was measured moves the begin of each copy in, for the next iteration."""
+"""Tune a plan between iterations: measured waits move the begin of each copy in."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from chainer_ooc.planning.plan import Plan
 
 __all__ = ["IterationTimes", "PrefetchTuner"]
 
-#: Shares of the step time: a wait that counts, and the slack that copies are left with.
+#: Shares of the step time: the least wait that counts, and the slack that copies keep.
 TOLERANCE, SPARE = 2e-4, 5e-3
 
 
 class IterationTimes(Protocol):
-    """What is measured in an iteration; a :class:`~chainer_ooc.planning.timeline.Timeline` has it."""
+    """The measured times of an iteration; a :class:`~chainer_ooc.planning.timeline.Timeline` has them."""
 
     @property
     def seconds(self) -> float:
@@ -24,29 +24,29 @@ class IterationTimes(Protocol):
 
     @property
     def waits(self) -> Mapping[int, float]:
-        """Seconds that compute waited for each storage to come in."""
+        """The seconds that computation waited for each storage to come in."""
 
     @property
     def slack(self) -> Mapping[int, float]:
-        """Seconds between each storage's arrival and its use."""
+        """The seconds between each storage's arrival and its use."""
 
     @property
     def starts(self) -> Sequence[float]:
-        """When each step started (seconds)."""
+        """The start of each step (seconds)."""
 
 
 class PrefetchTuner:
-    """Follows a plan over the iterations and keeps its copies in just in time.
+    """Adjust a plan after each iteration so that copies in end just in time.
 
-    A copy that compute waited for begins earlier the next time, by as much as the wait and half of it more, down
-    to the earliest step at which there is room for it. One that lay in memory long before its use begins later,
-    by half of the time that it had to spare; but never again at a step at which it was waited for. So
-    each begin moves back and forth only finitely often, whatever the noise, and then stays.
+    If computation waited for a copy, the copy begins earlier the next time, by one and a half times the
+    wait, but not before there is room for it. If a copy ended long before its use, it begins later, by half
+    of the spare time, but never again at a step at which computation waited for it. So each begin changes
+    only finitely often, whatever the noise, and then stays.
 
     Args:
-        plan: The plan to begin with.
-        tolerance: A wait up to this share of the step time is none.
-        spare: The slack, as a share of the step time, that is left.
+        plan: The first plan.
+        tolerance: Waits up to this share of the step time are ignored.
+        spare: The share of the step time that copies keep as slack.
 
     Attributes:
         plan: The plan for the next iteration.
@@ -59,10 +59,10 @@ class PrefetchTuner:
         self._latest = [len(plan.choices) + (1 << 30)] * len(plan.copy_in)
 
     def update(self, measured: IterationTimes) -> Plan:
-        """Return the plan for the next iteration.
+        """Adjust the plan to a measured iteration, and return it.
 
         Args:
-            measured: What the iteration that followed :attr:`plan` did.
+            measured: The times of the iteration that followed :attr:`plan`.
         """
         plan, starts = self.plan, measured.starts
         tolerance = self._tolerance * measured.seconds
@@ -79,7 +79,7 @@ class PrefetchTuner:
             elif measured.slack.get(i, 0.0) > 2 * spare:
                 later = starts[step] + (measured.slack[i] - spare) / 2
                 begin = max(step, min(self._step_at(starts, later), self._latest[place]))
-            # The copies begin in the order in which they are needed.
+            # Copies begin in the order in which they are needed.
             following = min(max(begin, plan.earliest[place]), following)
             begins.append((following, i))
         self.plan = dataclasses.replace(plan, copy_in=tuple(reversed(begins)))

@@ -1,4 +1,4 @@
-"""Profile: one training iteration as data. Steps with their times, storages with their users."""
+"""The profile of a training iteration as data: steps with their times, storages with their users."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """One iteration of training.
+    """One training iteration.
 
     Attributes:
-        name: What was trained.
-        device: Where it ran, or the device whose times were modelled.
-        modelled: Whether times come from a model of the device and not from a clock.
-        fixed_bytes: What is in memory all the time: parameters, optimizer state, input data and, on the
+        name: The name of the network.
+        device: The device that ran it, or whose times were modelled.
+        modelled: The times come from a model of the device, not from a clock.
+        fixed_bytes: The memory in use all the time: parameters, optimizer state, input data and, on the
             CPU, the process itself.
         steps: Forward, then backward, in the order in which they ran.
-        storages: What forward made, in the order of making.
+        storages: The storages that forward makes, in order.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Profile:
 
     @functools.cached_property
     def signature(self) -> str:
-        """What tells this graph from others (hexadecimal): functions, shapes and dtypes of forward."""
+        """The identity of the graph (hexadecimal): the functions, shapes and dtypes of forward."""
         return signature_of(step.key for step in self.steps if step.phase == FORWARD)
 
     @functools.cached_property
@@ -76,17 +76,17 @@ class Profile:
 
     @functools.cached_property
     def made(self) -> tuple[tuple[int, ...], ...]:
-        """For each step the saved storages that it makes."""
+        """The saved storages that each step makes."""
         return self._by_step(lambda storage: (storage.producer,))
 
     @functools.cached_property
     def used(self) -> tuple[tuple[int, ...], ...]:
-        """For each step the saved storages that it needs in backward."""
+        """The saved storages that each step needs in backward."""
         return self._by_step(lambda storage: storage.uses)
 
     @functools.cached_property
     def makers(self) -> dict[int, int]:
-        """The step whose re-run makes a storage again, by storage; those that have one."""
+        """For each storage that a re-run can make, the step to run again."""
         found: dict[int, int] = {}
         for number, step in enumerate(self.steps):
             for storage in step.rerun.writes if step.rerun else ():
@@ -100,7 +100,7 @@ class Profile:
 
     @functools.cached_property
     def use_place(self) -> list[int]:
-        """For each step how many storages are used first by it or earlier."""
+        """The number of storages whose first use is at or before each step."""
         firsts = [self.storages[i].uses[0] for i in self.use_order]
         return [bisect.bisect_right(firsts, number) for number in range(len(self.steps))]
 
@@ -121,25 +121,25 @@ class Profile:
 
     @functools.cached_property
     def made_bytes(self) -> list[int]:
-        """The size of the saved storages that each step makes."""
+        """The size of the saved storages that each step makes (bytes)."""
         return [sum(self.storages[i].nbytes for i in made) for made in self.made]
 
     @property
     def compute_seconds(self) -> float:
-        """The time of all steps with everything in memory."""
+        """The time of all steps with everything in memory (seconds)."""
         return math.fsum(step.seconds for step in self.steps)
 
     @property
     def saved_bytes(self) -> int:
-        """The size of all saved storages."""
+        """The size of all saved storages (bytes)."""
         return sum(self.storages[i].nbytes for i in self.saved)
 
     def resident_peak(self, single_backward: bool) -> int:
         """Return the peak with everything in memory (bytes).
 
         Args:
-            single_backward: What backward has used for the last time is dropped; otherwise, as in stock
-                Chainer, it stays until the iteration ends.
+            single_backward: Storages are dropped after their last use. Otherwise they stay until the
+                iteration ends, as in stock Chainer.
         """
         alive = peak = 0
         for number in range(len(self.steps)):
@@ -152,19 +152,19 @@ class Profile:
 
     @functools.cached_property
     def in_core_bytes(self) -> int:
-        """The peak with everything in memory, where storages stay until the iteration ends."""
+        """The peak with everything in memory (bytes), if storages stay until the iteration ends."""
         return self.resident_peak(single_backward=False)
 
     @functools.cached_property
     def floor_bytes(self) -> int:
-        """The least limit under which each step has what it needs: no schedule can do with less."""
+        """The least limit (bytes) under which each step has the memory it needs: no schedule needs less."""
         return self.fixed_bytes + max(
             (self.pinned(n) + s.held_bytes + s.workspace_bytes for n, s in enumerate(self.steps)),
             default=0,
         )
 
     def pinned(self, number: int) -> int:
-        """Return the bytes of saved storages that must be in memory while a step runs."""
+        """Return the size of the saved storages that each step needs in memory (bytes)."""
         return self._pinned[number]
 
     @functools.cached_property
@@ -189,7 +189,7 @@ class Profile:
         return tuple(map(tuple, found))
 
     def to_json(self) -> str:
-        """Return it as JSON, one step and one storage a line."""
+        """Return the profile as JSON, with one step or storage per line."""
         lists = {
             "steps": [row_of(step) for step in self.steps],
             "storages": [
@@ -207,10 +207,10 @@ class Profile:
 
     @classmethod
     def from_json(cls, text: str) -> Profile:
-        """Return what :meth:`to_json` wrote.
+        """Return the profile that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: If it is no profile, or one of another version.
+            ValueError: If the text is no profile, or of another version.
         """
         try:
             data = json.loads(text)
@@ -245,7 +245,7 @@ def check(profile: Profile) -> None:
     """Check that a profile is consistent.
 
     Raises:
-        ValueError: Names what is not.
+        ValueError: If it is not. The message names the inconsistency.
     """
     count = len(profile.steps)
     if profile.fixed_bytes < 0:

@@ -1,4 +1,4 @@
-"""Recorder: makes the profile of an iteration from what it is told while the iteration runs."""
+"""Record an iteration while it runs, as a profile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Step:
     peak_bytes: int = 0
     saved: tuple[int, ...] = ()
     rerun: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    by: tuple[int, ...] = ()  # the steps that run again for that, if not this one alone
+    by: tuple[int, ...] = ()  # the steps to run again, if not this one alone
 
 
 @dataclasses.dataclass
@@ -34,10 +34,10 @@ class _Storage:
 
 
 class Recorder:
-    """Takes notes of one iteration. It knows no arrays: storages are numbers that :meth:`made` gives.
+    """Record one iteration. Storages are numbers that :meth:`made` returns, not arrays.
 
     Args:
-        min_bytes: Storages below this size (bytes) are left where they are: they are not counted as saved.
+        min_bytes: Smaller storages (bytes) never move: they do not count as saved.
     """
 
     def __init__(self, min_bytes: int = 0) -> None:
@@ -47,7 +47,7 @@ class Recorder:
 
     @property
     def step(self) -> int:
-        """The step that runs or ran last (index), -1 before the first."""
+        """The running or last step (index), -1 before the first."""
         return len(self._steps) - 1
 
     def begin(
@@ -60,29 +60,29 @@ class Recorder:
         inputs: tuple[str, ...] = (),
         function: int = -1,
     ) -> int:
-        """Begin a step, which ends the time of the one before. Returns its index.
+        """Begin a step and end the time of the one before. Return its index.
 
         Args:
-            label: The function's name.
+            label: The name of the function.
             phase: ``FORWARD``, ``BACKWARD`` or ``OTHER``.
-            time: Now (seconds), by any clock.
+            time: The present time (seconds) of any clock.
             used_bytes: The memory in use now.
-            absent_bytes: The size of the saved storages that were made and are not in memory now.
-            inputs: As :func:`~chainer_ooc.planning.profile.describe_input` gives them.
+            absent_bytes: The size of saved storages that exist but are not in memory.
+            inputs: Descriptions by :func:`~chainer_ooc.planning.profile.describe_input`.
             function: For backward, the index of the function's forward step.
         """
         self._steps.append(_Step(label, phase, inputs, function, time, used_bytes, absent_bytes))
         return self.step
 
     def end(self, peak_bytes: int) -> None:
-        """Note the highest memory while the step ran (bytes)."""
+        """Record the highest memory while the step ran (bytes)."""
         self._steps[-1].peak_bytes = peak_bytes
 
     def made(self, nbytes: int, producer: int = -1) -> int:
-        """Note that a storage was made. Returns its index.
+        """Record a new storage. Return its index.
 
         Args:
-            nbytes: Its size.
+            nbytes: The size (bytes).
             producer: The step that made it (index), -1 for the one that runs.
         """
         step = self.step if producer < 0 else producer
@@ -94,44 +94,44 @@ class Recorder:
         return self._storages[storage].producer
 
     def saved(self, storages: Sequence[int]) -> None:
-        """Note what the running step keeps for backward."""
+        """Record the storages that the running step keeps for backward."""
         self._steps[-1].saved = tuple(sorted(set(storages)))
 
     def can_rerun(self, reads: Sequence[int], writes: Sequence[int]) -> None:
-        """Note that the running step can be run again bit for bit, and what it reads and makes then."""
+        """Record that the running step can run again bit for bit, and the storages it then reads and makes."""
         self._steps[-1].rerun = tuple(sorted(set(reads))), tuple(sorted(set(writes)))
 
     def can_remake(self, storage: int, reads: Sequence[int], steps: Sequence[int]) -> None:
-        """Note that a storage can be made again from others by running steps again.
+        """Record that running some steps again makes a storage from other storages.
 
         Args:
-            storage: What is made.
-            reads: The storages that are needed.
-            steps: The steps that run. Meanwhile they take what they took together, but for the storage.
+            storage: The storage that is made.
+            reads: The storages that are read.
+            steps: The steps that run. They take the workspace that they took together, without the storage.
         """
         maker = self._steps[self.producer(storage)]
         if maker.rerun is None:
             maker.rerun, maker.by = (tuple(sorted(set(reads))), (storage,)), tuple(steps)
-        elif maker.by == tuple(steps):  # another result of the same
+        elif maker.by == tuple(steps):  # another result of the same steps
             known, writes = maker.rerun
             maker.rerun = tuple(sorted({*known, *reads})), tuple(sorted({*writes, storage}))
 
     def freed(self, storage: int) -> None:
-        """Note that from the step on that runs next, or runs, nothing but the graph refers to a storage."""
+        """Record that only the graph refers to a storage from the running or next step on."""
         self._storages[storage].free_from = max(self.step, self.producer(storage) + 1)
 
     def seconds(self, time: float) -> list[float]:
-        """Return the time of each step; the last ends at ``time``. A clock that goes back tells of none."""
+        """Return the time of each step; the last one ends at ``time``. Negative differences count as 0."""
         starts = [step.time for step in self._steps]
         return [max(b - a, 0.0) for a, b in zip(starts, [*starts[1:], time], strict=True)]
 
     def profile(self, name: str, device: str, seconds: Sequence[float]) -> Profile:
-        """Return the profile.
+        """Return the profile of the recorded iteration.
 
         Args:
-            name: What was trained.
-            device: Where.
-            seconds: The time of each step, as :meth:`seconds` gives it or the least of several iterations.
+            name: The name of the network.
+            device: The device.
+            seconds: The time of each step: from :meth:`seconds`, or the least of several iterations.
         """
         count = len(self._steps)
         uses: list[list[int]] = [[] for _ in self._storages]
@@ -186,7 +186,7 @@ class Recorder:
                 taken = sum(max(0, one.peak_bytes - one.used_bytes) for one in again)
                 apart = sum(storages[i].nbytes for i in writes)
             else:
-                # What nobody saved is part of the step's workspace; a re-run counts it by itself.
+                # Unsaved storages are part of the step's workspace; a re-run counts them separately.
                 taken = workspace
                 apart = sum(storages[i].nbytes for i in {*reads, *writes} if not storages[i].uses)
             rerun = Rerun(spent, max(0, taken - apart), reads, writes)

@@ -1,4 +1,4 @@
-"""Which functions are run again to have storages back."""
+"""Find the functions to run again for discarded storages."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["can_be_made_again", "chain"]
 def chain(
     profile: Profile, wanted: Iterable[int], is_there: Callable[[int], bool]
 ) -> tuple[list[tuple[int, Rerun]], list[int]]:
-    """Return what must run again to make some storages.
+    """Return the functions to run again to make some storages.
 
     Args:
         profile: The iteration.
-        wanted: The storages (indexes), none of which is there.
-        is_there: Tells whether a storage can be had without a re-run.
+        wanted: The storages to make (indexes). None of them exists.
+        is_there: Returns whether a storage exists without a re-run.
 
     Returns:
-        The forward steps with their re-runs, in order, and the storages that they need which are there.
+        The forward steps with their re-runs, in order, and the existing storages that they read.
 
     Raises:
-        ValueError: If something must not be run again.
+        ValueError: If a storage that is needed cannot be made again.
     """
     found: dict[int, Rerun] = {}
     reads: dict[int, None] = {}
@@ -49,13 +49,13 @@ def chain(
 
 
 def can_be_made_again(profile: Profile) -> tuple[int, ...]:
-    """Return the saved storages (indexes) that can be made from saved storages and leaves."""
+    """Return the saved storages (indexes) that re-runs can make from saved storages and leaves."""
     makeable: dict[int, bool] = {}
     result = []
     for i in range(len(profile.storages)):
         number = profile.makers.get(i, -1)
         rerun = profile.steps[number].rerun if number >= 0 else None
-        # A re-run reads only what was made before, so that the answers are there.
+        # A re-run reads only earlier storages, so their answers exist.
         makeable[i] = rerun is not None and all(
             bool(profile.storages[read].uses) or makeable.get(read, False) for read in rerun.reads
         )

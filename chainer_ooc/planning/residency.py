@@ -1,4 +1,4 @@
-"""When storages are in memory: the part of planning that needs no clock."""
+"""When storages are in memory: the part of planning that needs no times."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from chainer_ooc.planning.system import System
 
 __all__ = ["Needs", "Residency", "needs_of"]
 
-#: (storage, step): after this step needed it, it leaves again until it is needed next.
+#: (storage, step): the storage leaves after this step needed it, until the next need.
 Eviction = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """When each storage is needed in backward, given what is dropped.
+    """The steps at which each storage is needed in backward, given the dropped ones.
 
     Attributes:
-        steps: For each storage the steps that need it in memory, ascending: those that use it, and those
-            before which functions run again that read it or make it.
-        own_bytes: For each step what it takes at most beside the saved storages that exist then.
-        rerun_seconds: The time of all re-runs.
-        reruns: (step, forward steps) in order.
+        steps: For each storage the steps that need it in memory, ascending: steps that use it, and steps
+            before which re-runs read or make it.
+        own_bytes: The most bytes that each step takes besides the saved storages alive then.
+        rerun_seconds: The time of all re-runs (seconds).
+        reruns: (step, forward steps), in order.
     """
 
     steps: list[list[int]]
@@ -42,16 +42,16 @@ def needs_of(
     dropped: Collection[int],
     evicted: Collection[Eviction] = (),
 ) -> Needs:
-    """Return what a choice of dropped storages entails.
+    """Return the consequences of dropping some storages.
 
     Args:
         profile: The iteration.
-        system: Whether backward runs once.
-        dropped: The storages that are given up and made again.
-        evicted: After which of their needs they leave again.
+        system: The memory, and whether backward runs once.
+        dropped: The storages to discard and make again.
+        evicted: (storage, step) pairs: the storage leaves again after that step needed it.
 
     Raises:
-        ValueError: If one of them cannot be made again.
+        ValueError: If a dropped storage cannot be made again.
     """
     storages = profile.storages
     own = profile.workspace.copy()
@@ -97,7 +97,7 @@ def needs_of(
                 for i in rerun.reads + rerun.writes:
                     if last.get(i, -1) <= n:
                         temporary.pop(i, None)
-            # What it makes and keeps counts among the storages from this step on.
+            # Storages that the re-run makes and keeps count as resident from this step on.
             own[number] = max(own[number], most - made)
             reruns.append((number, tuple(n for n, _ in order)))
         gone.update(leaving)
@@ -111,15 +111,16 @@ def _add(steps: list[int], number: int) -> None:
 
 
 class Residency:
-    """The room under the limit at each step; storages are placed in it and taken out.
+    """The free memory under the limit at each step, as storages are removed and placed.
 
     Args:
         profile: The iteration.
-        system: Its limit, and whether backward runs once.
-        needs: When storages are needed.
+        system: The limit, and whether backward runs once.
+        needs: The steps at which storages are needed.
 
     Attributes:
-        room: The free bytes at each step; negative where it does not fit. At first everything is in memory.
+        room: The free bytes at each step, negative if the step does not fit. At first all storages are in
+            memory.
     """
 
     def __init__(self, profile: Profile, system: System, needs: Needs) -> None:
@@ -142,20 +143,20 @@ class Residency:
 
         Args:
             i: The storage.
-            after: The need after which the gap comes; -1 for the one between forward and backward.
+            after: The need before the gap; -1 for the gap between forward and backward.
         """
         needs = self.needs[i]
         if after < 0:
             return self.leave[i], needs[0]
         position = needs.index(after) + 1
-        # What the step itself does not use leaves before it runs.
+        # A storage that only the step's re-runs use leaves before the step runs.
         first = after + 1 if after in self.profile.storages[i].uses else after
         if position == len(needs):
             return first, first
         return max(first, self.leave[i]), needs[position]
 
     def spans(self, i: int) -> list[tuple[int, int]]:
-        """Return when a storage that leaves is not in memory: between forward and backward, and after it."""
+        """Return the spans of steps at which a swapped storage is absent: before backward uses it, and after."""
         spans = [self.gap(i)]
         if not self._single:
             last = self.needs[i][-1]
@@ -163,25 +164,25 @@ class Residency:
         return [(first, end) for first, end in spans if first < end]
 
     def remove(self, i: int) -> None:
-        """Take a storage out."""
+        """Remove a storage from memory for all of its spans."""
         for first, end in self.spans(i):
             self.room[first:end] += self.nbytes[i]
 
     def remove_after(self, i: int, after: int) -> None:
-        """Take a storage out for the gap after one of its needs."""
+        """Remove a storage from memory for the gap after one of its needs."""
         first, end = self.gap(i, after)
         if end > first:
             self.room[first:end] += self.nbytes[i]
 
     def cover(self, candidates: Sequence[int], headroom: int) -> list[int]:
-        """Choose storages to take out so that ``headroom`` bytes are free at each step.
+        """Choose storages to remove so that ``headroom`` bytes are free at each step.
 
         Args:
-            candidates: In the order of preference.
+            candidates: The storages in the order of preference.
             headroom: Bytes.
 
         Returns:
-            The chosen ones, in that order. They are taken out of the room.
+            The chosen storages, in that order. They are removed.
         """
         chosen = []
         missing = np.flatnonzero(self.room < headroom)
@@ -195,7 +196,7 @@ class Residency:
             missing = missing[self.room[missing] < headroom]
             if not len(missing):
                 break
-        # What was taken first may have become needless: another one covers its steps.
+        # Early choices may have become needless: later ones cover their steps.
         needless = set()
         for i in sorted(chosen, key=lambda i: (-self.nbytes[i], i)):
             spans = self.spans(i)
@@ -209,11 +210,11 @@ class Residency:
     def arrivals(self, gaps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return (step, storage): the earliest step at which each copy in may begin.
 
-        The first needed is placed first; a copy takes its memory from its begin on. The copies begin in the
-        order in which they are needed.
+        The storage that is needed first is placed first. A copy takes its memory from its begin on. Copies
+        begin in the order in which they are needed.
 
         Args:
-            gaps: (storage, need after which the gap comes, or -1) to be ended by a copy in.
+            gaps: The gaps to end by a copy in: (storage, need before the gap or -1).
         """
         result = []
         before = 0

@@ -1,4 +1,4 @@
-"""From a choice of what to drop to a plan: what must be swapped then, and when everything comes and goes."""
+"""Turn a choice of storages to recompute into a schedule: what to swap, and when each storage leaves and returns."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from chainer_ooc.planning.system import System
 
 __all__ = ["ScheduleBuilder"]
 
-#: How often a layout that does not fit is repaired.
+#: The most repairs of a schedule that does not fit.
 _REPAIRS = 24
 
 
 class ScheduleBuilder:
-    """Makes plans of one profile on one system, without a clock.
+    """Build schedules for one profile on one system, without simulating times.
 
     Args:
         profile: The iteration.
-        system: The limit.
+        system: The memory limit.
     """
 
     def __init__(self, profile: Profile, system: System) -> None:
@@ -32,21 +32,21 @@ class ScheduleBuilder:
         self.system = system
         pairs = zip(profile.workspace, profile.made_bytes, strict=True)
         self._need_bytes = tuple(workspace + made for workspace, made in pairs)
-        # What is dropped must be free, and what it is made again from, too: nobody may write to that.
+        # From this step on only the graph refers to the storage and to its re-run's inputs: no code can write to them.
         self._drop_from = {i: self._free_from(i) for i in can_be_made_again(profile)}
-        # Backward needs the oldest last: they have most time to go and to come.
+        # Backward needs the oldest last: they have the most time to leave and return.
         self.by_age = sorted(
             profile.saved,
             key=lambda i: (-profile.storages[i].uses[0], profile.storages[i].producer),
         )
 
     def plan(self, dropped: Collection[int], kept: Collection[int], headroom: int) -> Plan:
-        """Lay out one choice.
+        """Return the plan for one choice.
 
         Args:
-            dropped: What is made again, as far as that fits.
-            kept: What is not swapped whatever happens.
-            headroom: What is left free at each step (bytes), so that copies may come in early.
+            dropped: The storages to make again, where that fits.
+            kept: The storages that must not be swapped.
+            headroom: The bytes to leave free at each step, so that copies may come in early.
         """
         profile, system = self.profile, self.system
         gone = {i for i in dropped if self._drop_from[i] < profile.storages[i].uses[0]}
@@ -68,7 +68,7 @@ class ScheduleBuilder:
         return self._plan_of(memory, needs, gone, swapped, evicted)
 
     def _keep_what_is_made_from_nothing(self, gone: set[int]) -> None:
-        """Leave out what would be made again from what ``single_backward`` has dropped after its last use."""
+        """Keep storages that could not be made again, as ``single_backward`` drops inputs of their re-runs first."""
         if not self.system.single_backward:
             return
         storages, makers = self.profile.storages, self.profile.makers
@@ -101,13 +101,13 @@ class ScheduleBuilder:
         swapped: set[int],
         evicted: set[Eviction],
     ) -> bool:
-        """Change what does not fit. Returns whether something was changed."""
+        """Change one decision that does not fit. Return whether anything was changed."""
         short = np.flatnonzero(memory.room < 0)
         if not len(short):
             return False
         number = int(short[np.argmin(memory.room[short])])
         missing = -int(memory.room[number])
-        # What came back for an earlier step and is needed by a later one leaves meanwhile.
+        # A storage that an earlier and a later step need leaves in between.
         found = []
         for i in (*gone, *swapped):
             position = bisect.bisect_right(needs.steps[i], number)
@@ -123,7 +123,7 @@ class ScheduleBuilder:
                 break
         if found:
             return True
-        # The re-runs themselves do not fit: what is wanted there is not dropped.
+        # The re-runs themselves do not fit: keep the storages that they make.
         for step, again in needs.reruns:
             if step == number:
                 reruns = [self.profile.steps[n].rerun for n in again]
@@ -162,7 +162,7 @@ class ScheduleBuilder:
                 gaps.append((i, after))
         arrivals = tuple(memory.arrivals(gaps))
         if not self.system.single_backward:
-            # Backward may run again: what it has used leaves as well, its copy or its re-run remains.
+            # Backward may run again: used storages leave as well, and keep their copy or their re-run.
             release += [(storages[i].uses[-1] + 1, i) for i in swapped]
             drop += [(storages[i].uses[-1] + 1, i) for i in gone]
         return Plan(

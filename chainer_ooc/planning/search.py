@@ -1,4 +1,4 @@
-"""The planner: keep, swap or recompute each saved storage, and when each copy starts."""
+"""Search for the best plan: keep, swap or recompute each saved storage, and when each copy begins."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from chainer_ooc.planning.timeline import Timeline
 
 __all__ = ["make_plan"]
 
-#: Simulated steps that one plan may take: it bounds the planner's time, and is the same on every machine.
+#: The most simulated steps for one plan. It bounds the planner's time, and plans do not depend on the machine.
 EFFORT = 50_000
-#: A step time this near to the bound is not improved on.
+#: The search ends when the step time is this near to the bound.
 ENOUGH = 1.002
-#: Of how many ways of choosing what to drop the best amount is looked for.
+#: The number of orders of dropping whose best number of drops is searched.
 _REFINED = 3
-#: How many of the first trials are improved.
+#: The number of first trials that are improved.
 _STARTS = 3
-#: How often copies in are moved towards their use.
+#: The most rounds of moving copies in towards their use.
 _PACES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One layout and what the simulation says of it.
+    """One choice, the plan made from it, and its simulation.
 
     Attributes:
-        dropped: What is made again, as far as that fits.
-        kept: What is not swapped whatever happens.
-        headroom: What the layout leaves free at each step (bytes), so that copies may come in early.
-        plan: The layout.
-        timeline: What the simulation says.
+        dropped: The storages to make again, where that fits.
+        kept: The storages that must not be swapped.
+        headroom: The bytes that the plan leaves free at each step, so that copies may come in early.
+        plan: The plan.
+        timeline: The result of the simulation.
     """
 
     dropped: frozenset[int]
@@ -50,13 +50,13 @@ class Trial:
 
     @property
     def cost(self) -> tuple[int, float]:
-        """What is compared: first that it fits, then time."""
+        """The key for comparisons: first the excess of memory, then the time."""
         timeline = self.timeline
         return timeline.over_bytes + timeline.unplaced_bytes, timeline.seconds
 
 
 class Search:
-    """Trials of one profile on one system."""
+    """Try choices for one profile on one system."""
 
     def __init__(self, profile: Profile, system: System) -> None:
         self.profile = profile
@@ -72,7 +72,7 @@ class Search:
     def try_it(
         self, dropped: frozenset[int], headroom: int = 0, kept: frozenset[int] = frozenset()
     ) -> Trial:
-        """Lay out and simulate one choice; when the effort is spent, return the best so far."""
+        """Plan and simulate one choice. When the effort is spent, return the best trial so far."""
         key = dropped, kept, headroom
         if key not in self.trials and not self.done:
             self.left -= 1
@@ -83,7 +83,7 @@ class Search:
 
     @property
     def done(self) -> bool:
-        """Whether nothing better is to be expected, or the effort is spent."""
+        """Whether the best trial is good enough, or the effort is spent."""
         over_bytes, seconds = self.best.cost
         return self.left <= 0 or (not over_bytes and seconds <= ENOUGH * self.bound)
 
@@ -93,7 +93,7 @@ class Search:
         return Trial(dropped, kept, headroom, plan, timeline)
 
     def start(self, units: Order) -> None:
-        """Try what differs widely: all ways of choosing what to drop, and of the best as much as is best."""
+        """Try very different choices: each order of dropping, and for the best orders the best number to drop."""
         none: frozenset[int] = frozenset()
         for headroom in self.headrooms:
             self.try_it(none, headroom)
@@ -115,7 +115,7 @@ class Search:
                 step //= 2
 
     def improve(self, units: Order, start: Trial) -> None:
-        """Change one decision at a time, then exchange two, as long as that helps."""
+        """Change one decision at a time, then exchange two, for as long as the plan improves."""
         current = start
         for headroom in self.headrooms:
             current = min(current, self.try_it(current.dropped, headroom), key=lambda t: t.cost)
@@ -132,7 +132,7 @@ class Search:
     def _moves(
         self, units: Order, current: Trial
     ) -> Iterator[tuple[frozenset[int], frozenset[int]]]:
-        """Yield what to change: (drop or not, swap or not)."""
+        """Yield the changes to try: (storages whose drop is toggled, storages whose keep is toggled)."""
         none: frozenset[int] = frozenset()
         back = [unit for unit in reversed(units) if unit & current.dropped]
         away = [unit for unit in units if not unit & current.dropped]
@@ -153,7 +153,7 @@ def make_plan(profile: Profile, system: System) -> Plan:
     """Return the plan for an iteration.
 
     Args:
-        profile: The iteration, as it was recorded.
+        profile: The recorded iteration.
         system: The memory and the links.
     """
     search = Search(profile, system)
@@ -163,7 +163,7 @@ def make_plan(profile: Profile, system: System) -> Plan:
     for start in starts[:_STARTS]:
         search.improve(units, start)
     best = search.best
-    # What comes in as early as it can comes in just in time, as far as that costs nothing.
+    # Copies in begin as early as possible: move them towards their use while that costs no time.
     pacer = PrefetchTuner(best.plan)
     timeline = best.timeline
     for _ in range(_PACES if best.plan.copy_in else 0):

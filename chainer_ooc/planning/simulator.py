@@ -1,7 +1,7 @@
-"""Simulator of an iteration: compute, copies in two directions, and memory under the limit.
+"""Simulate an iteration: computation, copies in two directions, and memory under the limit.
 
-It goes from step to step as the executor does. Decisions are made where the executor makes them, between
-two functions, by a policy (:mod:`chainer_ooc.planning.policies`); what takes time is computed here.
+The simulation goes from step to step as the engine does. A policy (:mod:`chainer_ooc.planning.policies`)
+decides between two functions, as the engine does. This module computes the times.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ __all__ = ["Policy", "SimulatedState", "Simulator", "simulate"]
 
 
 class Policy(Protocol):
-    """What decides in a simulated iteration."""
+    """The decisions in a simulated iteration."""
 
     def between(self, simulator: Simulator) -> None:
         """Act before a step."""
 
     def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
-        """Make room under the limit for ``nbytes`` that are about to be allocated."""
+        """Make room under the limit for an allocation of ``nbytes``."""
 
     def evicts_after_recompute(self, simulator: Simulator, i: int) -> bool:
-        """Tell whether a storage is to be given up once the re-runs before the step have read it."""
+        """Return whether to evict a storage once the re-runs before the step have read it."""
 
 
 class SimulatedState(enum.IntEnum):
-    """Where the bytes of a simulated storage are."""
+    """The states of a simulated storage."""
 
     UNMADE = 0
     RESIDENT = 1
@@ -47,19 +47,19 @@ class SimulatedState(enum.IntEnum):
 
 
 class Simulator:
-    """A simulated iteration. Policies read its state, and act through its methods. Waits let time pass.
+    """Simulate one iteration. Policies read its state and call its methods. Waits let time pass.
 
     Attributes:
         profile: The iteration.
-        system: Memory and links.
-        now: Seconds since the iteration began.
-        step: The step that is about to run, or runs (index).
-        state: Where each storage is.
-        resident: The saved storages in memory, and what copies of dead ones still hold (bytes).
-        leaving: The storages that are going out, in the order in which they were begun.
-        uses_left: How many backward steps have yet to use each storage.
-        arriving: The storages that are coming in.
-        pinned: The storages that the step needs, or what is run again for it.
+        system: The memory and the links.
+        now: The seconds since the iteration began.
+        step: The step that is about to run or runs (index).
+        state: The state of each storage.
+        resident: The memory of saved storages, and of dead ones whose copies are running (bytes).
+        leaving: The storages whose copies out are running, in the order in which they began.
+        uses_left: The number of backward steps that still need each storage.
+        arriving: The storages whose copies in are running.
+        pinned: The storages that the step or its re-runs need.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Simulator:
         self._memory: list[tuple[float, int]] = []
 
     def run(self) -> Timeline:
-        """Run it."""
+        """Run the simulation and return its timeline."""
         profile, policy, held, high = self.profile, self.policy, self._held, self._high
         used, made, made_bytes = profile.used, profile.made, profile.made_bytes
         workspace = profile.workspace
@@ -142,7 +142,7 @@ class Simulator:
         return self._result()
 
     def _bring(self, needed: Iterable[int]) -> None:
-        """Have storages in memory: copied in, or made again."""
+        """Bring storages into memory: wait for their copies, or make them again."""
         dropped = []
         for i in needed:
             state = self.state[i]
@@ -230,29 +230,29 @@ class Simulator:
             self._unplaced,
         )
 
-    # What policies ask.
+    # Queries of policies.
 
     @property
     def used(self) -> int:
-        """The bytes in use now, between two functions."""
+        """The bytes in use between two functions."""
         return self._held[self.step] + self.resident
 
     def need(self) -> int:
-        """Return the bytes that the step takes at most beyond :attr:`used`."""
+        """Return the most bytes that the step takes beyond :attr:`used`."""
         return self.profile.workspace[self.step] + self.profile.made_bytes[self.step]
 
     def is_held(self, i: int) -> bool:
-        """Tell whether something besides the graph needs or refers to a storage."""
+        """Return whether anything besides the graph needs or refers to a storage."""
         return self.free_from[i] > self.step or i in self.pinned
 
     def members(self, state: SimulatedState) -> list[int]:
-        """Return the saved storages in a state, in the order of making."""
+        """Return the saved storages in a state, in the order in which they were made."""
         return [i for i in self.profile.saved if self.state[i] is state]
 
-    # What policies do.
+    # Actions of policies.
 
     def begin_out(self, i: int) -> None:
-        """RESIDENT -> GOING_OUT."""
+        """RESIDENT -> GOING_OUT. Begin to copy a storage out."""
         assert self.state[i] is SimulatedState.RESIDENT
         tier = self._tier_for(i)
         self._tier[i] = tier
@@ -263,13 +263,13 @@ class Simulator:
         self.leaving.append(i)
 
     def end_out(self, i: int) -> None:
-        """GOING_OUT -> BOTH. Waits."""
+        """GOING_OUT -> BOTH. Wait for the copy."""
         copy = self.outs.pop(i)
         self._wait(copy, "wait out")
         self.state[i] = SimulatedState.BOTH
 
     def cancel_out(self, i: int) -> bool:
-        """GOING_OUT -> RESIDENT if the copy has not begun to move. Returns whether."""
+        """GOING_OUT -> RESIDENT, if the copy has not moved a byte yet. Return whether it was canceled."""
         copy = self.outs[i]
         copy.link.advance(self.now)
         if not copy.link.cancel(copy):
@@ -282,7 +282,7 @@ class Simulator:
         return True
 
     def settle(self) -> list[int]:
-        """Take note of the copies out that have ended; return their storages."""
+        """Note the copies out that have ended, and return their storages."""
         ended = []
         for link in self._links:
             link.advance(self.now)
@@ -298,7 +298,7 @@ class Simulator:
         return ended
 
     def release(self, i: int) -> int:
-        """BOTH -> OUT, unless it is held. Returns the bytes freed."""
+        """BOTH -> OUT, unless anything besides the graph refers to the storage. Return the bytes freed."""
         if self.state[i] is not SimulatedState.BOTH or self.is_held(i):
             return 0
         self.state[i] = SimulatedState.OUT
@@ -306,7 +306,7 @@ class Simulator:
         return self.nbytes[i]
 
     def begin_in(self, i: int) -> None:
-        """OUT -> COMING_IN."""
+        """OUT -> COMING_IN. Begin to copy a storage in."""
         assert self.state[i] is SimulatedState.OUT
         copy = self._links[self._tier[i]].begin(i, self.nbytes[i], True, self.now)
         self.arriving[i] = copy
@@ -315,7 +315,7 @@ class Simulator:
         self._take(self.nbytes[i])
 
     def end_in(self, i: int) -> None:
-        """COMING_IN -> BOTH. Waits."""
+        """COMING_IN -> BOTH. Wait for the copy."""
         copy = self.arriving.pop(i)
         before = self.now
         self._wait(copy, "wait in")
@@ -324,14 +324,14 @@ class Simulator:
         self.state[i] = SimulatedState.BOTH
 
     def drop(self, i: int) -> None:
-        """RESIDENT or BOTH -> DROPPED: it is to be made again."""
+        """RESIDENT or BOTH -> DROPPED. Free the memory; the storage is made again later."""
         assert self.state[i] in (SimulatedState.RESIDENT, SimulatedState.BOTH)
         self._forget_copy(i)
         self.state[i] = SimulatedState.DROPPED
         self._free(self.nbytes[i])
 
     def wait_for_leaving(self, nbytes: int) -> int:
-        """Wait for storages on their way out and release them, the first first. Returns bytes."""
+        """Wait for pending copies out, oldest first; release until ``nbytes`` are free."""
         freed = 0
         while self.leaving and freed < nbytes:
             i = self.leaving.popleft()
@@ -341,11 +341,11 @@ class Simulator:
         return freed
 
     def _finish(self, i: int) -> None:
-        """Backward has used a storage for the last time."""
+        """Free a storage that backward has used for the last time."""
         if not self.system.single_backward:
             return
         if self.state[i] is SimulatedState.GOING_OUT:
-            # The copy under way holds the memory until it has ended.
+            # The running copy keeps the memory until it ends.
             self._deferred_frees.append((self.outs.pop(i), self.nbytes[i]))
         else:
             self._free(self.nbytes[i])
@@ -377,7 +377,7 @@ class Simulator:
             if room >= self.nbytes[i]:
                 self._room[tier] = room - self.nbytes[i]
                 return tier
-        # The executor would refuse it: it is counted, and the last tier takes it.
+        # The engine could not make this copy: count it, and use the last tier.
         self._unplaced += self.nbytes[i]
         return len(self._room) - 1
 
@@ -439,9 +439,9 @@ def simulate(
 
     Args:
         profile: The iteration.
-        system: Memory and links.
-        policy: What decides.
-        detailed: Note all intervals and the memory curve, to be drawn.
-        seconds: The time of each step, where it is not the profile's: noise.
+        system: The memory and the links.
+        policy: The decisions.
+        detailed: Also keep all intervals and the memory curve, for pictures.
+        seconds: The time of each step, if not the profile's: for noise.
     """
     return Simulator(profile, system, policy, detailed, seconds).run()

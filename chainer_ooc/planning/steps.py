@@ -1,4 +1,4 @@
-"""What a profile consists of: steps, storages, and how a step is run again."""
+"""The parts of a profile: steps, saved tensors, and how a step is run again."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ PHASES = (FORWARD, BACKWARD, OTHER)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rerun:
-    """How a forward step is run again in backward, bit for bit.
+    """The bit-for-bit re-run of a forward step in backward.
 
     Attributes:
-        seconds: How long that takes.
-        workspace_bytes: What it takes for itself meanwhile, without what it reads and writes.
-        reads: The storages that it needs (indexes), saved ones or such that another re-run makes.
+        seconds: The time of the re-run.
+        workspace_bytes: The most bytes it takes besides the storages that it reads and writes.
+        reads: The storages that it reads (indexes): saved ones, or ones that other re-runs make.
         writes: The storages that it makes again (indexes).
     """
 
@@ -46,21 +46,21 @@ class Rerun:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """One function's forward or backward, or what runs between and after them (the optimizer).
+    """One function's forward or backward, or the time between and after them (the optimizer).
 
-    While a step runs, memory holds ``Profile.fixed_bytes``, the saved storages that are resident,
-    ``held_bytes`` and, at the worst moment, ``workspace_bytes``.
+    While a step runs, memory holds ``Profile.fixed_bytes``, the resident saved storages, ``held_bytes``
+    and, at the worst moment, ``workspace_bytes``.
 
     Attributes:
-        label: The function's name.
+        label: The name of the function.
         phase: ``"forward"``, ``"backward"`` or ``"other"``.
-        seconds: The time from its start to the next step's start with everything in memory.
-        workspace_bytes: The most that it takes for itself while it runs (im2col, cuDNN's workspace).
-        held_bytes: Arrays besides the saved storages that live while it runs: gradients, outputs that
-            nobody saved, gradients of parameters as far as there are any yet.
-        inputs: Its inputs as :func:`describe_input` gives them; empty for backward.
-        function: For backward the index of the forward step of the same function, else -1.
-        rerun: How it can be run again, ``None`` if it must not be; forward only.
+        seconds: The time from its start to the next step's start, with everything in memory.
+        workspace_bytes: The most bytes it takes for itself while it runs (im2col, cuDNN's workspace).
+        held_bytes: Other arrays that are alive while it runs: gradients, unsaved outputs, those gradients
+            of parameters that exist already.
+        inputs: Descriptions of its inputs by :func:`describe_input`; empty for backward.
+        function: For backward the index of the function's forward step, else -1.
+        rerun: Its re-run, ``None`` if it cannot be run again. Forward only.
     """
 
     label: str
@@ -74,12 +74,12 @@ class Step:
 
     @property
     def key(self) -> str:
-        """What tells this step from others: phase, label and inputs."""
+        """The identity of this step: phase, label and inputs."""
         return key_of(self.phase, self.label, self.inputs)
 
 
 def key_of(phase: str, label: str, inputs: Iterable[str]) -> str:
-    """Return what tells a step from others."""
+    """Return the identity of a step."""
     return f"{phase} {label}({', '.join(inputs)})"
 
 
@@ -88,12 +88,12 @@ class SavedTensor:
     """One allocation made in forward. It is saved if backward uses it.
 
     Attributes:
-        nbytes: Its size (bytes).
-        producer: The step that makes it (index).
-        free_from: From the start of this step on nothing but the graph refers to it, so that it can leave.
-        uses: The backward steps that need it (indexes, ascending). Empty if nobody saved it: then it is
-            here because re-runs pass through it, and its bytes count in the steps' ``held_bytes``.
-        label: The function that made it.
+        nbytes: The size (bytes).
+        producer: The index of the step that makes it.
+        free_from: From the start of this step on only the graph refers to it, so that it can leave.
+        uses: The backward steps that need it (indexes, ascending). Empty for a storage that is not saved
+            but that re-runs make on the way; its bytes are part of the steps' ``held_bytes``.
+        label: The name of the function that made it.
     """
 
     nbytes: int
@@ -104,12 +104,12 @@ class SavedTensor:
 
 
 def describe_input(dtype: Any, shape: Sequence[int], producer: int = -1) -> str:
-    """Describe one input of a function: its dtype, its shape and which step made it.
+    """Return the description of a function's input: its dtype, its shape and the step that made it.
 
     Args:
         dtype: Its dtype.
         shape: Its shape.
-        producer: The step (index), -1 for a leaf.
+        producer: The index of the step that made it, -1 for a leaf.
     """
     text = f"{_name_of(dtype)}[{','.join(map(str, shape))}]"
     return text if producer < 0 else f"{text}@{producer}"
@@ -144,7 +144,7 @@ def row_of(step: Step) -> list[Any]:
 
 
 def step_of(row: list[Any]) -> Step:
-    """Return what :func:`row_of` made a list of."""
+    """Return the step that :func:`row_of` turned into a list."""
     label, phase, seconds, workspace, held, inputs, function, rerun = row
     if rerun is not None:
         again, own, reads, writes = rerun

@@ -1,4 +1,4 @@
-"""System: the memory that an iteration may use and the ways out of it."""
+"""The memory that an iteration may use, the places for copies, and the constants of memory."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import math
 
 __all__ = ["IN_FLIGHT", "LOW_WATER", "MARGIN", "REMEMBERED_GROWTH", "System", "Tier"]
 
-#: This share of the limit is left for what nobody announces: Python's objects, BLAS buffers.
+#: The share of the limit that is left for unannounced allocations: Python's objects, BLAS buffers.
 MARGIN = 1 / 64
-#: The low-water mark, as a share of the limit: past it, copies go out behind the computation.
+#: The low watermark, as a share of the limit: past it, copies go out behind the computation.
 LOW_WATER = 0.8
-#: Most bytes on their way out at a time.
+#: The most bytes that copies out carry at a time.
 IN_FLIGHT = 256 << 20
-#: What the last functions took for themselves is what the next may take: this many of them.
+#: The next function is expected to take as much for itself as any of this many last ones.
 REMEMBERED_GROWTH = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tier:
-    """A place for copies and the way there: page-locked host memory, a disk.
+    """A place for copies and the link to it: pinned host memory, a disk.
 
     Attributes:
-        name: What it is.
-        out_bandwidth: Bytes per second on the way out.
-        in_bandwidth: Bytes per second on the way in.
-        both_bandwidth: Bytes per second of both directions together when both are busy; ``None`` where
-            they do not hinder each other.
-        latency: Seconds that each copy takes besides.
-        capacity: The bytes it has room for, ``None`` for any number.
-        one_queue: Copies of both directions wait in one queue, as they do before the swap file's threads,
-            and not in one queue each, as in CUDA's copy streams.
+        name: Its name.
+        out_bandwidth: The bytes per second of copies out.
+        in_bandwidth: The bytes per second of copies in.
+        both_bandwidth: The bytes per second of both directions together when both are busy; ``None`` if
+            they do not slow each other down.
+        latency: The seconds that each copy takes besides.
+        capacity: The bytes that fit, ``None`` for any number.
+        one_queue: Copies of both directions wait in one queue, as for the swap file's threads. Otherwise
+            each direction has its queue, as CUDA's copy streams do.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Tier:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class System:
-    """What the executor has to work with.
+    """The memory and the links that the engine has to work with.
 
     Attributes:
         limit_bytes: The limit in force.
-        tiers: Where copies go: the first that has room.
-        single_backward: What backward has used for the last time is dropped, with no copy written.
-        margin: The share of the limit that is left for what nobody announces.
+        tiers: The places for copies. The first one with room takes a copy.
+        single_backward: Storages are dropped after their last use, with no copy written.
+        margin: The share of the limit that is left for unannounced allocations.
     """
 
     limit_bytes: int
@@ -82,5 +82,5 @@ class System:
 
     @property
     def high_bytes(self) -> int:
-        """The high-water mark: memory stays below it."""
+        """The high watermark (bytes): memory stays below it."""
         return int(self.limit_bytes * (1 - self.margin))

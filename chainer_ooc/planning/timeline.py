@@ -1,4 +1,4 @@
-"""What a simulated or measured iteration did: intervals, waits, memory."""
+"""The timeline of a simulated or measured iteration: intervals, waits, memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["Interval", "Timeline"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Interval:
-    """Something that took time.
+    """An activity with a start and an end.
 
     Attributes:
-        kind: ``"forward"``, ``"backward"``, ``"other"``, ``"rerun"``, ``"out"``, ``"in"``, or what compute
-            waited for: ``"wait in"``, ``"wait out"``.
+        kind: ``"forward"``, ``"backward"``, ``"other"``, ``"rerun"``, ``"out"``, ``"in"``, or a wait of the
+            computation: ``"wait in"``, ``"wait out"``.
         number: The step for compute, the storage for copies and waits (index).
-        start: Seconds.
-        end: Seconds.
+        start: The start (seconds).
+        end: The end (seconds).
     """
 
     kind: str
@@ -27,24 +27,24 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """What a simulated iteration did.
+    """The times, bytes and waits of a simulated iteration.
 
     Attributes:
         seconds: The step time.
-        peak_bytes: The highest memory.
-        over_bytes: By how much memory was above the high-water mark, 0 if the policy kept it.
-        bytes_out: Copied out.
-        bytes_in: Copied in.
-        wait_in_seconds: Compute waited for copies in.
-        wait_out_seconds: Compute waited for copies out, for the memory that they free.
-        rerun_seconds: Compute ran functions again.
-        waits: Seconds that compute waited for each storage to come in.
-        slack: Seconds between each storage's arrival and its first use.
-        starts: When each step started (seconds).
-        reruns: What was run again: (before this step, forward steps in order).
-        intervals: All that took time, if asked for.
-        memory: (seconds, bytes) whenever memory changed, if asked for.
-        unplaced_bytes: Copies that no tier had room for: the executor could not have made them.
+        peak_bytes: The highest memory (bytes).
+        over_bytes: The most by which memory exceeded the high watermark, 0 if the policy kept it.
+        bytes_out: The bytes copied out.
+        bytes_in: The bytes copied in.
+        wait_in_seconds: The time that computation waited for copies in.
+        wait_out_seconds: The time that computation waited for copies out, for the memory that they free.
+        rerun_seconds: The time of re-runs.
+        waits: The seconds that computation waited for each storage to come in.
+        slack: The seconds between each storage's arrival and its first use.
+        starts: The start of each step (seconds).
+        reruns: The re-runs: (before this step, forward steps in order).
+        intervals: All intervals, if requested.
+        memory: (seconds, bytes) whenever memory changed, if requested.
+        unplaced_bytes: The bytes of copies that fit into no tier: the engine could not make them.
     """
 
     seconds: float

@@ -1,1 +1,1 @@
-"""What out-of-core mode tells of itself."""
+"""Report what out-of-core mode does: traces, plans, who refers to saved arrays, and a page for a run."""

@@ -1,4 +1,4 @@
-"""Who holds the saved arrays that cannot move: the answer to "it has no effect"."""
+"""Find out who refers to the saved arrays that cannot move: the answer to "it has no effect"."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Explanation", "HeldStorage", "explain"]
 
 @dataclasses.dataclass(frozen=True)
 class HeldStorage:
-    """An allocation that stays resident because something besides the graph refers to it.
+    """An allocation that cannot move because something besides the graph refers to it.
 
     Attributes:
-        function: The function that saved it.
-        nbytes: Its size (bytes).
-        holders: What refers to it, as far as can be found out.
+        function: The name of the function that saved it.
+        nbytes: The size (bytes).
+        holders: The names of the objects that refer to it, of those that can be found.
     """
 
     function: str
@@ -35,13 +35,13 @@ class HeldStorage:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found. Its text is a table.
+    """The answer of :func:`explain`. Its text is a table.
 
     Attributes:
-        saved: Allocations that are saved now.
+        saved: The number of allocations that are saved now.
         saved_bytes: Their size (bytes).
         resident_bytes: The size of those in memory (bytes).
-        held: Those in memory that are held, the largest first.
+        held: Those in memory to which something else refers, the largest first.
     """
 
     saved: int
@@ -67,17 +67,17 @@ class Explanation:
 
 
 def explain(model: Any = None) -> Explanation:
-    """Tell which saved arrays are resident because somebody holds them, and who.
+    """List the saved arrays that cannot move because something refers to them, and what that is.
 
-    It looks through all objects of the process, which takes a second or so. What only C code refers to is not
-    found.
+    The search visits all objects of the process, which takes about a second. It does not find references
+    that only C code has.
 
     Args:
-        model: A :class:`chainer.Link`: the variables that its links have as attributes are named by their
-            path in it. Without it, by the class of the link.
+        model: A :class:`chainer.Link`. Variables that are attributes of its links are named by their path
+            in it; otherwise by the class of the link.
 
     Returns:
-        What was found; print it.
+        The explanation; print it.
     """
     storages = []
     for manager in state.managers():
@@ -98,7 +98,7 @@ def explain(model: Any = None) -> Explanation:
 def _find_holders(
     held: Iterable[tuple[SwapManager, Storage]], paths: dict[int, str]
 ) -> dict[int, set[str]]:
-    """Return the names of the holders of each storage, by the storage's identity."""
+    """Return the names of the objects that refer to each storage, by the storage's id."""
     owners = {id(storage.owner): storage for _, storage in held}
     found: dict[int, set[str]] = {}
     for array, name in _references(paths) if owners else ():
@@ -111,7 +111,7 @@ def _find_holders(
 
 
 def _references(paths: dict[int, str]) -> Iterator[tuple[Any, Callable[[], str]]]:
-    """Return every array that an object or a local variable refers to, and how to name the holder."""
+    """Yield every array to which an object or a local variable refers, and a function that names the referrer."""
     objects = gc.get_objects()
     for thing in objects:
         if type(thing) is not Storage and thing is not objects:
@@ -123,17 +123,17 @@ def _references(paths: dict[int, str]) -> Iterator[tuple[Any, Callable[[], str]]
         while step is not None:
             if step.f_code.co_filename != __file__:
                 variables = step.f_locals
-                for name, value in list(variables.items()):  # another thread may add to a module's
+                for name, value in list(variables.items()):  # other threads may add variables
                     if state.manager_for(value) is not None:
                         yield value, functools.partial(_name_of_local, name, step.f_code)
                 if sys.version_info < (3, 13) and step.f_code.co_flags & inspect.CO_OPTIMIZED:
-                    variables.clear()  # a copy that the frame would keep: it would hold the arrays, too
+                    variables.clear()  # the frame keeps this copy, which refers to the arrays
             step = step.f_back
-        del frame  # this one's own would refer to itself, and to everything
+        del frame  # else this frame refers to itself and to everything
 
 
 def _worded(name: Callable[[], str]) -> str:
-    """Return a name; where an object does not let itself be looked at, say so."""
+    """Return the name, or a remark if the object raises when it is named."""
     try:
         return name()
     except Exception:
@@ -186,7 +186,7 @@ def _key(mapping: Any, value: Any) -> Any:
 
 
 def _paths(model: Any) -> dict[int, str]:
-    """Return the path of each variable that is an attribute of a link of ``model``, by its identity."""
+    """Return the path of each variable that is an attribute of a link of ``model``, by its id."""
     if model is None:
         return {}
     paths = {}

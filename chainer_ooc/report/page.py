@@ -1,4 +1,4 @@
-"""The report of a run: one page, as HTML that needs nothing else, and as Markdown."""
+"""Write the report of a run: one self-contained HTML page, and the same as Markdown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NO_ESTIMATE = (
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A table. Cells are text; columns of which ``right`` has a 1 are numbers."""
+    """A table of text cells. Columns whose ``right`` is 1 are numbers."""
 
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -39,7 +39,7 @@ class _Table:
 
 @dataclasses.dataclass(frozen=True)
 class _Section:
-    """A part of the page: text, a picture by the name of its file, a table."""
+    """A part of the page: text, the file name of a picture, a table."""
 
     title: str
     text: str = ""
@@ -53,9 +53,9 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> list[Path
     """Write the report of a run.
 
     Args:
-        folder: What the run wrote: ``log`` of LogReport, ``ooc.json`` of ``enable(trace=…)``, and, where they
-            are, a configuration, ``summary.json`` and ``estimate.json``.
-        out: Where to. Default: the same folder.
+        folder: The results of the run: ``log`` of LogReport, ``ooc.json`` of ``enable(trace=…)``, and, if
+            they exist, a configuration, ``summary.json`` and ``estimate.json``.
+        out: The folder to write to. Default: the same folder.
 
     Returns:
         The files: ``report.html``, ``report.md`` and the pictures of the latter.
@@ -164,7 +164,7 @@ def _ranks(traces: Sequence[Traced]) -> _Table:
 
 
 def _log(log: Sequence[dict[str, Any]], most: int = 12) -> _Table:
-    """Return the entries of the log, evenly chosen where there are many."""
+    """Return the log's entries: all, or some at even distances if there are many."""
     count = len(log)
     chosen = (
         sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
@@ -172,7 +172,7 @@ def _log(log: Sequence[dict[str, Any]], most: int = 12) -> _Table:
         else range(count)
     )
     keys = dict.fromkeys(key for entry in log for key in entry)
-    # What is told above, or is one of many details, is left out.
+    # Leave out figures shown above, and details.
     shown = [k for k in keys if not k.startswith("ooc/") or k in _LOGGED]
     order = ("iteration", "epoch", "elapsed_time")
     shown.sort(key=lambda k: order.index(k) if k in order else len(order))

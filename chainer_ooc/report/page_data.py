@@ -1,4 +1,4 @@
-"""What a run left in its folder, read for the report."""
+"""Read the results in a run's folder, for the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chainer_ooc.errors import OutOfCoreError
 
 __all__ = ["Run", "RunError", "Span", "Traced", "read_run"]
 
-#: How the files of a run are called.
+#: The names of a run's files.
 TRACE, LOG, CONFIG, SUMMARY, ESTIMATE = (
     "ooc*.json",
     "log",
@@ -23,11 +23,11 @@ TRACE, LOG, CONFIG, SUMMARY, ESTIMATE = (
 
 
 class RunError(OutOfCoreError, ValueError):
-    """There is nothing to report in a folder. The message says what would be."""
+    """A folder has nothing to report. The message says what would be needed."""
 
 
 class Span(NamedTuple):
-    """Something that took time: its category and name, when it began and ended (seconds), and more of it."""
+    """An event with a duration: its category and name, begin and end (seconds), and details."""
 
     category: str
     name: str
@@ -38,14 +38,14 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """A trace.
+    """A trace, read from its file.
 
     Attributes:
-        name: Of the file.
-        spans: Functions (``forward``, ``backward``), copies (``copy out``, ``copy in``) and waits (``stall``), by
-            their start. Functions that ran inside another are left out.
-        memory: (seconds, bytes) at moments.
-        facts: What the trace tells of the process: ``settings``, ``stats``.
+        name: The name of the file.
+        spans: Functions (``forward``, ``backward``), copies (``copy out``, ``copy in``) and waits
+            (``stall``), in the order of their starts. Functions that ran inside another one are left out.
+        memory: (seconds, bytes): the memory in use at some moments.
+        facts: The process's ``settings`` and ``stats``.
         iterations: (start, end) of each iteration (seconds).
     """
 
@@ -57,29 +57,29 @@ class Traced:
 
     @property
     def limit_bytes(self) -> int | None:
-        """The limit that was in force."""
+        """The limit that was in force (bytes)."""
         limit = self.facts.get("stats", {}).get("limit_bytes")
         return limit if isinstance(limit, int) else None
 
     @property
     def peak_bytes(self) -> int | None:
-        """The highest memory measured."""
+        """The highest memory measured (bytes)."""
         peak = self.facts.get("stats", {}).get("peak_bytes")
         return peak if isinstance(peak, int) else max((m for _, m in self.memory), default=None)
 
     def drawn_iteration(self) -> int:
-        """Return the iteration to draw: the one of the median length among those after the first."""
+        """Return the iteration to draw: the one of median length, without the first and the last."""
         count = len(self.iterations)
         if count < 3:
             return count - 1
-        # The last one ends with the trace, not with the next iteration.
+        # The last iteration ends with the trace, not where a next one begins.
         numbers = sorted(
             range(1, count - 1), key=lambda n: self.iterations[n][1] - self.iterations[n][0]
         )
         return numbers[len(numbers) // 2]
 
     def between(self, start: float, end: float) -> list[Span]:
-        """Return the spans that lie, in part at least, in an interval."""
+        """Return the spans that overlap an interval."""
         return [span for span in self.spans if span.start < end and span.end > start]
 
     def memory_between(self, start: float, end: float) -> list[tuple[float, int]]:
@@ -91,15 +91,15 @@ class Traced:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is known of a run.
+    """The results of a run.
 
     Attributes:
-        folder: Where it is.
+        folder: The folder.
         traces: Its traces, one per rank.
         log: The entries of Chainer's LogReport.
         config: (file name, text) of the run's configuration, or ``None``.
-        summary: What the trainer wrote at its end.
-        estimate: What ``python -m chainer_ooc estimate --json`` had foreseen.
+        summary: The trainer's summary.
+        estimate: The output of ``python -m chainer_ooc estimate --json``.
     """
 
     folder: Path
@@ -111,7 +111,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read what a run left.
+    """Read the results of a run.
 
     Raises:
         RunError: If the folder is missing, has nothing to report, or a file in it is damaged.
@@ -180,7 +180,7 @@ def _read_trace(path: Path) -> Traced:
 
 
 def _outermost(spans: list[Span]) -> list[Span]:
-    """Leave out functions that ran inside another: a gradient's own functions."""
+    """Return the spans of functions that did not run inside another one, such as a gradient's own functions."""
     kept, end = [], float("-inf")
     for span in spans:
         if span.category in ("forward", "backward"):
@@ -192,7 +192,7 @@ def _outermost(spans: list[Span]) -> list[Span]:
 
 
 def _iterations(spans: list[Span]) -> list[tuple[float, float]]:
-    """An iteration begins with the first function forward after one backward."""
+    """Return the iterations: each begins with the first function forward after one backward."""
     starts: list[float] = []
     before = "backward"
     last = 0.0

@@ -1,4 +1,4 @@
-"""The figures of the report: what moved and what stayed, waits by cause, foreseen against measured."""
+"""Compute the report's figures: moved and kept arrays, waits by cause, estimates against measurements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chainer_ooc.report.page_data import Run, Traced
 
 __all__ = ["FunctionRow", "compared", "headline", "stalls", "storages"]
 
-#: What the causes of waits mean, and what helps.
+#: The causes of waits: meaning and remedy.
 CAUSES = {
     "fetch": (
         "an array was fetched when it was asked for",
@@ -27,19 +27,19 @@ CAUSES = {
 
 @dataclasses.dataclass
 class FunctionRow:
-    """What became of what the functions of one name saved, in one iteration.
+    """What happened in one iteration to the arrays that functions of one name saved.
 
     Attributes:
         name: The function's label.
-        calls: How often it ran forward.
+        calls: The number of forward calls.
         out: Allocations copied out.
-        bytes_out: Their size.
+        bytes_out: Their size (bytes).
         back: Allocations copied back.
-        bytes_in: Their size.
-        remade: Calls run again instead.
-        stall_seconds: Waits while it ran, or before.
+        bytes_in: Their size (bytes).
+        remade: Calls that ran again instead.
+        stall_seconds: The waits during the calls and before them (seconds).
         fate: ``kept``, ``swapped``, ``recomputed``, or several of them.
-        why: In words.
+        why: The reason, in words.
     """
 
     name: str
@@ -55,7 +55,7 @@ class FunctionRow:
 
 
 def headline(run: Run) -> list[tuple[str, str, str]]:
-    """Return (name, value, remark) of what matters most."""
+    """Return (name, value, remark) of the most important figures."""
     found: list[tuple[str, str, str]] = []
     trace = run.traces[0] if run.traces else None
     last = run.log[-1] if run.log else {}
@@ -90,7 +90,7 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
 
 
 def storages(trace: Traced) -> list[FunctionRow]:
-    """Return what became of what each function saved in the drawn iteration, the most moved first."""
+    """Return a row for each function of the drawn iteration, the one with most moved bytes first."""
     start, end = trace.iterations[trace.drawn_iteration()]
     rows: dict[str, FunctionRow] = {}
 
@@ -134,7 +134,7 @@ def _fate(row: FunctionRow) -> tuple[str, str]:
 
 
 def stalls(run: Run) -> list[tuple[str, float, str, str]]:
-    """Return (cause, seconds per iteration, what it means, what helps), the longest first."""
+    """Return (cause, seconds per iteration, meaning, remedy), the longest first."""
     found: dict[str, float] = defaultdict(float)
     if run.traces and run.traces[0].iterations:
         trace = run.traces[0]
@@ -150,7 +150,7 @@ def stalls(run: Run) -> list[tuple[str, float, str, str]]:
 
 
 def compared(run: Run) -> list[tuple[str, str, str, str]]:
-    """Return (what, foreseen, measured, measured over foreseen)."""
+    """Return (figure, estimate, measurement, measurement over estimate)."""
     foreseen = _foreseen(run)
     measured: dict[str, float] = {}
     if run.traces and run.traces[0].iterations:
@@ -196,7 +196,7 @@ def _foreseen(run: Run) -> dict[str, float]:
 
 
 def size(nbytes: float) -> str:
-    """Return bytes as text."""
+    """Return a number of bytes as text."""
     for unit, one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= one:
             return f"{nbytes / one:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""The pictures of the report, as SVG: memory against the limit, the timeline of an iteration."""
+"""Draw the report's pictures as SVG: memory against the limit, the timeline of an iteration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _JOINED = 0.35
 
 
 def tag(name: str, *children: str, **attributes: Any) -> str:
-    """Return an element. Attributes are escaped, children are markup; ``class_`` is ``class``."""
+    """Return an SVG element. Attributes are escaped, children are markup; ``class_`` stands for ``class``."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
         for key, value in attributes.items()
@@ -43,7 +43,7 @@ def tag(name: str, *children: str, **attributes: Any) -> str:
 
 
 def memory_curve(trace: Traced, start: float, end: float) -> str:
-    """Return the memory in use over an interval, and the limit."""
+    """Return a picture of the memory in use over an interval, with the limit."""
     points = trace.memory_between(start, end)
     limit = trace.limit_bytes
     top = max([limit or 0, *(nbytes for _, nbytes in points)], default=0) * 1.08 or 1
@@ -69,7 +69,7 @@ def memory_curve(trace: Traced, start: float, end: float) -> str:
 
 
 def timeline(trace: Traced, start: float, end: float) -> str:
-    """Return what computed, waited and copied when, over an interval."""
+    """Return a picture of computation, waits and copies over an interval."""
     lane_height, gap = 34, 10
     height = _TOP + len(_LANES) * (lane_height + gap) + _BOTTOM
     x = _scale(start, end, _LEFT, WIDTH - _RIGHT)
@@ -130,7 +130,7 @@ def _joined(
 def _thinned(
     points: Sequence[tuple[float, int]], start: float, end: float
 ) -> list[tuple[float, int]]:
-    """Keep the lowest and the highest point of each of some hundred intervals."""
+    """Return the lowest and the highest point of each of some hundred intervals."""
     buckets = 600
     if len(points) <= 2 * buckets:
         return list(points)
@@ -214,7 +214,7 @@ def _svg(height: float, label: str, parts: list[str]) -> str:
 
 
 def legend() -> str:
-    """Return what the colours of the timeline mean."""
+    """Return a picture that explains the colours of the timeline."""
     return "".join(
         tag("span", tag("i", style=f"background:{color}"), f" {name}")
         for name, color in _COLORS.items()

@@ -1,4 +1,4 @@
-"""The plans that iterations follow, and what came of them."""
+"""Report the plans that iterations follow, and how the iterations went."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ __all__ = ["PlanReport", "plans"]
 
 @dataclasses.dataclass(frozen=True)
 class PlanReport:
-    """What is planned for one graph, and how its iterations went.
+    """The plan of one graph, and the times of its iterations.
 
     Attributes:
-        device: Where it runs.
-        signature: What tells the graph from others.
-        steps: How many functions it runs, forward and backward.
-        storages_kept: Saved allocations that stay in memory.
-        storages_swapped: Those that are copied out and back.
-        storages_recomputed: Those that are made again.
-        bytes_kept: Their sizes (bytes).
-        bytes_swapped: Their sizes (bytes).
-        bytes_recomputed: Their sizes (bytes).
-        bytes_out: What is copied out in an iteration (bytes).
-        bytes_in: What is copied back (bytes).
-        compute_seconds: The time of all functions with nothing to wait for.
-        seconds: The time of an iteration that the simulation foresees.
-        bound_seconds: The time below which no schedule goes.
-        peak_bytes: The peak that the simulation foresees.
-        on_demand_seconds: How long the iteration took that was recorded, on demand.
-        measured_seconds: How long each iteration took that followed the plan.
-        measured_peak_bytes: The most memory that was in use in each, between two functions.
-        followed: Whether it is followed; it is not when on demand was faster.
+        device: The device that runs it.
+        signature: The identity of the graph (hexadecimal).
+        steps: The number of functions, forward and backward.
+        storages_kept: The number of saved allocations that stay in memory.
+        storages_swapped: The number of those that are copied out and back.
+        storages_recomputed: The number of those that are made again.
+        bytes_kept: The size of those that stay (bytes).
+        bytes_swapped: The size of those that are copied (bytes).
+        bytes_recomputed: The size of those that are made again (bytes).
+        bytes_out: The bytes copied out in an iteration.
+        bytes_in: The bytes copied back in an iteration.
+        compute_seconds: The time of all functions without waits (seconds).
+        seconds: The simulated time of an iteration (seconds).
+        bound_seconds: The lower bound of that time (seconds).
+        peak_bytes: The simulated peak (bytes).
+        on_demand_seconds: The time of the recorded iteration, which ran on demand (seconds).
+        measured_seconds: The time of each iteration that followed the plan (seconds).
+        measured_peak_bytes: The highest memory in use in each, between two functions (bytes).
+        followed: The plan is followed. It is not if on demand was faster.
     """
 
     device: str
@@ -59,7 +59,7 @@ class PlanReport:
 
 
 def plans() -> list[PlanReport]:
-    """Return the plans there are, the one followed last first."""
+    """Return a report of each plan, the one followed last first."""
     from chainer_ooc.graph.iteration import tracker_of
 
     return [

@@ -1,4 +1,4 @@
-"""Trace: functions, copies, waits and memory over time, for Perfetto and chrome://tracing.
+"""Write a trace of functions, copies, waits and memory over time, for Perfetto and chrome://tracing.
 
 The format is the Trace Event Format of the Chromium project (JSON object form): complete events (``X``),
 counters (``C``) and metadata (``M``).
@@ -22,7 +22,7 @@ from chainer_ooc.swap.system import ranks
 
 __all__ = ["Trace"]
 
-#: Only so many events are kept, the latest: a few hundred iterations of a large network.
+#: The number of events that are kept, the latest: a few hundred iterations of a large network.
 KEPT = 400_000
 
 _TRACKS = ("compute", "stalls", "copies out", "copies in")
@@ -38,11 +38,11 @@ class _Event(NamedTuple):
 
 
 class Trace(Observer):
-    """Keeps what happens, and writes it as a file.
+    """Collect events and write them to a file.
 
     Args:
         path: The file. With several ranks, ``ooc.json`` becomes ``ooc.rank1.json`` and so on.
-        facts: Returns what else the file tells of the process: settings, figures.
+        facts: Returns the process's settings and figures, which the file contains as well.
     """
 
     def __init__(self, path: str, facts: Callable[[], dict[str, Any]]) -> None:
@@ -56,34 +56,34 @@ class Trace(Observer):
         self._start = time.perf_counter()
 
     def ran(self, device: str, label: str, backward: bool, span: Span) -> None:
-        """Keep a function."""
+        """Record a function's run."""
         category = "backward" if backward else "forward"
         thread = threading.current_thread()
         where = "" if thread is threading.main_thread() else f" ({thread.name})"
         self._keep(_Event(f"compute{where}", category, label, *span, {"device": device}))
 
     def copied(self, copied: Copied, span: Span) -> None:
-        """Keep a copy."""
+        """Record a copy."""
         device = copied.device
         track, category = ("copies out", "copy out") if copied.out else ("copies in", "copy in")
         args = {"device": device, "bytes": copied.nbytes, "storage": copied.sequence}
         self._keep(_Event(f"{track}, {device}", category, copied.label, *span, args))
 
     def remade(self, storage: Storage, span: Span) -> None:
-        """Keep what was run again."""
+        """Record a re-run."""
         args = {"device": storage.manager.device.name, "bytes": storage.nbytes}
         self._keep(_Event("compute", "recompute", storage.label, *span, args))
 
     def stalled(self, device: str, cause: str, span: Span) -> None:
-        """Keep a wait."""
+        """Record a wait."""
         self._keep(_Event(f"stalls, {device}", "stall", cause, *span, {"device": device}))
 
     def used(self, device: str, time: float, nbytes: int) -> None:
-        """Keep the memory in use."""
+        """Record the memory in use."""
         self._counted.append((device, time, nbytes))
 
     def write(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the whole file or, after an error, none of it."""
         events = sorted(self._events, key=lambda event: (event.start, -event.end))
         document = {
             "traceEvents": [*self._metadata(), *self._complete(events), *self._counters()],
@@ -106,7 +106,7 @@ class Trace(Observer):
         for event in events:
             track = event.track
             if track.startswith("copies"):
-                # Events of one track must not overlap: copies under way together get tracks of their own.
+                # Events of one track must not overlap: simultaneous copies get separate tracks.
                 ends = lanes.setdefault(track, [])
                 free = [lane for lane, end in enumerate(ends) if end <= event.start]
                 lane = free[0] if free else len(ends)

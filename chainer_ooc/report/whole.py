@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Write files as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["replacing", "write_whole"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path whose file takes the name ``path`` when the block ends well.
+    """Yield a temporary path. Its file is renamed to ``path`` when the block ends without an error.
 
-    Nobody can foresee its name, so that in a folder that others write to, too, nobody can put a link there that leads
-    to another file.
+    The name is random. So in a folder that others can write to, nobody can plant a link of that name to
+    another file.
 
     Raises:
-        OSError: If the file cannot be made or renamed. Then what was there before still is.
+        OSError: If the file cannot be made or renamed. An earlier file of that name is still there then.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
@@ -31,6 +31,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file by way of :func:`replacing`."""
+    """Write a text file through :func:`replacing`."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,1 +1,1 @@
-"""The engine: moves storages out of a device's memory and back. It knows nothing of Chainer."""
+"""The engine: it moves allocations out of a device's memory and back. It knows nothing of Chainer."""

@@ -1,4 +1,4 @@
-"""MemoryBudget: how much memory there may be, how much is in use, and when it gets short."""
+"""The memory budget of one device: the limit, the watermarks, and the memory in use."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from chainer_ooc.swap.devices.protocol import Device
 
 __all__ = ["MemoryBudget"]
 
-#: The system is asked at least once in so many functions.
+#: The OS is queried at least once in this many functions.
 _UNASKED = 64
 
 
 class MemoryBudget:
-    """The limit in force on a device, and where memory stands.
+    """The limit in force on a device, the watermarks, and the memory in use.
 
     Args:
-        device: The memory.
+        device: The device whose memory is bounded.
         settings: Returns the settings in force in the calling thread.
 
     Attributes:
-        note_growth: Takes how many bytes a function took for itself.
-        last_used: The bytes that were in use when the device was asked last.
+        last_used: The bytes in use when the device was asked last.
+        note_growth: Notes how many bytes a function took for itself.
     """
 
     def __init__(self, device: Device, settings: Callable[[], Settings]) -> None:
@@ -34,7 +34,7 @@ class MemoryBudget:
         self.last_used = 0
         self._growth: deque[int] = deque([0], REMEMBERED_GROWTH)
         self.note_growth = self._growth.append
-        # The settings in force, and their limit, high- and low-water mark; what a limit of None means.
+        # Settings and their limit, high and low watermark; the bytes that limit=None stands for.
         self._measured: tuple[Any, tuple[int, int, int]] = (None, (0, 0, 0))
         self._capacity: int | None = None
         self._slack = self._unasked = 0
@@ -46,12 +46,12 @@ class MemoryBudget:
 
     @property
     def high(self) -> int:
-        """The high-water mark (bytes): room is made so that memory stays below it."""
+        """The high watermark (bytes): room is made so that memory stays below it."""
         return self.levels()[1]
 
     @property
     def low(self) -> int:
-        """The low-water mark (bytes): nothing moves below it."""
+        """The low watermark (bytes): nothing moves below it."""
         return self.levels()[2]
 
     def used_bytes(self) -> int:
@@ -60,9 +60,9 @@ class MemoryBudget:
         return self.last_used
 
     def are_far(self, nbytes: int, settings: Settings) -> bool:
-        """Tell whether a function that takes at most ``nbytes`` leaves memory below the low-water mark.
+        """Cheap test: would usage stay below the low watermark? Queries the OS only if the answer could change.
 
-        The system is asked only when what functions may have taken since the last time could matter.
+        ``nbytes`` is the most that the next function may take.
         """
         self._slack -= nbytes
         self._unasked += 1
@@ -72,15 +72,15 @@ class MemoryBudget:
         return self._slack >= 0
 
     def high_beside_growth(self) -> int:
-        """Return the high-water mark less what functions took for themselves of late (bytes).
+        """Return the high watermark less the most that recent functions took for themselves (bytes).
 
-        What is fetched ahead of its use must leave that much free: otherwise the next function would push it
-        out again.
+        Prefetching must leave that much free. Otherwise the next function would evict what was just
+        fetched.
         """
         return self.high - max(self._growth)
 
     def levels(self) -> tuple[int, int, int]:
-        """Return the limit, the high- and the low-water mark (bytes)."""
+        """Return the limit, the high watermark and the low watermark (bytes)."""
         settings = self._settings()
         if settings is not self._measured[0]:
             limit = self._limit_of(settings)
@@ -92,7 +92,7 @@ class MemoryBudget:
     def _limit_of(self, settings: Settings) -> int:
         wanted = settings.limit
         if wanted is None:
-            # What is free is asked once: later it would be less by what was taken.
+            # Query once: later the free memory would lack what this process has taken.
             if self._capacity is None:
                 self._capacity = self._device.capacity()
             return self._capacity

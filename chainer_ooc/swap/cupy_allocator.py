@@ -1,4 +1,4 @@
-"""CuPy's allocator with room made before it fails, and again after."""
+"""A hook around CuPy's allocator: it makes room before an allocation, and again after a failed one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from chainer_ooc.wording import repr_of
 
 __all__ = ["CupyAllocator", "out_of_memory_class"]
 
-#: For allocations smaller than this (bytes) room is made only if they fail.
+#: Smaller allocations (bytes) get room only after they fail.
 SMALL = 64 << 10
 
 
 class CupyAllocator:
-    """An allocator for ``cupy.cuda.set_allocator``: the one that it was before, and room made for it.
+    """Wrap the allocator in force, for ``cupy.cuda.set_allocator``, and make room for allocations.
 
     Args:
-        cupy: CuPy, or what simulates it.
-        manager_of: Returns the manager of a GPU, ``None`` if memory is not managed there now.
-        describe: Names what runs now, for errors.
-        note: Called after an allocation with the bytes that would be in use if nothing had been moved.
+        cupy: CuPy, or a double of it.
+        manager_of: Returns the manager of a GPU, ``None`` if its memory is not managed now.
+        describe: Returns the name of the running function, for errors.
+        note: Called after an allocation with the bytes that would be in use if nothing had moved.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class CupyAllocator:
         self._manager_of = manager_of
         self._describe = describe
         self._note = note
-        self._stock: Any = None  # the allocator that it took the place of
+        self._stock: Any = None  # the wrapped allocator
         self._installed = False
 
     def install(self) -> None:
-        """Put it in the place of the allocator there is, if it is not there yet.
+        """Replace CuPy's allocator by this one, unless that is done.
 
         Raises:
             SettingError: Inside ``cupy.cuda.using_allocator``, where CuPy's allocator cannot be changed.
@@ -62,7 +62,7 @@ class CupyAllocator:
                     "out-of-core mode cannot be turned on inside cupy.cuda.using_allocator(), where CuPy's "
                     "allocator cannot be changed: turn it on before, or use cupy.cuda.set_allocator()"
                 ) from error
-            return  # it is there already, for other threads and for afterwards
+            return  # other threads have it already, and this one afterwards
         self._installed = True
         if not self._has_pool():
             warnings.warn(
@@ -74,13 +74,13 @@ class CupyAllocator:
             )
 
     def uninstall(self) -> None:
-        """Put back the allocator that was there before, unless somebody has set another since."""
+        """Restore the allocator that was in force before, unless other code has set another since."""
         if self._cupy.cuda.get_allocator() is self:
             self._cupy.cuda.set_allocator(self._stock)
             self._installed = False
 
     def pool(self) -> Any:
-        """Return the memory pool behind the allocator that it took the place of; else CuPy's default one."""
+        """Return the memory pool of the wrapped allocator; without one, CuPy's default pool."""
         return self._stock.__self__ if self._has_pool() else self._cupy.get_default_memory_pool()
 
     def _has_pool(self) -> bool:
@@ -90,14 +90,15 @@ class CupyAllocator:
         """Allocate memory on the current GPU.
 
         Raises:
-            OutOfMemoryError: If it does not fit when all has been moved out that can be; also CuPy's own.
-            SwapSpaceError: If what would have to be moved out has no space outside.
+            OutOfMemoryError: If the memory does not fit after everything movable has moved out. It is also
+                CuPy's error.
+            SwapSpaceError: If there is no space outside of memory.
         """
         manager = self._manager_of(self._cupy.cuda.runtime.getDevice())
         if manager is None or manager.busy:
             return self._stock(nbytes)
         device: Any = manager.device
-        # The pool's own sum is asked first: it takes CuPy 13 no time, unlike what is in use.
+        # taken_bytes() first: it is free of cost in CuPy 13, used_bytes() is not.
         short = nbytes >= SMALL and device.taken_bytes() + nbytes > manager.budget.low
         if short and device.used_bytes() + nbytes > manager.budget.high:
             manager.make_room(nbytes)
@@ -111,7 +112,7 @@ class CupyAllocator:
         return memory
 
     def _reclaim(self, manager: SwapManager, nbytes: int, error: MemoryError) -> Any:
-        # What is free may be in pieces, or on another stream's list: more is given up until it fits.
+        # Free memory may be fragmented, or on another stream's list: evict more until it fits.
         freed = 1
         while freed:
             freed = manager.reclaim(nbytes)
@@ -121,17 +122,17 @@ class CupyAllocator:
         try:
             raise out_of_memory_class(self._cupy)(message) from error
         finally:
-            del error  # it would hold this frame, and so those of its callers with their arrays
+            del error  # else it refers to this frame, and so to the callers' arrays
 
 
 @functools.cache
 def out_of_memory_class(cupy: Any) -> type[errors.OutOfMemoryError]:
-    """Return the class that is both :class:`chainer_ooc.errors.OutOfMemoryError` and CuPy's."""
+    """Return a class that is both :class:`chainer_ooc.errors.OutOfMemoryError` and CuPy's."""
 
     class OutOfMemoryError(errors.OutOfMemoryError, cupy.cuda.memory.OutOfMemoryError):
-        """The GPU's memory does not hold what must be there at one time."""
+        """The arrays that must be in memory at one time do not fit into the GPU's memory."""
 
-        __init__ = Exception.__init__  # CuPy's wants sizes
+        __init__ = Exception.__init__  # CuPy's takes sizes
 
         def __reduce__(self) -> tuple[Any, ...]:
             return errors.OutOfMemoryError, self.args

@@ -1,4 +1,4 @@
-"""Observer: who is told what happens, as it happens: traces, profiles."""
+"""The interface of observers, which are told of events as they happen: traces, profiles."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Copied", "Observer"]
 
 
 class Copied(NamedTuple):
-    """What was copied.
+    """One copy of a storage, in either direction.
 
     Attributes:
         device: The name of the device.
-        label: The function that saved it first.
+        label: The name of the function that saved the storage first.
         sequence: The number of the storage.
-        nbytes: Its size.
-        out: Whether it was copied out, or back in.
+        nbytes: The storage's size.
+        out: The copy went out, not in.
     """
 
     device: str
@@ -31,19 +31,19 @@ class Copied(NamedTuple):
 
 
 class Observer:
-    """Is told what happens; does nothing with it. Called in the threads that compute."""
+    """Receive events. The threads that compute call its methods."""
 
     def ran(self, device: str, label: str, backward: bool, span: Span) -> None:
-        """Tell that a function of the graph has run, forward or backward, without what it waited for before."""
+        """Receive a function's run, forward or backward. Its span excludes waits before it."""
 
     def copied(self, copied: Copied, span: Span) -> None:
-        """Tell that a storage has been copied out, or back in."""
+        """Receive a copy of a storage, out or in."""
 
     def remade(self, storage: Storage, span: Span) -> None:
-        """Tell that a storage has been computed again."""
+        """Receive a storage that was computed again."""
 
     def stalled(self, device: str, cause: str, span: Span) -> None:
-        """Tell that a computing thread has waited. For the causes see :class:`~chainer_ooc.Stats`."""
+        """Receive a wait of a computing thread. For the causes see :class:`~chainer_ooc.Stats`."""
 
     def used(self, device: str, time: float, nbytes: int) -> None:
-        """Tell how much memory was in use at a moment (bytes)."""
+        """Receive the memory in use at a moment (bytes)."""

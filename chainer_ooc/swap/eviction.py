@@ -1,4 +1,4 @@
-"""Reclaimer: which storages give up their memory, and which are copied out behind the computation."""
+"""The eviction policy: which storages leave memory first, and which are copied out behind the computation."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ EVERYTHING = 1 << 62
 
 
 class Evictor:
-    """Gives up memory when it is short. Its caller holds the manager's lock.
+    """Free memory when it is short. Its caller holds the manager's lock.
 
-    Storages that backward has used go first, then the oldest, which backward needs last; those with a valid
-    copy before those that must be copied yet; last what was fetched ahead of its use. What somebody else
-    holds stays: letting go of it would free nothing.
+    Storages with a valid copy leave before those that must be copied first. Among them go first the ones
+    that backward has used, then the oldest, which backward needs last. Prefetched storages go last. A
+    storage to which anything outside the graph refers stays: releasing it would free nothing.
 
     Args:
         transfers: Makes the transitions.
-        budget: The limit, and where memory stands.
+        budget: The limit, the watermarks and the memory in use.
 
     Attributes:
-        leaving_first: What is going out goes before what has a valid copy: a plan has chosen it.
-        discards: What can be made again is given up without a copy.
+        leaving_first: Storages on their way out are released before those with a valid copy, because a plan
+            chose them.
+        discards: Storages with a recipe are discarded instead of copied out.
     """
 
     def __init__(self, transfers: Transfers, budget: MemoryBudget) -> None:
@@ -40,10 +41,10 @@ class Evictor:
         self._marks = budget
 
     def reclaim(self, nbytes: int) -> None:
-        """Give up memory until ``nbytes`` fit below the high-water mark, or nothing is left to give up.
+        """Evict storages until ``nbytes`` fit below the high watermark, or nothing is left to evict.
 
         Raises:
-            SwapSpaceError: If there is no more space outside.
+            SwapSpaceError: If there is no space outside of memory.
         """
 
         def excess() -> int:
@@ -65,7 +66,7 @@ class Evictor:
             self._trim(desperate=True)
 
     def release_clean(self, nbytes: int, used_only: bool = False) -> int:
-        """Release storages whose copy is valid: the used ones, then the oldest. Returns bytes."""
+        """Release storages with a valid copy: used ones first, then the oldest. Return the bytes freed."""
         if self._transfers.leaving:
             self.settle()
         freed = 0
@@ -78,9 +79,9 @@ class Evictor:
         return freed
 
     def push_out(self, nbytes: int) -> int:
-        """Copy storages out and release them: the oldest first, the used ones last. Returns bytes.
+        """Copy storages out and release them: the oldest first, used ones last. Return the bytes freed.
 
-        What can be made again is released at once. What another needs for that is not given up so, too.
+        Storages with a recipe are discarded, unless the recipe of a discarded storage needs them.
         """
         freed = 0
         resident = self._transfers.members(State.RESIDENT)
@@ -100,7 +101,7 @@ class Evictor:
         return freed + self._release_leaving(nbytes)
 
     def write_behind(self, nbytes: int) -> None:
-        """Begin to copy the oldest storages out, until ``nbytes`` could be released at once."""
+        """Begin to copy the oldest storages out, until ``nbytes`` could be released without a wait."""
         self.settle()
         size = self._transfers.nbytes
         for storage in self._transfers.members(State.RESIDENT):
@@ -117,7 +118,7 @@ class Evictor:
                 self._transfers.begin_out(storage)
 
     def _release_leaving(self, nbytes: int) -> int:
-        """Wait for storages on their way out and release them, the first first. Returns bytes."""
+        """Wait for copies out, oldest first, and release their storages. Return the bytes freed."""
         freed = 0
         leaving = self._transfers.leaving
         while leaving and freed < nbytes:
@@ -128,7 +129,7 @@ class Evictor:
         return freed
 
     def _release_arrivals(self, nbytes: int) -> int:
-        """Release storages that were fetched ahead of their use, the last needed first. Returns bytes."""
+        """Release prefetched storages, the one needed last first. Return the bytes freed."""
         freed = 0
         for storage in self._transfers.members(State.COMING_IN):
             if freed >= nbytes:
@@ -139,10 +140,10 @@ class Evictor:
         return freed
 
     def begin_ahead(self, storage: Storage, most: int) -> bool:
-        """Begin to fetch a storage that is out, or what it is made again from, if memory stays below ``most`` bytes.
+        """Prefetch a storage, or the inputs of its recipe, if memory stays below ``most`` bytes.
 
         Returns:
-            Whether it was begun.
+            Whether the copies began.
         """
         transfers = self._transfers
         wanted = [storage] if storage.state is State.OUT else outside(storage)
@@ -155,25 +156,25 @@ class Evictor:
         for needed in wanted:
             try:
                 transfers.begin_in(needed)
-            except MemoryError:  # the free memory is in pieces: it is fetched when it is needed
+            except MemoryError:  # free memory is fragmented: fetch it when it is needed
                 return False
             needed.ahead = True
             transfers.counters.prefetched += 1
         return True
 
     def give_up(self, storage: Storage) -> int:
-        """Give up a storage, as a plan says: for its copy, or to be made again. Returns bytes."""
+        """Evict a storage because a plan says so: discard it or use its copy. Return the bytes freed."""
         if storage.recipe is not None:
             self.reclaim(storage.recipe.bytes_to_keep())
         goes = storage.state is State.RESIDENT and not storage.referenced_externally
         if goes and self._can_be_remade(storage, planned=True):
-            with contextlib.suppress(MemoryError):  # it stays, as constants cannot be kept
+            with contextlib.suppress(MemoryError):  # no memory to copy its constants: it stays
                 self._transfers.discard(storage)
                 return storage.nbytes
         return self.release_unless_held(storage)
 
     def release_unless_held(self, storage: Storage) -> int:
-        """Release a storage that has a valid copy, if nobody holds it. Returns bytes."""
+        """Release a storage with a valid copy unless anything else refers to it. Return the bytes freed."""
         if storage.state is not State.BOTH or storage.referenced_externally:
             return 0
         self._transfers.release(storage)
@@ -188,7 +189,7 @@ class Evictor:
         return recipe.fits(self._transfers.device, storage, planned)
 
     def settle(self) -> None:
-        """Take note of the copies that have ended."""
+        """Take note of the copies out that have ended."""
         leaving = self._transfers.leaving
         while leaving:
             storage = leaving[0]()
@@ -214,7 +215,7 @@ def _used_and_not(storages: Iterable[Storage]) -> tuple[list[Storage], list[Stor
 
 
 def outside(storage: Storage) -> list[Storage]:
-    """Return the storages that must be copied in for this one: itself, or those that it is made again from."""
+    """Return the storages to copy in for this one: itself, or the inputs that its recipe needs."""
     todo = [storage]
     found = {storage}
     for one in todo:
@@ -228,7 +229,7 @@ def outside(storage: Storage) -> list[Storage]:
 
 
 def to_be_made(wanted: Iterable[Storage]) -> list[tuple[Storage, Recipe]]:
-    """Return what is made again to have some forgone storages, and how: each after what it is made from."""
+    """Return the discarded storages to compute for ``wanted``, with their recipes, inputs first."""
     order: dict[Storage, Recipe] = {}
     todo = [*wanted][::-1]
     while todo:

@@ -1,4 +1,4 @@
-"""Player: makes the moves of a plan, between two functions, as far as they are possible."""
+"""The executor makes the moves of a plan, between two functions, where they are possible."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ __all__ = ["PlanExecutor"]
 
 
 class PlanExecutor:
-    """Follows one plan through one iteration. Its caller holds the manager's lock.
+    """Follow one plan through one iteration. Its caller holds the manager's lock.
 
-    Storages are where they are: what cannot be done as planned, since somebody holds an array or wants it earlier,
-    is left out, and served on demand. So a plan decides about time, never about results.
+    A move is left out if the storage is not where the plan expects it, because other code refers to the
+    array or wanted it earlier. Such arrays move on demand. So a plan decides about time, never about
+    results.
 
     Args:
         plan: The plan.
-        find: Returns the storage that has a number in the plan, ``None`` if there is none or it is dead.
+        find: Returns the storage with a number of the plan, ``None`` if it does not exist or is dead.
 
     Attributes:
-        moved: The storages (numbers) that do not stay in memory throughout.
+        moved: The numbers of the storages that leave memory at some time.
     """
 
     def __init__(self, plan: Plan, find: Callable[[int], Storage | None]) -> None:
@@ -44,7 +45,7 @@ class PlanExecutor:
         moves = (plan.copy_out, plan.copy_in, plan.release, plan.drop, plan.evict_after_recompute)
         self.moved = frozenset(number for due in moves for _, number in due)
         self._steps = frozenset(step for due in moves for step, _ in due)
-        # Those that are held still, or made from what is; those that go out, and are released then.
+        # To copy out or to discard once nothing else refers to them; to release once their copy is complete.
         self._waiting: list[Storage] = []
         self._staying: list[Storage] = []
         self._leaving: list[Storage] = []
@@ -74,11 +75,10 @@ class PlanExecutor:
             self._begin_in(step, evictor, budget.high - self.plan.need_bytes[step])
 
     def is_idle(self, step: int) -> bool:
-        """Tell whether there is nothing to do before a step, which follows the one that was played last."""
+        """Return whether nothing is due before a step that follows the last one."""
         return not (
             step in self._steps
-            or step - 1
-            in self._evict_after_recompute  # what was given up after its use there is not any more
+            or step - 1 in self._evict_after_recompute  # storages evicted in the last step
             or self._leaving
             or self._waiting
             or self._staying
@@ -86,7 +86,7 @@ class PlanExecutor:
         )
 
     def evict_after_recompute(self, step: int) -> list[Storage]:
-        """Return what a step needs only for its re-runs: it is given up as soon as they have read it."""
+        """Return the storages that a step needs only for its re-runs, to be evicted after those."""
         found = (self._find(number) for number in self._evict_after_recompute.get(step, ()))
         return [storage for storage in found if storage is not None]
 
@@ -99,7 +99,7 @@ class PlanExecutor:
         return due
 
     def _begin_in(self, step: int, evictor: Evictor, most: int) -> None:
-        """Begin the copies in that are due, one after the other, as far as there is room below ``most`` bytes."""
+        """Begin the due copies in, in order, until ``most`` bytes would be exceeded."""
         while self._come and self._come[0][0] <= step:
             storage = self._find(self._come[0][1])
             if storage is not None and not storage.used:
@@ -111,7 +111,7 @@ class PlanExecutor:
 
 
 def _is_held(storage: Storage) -> bool:
-    """Tell whether somebody refers to a storage, or to one that it is to be made again from."""
+    """Return whether anything outside the graph refers to a storage or to an input of its recipe."""
     inputs = () if storage.recipe is None else storage.recipe.storages()
     return storage.referenced_externally or any(
         one.state is State.RESIDENT and one.referenced_externally for one in inputs
@@ -119,7 +119,7 @@ def _is_held(storage: Storage) -> bool:
 
 
 def _has_left(storage: Storage, evictor: Evictor) -> bool:
-    """Release a storage that is to leave if its copy is complete. Returns whether nothing is left to wait for."""
+    """Release a storage if its copy out is complete. Return whether there is nothing left to wait for."""
     if storage.state is State.GOING_OUT:
         return False
     evictor.release_unless_held(storage)

@@ -1,4 +1,4 @@
-"""Checks of ``verify``: what is saved stays as it is, and what comes back is what went out."""
+"""The checksums of ``verify``: saved arrays stay unmodified, and copies come back as they went out."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["begin", "check_arrival", "check_remade", "check_unchanged"]
 
 
 def begin(device: Device, storage: Storage) -> None:
-    """Take the checksum of a resident storage: from now on it is checked."""
+    """Take the first checksum of a resident storage: from now on it is checked."""
     storage.verified = True
     storage.checksum = checksum_of(device, storage)
 
 
 def check_unchanged(device: Device, storage: Storage) -> None:
-    """Take the checksum of a resident storage again, if there is one; warn if it is checked, and has changed.
+    """Compare a resident storage with its checksum, if it has one; with ``verify``, warn about a change.
 
-    To write to it is legal, and the results are those of stock Chainer. They are seldom what was meant: backward
-    computes with the new values. After its last use in backward anybody may write to it.
+    Writing to a saved array is legal, and the results are those of stock Chainer. It is seldom intended:
+    backward computes with the new values. After its last use in backward any code may write to it.
     """
     before = storage.checksum
     if before is None:
@@ -39,10 +39,10 @@ def check_unchanged(device: Device, storage: Storage) -> None:
 
 
 def check_arrival(device: Device, storage: Storage) -> None:
-    """Check a storage that has come back, if it is checked.
+    """Check a storage that was copied back, if it is checked.
 
     Raises:
-        CorruptCopyError: If it is not what went out.
+        CorruptCopyError: If it differs from what was copied out.
     """
     if storage.verified and (found := checksum_of(device, storage)) != storage.checksum:
         raise CorruptCopyError(
@@ -53,10 +53,10 @@ def check_arrival(device: Device, storage: Storage) -> None:
 
 
 def check_remade(device: Device, storage: Storage, owner: Any, origin: int) -> None:
-    """Check the bytes at ``origin`` of ``owner``, with which a storage has been computed again.
+    """Check the bytes at ``origin`` of ``owner``, which a recipe has computed for a storage.
 
     Raises:
-        CorruptCopyError: If they are not what they were.
+        CorruptCopyError: If they differ from the bytes that were discarded.
     """
     assert storage.recipe is not None
     if device.checksum(owner, origin, storage.nbytes) != storage.recipe.checksum:

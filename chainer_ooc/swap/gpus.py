@@ -1,4 +1,4 @@
-"""Gpus: one manager for each GPU that arrays are on, the allocator hook, and the pools' limits."""
+"""One manager for each GPU, the hook in CuPy's allocator, and the limits of CuPy's pools."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["Gpus"]
 
 
 class Gpus:
-    """The GPUs of this process. They share its page-locked memory.
+    """Manage the GPUs of this process. They share its pinned host memory.
 
     Args:
-        cupy: CuPy, or what simulates it.
+        cupy: CuPy, or a double of it.
         make: Makes the manager of a device.
         settings: Returns the settings in force in the calling thread, ``None`` if out-of-core mode is off.
-        describe: Names what runs now, for errors.
+        describe: Returns the name of the running function, for errors.
         note: Called with the bytes in use after an allocation.
 
     Attributes:
         array_type: The type of the GPUs' arrays.
-        managers: The managers by device id; they are made when the first array of their GPU is seen.
+        managers: The managers by device id, each made when the first array of its GPU appears.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class Gpus:
         self._make = make
         self._settings = settings
         self._allocator = CupyAllocator(cupy, self._manager_of, describe, note)
-        self._bounds: dict[int, int] = {}  # of the pools, as they were set here
+        self._bounds: dict[int, int] = {}  # the pools' limits that were set here
         self._slab: PinnedSlab | None = None
-        self._host_limit: int | None = None  # that the slab was made for
+        self._host_limit: int | None = None  # the slab's setting
         self._lock = threading.RLock()
 
     def manager_for(self, array: Any) -> SwapManager | None:
@@ -62,7 +62,7 @@ class Gpus:
         return manager
 
     def enable(self, settings: Settings) -> None:
-        """Have allocations make room, and bound the pools."""
+        """Hook CuPy's allocator and set the limits of its pools."""
         with self._lock:
             self._allocator.install()
             self._bound_host(settings)
@@ -73,7 +73,7 @@ class Gpus:
                 self._bound(device_id, manager.limit)
 
     def disable(self) -> None:
-        """Leave allocations and pools alone."""
+        """Remove the hook and restore the limits of CuPy's pools."""
         with self._lock:
             self._allocator.uninstall()
             for device_id, device in self._devices.items():
@@ -96,13 +96,13 @@ class Gpus:
             return self.managers[device_id]
 
     def _bound_host(self, settings: Settings) -> PinnedSlab:
-        """Return the page-locked memory of all GPUs, held to ``host_limit``. Staging blocks are part of that."""
+        """Return the pinned memory of all GPUs, limited to ``host_limit``, staging blocks included."""
         wanted = settings.host_limit
         if self._slab is None:
             self._slab = new_slab(self._cupy, wanted)
         elif wanted != self._host_limit:
             limit = new_slab(self._cupy, wanted).limit
-            if wanted is None:  # what is free now, beside what has been taken of it
+            if wanted is None:  # the free memory, plus what the slab has taken already
                 limit += self._slab.size
             self._slab.limit = max(
                 limit - sum(device.staging_bytes for device in self._devices.values()), 0
@@ -116,7 +116,7 @@ class Gpus:
         self._bounds[device_id] = nbytes
 
     def _note_own_limit(self, device_id: int, device: CudaDevice) -> None:
-        """Take note of a limit that somebody else has set on the pool since it was set here."""
+        """Remember the pool's limit if other code has set it since it was set here."""
         with self._cupy.cuda.Device(device_id):
             nbytes = int(self._allocator.pool().get_limit())
         if nbytes != self._bounds[device_id]:

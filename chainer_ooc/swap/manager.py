@@ -1,4 +1,4 @@
-"""SwapManager: what the graph asks of a device's memory, and room for what is allocated there."""
+"""The manager of one device's saved arrays: the interface that ``graph/`` calls."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ _WRITEABLE = 0x400  # NPY_ARRAY_WRITEABLE of numpy/ndarraytypes.h
 
 
 class SwapManager:
-    """Moves the storages of one device.
+    """Move the storages of one device out of its memory and back.
 
-    Nothing moves while the device's memory is below the low-water mark. Past it, the oldest storages that
-    nobody else holds are copied out behind the computation: backward needs them last. When there is no
-    room for what is announced (:meth:`make_room`), storages give up their memory. In backward they are
-    fetched ahead of their use, in the order in which backward will use them.
+    Nothing moves while the device's memory is below the low watermark. Past it, the manager copies out the
+    oldest storages that only the graph refers to, behind the computation: backward needs them last. When an
+    announced allocation does not fit (:meth:`make_room`), it evicts storages. In backward it prefetches
+    them in the order in which backward will use them.
 
-    All methods may be called from any thread; transfers run beside them.
+    All methods may be called from any thread. Transfers run in the background.
 
     Args:
-        device: The memory and the way out of it.
+        device: The memory, and the way out of it.
         settings: Returns the settings in force in the calling thread.
-        save_pending: Called when memory is no longer plenty: save what was put off until then.
-        is_read_only: Tells whether the code that reads arrays in the calling thread leaves them as they are.
-        observers: Who is told what happens: a list that may change.
+        save_pending: Called when memory gets short: saves the arrays whose saving was postponed.
+        is_read_only: Returns whether the calling thread runs code that never writes to the arrays it reads.
+        observers: The observers of events: a list that may change.
 
     Attributes:
-        budget: The limit, and where memory stands.
-        has_been_short: Whether memory has passed the low-water mark before, or all had to go out.
-        follows_plan: Whether a plan decides what moves ahead of need.
-        counters: What has been done so far.
-        tracker: What follows the iterations that use this device: the graph's.
+        budget: The limit, the watermarks and the memory in use.
+        has_been_short: Memory has passed the low watermark before, or everything was forced out.
+        follows_plan: A plan decides what moves ahead of need.
+        counters: The counts of transfers so far.
+        tracker: The tracker of the iterations on this device, set by ``graph/iteration.py``.
     """
 
     _transfers_type = Transfers
@@ -82,9 +82,9 @@ class SwapManager:
         self.follows_plan = False
         self.tracker: Any = None
         self._low_after_graph = (
-            0  # the low-water mark, where free memory is kept up to the high one
+            0  # the low watermark, if cached free memory may reach the high one; else 0
         )
-        # What is given up again once it has served to make others.
+        # Storages to evict again once the recipes of others have read them.
         self._evict_after_recompute: weakref.WeakSet[Storage] = weakref.WeakSet()
         _managers.add(self)
 
@@ -95,17 +95,17 @@ class SwapManager:
 
     @property
     def busy(self) -> bool:
-        """Whether the calling thread is inside one of these methods, but not in what a recipe runs."""
+        """Whether the calling thread is inside one of these methods, and not inside a recipe's function."""
         return bool(self._lock._is_owned()) and not self._is_remaking
 
-    # What the graph asks.
+    # Called by graph/.
 
     def save(self, array: Any, label: str) -> PackedArray | None:
-        """Return what stands in for ``array``, or ``None`` if it must stay as it is.
+        """Return the stand-in of ``array``, or ``None`` if the array must stay as it is.
 
         Args:
             array: An array of this device.
-            label: The function that saves it.
+            label: The name of the function that saves it.
         """
         location = self.device.locate(array)
         settings = self.settings()
@@ -133,11 +133,11 @@ class SwapManager:
             return PackedArray(storage, layout, array)
 
     def add_use(self, group: Iterable[PackedArray], rank: int = 0) -> None:
-        """Tell that one more function will use ``group`` in backward.
+        """Count one more function whose backward needs ``group``.
 
         Args:
-            group: What it saved.
-            rank: Its rank in the graph: functions run backward by falling rank.
+            group: The arrays that the function saved.
+            rank: The function's rank in the graph: backward runs in the order of falling rank.
         """
         with self._lock:
             for storage in {saved.storage for saved in group}:
@@ -145,7 +145,7 @@ class SwapManager:
                 storage.rank = max(storage.rank, rank)
 
     def fingerprint(self, saved: PackedArray) -> int | None:
-        """Return the checksum of what the storage of an array has now; ``None`` if nobody knows."""
+        """Return the checksum of the storage that holds an array; ``None`` if it is not known."""
         storage = saved.storage
         with self._lock:
             if storage.state.in_memory and storage.copy is None:
@@ -156,13 +156,13 @@ class SwapManager:
             return storage.checksum
 
     def check_unchanged(self, array: Any) -> None:
-        """Warn if an array that is saved, and that ``verify`` looks at, has been written to."""
+        """With ``verify``, warn if a saved array has been modified since it was saved."""
         with self._lock:
             if (storage := self._resident_of(array)) is not None:
                 fingerprints.check_unchanged(self.device, storage)
 
     def accept_changes(self, array: Any) -> None:
-        """Take what an array that is saved has now for what it should have."""
+        """Take the present content of a saved array for the right one."""
         with self._lock:
             storage = self._resident_of(array)
             if storage is not None and storage.checksum is not None:
@@ -175,9 +175,9 @@ class SwapManager:
         return storage if storage is not None and storage.state.in_memory else None
 
     def give_recipe(self, saved: PackedArray, recipe: Recipe) -> None:
-        """Let the storage of ``saved``, a resident array, be computed again instead of moved.
+        """Allow the storage of ``saved``, a resident array, to be computed again instead of moved.
 
-        It is where the array fills its storage. The first recipe is taken.
+        The array must fill its storage. A storage keeps the first recipe that it gets.
         """
         storage, layout = saved.storage, saved.layout
         with self._lock:
@@ -191,15 +191,15 @@ class SwapManager:
                 storage.recipe = recipe
 
     def read(self, saved: PackedArray, read_only: bool = False) -> Any:
-        """Return the array of ``saved``, fetched first where it is out.
+        """Return the array of ``saved``, fetched first if its bytes are not in memory.
 
         Args:
-            saved: What stands in for it.
-            read_only: The reader does not write to it, so that the copy outside stays valid.
+            saved: The array's stand-in.
+            read_only: The reader does not write to the array, so the copy outside stays valid.
 
         Raises:
-            GraphReleasedError: If it was dropped after its last use.
-            OSError: If the copy cannot be read, twice.
+            GraphReleasedError: If ``single_backward`` dropped it after its last use.
+            OSError: If reading the copy failed twice.
         """
         storage = saved.storage
         with self._lock:
@@ -227,7 +227,7 @@ class SwapManager:
             return array
 
     def fetch(self, group: Sequence[PackedArray], read_only: bool) -> list[Any]:
-        """Return the arrays of ``group``; their transfers are all begun before one is waited for."""
+        """Return the arrays of ``group``. All transfers begin before the first wait."""
         with self._lock:
             # What is resident first: held by this list, it cannot be released for the others.
             arrays = {id(s): self.read(s, read_only) for s in group if s.storage.state.in_memory}
@@ -244,10 +244,10 @@ class SwapManager:
             ]
 
     def prefetch(self, group: Iterable[PackedArray]) -> None:
-        """Begin to fetch what backward needs after ``group``, as far ahead as free memory allows.
+        """Begin to fetch the storages that backward needs after ``group``, as far as free memory allows.
 
-        As much is left free as functions took for themselves of late: what is fetched too early would have to
-        make room for the next of them, and be fetched again.
+        The memory that recent functions took for themselves stays free. Otherwise the next function would
+        evict what was just fetched.
         """
         with self._lock:
             following = self._order.use({saved.storage for saved in group})
@@ -261,30 +261,30 @@ class SwapManager:
                     return
 
     def release_use(self, group: Iterable[PackedArray], drop: bool) -> None:
-        """Tell that a function has used ``group`` in backward.
+        """Count a function whose backward has used ``group``.
 
         Args:
-            group: What it had saved.
-            drop: What no other function will use is not needed again.
+            group: The arrays that the function saved.
+            drop: Drop the storages that no other function needs.
         """
         with self._lock:
-            self._transfers.run_deferred_frees()  # the dead need nothing any more
+            self._transfers.run_deferred_frees()  # dead storages no longer use others
             storages = {saved.storage for saved in group}
             for storage in storages:
                 storage.remaining_uses -= 1
             over = {s for s in storages if drop and s.used and not (s.kept or s.dependents)}
             self._note_who_holds(storages - over)
-            for storage in storages:  # what is made from one may have been made meanwhile
+            for storage in storages:  # marking one dirty may have computed its dependents
                 if drop and storage.used and not (storage.kept or storage.dependents):
                     self._transfers.drop(storage)
 
     def returned(self, group: Iterable[PackedArray]) -> None:
-        """Tell that a function has used ``group`` in backward, and will use it once more: see :meth:`keep`."""
+        """Note that a function has used ``group`` in backward and will use it once more: see :meth:`keep`."""
         with self._lock:
             self._note_who_holds({saved.storage for saved in group})
 
     def keep(self, group: Iterable[PackedArray]) -> None:
-        """Drop none of ``group`` after its last use: others may read it than the functions that are expected to."""
+        """Do not drop ``group`` after its last use: other readers than the counted functions may need it."""
         with self._lock:
             for saved in group:
                 saved.storage.kept = True
@@ -296,21 +296,22 @@ class SwapManager:
                 self._mark_dirty(storage)
 
     def usage_without_offload(self, used: int) -> int:
-        """Return what memory in use would be (bytes) if nothing had been moved since the manager was made.
+        """Return the memory that would be in use (bytes) if nothing had ever moved.
 
-        Its rise while a function runs is what the function takes for itself, whatever goes and comes meanwhile.
+        Its rise while a function runs is the memory that the function takes for itself, whatever moves
+        meanwhile.
         """
         with self._lock:
             self._transfers.run_deferred_frees()
         return used - self._transfers.moved_bytes()
 
     def moved_bytes(self) -> int:
-        """Return by how much moves have changed the memory in use since the manager was made (bytes)."""
+        """Return the bytes that transfers have brought into memory less those that they have freed."""
         return self._transfers.moved_bytes()
 
     def granted_bytes(self) -> int:
-        """Return up to which memory in use allocations may be made with nobody asked (bytes)."""
-        if self._observers:  # they are told of each
+        """Return the memory in use (bytes) up to which allocations need not ask for room."""
+        if self._observers:  # they are told of each allocation
             return 0
         _, high, low = self.budget.levels()
         return high if self.has_been_short and not self._is_between_graphs() else low
@@ -323,10 +324,10 @@ class SwapManager:
             observer.used(self.device.name, span[1], used)
 
     def run_plan(self, executor: PlanExecutor | None, step: int = 0) -> None:
-        """Make the moves of a plan that are due before a step. From now on nothing else moves ahead of need.
+        """Run the plan's transfers that are due before ``step``; disables on-demand prefetch and write-behind.
 
         Args:
-            executor: What follows the plan; ``None``: there is none, all is on demand again.
+            executor: The executor of the plan; ``None`` returns to moving on demand.
             step: The number of the step.
         """
         with self._lock:
@@ -339,23 +340,23 @@ class SwapManager:
                 executor.step(step, self._transfers, self._evictor, self.budget)
 
     def bandwidths(self, otherwise: float) -> tuple[float, float]:
-        """Return the bytes per second of copies out and in, as measured so far; ``otherwise`` if there were none."""
+        """Return the measured bytes per second of copies out and of copies in; ``otherwise`` without any copy."""
         with self._lock:
             out, back = self._transfers.bandwidth(out=True), self._transfers.bandwidth(out=False)
         return out or back or otherwise, back or out or otherwise
 
-    # Room.
+    # Making room.
 
     def make_room(self, nbytes: int) -> bool:
-        """Make room under the limit for ``nbytes`` that are about to be allocated.
+        """Make room under the limit for an allocation of ``nbytes``.
 
-        With 0, which is for the moment after a function, copies go out behind the next one.
+        With 0, after a function, copies out begin behind the next function.
 
         Returns:
-            Whether there is room now.
+            Whether the allocation fits now.
 
         Raises:
-            SwapSpaceError: If there is no more space outside.
+            SwapSpaceError: If there is no space outside of memory.
         """
         used = self.budget.used_bytes()
         for observer in self._observers:
@@ -369,7 +370,7 @@ class SwapManager:
         self._low_after_graph = low
         self.device.set_cached_limit(high)
         with self._lock:
-            if not self.follows_plan or used + nbytes > high:  # a plan need not know what it leaves
+            if not self.follows_plan or used + nbytes > high:  # a plan ignores what it keeps
                 self.save_pending()
             self._transfers.run_deferred_frees()
             if used + nbytes > high:
@@ -380,7 +381,7 @@ class SwapManager:
             return used + nbytes <= high
 
     def move_all_out(self) -> None:
-        """Move every storage out that nobody else holds, and that was not fetched ahead of its use."""
+        """Move out every storage that only the graph refers to, except those that were prefetched."""
         self.has_been_short = True
         with self._lock:
             self._transfers.run_deferred_frees()
@@ -388,20 +389,20 @@ class SwapManager:
             self._evictor.release_clean(EVERYTHING, used_only=True)
 
     def reclaim(self, nbytes: int) -> int:
-        """Give up ``nbytes`` of memory even if so much is free: an allocation has failed, it is in pieces.
+        """Free ``nbytes`` more, even if that much seems free: an allocation failed on fragmented memory.
 
         Returns:
-            How much has been given up (bytes).
+            The bytes that were freed.
 
         Raises:
-            SwapSpaceError: If there is no more space outside.
+            SwapSpaceError: If there is no space outside of memory.
         """
         with self._lock:
             self.save_pending()
             used = self.device.used_bytes()
             self._evictor.reclaim(nbytes + max(self.budget.high - used, 0))
             if self.device.used_bytes() >= used:
-                self._transfers.wait_for_deferred_frees()  # what died may be held by copies under way
+                self._transfers.wait_for_deferred_frees()  # copies may still use dead memory
             return max(used - self.device.used_bytes(), 0)
 
     def _begin_in(self, storage: Storage) -> None:
@@ -413,7 +414,7 @@ class SwapManager:
             self._transfers.begin_in(needed)
 
     def _bring_in(self, storage: Storage) -> None:
-        """Make a storage resident. Waits, or computes."""
+        """Make a storage resident: wait for its copy, or compute it."""
         self._begin_in(storage)
         if storage.state is State.DISCARDED:
             self._make_again([storage])
@@ -421,10 +422,10 @@ class SwapManager:
             self._transfers.end_in(storage)
 
     def _make_again(self, wanted: Collection[Storage]) -> None:
-        """Compute storages again, and before that what they are made from. Waits."""
+        """Compute storages again, and first the discarded ones that their recipes need."""
         order = to_be_made(wanted)
         last = {needed: storage for storage, recipe in order for needed in recipe.storages()}
-        owners = []  # held: they do not make room for the next
+        owners = []  # referred to, so that computing the next cannot evict them
         for storage, recipe in order:
             self._run_again(storage, recipe)
             if storage in wanted:
@@ -435,24 +436,24 @@ class SwapManager:
 
     def _run_again(self, storage: Storage, recipe: Recipe) -> None:
         if native.allocator is None and not self.device.asks_for_room:
-            self._evictor.reclaim(storage.nbytes)  # what it allocates does not ask
+            self._evictor.reclaim(storage.nbytes)  # the function's allocations cannot ask for room
         arrays = [self.read(saved, read_only=True) for saved in recipe.inputs]
         start, waited = time.perf_counter(), self.counters.waited_seconds
-        self._is_remaking = True  # what is allocated for it asks for room, as in any function
+        self._is_remaking = True  # the function's allocations ask for room, as any function's do
         try:
             self._transfers.remake(storage, recipe.run(arrays))
         finally:
             self._is_remaking = False
         end = time.perf_counter()
-        # Waits for room meanwhile are counted as such.
+        # Waits for room are counted elsewhere.
         self.counters.recompute_seconds += end - start - (self.counters.waited_seconds - waited)
         for observer in self._observers:
             observer.remade(storage, (start, end))
 
     def _mark_dirty(self, storage: Storage) -> None:
-        """Take note that somebody may write to a storage: what is made again from it is made now."""
+        """Note that code may write to a storage; compute the storages that depend on it first."""
         if storage.dependents:
-            self._evictor.discards = False  # nothing more may be given up that is made from it
+            self._evictor.discards = False  # its dependents must not be discarded again
             try:
                 for dependent in tuple(storage.dependents):
                     self._bring_in(dependent)
@@ -461,15 +462,15 @@ class SwapManager:
         self._transfers.mark_dirty(storage)
 
     def _is_between_graphs(self) -> bool:
-        """Tell whether nothing lives that was saved."""
+        """Return whether no saved storage is alive."""
         with self._lock:
             self._transfers.run_deferred_frees()
             return not any(self._transfers.nbytes.values())
 
-    # When there is none.
+    # When there is no room.
 
     def shortage(self, nbytes: int, what: str) -> OutOfMemoryError | None:
-        """Return the error for ``nbytes`` that do not fit if ``strict``; else warn, once, if it is much."""
+        """Return the error for ``nbytes`` that do not fit if ``strict``; else warn once about a large shortage."""
         strict = self.settings().strict
         over = self.budget.last_used + nbytes - self.limit
         if not strict and (self._has_warned or over <= self.limit * MARGIN):
@@ -482,7 +483,7 @@ class SwapManager:
         return None
 
     def explain_shortage(self, nbytes: int, what: str) -> str:
-        """Return what holds the memory when ``nbytes`` for ``what`` do not fit, and what would help."""
+        """Return a message: what fills the memory when ``nbytes`` for ``what`` do not fit, and what would help."""
         used = self.budget.used_bytes()
         with self._lock:
             resident = [storage for storage in self.storages() if storage.owner is not None]
@@ -495,38 +496,38 @@ class SwapManager:
             f"limit={used + nbytes + int(self.limit * MARGIN)} ({_mib(used + nbytes)}) or a smaller batch."
         )
 
-    # All of them.
+    # All storages.
 
     def storages(self) -> list[Storage]:
-        """Return the storages that live, in the order of saving."""
+        """Return the living storages in the order of saving."""
         with self._lock:
             return self._transfers.everything()
 
     def after_fork(self) -> None:
-        """In a forked child: what the parent saved can be read, and nothing of the parent's is touched."""
+        """Start anew in a forked child: it can read the parent's copies and changes nothing of the parent's."""
         self._lock = native.EngineLock()
         self.device.after_fork()
 
     def defer_free(self, storage: Storage) -> None:
-        """Forget a dying storage. Called at any time in any thread, even inside these methods."""
+        """Queue a dead storage's blocks for freeing. Safe from ``__del__`` in any thread."""
         self._transfers.defer_free(storage)
         if self._transfers.has_living:
             return
         if native.allocator is not None:
-            native.allocator.ask_again()  # between two graphs less is granted
+            native.allocator.ask_again()  # granted_bytes() falls between two graphs
         if self._low_after_graph:
-            # What others allocate now, as for a snapshot, is not announced: it finds room.
+            # Other code's allocations now, as for a snapshot, are not announced: leave room for them.
             self.device.set_cached_limit(self._low_after_graph)
 
     def keep_no_free_memory(self) -> None:
-        """Give free memory back to the system, also when it becomes free later."""
+        """Give cached free memory back to the system, now and whenever memory becomes free."""
         self._low_after_graph = 0
         self.device.set_cached_limit(0)
 
     def settle(self) -> None:
-        """Wait for all that is under way and give back the space of all that died."""
+        """Wait for all transfers, and free the blocks of all dead storages."""
         with self._lock:
-            self._end_transfers()  # a function of its own: its last storage may be held by nothing else
+            self._end_transfers()  # its locals, maybe a storage's last reference, end with it
             self._transfers.wait_for_deferred_frees()
 
     def _end_transfers(self) -> None:
@@ -565,7 +566,7 @@ forks.register(_after_fork, _before_fork)
 
 
 def _is_writeable(array: Any) -> bool:
-    """Tell whether an array may be written to. NumPy's flag of that name warns about results of broadcast_arrays."""
+    """Return whether an array is writeable, without NumPy's warning about results of ``broadcast_arrays``."""
     bits = getattr(array.flags, "num", None)
     return getattr(array.flags, "writeable", True) if bits is None else bool(bits & _WRITEABLE)
 

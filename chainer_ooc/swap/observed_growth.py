@@ -1,4 +1,4 @@
-"""Where allocations are not announced: what each kind of call was seen to take, and so will take again."""
+"""Predict a call's memory from earlier calls of its kind, where allocations cannot be announced."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from chainer_ooc.swap.system.memory import ResidentMemory
 
 __all__ = ["ObservedGrowth", "Start"]
 
-#: What a kind of call takes is the most that these many of its last measured calls took.
+#: The prediction is the most that this many last measured calls of the kind took.
 REMEMBERED = 8
-#: A kind's first calls, so many, are measured. Later ones only where they raise the process's peak: the first call may
+#: This many first calls of a kind are measured, later ones only if they raise the process's peak: the first call may
 #: take what no other does, for imports and buffers of BLAS.
 MEASURED = 16
-#: So many kinds are remembered, those that ran last.
+#: The number of kinds that are remembered, the last used ones.
 KINDS = 4096
 
 
 class Start(NamedTuple):
-    """How memory stood when a call began (bytes)."""
+    """The memory when a call began (bytes)."""
 
     resident: int
     arriving: int
@@ -30,7 +30,7 @@ class Start(NamedTuple):
 
 
 class _Seen:
-    """What the measured calls of one kind took (bytes)."""
+    """The memory that the measured calls of one kind took (bytes)."""
 
     def __init__(self) -> None:
         self.left = MEASURED
@@ -38,10 +38,10 @@ class _Seen:
 
 
 class ObservedGrowth:
-    """Remembers by how much resident memory rose while each kind of call ran, at the most.
+    """Remember the largest rise of resident memory during each kind of call.
 
-    The kernel keeps the peak (``VmHWM``), and forgets it when it is told to. That takes a microsecond, and
-    reading it ten. Only one thread measures at a time: the peak is the process's.
+    The kernel keeps the peak (``VmHWM``) and resets it on demand. A reset takes a microsecond, reading ten.
+    Only one thread measures at a time: the peak is the process's.
     """
 
     def __init__(self) -> None:
@@ -51,16 +51,17 @@ class ObservedGrowth:
         self._is_measuring = threading.Lock()
 
     def expected(self, kind: Hashable, otherwise: int) -> int:
-        """Return what a call of this kind will take (bytes); ``otherwise`` if none has been seen yet."""
+        """Return the bytes that a call of this kind will take; ``otherwise`` before the first was measured."""
         with self._lock:
             seen = self._kinds.get(kind)
             return otherwise if seen is None or not seen.growths else max(seen.growths)
 
     def begin(self, kind: Hashable, used: int) -> Start | None:
-        """Tell that a call begins, and how many bytes are in use, those on their way into memory included.
+        """Begin to measure a call. ``used`` bytes are in use, those of copies in included.
 
         Returns:
-            What :meth:`end` wants; ``None`` if this call cannot be measured, as another thread's is.
+            The argument for :meth:`end`; ``None`` if this call cannot be measured, because another thread's
+            is.
         """
         if not self._is_measuring.acquire(blocking=False):
             return None
@@ -77,16 +78,16 @@ class ObservedGrowth:
         return Start(resident, max(used - resident, 0), peak, is_reset)
 
     def end(self, kind: Hashable, start: Start, used: int) -> int | None:
-        """Tell that the call has ended, and how many bytes are in use now.
+        """End the measurement of a call. ``used`` bytes are in use now.
 
         Returns:
-            What it took (bytes), ``None`` if that was not to be seen.
+            The bytes that it took, ``None`` if no new peak showed them.
         """
         try:
             peak = self._memory.peak_since_reset() if start.is_reset else self._memory.peak_bytes()
             if peak <= start.peak:  # no new peak, or a kernel that keeps none
                 return None
-            # What arrived meanwhile is not the call's.
+            # Copies that came in meanwhile do not count as the call's memory.
             arriving = max(used - self._memory.bytes(), 0)
             growth = max(peak - start.resident - max(start.arriving - arriving, 0), 0)
         finally:

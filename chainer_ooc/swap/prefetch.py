@@ -1,4 +1,4 @@
-"""UseOrder: in which order backward uses what was saved."""
+"""The order in which backward will use saved storages: learned from earlier iterations, or guessed by rank."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from chainer_ooc.swap.storage import Storage
 
 __all__ = ["SavedSequence", "UseOrder"]
 
-#: The orders of this many graphs are remembered.
+#: The number of graphs whose order of use is remembered.
 _REMEMBERED = 32
-#: Of graphs that are never used, as in predictions, at most this many dead storages are kept in mind.
+#: A sequence that backward never uses (predictions) ends when it has more storages than this, most of them dead.
 _FEW = 64
 
 
 class SavedSequence:
-    """The storages that were saved in a row, until backward began to use them.
+    """The storages that functions saved one after the other, until backward began to use them.
 
     Attributes:
-        used: The numbers of those that backward has used, in the order of their first use.
-        living: How many of them live.
+        used: The numbers of the storages that backward has used, in the order of first use.
+        living: The number of storages that are alive.
     """
 
     __slots__ = ("_hash", "_next", "_order", "_places", "_storages", "living", "used")
@@ -30,40 +30,37 @@ class SavedSequence:
         self.living = 0
         self._storages: list[weakref.ref[Storage]] = []
         self._hash = 0
-        self._order: list[
-            int
-        ] = []  # numbers in the order in which backward will use them, as expected
+        self._order: list[int] = []  # numbers in the expected order of use
         self._places: dict[int, int] = {}
-        self._next = 0  # a place in it: all between the last used and this one have been begun
+        self._next = 0  # index into _order: fetches before it have begun
         self.used: dict[int, None] = {}
 
     @property
     def signature(self) -> tuple[int, int]:
-        """What tells the storages of one graph from those of another: who saved them, and their sizes."""
+        """The identity of the graph: the number of storages, and a hash of their functions and sizes."""
         return len(self._storages), self._hash
 
     @property
     def is_over(self) -> bool:
-        """Whether what is saved next belongs to another graph: this one is in backward, or most of it is dead."""
+        """Whether the next storage belongs to another graph: backward uses this one, or most of it is dead."""
         saved = len(self._storages)
         return bool(self.used) or (saved > _FEW and 2 * self.living < saved)
 
     def append(self, storage: Storage) -> None:
-        """Take a storage."""
+        """Add a storage."""
         self.living += 1
         storage.saved_sequence, storage.number = self, len(self._storages)
         self._storages.append(weakref.ref(storage))
         self._hash = hash((self._hash, storage.label, storage.nbytes))
 
     def begin(self, learned: Iterable[int]) -> None:
-        """Fix the order in which the storages will be used.
+        """Freeze the expected order of use: the learned order if this graph was seen, else descending rank.
 
-        Chainer runs the functions of a graph by falling rank. What it really did with a graph like this one
-        is known better.
+        Chainer runs backward in the order of falling rank.
 
         Args:
-            learned: Numbers in the order of their use in an earlier graph of this signature; those it left
-                out come last.
+            learned: Numbers in the order of use in an earlier graph of this signature. Storages that it
+                leaves out come last.
         """
         ranks = {}
         for number, reference in enumerate(self._storages):
@@ -75,7 +72,7 @@ class SavedSequence:
         self._places = {number: place for place, number in enumerate(self._order)}
 
     def after(self, storages: Iterable[Storage]) -> Iterator[Storage]:
-        """Return what is used after ``storages``, the next first, but for what has been begun."""
+        """Yield storages used after these that are not being fetched yet, nearest first."""
         places = [self._places.get(s.number, -1) for s in storages if s.saved_sequence is self]
         self._next = max(self._next, 1 + max(places, default=-1))
         for place in range(self._next, len(self._order)):
@@ -85,12 +82,12 @@ class SavedSequence:
             self._next = place + 1
 
     def look_again_at(self, storage: Storage) -> None:
-        """Tell that a storage is out again before it was used."""
+        """Note that a storage left memory again before it was used."""
         self._next = min(self._next, self._places.get(storage.number, self._next))
 
 
 class UseOrder:
-    """Learns in which order backward uses what graphs have saved. Its caller holds the manager's lock."""
+    """Learn in which order backward uses saved storages. Its caller holds the manager's lock."""
 
     def __init__(self) -> None:
         self._saved_sequence = SavedSequence()
@@ -103,7 +100,7 @@ class UseOrder:
         self._saved_sequence.append(storage)
 
     def use(self, storages: Collection[Storage]) -> Iterator[Storage]:
-        """Note that backward uses storages now. Returns those that it uses next, the next first."""
+        """Note that backward uses storages now. Return an iterator over those it uses next, nearest first."""
         last = None
         for storage in storages:
             saved_sequence = storage.saved_sequence

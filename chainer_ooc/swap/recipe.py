@@ -1,4 +1,4 @@
-"""Recipe: how a storage's bytes are computed again instead of being moved out and back."""
+"""A recipe computes a storage's bytes again, instead of a copy out and back."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Constant", "Recipe", "checksum_of"]
 
 
 class Constant:
-    """An array that is not saved, such as a parameter, as it is now.
+    """An array that a recipe needs and that is not saved, such as a parameter.
 
     Args:
-        device: Whose memory it lies in, in one piece.
-        array: The array. It may be written to later: :meth:`keep` it as it is before that.
+        device: The device of the array, which is contiguous.
+        array: The array. Call :meth:`keep` before its owner writes to it.
 
     Attributes:
-        array: What has its elements as long as :meth:`is_unchanged`.
+        array: Has the elements as long as :meth:`is_unchanged`.
         is_kept: Whether ``array`` is a copy that nobody else has.
     """
 
@@ -36,11 +36,11 @@ class Constant:
         self._checksum = self._look()
 
     def is_unchanged(self) -> bool:
-        """Tell whether it has the elements that it had at first."""
+        """Return whether the array still has the elements that it had when this was made."""
         return self.is_kept or self._look() == self._checksum
 
     def keep(self) -> None:
-        """Have a copy of one's own, at the same place in a page."""
+        """Copy the array before its owner can modify it. The copy has the same page offset."""
         if not self.is_kept:
             array, place = self.array, self._place()
             layout = Layout(array.dtype, array.shape, array.strides, 0, True)
@@ -61,17 +61,17 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
-    """Computes the bytes of a storage again, bit for bit, from arrays that are saved as well.
+    """Compute the bytes of a storage again, bit for bit, from other saved arrays.
 
     Attributes:
-        inputs: The saved arrays that it needs.
-        run: Returns the array from theirs, in that order. It has no side effects.
-        layout: How the array lies in the storage, which it fills.
-        checksum: Of the result's bytes.
-        input_checksums: Of the storages of the inputs, at the time.
-        functions: What it runs, by whatever name the giver has for functions.
-        constants: What else it needs.
-        costly: It is for plans, which know what it costs.
+        inputs: The saved arrays that it reads.
+        run: Takes the arrays of the inputs, in that order, and returns the result. It has no side effects.
+        layout: The layout of the result, which fills the storage.
+        checksum: The checksum of the result's bytes.
+        input_checksums: The checksums of the inputs' storages when the result was computed.
+        functions: The functions that it runs, by whatever name the caller gives them.
+        constants: The arrays that it reads besides the inputs.
+        costly: Only a plan, which has weighed the cost, may use it.
     """
 
     inputs: tuple[PackedArray, ...]
@@ -88,19 +88,19 @@ class Recipe:
         return tuple(dict.fromkeys(saved.storage for saved in self.inputs))
 
     def bytes_to_keep(self) -> int:
-        """Return the size of the constants that are not kept yet (bytes)."""
+        """Return the bytes that copying the constants would still take."""
         return sum(one.array.nbytes for one in self.constants if not one.is_kept)
 
     def fits(self, device: Device, storage: Storage, planned: bool = False) -> bool:
-        """Tell whether it makes what ``storage`` has now, whenever it is asked to.
+        """Return whether the recipe would compute exactly what ``storage`` holds now, whenever it runs.
 
-        It does if neither that nor the inputs have been written to, and if nobody can write to the inputs
-        unnoticed: they have a valid copy, or will, or nobody else refers to them.
+        That needs a result and inputs that nobody has written to, and inputs that nobody can write to
+        unnoticed: they have a valid copy, or will have, or only the graph refers to them.
 
         Args:
-            device: Whose memory it is.
-            storage: What it makes.
-            planned: A plan asks, which has reckoned with what it costs, and with re-runs that need re-runs.
+            device: The device of the storage.
+            storage: The storage that it computes.
+            planned: A plan asks: costly recipes, and inputs that are themselves discarded, are allowed.
         """
         if self.costly and not planned:
             return False

@@ -1,4 +1,4 @@
-"""Storage: one allocation of a device's memory and where its bytes are. Saved: an array in it."""
+"""One allocation that functions saved (``Storage``), its states, and an array's stand-in (``PackedArray``)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,15 @@ __all__ = ["AWAY", "PackedArray", "State", "Storage"]
 class State(enum.Enum):
     """Where the bytes of a storage are."""
 
-    __hash__ = (
-        object.__hash__
-    )  # that of Enum is a function of Python, and what moves is looked up by state
+    __hash__ = object.__hash__  # Enum's is a slow Python function
 
     RESIDENT = "resident"  #: in the device's memory alone
     GOING_OUT = "going out"  #: resident, and a copy is being written
-    BOTH = "both"  #: resident, and a valid copy is outside (clean)
+    BOTH = "both"  #: resident and clean: a valid copy is outside
     OUT = "out"  #: outside alone
-    DISCARDED = "discarded"  #: nowhere: its recipe makes it again
+    DISCARDED = "discarded"  #: nowhere: its recipe computes it again
     COMING_IN = "coming in"  #: outside, and being read into memory
-    DROPPED = "dropped"  #: nowhere: its last use has been
+    DROPPED = "dropped"  #: nowhere: its last use is over
 
     in_memory: bool  #: whether they are in the device's memory, ready to be used
 
@@ -41,7 +39,7 @@ class State(enum.Enum):
 for _state in State:  # an attribute is read faster than a property
     _state.in_memory = _state in (State.RESIDENT, State.GOING_OUT, State.BOTH)
 
-#: Not in memory, and not on the way.
+#: Not in memory, and not coming in.
 AWAY = (State.OUT, State.DISCARDED)
 
 _LEGAL = {
@@ -56,47 +54,47 @@ _LEGAL = {
 
 
 class Keeper(Protocol):
-    """What a storage and its arrays ask of the manager that moves them."""
+    """The methods of the manager that a storage and its stand-ins call."""
 
     def read(self, packed: PackedArray, read_only: bool = False) -> Any:
-        """Return an array, fetched first where it is out."""
+        """Return the array, fetched first if its bytes are not in memory."""
 
     def is_read_only(self) -> bool:
-        """Tell whether the code that reads arrays in the calling thread leaves them as they are."""
+        """Return whether the calling thread runs code that never writes to the arrays it reads."""
 
     def defer_free(self, storage: Storage) -> None:
-        """Queue what a dying storage leaves for freeing."""
+        """Queue a dead storage's blocks for freeing."""
 
 
 class Storage(native.Mortal):
     """One allocation, shared by all arrays that are views of it.
 
-    Its state changes in :meth:`move_to` alone. It lives as long as one :class:`PackedArray` of it.
+    Only :meth:`move_to` changes its state. It lives as long as one :class:`PackedArray` of it.
 
     Attributes:
         manager: The manager that moves it.
-        sequence: Its number in the order of saving.
+        sequence: Its place in the order of saving.
         nbytes: Its size (bytes).
-        label: The function that saved it first.
+        label: The name of the function that saved it first.
         state: Where its bytes are.
-        owner: What owns the memory while it is resident, else ``None``. For NumPy the array with no
-            base, for CuPy its ``Memory``.
+        owner: The object that owns the memory while the storage is resident, else ``None``: NumPy's array
+            with no base, or CuPy's ``Memory``.
         origin: Bytes from the start of the owner's memory to the storage's first byte.
-        page_offset: The storage's first address modulo the page size: kept over a round trip, since
+        page_offset: The storage's first address modulo the page size. A round trip keeps it, since
             vectorized loops may round differently on memory of another alignment.
-        copy: The copy outside, or ``None``.
-        transfer: The copy under way, or ``None``.
-        dirty: Somebody outside backward got the array since the copy was begun, and may write.
-        remaining_uses: How many functions of the graph have yet to use it in backward.
-        kept: Others may read it than these functions: it is not dropped after its last use.
-        rank: The highest rank of these functions in the graph: backward runs by falling rank.
-        saved_sequence: What it was saved with, in a row, and ``number``, its place there.
-        ahead: It was fetched before it was asked for, and has not been used since.
-        arrival: The moment at which it came in last, for the device; ``None`` if it never did.
-        recipe: How its bytes can be computed again, or ``None``.
-        dependents: Storages that are out without a copy, whose recipes need this one.
-        checksum: Of its bytes when it was last looked at, or ``None`` where nobody asks for it.
-        verified: Whether changes of that are reported (``verify``).
+        copy: The copy outside of memory, or ``None``.
+        transfer: The copy that is running, or ``None``.
+        dirty: Code outside of backward got the array after the copy began, and may have written to it.
+        remaining_uses: The number of functions of the graph whose backward still needs it.
+        kept: Other readers than these functions may need it: it is not dropped after its last use.
+        rank: The highest rank of these functions in the graph. Backward runs in the order of falling rank.
+        saved_sequence: The sequence in which it was saved, and ``number``, its place there.
+        ahead: It was prefetched and has not been used since.
+        arrival: The moment of the device's clock at which it last arrived; ``None`` if it never did.
+        recipe: The recipe that computes its bytes again, or ``None``.
+        dependents: Discarded storages whose recipes need this one.
+        checksum: The last checksum of its bytes, or ``None`` if nothing needs one.
+        verified: Changes of the checksum are reported (``verify``).
     """
 
     __slots__ = (
@@ -161,7 +159,7 @@ class Storage(native.Mortal):
         """Change the state.
 
         Raises:
-            OutOfCoreError: If there is no such transition.
+            OutOfCoreError: If the transition is not legal.
         """
         if state not in _LEGAL[self.state]:
             raise OutOfCoreError(f"{self!r} cannot become {state.value!r}")
@@ -169,27 +167,27 @@ class Storage(native.Mortal):
 
     @property
     def used(self) -> bool:
-        """Whether backward has used it for the last time, as far as is known."""
+        """Whether no function of the graph is known to need it any more."""
         return self.remaining_uses <= 0
 
     @property
     def referenced_externally(self) -> bool:
-        """Whether somebody besides this storage refers to the memory, so that letting go frees nothing."""
+        """Whether anything besides this storage refers to the memory: releasing it would free nothing."""
         return references.attribute_is_referenced_externally(self, "owner")
 
     def __repr__(self) -> str:
         return f"<Storage {self.sequence} of {self.label}: {self.nbytes} bytes, {self.state.value}>"
 
     def _die(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not is_finalizing():  # when the interpreter ends, modules may be gone
+        if not is_finalizing():  # modules may be gone when the interpreter ends
             self.manager.defer_free(self)
 
 
 class PackedArray:
-    """Stands in for an array: which storage it lies in, and how.
+    """The stand-in for a saved array: its storage and its layout there.
 
-    Reading it gives an array with the same bits, shape, strides and dtype; while the original array is
-    alive, that very object.
+    Reading it returns an array with the same bits, shape, strides and dtype: the original object while that
+    is alive.
     """
 
     __slots__ = ("_last", "layout", "storage")
@@ -200,20 +198,20 @@ class PackedArray:
         self._last: weakref.ref[Any] | None = weakref.ref(array)
 
     def get(self) -> Any:
-        """Return the array, fetched first where it is out.
+        """Return the array, fetched first if its bytes are not in memory.
 
         Raises:
-            GraphReleasedError: If it was dropped after its last use.
+            GraphReleasedError: If ``single_backward`` dropped it after its last use.
         """
         manager = self.storage.manager
         return manager.read(self, manager.is_read_only())
 
     def alive(self) -> Any | None:
-        """Return the array handed out last if it is still alive, else ``None``."""
+        """Return the array that was handed out last if it is still alive, else ``None``."""
         return None if self._last is None else self._last()
 
     def remember(self, array: Any) -> None:
-        """Let :meth:`alive` return ``array`` as long as it lives."""
+        """Make :meth:`alive` return ``array`` as long as it lives."""
         self._last = weakref.ref(array)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -223,4 +221,4 @@ class PackedArray:
         return self.get().__reduce__()
 
     def __repr__(self) -> str:
-        return f"<Saved {self.layout.shape} {self.layout.dtype} of {self.storage!r}>"
+        return f"<PackedArray {self.layout.shape} {self.layout.dtype} of {self.storage!r}>"

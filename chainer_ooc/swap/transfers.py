@@ -1,4 +1,4 @@
-"""Mover: the transitions of a storage, one method each. When to make them is the manager's business."""
+"""The transitions of a storage, one method each. The manager and the evictor decide when to make them."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from chainer_ooc.swap.storage import State, Storage
 
 __all__ = ["Counters", "Transfers"]
 
-#: Waits shorter than this are counted, but not told (seconds).
+#: Observers are not told of waits shorter than this (seconds).
 _NOTICED = 20e-6
 
 
 @dataclasses.dataclass
 class Counters:
-    """What a device's transfers have done so far.
+    """The transfers of a device so far.
 
     Attributes:
-        bytes_out: Bytes copied out of the devices' memory.
+        bytes_out: Bytes copied out of the device's memory.
         bytes_in: Bytes copied back.
         storages_out: Allocations copied out.
         storages_in: Allocations copied back.
         hits: Reads that found the array in memory.
-        prefetched: Allocations whose copy back was begun before they were asked for.
-        prefetch_hits: Those of them that were used before they had to go out again.
-        bytes_discarded: Bytes that were given up with no copy, to be computed again.
+        prefetched: Allocations whose copy back began before backward asked for them.
+        prefetch_hits: Prefetched allocations that were used before they had to leave again.
+        bytes_discarded: Bytes freed with no copy, to be computed again.
         storages_remade: Allocations that were computed again.
-        recompute_seconds: Time that took.
-        copy_seconds: Time in which copies were under way, as far as they are known to have ended.
-        stall_fetch_seconds: Time that computing threads waited for arrays that were fetched when they were asked
-            for. On a GPU, where the streams wait, this and the next are what the host waited.
-        stall_late_seconds: Time that they waited for arrays that were fetched ahead, too late.
+        recompute_seconds: Time spent computing them.
+        copy_seconds: Time during which at least one copy ran, of those that are known to have ended.
+        stall_fetch_seconds: Time that computing threads waited for arrays that nobody prefetched. On a GPU,
+            where streams wait, this and the next are the host's waits.
+        stall_late_seconds: Time that they waited for arrays that were prefetched too late.
         stall_room_seconds: Time that they waited for copies out, to make room.
         stall_trim_seconds: Time that they spent on giving freed memory back to the system.
     """
@@ -64,7 +64,7 @@ class Counters:
 
     @property
     def lost_seconds(self) -> float:
-        """Time in which computing threads did nothing but what out-of-core mode made them do."""
+        """Time in which computing threads worked for out-of-core mode, waits included."""
         return self.waited_seconds + self.recompute_seconds
 
     @property
@@ -75,7 +75,7 @@ class Counters:
 
 
 class _Link:
-    """What has been copied in one direction, and in which time any copy was under way."""
+    """The bytes copied in one direction, and the time during which a copy ran."""
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -88,17 +88,17 @@ class _Link:
 
 
 class Transfers:
-    """Moves single storages of one device. Its caller holds the manager's lock.
+    """Move single storages of one device. Its caller holds the manager's lock.
 
     Args:
-        device: The memory and the way out of it.
-        make_room: Called with a number of bytes when the device has no memory for a transfer. Returns how
-            much has been given up, 0 if that is all.
-        observers: Who is told what happens.
+        device: The memory, and the way out of it.
+        make_room: Called with a number of bytes when the device has no memory for a transfer. Returns the
+            bytes that it freed, 0 if there is nothing left to evict.
+        observers: The observers of events.
 
     Attributes:
-        counters: What has been done so far.
-        leaving: The storages that are going out, in the order in which they were begun.
+        counters: The transfers so far.
+        leaving: The storages whose copies out are running, in the order in which they began.
         nbytes: The size of all storages in each state (bytes).
     """
 
@@ -110,35 +110,37 @@ class Transfers:
         self.leaving: deque[weakref.ref[Storage]] = deque()
         self.observers = observers
         self._make_room = make_room
-        # Bytes that have come into memory, and that were given up.
+        # Bytes brought into memory, bytes freed.
         self._landed = self._released = 0
         self._busy_until = 0.0
         self._links = _Link(), _Link()  # in, out
-        self._copies: deque[tuple[Copied, Transfer]] = deque()  # whose times are not known yet
-        # The resident storages by the identity of their owner, which lives as long as it is here.
+        self._copies: deque[tuple[Copied, Transfer]] = (
+            deque()
+        )  # copies whose times are not known yet
+        # Resident storages by the id of their owner, which lives as long as its entry.
         self._by_owner: dict[int, weakref.ref[Storage]] = {}
-        # The storages that live, by state and sequence number, and how many bytes they are.
+        # Living storages by state and sequence number, and their bytes by state.
         self._members: dict[State, dict[int, weakref.ref[Storage]]] = {state: {} for state in State}
         self.nbytes = dict.fromkeys(State, 0)
-        # Dead storages, and what they left: filled at any time by any thread.
+        # Dead storages and their blocks: any thread appends at any time.
         self._dead: deque[tuple[State, int, int, SavedSequence]] = deque()
-        self._known = 0  # how many live, or are dead and not forgotten yet
+        self._known = 0  # storages alive, or dead and still in _dead
         self._deferred_frees: deque[tuple[SwappedBlock | None, Transfer | None]] = deque()
         self._recipes: deque[Recipe] = deque()
 
     def find(self, owner: Any) -> Storage | None:
-        """Return the resident storage in the memory of ``owner``, if there is one."""
+        """Return the resident storage in the memory of ``owner``, or ``None``."""
         reference = self._by_owner.get(id(owner))
         return reference() if reference else None
 
     def bandwidth(self, out: bool) -> float | None:
-        """Return the bytes per second of the copies in one direction, ``None`` if nobody knows yet."""
+        """Return the bytes per second of copies in one direction, ``None`` before the first has ended."""
         self._take_times()
         link = self._links[out]
         return link.nbytes / link.seconds if link.seconds > 0 else None
 
     def stalled(self, cause: str, start: float) -> None:
-        """Note that the calling thread has waited since ``start``. ``cause`` is one of the counters' ``stall_``."""
+        """Count the time since ``start`` that the calling thread waited. ``cause`` completes a counter's ``stall_``."""
         end = time.perf_counter()
         name = f"stall_{cause}_seconds"
         setattr(self.counters, name, getattr(self.counters, name) + end - start)
@@ -147,7 +149,7 @@ class Transfers:
                 observer.stalled(self.device.name, cause, (start, end))
 
     def register(self, storage: Storage) -> None:
-        """Take a new storage, which is RESIDENT."""
+        """Add a new storage, which is RESIDENT."""
         reference = weakref.ref(storage)
         self._by_owner[id(storage.owner)] = reference
         self._members[storage.state][storage.sequence] = reference
@@ -156,7 +158,7 @@ class Transfers:
 
     @property
     def has_living(self) -> bool:
-        """Whether a storage lives. Asked at any time in any thread."""
+        """Whether a storage is alive. Safe at any time in any thread."""
         return self._known > len(self._dead)
 
     def members(self, state: State) -> list[Storage]:
@@ -174,32 +176,32 @@ class Transfers:
         return sorted(found, key=lambda storage: storage.sequence)
 
     def begin_out(self, storage: Storage) -> None:
-        """RESIDENT -> GOING_OUT.
+        """RESIDENT -> GOING_OUT. Begin to copy the storage out.
 
         Raises:
-            SwapSpaceError: If there is no space for it outside; it stays RESIDENT.
+            SwapSpaceError: If there is no space outside of memory. The storage stays RESIDENT.
         """
         refused = None
         try:
             storage.transfer = self._copy_out(storage)
         except SwapSpaceError as error:
             refused = _explained(SwapSpaceError, error, f"{storage!r} cannot be moved out")
-        if refused is not None:  # here the first error is gone, whose frames hold the memory
+        if (
+            refused is not None
+        ):  # outside of the handler: the first error's frames refer to the memory
             try:
                 raise refused
             finally:
-                del (
-                    refused
-                )  # it would hold this frame, and so those of its callers with their arrays
+                del refused  # else it refers to this frame, and so to the callers' arrays
         self._move(storage, State.GOING_OUT)
         storage.dirty = False
         self.leaving.append(weakref.ref(storage))
 
     def end_out(self, storage: Storage) -> None:
-        """GOING_OUT -> BOTH, or -> RESIDENT if somebody may have written to it meanwhile. Waits.
+        """GOING_OUT -> BOTH, or -> RESIDENT if the storage became dirty. Wait for the copy.
 
         Raises:
-            SwapSpaceError: If it could not be written, twice; it is RESIDENT then.
+            SwapSpaceError: If writing failed twice. The storage is RESIDENT then.
         """
         transfer = storage.transfer
         assert transfer is not None
@@ -229,7 +231,7 @@ class Transfers:
         self._copied(storage, transfer, out=True)
 
     def release(self, storage: Storage) -> None:
-        """BOTH -> OUT: give up the memory. For RESIDENT see :meth:`discard`."""
+        """BOTH -> OUT. Free the memory. For RESIDENT see :meth:`discard`."""
         self._give_up(storage, State.OUT)
 
     def _give_up(self, storage: Storage, state: State) -> None:
@@ -240,11 +242,11 @@ class Transfers:
         self._let_go(storage)
 
     def moved_bytes(self) -> int:
-        """Return by how much moves have changed the memory in use: what has come in less what was given up."""
+        """Return the bytes that have come into memory less those that were freed."""
         return self._landed - self._released
 
     def discard(self, storage: Storage) -> None:
-        """RESIDENT -> DISCARDED: its recipe makes it again. Its inputs are used once more for that."""
+        """RESIDENT -> DISCARDED. Free the memory; the recipe's inputs get one more use."""
         assert storage.recipe is not None
         for constant in storage.recipe.constants:
             constant.keep()
@@ -257,10 +259,10 @@ class Transfers:
         self._give_up(storage, State.DISCARDED)
 
     def remake(self, storage: Storage, array: Any) -> None:
-        """DISCARDED -> RESIDENT, with the bytes of ``array``, which its recipe has made.
+        """DISCARDED -> RESIDENT. Take ``array``, the recipe's result, as the storage's bytes.
 
         Raises:
-            CorruptCopyError: If they are not what they were; it stays DISCARDED.
+            CorruptCopyError: If they differ from the discarded bytes. The storage stays DISCARDED.
         """
         assert storage.recipe is not None
         layout = storage.recipe.layout
@@ -275,7 +277,7 @@ class Transfers:
         self.counters.storages_remade += 1
 
     def begin_in(self, storage: Storage) -> None:
-        """OUT -> COMING_IN."""
+        """OUT -> COMING_IN. Allocate memory and begin to copy the storage in."""
         copy = storage.copy
         assert copy is not None
         owner, origin, transfer = self._again_with_room(
@@ -289,10 +291,10 @@ class Transfers:
         self.counters.storages_in += 1
 
     def end_in(self, storage: Storage) -> None:
-        """COMING_IN -> BOTH. Waits.
+        """COMING_IN -> BOTH. Wait for the copy.
 
         Raises:
-            OSError: If it could not be read, twice; it is OUT then.
+            OSError: If reading failed twice. The storage is OUT then.
         """
         start = time.perf_counter()
         try:
@@ -310,7 +312,7 @@ class Transfers:
             self.stalled("late" if storage.ahead else "fetch", start)
 
     def mark_dirty(self, storage: Storage) -> None:
-        """BOTH -> RESIDENT: somebody who may write has the array, so that its copy is worth nothing."""
+        """BOTH -> RESIDENT. Free the copy: code that may write has the array."""
         if storage.state is State.GOING_OUT:
             storage.dirty = True
         elif storage.state is State.BOTH:
@@ -320,7 +322,7 @@ class Transfers:
             copy.free()
 
     def drop(self, storage: Storage) -> None:
-        """Any state -> DROPPED: give up the memory and the copy."""
+        """Any state -> DROPPED. Free the memory and the copy."""
         if storage.state is not State.DROPPED:
             if storage.state is State.DISCARDED:
                 assert storage.recipe is not None
@@ -334,7 +336,7 @@ class Transfers:
             self.run_deferred_frees()
 
     def defer_free(self, storage: Storage) -> None:
-        """Take what a dying storage leaves. Called at any time in any thread, in the midst of anything."""
+        """Queue a dead storage's blocks for freeing. Safe from ``__del__`` in any thread."""
         if storage.owner is not None:
             self._by_owner.pop(id(storage.owner), None)
         if storage.state is State.DISCARDED:
@@ -349,7 +351,7 @@ class Transfers:
         if not (self._dead or self._deferred_frees):
             return
         while self._dead:
-            if self._recipes:  # what it needed may die with it
+            if self._recipes:  # its recipe's inputs may die with it
                 self._need_no_more(self._recipes.popleft())
                 continue
             state, number, nbytes, saved_sequence = self._dead.popleft()
@@ -357,7 +359,7 @@ class Transfers:
             self._known -= 1
             del self._members[state][number]
             self.nbytes[state] -= nbytes
-            # Had nothing moved, it would free its memory now.
+            # Without moves its death would free its memory now.
             if state in (State.OUT, State.DISCARDED, State.DROPPED):
                 self._released -= nbytes
         for _ in range(len(self._deferred_frees)):
@@ -371,7 +373,7 @@ class Transfers:
                 copy.free()
 
     def wait_for_deferred_frees(self) -> None:
-        """Wait until all that dead storages left can be given back, and give it back."""
+        """Wait for the transfers of all queued blocks, and free them."""
         for _, transfer in tuple(self._deferred_frees):
             if transfer is not None:
                 transfer.wait()
@@ -399,16 +401,16 @@ class Transfers:
         self._take_times()
 
     def _take_times(self) -> None:
-        """Take note of when copies began and ended, once that is known: a stream may be behind."""
+        """Read the times of finished copies. A stream may report them late."""
         while self._copies:
             copied, transfer = self._copies[0]
             if not transfer.done():
                 return
             self._copies.popleft()
             span = transfer.span()
-            if span is None:  # there was no whole page
+            if span is None:  # less than a page: no copy on disk
                 continue
-            # Transfers overlap each other: the time in which any was under way.
+            # Transfers overlap: count the time during which any runs.
             self.counters.copy_seconds += max(span[1] - max(span[0], self._busy_until), 0)
             self._busy_until = max(self._busy_until, span[1])
             self._links[copied.out].note(copied.nbytes, span)
@@ -452,11 +454,11 @@ class Transfers:
             try:
                 return begin()
             except MemoryError:
-                # What is free may be in pieces: more is given up until it fits.
+                # Free memory may be fragmented: evict more until it fits.
                 if not self._make_room(nbytes):
                     raise
 
 
 def _explained(kind: type[OSError], error: OSError, what: str) -> OSError:
-    """Return an error of that kind with the number and the file of another, which names a storage, too."""
+    """Return an error of ``kind`` with the number and the file of ``error`` and a message that names the storage."""
     return kind(error.errno, f"{what}: {error.strerror or error}", error.filename)

@@ -1,4 +1,4 @@
-"""Equality bit for bit: NaNs equal themselves, and 0.0 does not equal -0.0."""
+"""Compare results bit for bit: NaNs equal themselves, and 0.0 does not equal -0.0."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def assert_same_bits(actual: Any, expected: Any, what: str = "result") -> None:
     Args:
         actual: An array, a :class:`chainer.Variable`, a number, ``None``, or dicts, lists and tuples of these.
         expected: The same. Arrays must agree in shape, dtype and every byte.
-        what: A name for it, for the error.
+        what: A name for the result, for the error.
 
     Raises:
         AssertionError: If they differ. The message says where first.
@@ -41,7 +41,7 @@ def assert_same_bits(actual: Any, expected: Any, what: str = "result") -> None:
 
 
 def _unwrapped(value: Any) -> Any:
-    """Return the array of a variable; anything else as it is."""
+    """Return the array of a variable, and anything else unchanged."""
     if hasattr(value, "array") and hasattr(value, "grad_var"):
         return value.array
     return value

@@ -1,7 +1,7 @@
-"""Make every saved array come back from its copy, whoever else still holds the original.
+"""Make every saved array come back from its copy, even if other code still refers to the original.
 
-Small tests move nothing by themselves: their memory is plenty, their inputs are leaves, which stay, and
-the test holds most of what is left. Inside :func:`force_copies` they cannot help it.
+Small tests move nothing by themselves: their memory is plenty, their inputs are leaves, which stay, and the
+test itself refers to most other arrays. Inside :func:`force_copies` all arrays move.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from chainer_ooc.swap.transfers import Counters, Transfers
 
 __all__ = ["Moved", "force_copies"]
 
-# One for the process: graphs outlive the ``with``.
+# One manager for the process: graphs outlive the ``with``.
 _manager: _ForcingManager | None = None
 
-#: What released memory is filled with: as floating point numbers, large and negative.
+#: The byte that fills released memory: floating point numbers made of it are large and negative.
 POISON = 0xE5
 
 
 class Moved:
-    """What has been moved since the ``with`` began.
+    """The bytes and allocations moved since the ``with`` began.
 
     Attributes:
         bytes_out: Bytes copied out.
@@ -61,10 +61,10 @@ class Moved:
 
 
 class _PoisoningTransfers(Transfers):
-    """Fills memory with :data:`POISON` before it lets go of it: who still reads it there, reads that.
+    """Fill memory with :data:`POISON` before it is released: code that still reads it gets that.
 
     Attributes:
-        lent: Storages whose restored memory was given to somebody who may write to it.
+        lent: Storages whose restored memory was given to code that may write to it.
     """
 
     def __init__(
@@ -74,38 +74,38 @@ class _PoisoningTransfers(Transfers):
         self.lent: weakref.WeakSet[Storage] = weakref.WeakSet()
 
     def mark_dirty(self, storage: Storage) -> None:
-        """BOTH -> RESIDENT."""
+        """BOTH -> RESIDENT. Free the copy."""
         self.lent.add(storage)
         super().mark_dirty(storage)
 
     def release(self, storage: Storage) -> None:
-        """BOTH -> OUT."""
+        """BOTH -> OUT. Poison and free the memory."""
         _poison(storage)
         super().release(storage)
 
     def drop(self, storage: Storage) -> None:
-        """Any state -> DROPPED."""
+        """Any state -> DROPPED. Poison and free the memory; free the copy."""
         _poison(storage)
         super().drop(storage)
 
     def defer_free(self, storage: Storage) -> None:
-        """Take what a dying storage leaves."""
+        """Queue a dead storage's blocks for freeing, and poison its memory."""
         _poison(storage)
         super().defer_free(storage)
 
     def give_up_original(self, storage: Storage) -> None:
-        """BOTH -> OUT, of the memory that the storage began in: somebody else may rightly read that."""
+        """BOTH -> OUT. Release the first memory of the storage, without poison: other code may read it."""
         super().release(storage)
 
 
 def _poison(storage: Storage) -> None:
-    # Not while a thread writes it to the file or fills it.
+    # Not while a thread reads or writes the memory.
     if storage.owner is not None and storage.transfer is None and not storage.referenced_externally:
         storage.owner.fill(POISON)
 
 
 class _ForcingManager(SwapManager):
-    """Copies each array out when it is saved, and gives the original up, whoever holds it."""
+    """Copy each array out when it is saved, and release the original, even if other code refers to it."""
 
     _transfers: _PoisoningTransfers
     _transfers_type = _PoisoningTransfers
@@ -117,19 +117,17 @@ class _ForcingManager(SwapManager):
             hooks.save_pending,
             lambda: state.local.read_only,
         )
-        # By the identity of originals that live: the copy of each, and a digest of what was copied.
+        # By the id of each living original: a reference to it, its copy, and a digest of the copied bytes.
         self._copies: dict[int, tuple[weakref.ref[Any], weakref.ref[Storage], bytes]] = {}
 
     def save(self, array: Any, label: str) -> PackedArray | None:
-        """Return what stands in for ``array``; its bytes are outside already."""
+        """Return the stand-in of ``array``, whose bytes have been copied out already."""
         location = self.device.locate(array)
         if location is None or location.nbytes == 0:
             return None
         owner = location.owner
         with self._lock:
-            if (
-                self._transfers.find(owner) is not None
-            ):  # what came back from its copy, and is saved again
+            if self._transfers.find(owner) is not None:  # restored from a copy and saved again
                 return super().save(array, label)
             digest = hashlib.blake2b(owner.tobytes("A"), digest_size=16).digest()
             storage = self._copy_of(owner, digest)
@@ -141,11 +139,11 @@ class _ForcingManager(SwapManager):
             else:
                 saved = cast(PackedArray, super().save(array, label))
                 self._copy_at_once(saved.storage, owner, digest)
-            saved._last = None  # the original is not to be handed out
+            saved._last = None  # never hand out the original
             return saved
 
     def _copy_of(self, owner: Any, digest: bytes) -> Storage | None:
-        """Return the storage of another view of ``owner``, if neither has been written to since."""
+        """Return the storage of another view of ``owner``, if no code has written to either since."""
         original, reference, then = self._copies.get(id(owner), (None, None, b""))
         storage = reference() if reference else None
         if original is None or original() is not owner or storage is None or then != digest:
@@ -164,7 +162,7 @@ class _ForcingManager(SwapManager):
 
 
 class _Identity(chainer.FunctionNode):
-    """Makes a variable that is no leaf of one that is. Nothing is copied or computed."""
+    """Turn a leaf into a variable that is no leaf. Nothing is copied or computed."""
 
     is_elementwise = True  # any memory layout may pass
 
@@ -176,8 +174,8 @@ class _Identity(chainer.FunctionNode):
 
 
 def _without_leaves(inputs: Any) -> list[Any]:
-    """Return ``inputs`` with variables that are leaves replaced by others of the same array that are not."""
-    passed: dict[int, Any] = {}  # f(x, x) is to be h = identity(x); f(h, h)
+    """Return ``inputs`` with each leaf replaced by a variable of the same array that is no leaf."""
+    passed: dict[int, Any] = {}  # f(x, x) becomes h = identity(x); f(h, h)
     return [_passed(x, passed) if _is_leaf(x) else x for x in inputs]
 
 
@@ -208,20 +206,20 @@ def _passed(x: Any, passed: dict[int, Any]) -> Any:
 
 @contextlib.contextmanager
 def force_copies() -> Iterator[Moved]:
-    """Save everything out of core inside the ``with``, in all threads, and count what comes back.
+    """Save everything out of core inside the ``with``, in all threads, and count the bytes that come back.
 
-    * Every array that a function of the graph saves is copied out at once, and read from the copy, even
-      if somebody still holds the original. Memory that is released is overwritten, so that a use of it
-      after that is seen in the results.
-    * Variables that are leaves are passed through an identity function on their way into a function
-      (but parameters), so that they are saved like what lies inside of a network.
+    * Every array that a function of the graph saves is copied out at once and read from the copy, even if
+      other code still refers to the original. Released memory is overwritten, so that its later use shows
+      in the results.
+    * Leaves other than parameters pass through an identity function on their way into a function, so that
+      they are saved like the arrays inside a network.
 
-    A program that writes to an array after it was saved (``x.array[...] = 0`` between forward and
-    backward) does not see that in the gradients, unlike on stock Chainer and in out-of-core mode itself.
-    Function hooks see the identity function in backward.
+    A program that writes to an array after it was saved (``x.array[...] = 0`` between forward and backward)
+    does not see that in the gradients here, unlike on stock Chainer and in out-of-core mode. Function hooks
+    see the identity function in backward.
 
     Yields:
-        What has been moved so far inside. A test is to assert ``moved.bytes_in > 0``.
+        The moved bytes and allocations so far. A test should assert ``moved.bytes_in > 0``.
     """
     global _manager
     hooks.install()
@@ -246,7 +244,7 @@ def force_copies() -> Iterator[Moved]:
         yield Moved(forcing.counters)
     finally:
         chainer.FunctionNode.apply = apply
-        if _manager is forcing:  # not in a forked child, whose mode is off
+        if _manager is forcing:  # a forked child's mode is off
             state.local.stack.pop()
             state.process.enabled = enabled
             if manager is None:

@@ -79,9 +79,7 @@ class CountedRam(RamDevice):
 
     def used_bytes(self):
         transfers = self.manager._transfers
-        return self.other + sum(
-            s.nbytes for s in transfers.everything() if s.owner is not None
-        )
+        return self.other + sum(s.nbytes for s in transfers.everything() if s.owner is not None)
 
 
 @contextlib.contextmanager

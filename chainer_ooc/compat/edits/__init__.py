@@ -1,8 +1,7 @@
-"""What is edited in stock Chainer while it is imported, and why.
+"""The edits of stock Chainer's modules, made while they are imported, and the reason of each.
 
-Every module of this package that :data:`EDIT_SETS` names has one tuple ``EDITS`` of :class:`Edit`.
-Several edits of one module, of one set or of several, are applied one after the other in the order
-of ``EDIT_SETS``: each sees the text that those before it left.
+Every module that :data:`EDIT_SETS` names has one tuple ``EDITS`` of :class:`Edit`. If several edits concern
+one module, they are applied in the order of ``EDIT_SETS``, each to the text that those before it left.
 """
 
 from __future__ import annotations
@@ -48,11 +47,11 @@ class Edit(NamedTuple):
     """One edit of one module.
 
     Attributes:
-        module: Full name of the module.
-        reason: Why it is needed, one sentence.
-        replacements: Applied in order.
-        when: Called once, when the module is imported; the edit is left out when it returns
-            ``False``. ``None``: always.
+        module: The full name of the module.
+        reason: The reason for the edit, one sentence.
+        replacements: The replacements, applied in order.
+        when: Called once, when the module is imported. If it returns ``False``, the edit is left out.
+            ``None``: always apply.
     """
 
     module: str
@@ -76,7 +75,7 @@ def _table() -> dict[str, list[Edit]]:
 
 
 def register(*edits: Edit) -> None:
-    """Add edits after those of ``EDIT_SETS``. Must happen before the edited modules are imported.
+    """Add edits after those of ``EDIT_SETS``. Call it before the edited modules are imported.
 
     Raises:
         RuntimeError: If a module to edit is already imported.
@@ -93,7 +92,7 @@ def register(*edits: Edit) -> None:
 
 
 def wanted(module: str) -> bool:
-    """Tell whether ``module`` has edits. Their conditions are not evaluated yet."""
+    """Return whether ``module`` has edits. Their conditions are not evaluated yet."""
     return module in _table()
 
 

@@ -1,17 +1,17 @@
-"""Conditions under which an edit is needed; evaluated when the module is imported."""
+"""The conditions of edits, evaluated when the edited module is imported."""
 
 from __future__ import annotations
 
 
 def numpy_2() -> bool:
-    """NumPy 2 or later is installed."""
+    """Return whether NumPy 2 or later is installed."""
     import numpy
 
     return int(numpy.__version__.partition(".")[0]) >= 2
 
 
 def protobuf_has_builder() -> bool:
-    """Protobuf 3.20 or later is installed: it builds messages from a serialized description."""
+    """Return whether protobuf is 3.20 or later, which builds messages from a serialized description."""
     from importlib.util import find_spec
 
     try:
@@ -21,7 +21,7 @@ def protobuf_has_builder() -> bool:
 
 
 def h5py_3() -> bool:
-    """The installed h5py, if there is one, is version 3 or later."""
+    """Return whether the installed h5py, if there is one, is version 3 or later."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -31,7 +31,7 @@ def h5py_3() -> bool:
 
 
 def onnx_without_mapping() -> bool:
-    """The installed ONNX, if there is one, has no module ``onnx.mapping``."""
+    """Return whether the installed ONNX, if there is one, lacks the module ``onnx.mapping``."""
     from importlib.util import find_spec
 
     return find_spec("onnx") is not None and find_spec("onnx.mapping") is None

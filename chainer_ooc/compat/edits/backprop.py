@@ -1,11 +1,11 @@
-"""Edits of ``chainer`` with the same results: backward reads no array that nobody needs.
+"""Edits of ``chainer`` that keep its results: backward reads no array that it does not need.
 
 Stock Chainer reads ``x.data`` of every input of every function, for hooks and to choose a device, and
-holds it while the function runs; checks of gradients read it to compare types; setters test it for
-``None``. Where the array is outside memory each of these would fetch it. They ask
-``chainer.variable._peek`` instead, which out-of-core mode replaces by one that fetches nothing. Where there
-are hooks, ``_before_hooks`` comes before them: there what the function needs is fetched, so that timers
-measure what it computes, not what it waits for.
+refers to it while the function runs. Checks of gradients read it to compare types; setters test it for
+``None``. Each of these reads would fetch an array that is outside of memory. The edited code asks
+``chainer.variable._peek`` instead, which out-of-core mode replaces by a function that fetches nothing. If
+there are hooks, ``_before_hooks`` runs before them and fetches the function's arrays, so that timers
+measure computation, not waits.
 """
 
 from __future__ import annotations

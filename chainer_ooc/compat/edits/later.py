@@ -1,4 +1,4 @@
-"""Edits of the modules of Chainer that import SciPy or h5py, which take 38 MiB and half a second."""
+"""Edits of Chainer's modules that import SciPy or h5py, which takes 38 MiB and half a second."""
 
 from __future__ import annotations
 

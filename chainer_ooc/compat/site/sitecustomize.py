@@ -1,4 +1,4 @@
-"""Does the work of ``chainer_ooc.pth`` for child processes where no ``.pth`` file is installed.
+"""Do the work of ``chainer_ooc.pth`` in child processes if no ``.pth`` file is installed.
 
 ``chainer_ooc.compat.child_environment`` puts this directory into ``PYTHONPATH``, so that Python
 imports this module at its start. Another ``sitecustomize``, hidden by this one, is run as well.

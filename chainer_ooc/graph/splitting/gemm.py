@@ -1,4 +1,4 @@
-"""Where a matrix product may be cut so that each part has the bits of the whole.
+"""Find the places where a matrix product may be cut so that each part has the bits of the whole.
 
 Each element is a sum over the depth, and BLAS orders that sum by the depth alone, except at the edges: small
 products, single rows or columns and what is left over beside full register tiles run other code.
@@ -26,14 +26,14 @@ _TRIAL_ROWS, _TRIAL_ELEMENTS = 4096, 1 << 20
 
 
 class Product(NamedTuple):
-    """A matrix product with one free side that is to be cut.
+    """A matrix product that is to be cut along one free side.
 
     Attributes:
         side: The free side: ``"rows"`` of the first matrix, or ``"columns"`` of the second.
-        each: Rows or columns of one unit.
+        each: The rows or columns of one unit.
         depth: The length of the sums.
-        other: The length of the side that stays whole.
-        dtype: The type in which it is computed.
+        other: The length of the side that is not cut.
+        dtype: The dtype of the computation.
     """
 
     side: str
@@ -44,31 +44,31 @@ class Product(NamedTuple):
 
     @property
     def in_order(self) -> bool:
-        """Whether NumPy's own loop computes it, one sum after the other: half precision."""
+        """Whether NumPy's own loop computes it, one sum after the other (half precision)."""
         return self.dtype.char == "e"
 
     @property
     def grain(self) -> int:
-        """The units of which a multiple may be cut off."""
+        """The number of units of which each cut is a multiple."""
         return 1 if self.in_order else _TILE // math.gcd(_TILE, self.each)
 
     @property
     def least(self) -> int:
-        """The fewest units of a part."""
+        """The smallest number of units in a part."""
         return (
             1 if self.in_order else math.ceil(_LEAST / max(self.each * self.depth * self.other, 1))
         )
 
     def can_be_split(self, units: int) -> bool:
-        """Tell whether a cut keeps the bits, as far as a trial on this BLAS shows."""
+        """Return whether a cut keeps the bits, according to a trial on this machine's BLAS."""
         if self.in_order:
             return True
         if self.dtype.char not in "fd" or self.depth < 2 or self.other < 2:
             return False  # a product with a vector
         if units * self.each % _TILE or self.other % _TILE:
-            return False  # sums in a last tile that is not a whole one depend on where its neighbours end
+            return False  # the sums in a partial last tile depend on its size
         size = _TILE * math.ceil(_LEAST / (_TILE * min(self.depth, 4096) * self.other))
-        with np.errstate(all="ignore"):  # what the user wants to be told is of his own numbers
+        with np.errstate(all="ignore"):  # the user wants to hear of his own numbers only
             return _keeps_bits(
                 self.side,
                 size,
@@ -81,7 +81,7 @@ class Product(NamedTuple):
 
 @functools.lru_cache(256)
 def _keeps_bits(side: str, size: int, depth: int, other: int, rest: int, char: str) -> bool:
-    random = np.random.Generator(np.random.PCG64(0))  # not the global state, which is the user's
+    random = np.random.Generator(np.random.PCG64(0))  # the global state is the user's
     rows = max(3 * size, min(_TRIAL_ROWS, max(_TRIAL_ELEMENTS // depth, 1024)) // _TILE * _TILE)
     free = random.standard_normal((rows + rest, depth)).astype(char)
     fixed = random.standard_normal((other, depth)).astype(char)

@@ -1,10 +1,10 @@
-"""Functions whose temporaries do not fit below the limit run in pieces, with the bits of the whole.
+"""Run functions whose temporaries do not fit below the limit in pieces, with the bits of the whole.
 
-On NumPy a convolution makes one matrix of all its patches (im2col), far larger than its input and output. When
-that does not fit, stock Chainer's own code is called for a few images at a time (for the gradient of the
-weights: a few input channels, since there the images are summed over; with groups: a few groups), and writes
-into an array laid out as stock Chainer would have laid it out. So it is with other functions of single images
-that make several times their input and output.
+On NumPy a convolution makes one matrix of all its patches (im2col), far larger than its input and output.
+If that does not fit, stock Chainer's own code runs for a few images at a time and writes into an array with
+stock Chainer's layout. The gradient of the weights, which sums over images, runs for a few input channels
+at a time; grouped convolutions for a few groups. Other functions of single images with large temporaries
+work the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Arrays", "Work", "patch"]
 
 Arrays = tuple[np.ndarray, ...]
 
-#: NumPy's errors, as those who handle them are told, and as they are set.
+#: NumPy's floating-point errors: the names that handlers get, and those of numpy.errstate.
 _KINDS = {
     "divide by zero": "divide",
     "overflow": "over",
@@ -34,17 +34,17 @@ _KINDS = {
 
 
 class Work(NamedTuple):
-    """What a function has to do, in units of which any number can be done at a time.
+    """The work of a function, in units of which any number can be done at a time.
 
     Attributes:
-        units: How many there are.
-        unit_bytes: Temporaries of one unit (bytes).
-        out_bytes: What the whole results take (bytes).
-        run: Does the units from a start to a stop; returns their results.
+        units: The number of units.
+        unit_bytes: The temporaries of one unit (bytes).
+        out_bytes: The whole results (bytes).
+        run: Takes a first unit and the unit after the last; does them and returns their results.
         axis: The axis of the results along which the units lie.
-        product: The matrix product it is one of; ``None``: no element depends on the others' number.
-        order: The axes of the results, the outermost in memory first; empty: as a piece has them.
-        names: The function's attributes that the last results become; the others are returned.
+        product: The matrix product in it; ``None`` if no element depends on the number of units.
+        order: The axes of the results, the outermost in memory first. Empty: the order of a piece.
+        names: The attributes of the function that take the last results. The others are returned.
     """
 
     units: int
@@ -58,20 +58,21 @@ class Work(NamedTuple):
 
 
 def patch(cls: Any, name: str, rule: Callable[..., Work | None]) -> None:
-    """Have a method run in pieces where it does not fit.
+    """Replace a method by one that runs in pieces if the whole does not fit.
 
     Args:
         cls: A subclass of :class:`chainer.FunctionNode`.
-        name: The method, which takes arrays or a tuple of them first, and returns a tuple of arrays.
-        rule: Given the stock method, the function and the arguments, returns what there is to do; ``None``:
-            nothing that can be split.
+        name: The name of the method. It takes arrays or a tuple of them first and returns a tuple of
+            arrays.
+        rule: Takes the stock method, the function and the arguments; returns the work, or ``None`` if it
+            cannot be split.
     """
     stock = getattr(cls, name)
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any) -> Any:
         settings = state.current()
-        # Below the low-water mark allocations are not announced, and nothing is looked at.
+        # Below the low watermark allocations do not ask for room: run the whole.
         watched = state.local.hooked or state.local.growth is not None
         if settings is None or not watched or settings.split == "never":
             return stock(self, *args)
@@ -99,14 +100,14 @@ def _uses_ideep(func: Any) -> bool:
 
 
 def _room(manager: SwapManager, work: Work) -> int | None:
-    """Return the bytes there are for temporaries when all that can move has moved; ``None``: enough."""
+    """Return the bytes left for temporaries after everything movable has moved; ``None`` if all fits."""
     if manager.make_room(work.units * work.unit_bytes + work.out_bytes):
         return None
     return manager.budget.high - manager.budget.used_bytes() - work.out_bytes
 
 
 def _steps(work: Work, manager: SwapManager | None, exact: bool) -> list[tuple[int, int]]:
-    """Return the pieces: none if the whole fits, or if it cannot be split with the same bits."""
+    """Return the pieces; an empty list if the whole fits or cannot be split with the same bits."""
     if manager is None or manager.busy or work.units < 2:
         return []
     grain = least = 1
@@ -114,7 +115,7 @@ def _steps(work: Work, manager: SwapManager | None, exact: bool) -> list[tuple[i
         grain, least = work.product.grain, work.product.least
     smallest = math.ceil(least / grain) * grain
     if work.units - smallest < least:
-        return []  # before room is made: stock Chainer may need less than is reckoned here
+        return []  # before making room: stock Chainer may need less than computed here
     room = _room(manager, work)
     if room is None:
         return []
@@ -122,12 +123,12 @@ def _steps(work: Work, manager: SwapManager | None, exact: bool) -> list[tuple[i
         return []
     size = max(room // max(work.unit_bytes, 1), 1)
     size = max(size // grain * grain, smallest)
-    # As many pieces, about as large as each other: none is left too small.
+    # The same number of pieces, of about equal size: no small rest.
     even = math.ceil(work.units / math.ceil(work.units / size))
     size = max(math.ceil(even / grain) * grain, smallest)
     starts = list(range(0, work.units, size))
     if len(starts) > 1 and work.units - starts[-1] < least:
-        starts.pop()  # too little for a product of its own
+        starts.pop()  # the last part is too small: join it to the one before
     return list(zip(starts, [*starts[1:], work.units], strict=True)) if len(starts) > 1 else []
 
 
@@ -146,13 +147,13 @@ def _run(work: Work, steps: list[tuple[int, int]]) -> Arrays:
 
 
 def _run_piece(work: Work, start: int, stop: int, told: set[str]) -> Arrays:
-    """Do some units. Of each of NumPy's errors the user is told by the first piece that has it, as by the whole.
+    """Do some units. Each of NumPy's errors reaches the user once, from the first piece that has it.
 
     Args:
-        work: What there is to do.
+        work: The work.
         start: The first unit.
-        stop: The first unit that is not meant.
-        told: The errors that the user has been told of, added to.
+        stop: The unit after the last.
+        told: The errors that the user has got already. Updated.
     """
     found: set[str] = set()
     heard: Any = {kind: "call" for kind, how in np.geterr().items() if how != "ignore"}
@@ -167,7 +168,7 @@ def _run_piece(work: Work, start: int, stop: int, told: set[str]) -> Arrays:
 
 
 def _whole(piece: np.ndarray, work: Work, units: int) -> np.ndarray:
-    """Return an empty array for all units, in the memory order of ``piece``, a crop where that is one."""
+    """Return an empty array for all units, in the memory order of ``piece``; a crop if ``piece`` is one."""
 
     def enlarged(shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(

@@ -1,6 +1,6 @@
-"""What runs in pieces: of each function, what a piece is, what it takes, and how it is done.
+"""One rule per function that can run in pieces: what a piece is, what memory it takes, how to run it.
 
-Rules are given stock Chainer's own method, which they call with fewer images, channels or groups.
+Rules call stock Chainer's own method with fewer images, channels or groups.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["install"]
 
 
 def install() -> None:
-    """Patch those of Chainer's functions that can run in pieces, once."""
+    """Patch Chainer's functions that can run in pieces. Later calls do nothing."""
     from chainer.functions.array import resize_images, spatial_transformer_sampler
     from chainer.functions.connection import (
         convolution_2d,
@@ -80,7 +80,7 @@ def _convolution(stock: Any, self: Any, x: Any, W: Any, b: Any, *xp: Any) -> Wor
     rows, depth, columns = math.prod(outs), math.prod(W.shape[1:]), len(W)
     return Work(
         len(x),
-        # The padded image, its patches, those in order, and the result.
+        # The padded image, its patches, the patches in order, and the result.
         _frame(self, x.shape) * x.itemsize
         + rows * (2 * depth * x.itemsize + columns * 2 * dtype.itemsize),
         len(x) * rows * columns * x.itemsize,
@@ -121,10 +121,10 @@ def _weight_gradient(stock: Any, self: Any, x: Any, gy: Any, *xp: Any) -> Work:
 def _by_groups(
     rule: Callable[..., Work], axes: tuple[int, ...], axis: int, stock: Any, self: Any, *args: Any
 ) -> Work | None:
-    """Return the work of a convolution whose groups are products of their own.
+    """Return the work of a convolution whose groups are separate products.
 
-    ``rule`` tells what there is to do for one of them; ``axes`` are those of the arguments along which the groups
-    lie, ``axis`` is that of the result.
+    ``rule`` returns the work of one group. The groups lie along ``axes`` of the arguments and along
+    ``axis`` of the result.
     """
     count, others = self.groups, args[len(axes) :]
     if count == 1:  # one group of a convolution that is in pieces
@@ -181,7 +181,7 @@ def _max_pooling(stock: Any, self: Any, inputs: Any) -> Work:
         return y, *_taken(self, names)
 
     each = x.itemsize + np.dtype(np.intp).itemsize
-    # The padded image, its patches, those in the order in which argmax looks, and both results.
+    # The padded image, its patches, the patches in argmax's order, and both results.
     taps = 2 * math.prod(self.ksize)
     temporary = _frame(self, x.shape) * x.itemsize + outs * (taps * x.itemsize + each)
     return Work(len(x), temporary, len(x) * outs * each, run, names=names)
@@ -217,7 +217,7 @@ def _pooling_by_indexes(stock: Any, self: Any, inputs: Any) -> Work | None:
         return stock(part if func is self else SimpleNamespace(func=part), (x[i:j],))
 
     outs = indexes[0].size
-    # The padded image, its patches, those in the order of the indexes, the places of these, and the result.
+    # The padded image, its patches, the patches in the indexes' order, the places of the indexes, and the result.
     each = 2 * math.prod(_kernel(func)) * x.itemsize + 2 * indexes.itemsize + x.itemsize
     temporary = _frame(func, x.shape) * x.itemsize + outs * each
     return Work(len(x), temporary, indexes.size * x.itemsize, run)
@@ -308,7 +308,7 @@ def _normalization(stock: Any, self: Any, inputs: Any) -> Work:
         (y,) = stock(self, (x[i:j],))
         return y, *_taken(self, names)
 
-    # Squares, their sums, and the three results; before there is the last of these, a product that may be a temporary.
+    # Squares, their sums, and three results; before the last of them a product that may be a temporary.
     return Work(len(x), 5 * x[0].nbytes, 3 * x.nbytes, run, names=names)
 
 
@@ -347,7 +347,7 @@ def _sampling(stock: Any, self: Any, inputs: Any) -> Work:
 def _sampling_gradient(stock: Any, self: Any, inputs: Any, grad_outputs: Any) -> Work | None:
     (x, grid), (gy,) = inputs, grad_outputs
     if x.flags.fnc:
-        return None  # its gradient would have the images last in memory, that of a piece has not
+        return None  # the whole's gradient has another memory order than a piece's
 
     def run(i: int, j: int) -> Arrays:
         return stock(self, (x[i:j], grid[i:j]), (gy[i:j],))
@@ -358,7 +358,7 @@ def _sampling_gradient(stock: Any, self: Any, inputs: Any, grad_outputs: Any) ->
 
 
 def _taken(func: Any, names: tuple[str, ...]) -> Arrays:
-    """Take arrays from a function, which would hold those of a piece while the next one is made."""
+    """Take the named arrays out of a function: it must not keep a piece's while the next piece is made."""
     arrays = tuple(getattr(func, name) for name in names)
     for name in names:
         setattr(func, name, None)
@@ -366,7 +366,7 @@ def _taken(func: Any, names: tuple[str, ...]) -> Arrays:
 
 
 def _stripped(func: Any) -> Any:
-    """Return what has the numbers of a function, and takes what it notes of a piece."""
+    """Return a plain object with a function's attributes, on which a piece may set its own."""
     return SimpleNamespace(**copy.copy(func.__dict__))
 
 
@@ -375,7 +375,7 @@ def _kernel(func: Any) -> tuple[int, ...]:
 
 
 def _window(func: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the strides and the paddings."""
+    """Return the strides and the paddings of a function."""
     if hasattr(func, "sy"):
         return (func.sy, func.sx), (func.ph, func.pw)
     return func.stride, func.pad

@@ -1,1 +1,1 @@
-"""What holds the arrays: NumPy in RAM (``ram.py``), CuPy on a GPU (``cuda.py``)."""
+"""The devices that hold arrays: ``ram/`` for NumPy, ``cuda/`` for CuPy; ``protocol.py`` is their interface."""

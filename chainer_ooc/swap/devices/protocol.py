@@ -1,4 +1,4 @@
-"""What the manager asks of a device: its memory, arrays in it, and copies of storages outside it."""
+"""The interface of a device: its memory, the arrays in it, and the copies of storages outside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = [
     "checksum_of_array",
 ]
 
-#: An array may be a view of so many times its bytes, to have a checksum; a smaller one, of anything.
+#: A crop of an allocation over CROPPED times its size has no checksum, unless it has at most SMALL bytes.
 CROPPED, SMALL = 2, 64 << 10
 
 
@@ -24,14 +24,14 @@ Span = tuple[float, float]
 
 
 class Layout(NamedTuple):
-    """How an array lies in its storage.
+    """The layout of an array in its storage.
 
     Attributes:
-        dtype: Its NumPy dtype.
-        shape: Its shape.
-        strides: Its strides (bytes).
+        dtype: The NumPy dtype.
+        shape: The shape.
+        strides: The strides (bytes).
         offset: Bytes from the storage's first byte to the array's first element.
-        writeable: Whether it may be written to.
+        writeable: Whether code may write to the array.
     """
 
     dtype: Any
@@ -42,13 +42,13 @@ class Layout(NamedTuple):
 
 
 class Location(NamedTuple):
-    """Where an array's memory is.
+    """The place of an array in memory.
 
     Attributes:
-        owner: The object that owns the allocation; the allocation is freed when nobody refers to it.
+        owner: The object that owns the allocation. The memory is freed when nothing refers to the owner.
         nbytes: The allocation's size (bytes).
         address: The allocation's first address.
-        offset: Bytes from there to the array's first element.
+        offset: Bytes from the allocation's first address to the array's first element.
     """
 
     owner: Any
@@ -61,40 +61,40 @@ class SwappedBlock(Protocol):
     """The bytes of one storage outside the device's memory."""
 
     def free(self) -> None:
-        """Give the space back. Nothing may be reading or writing it."""
+        """Free the block's space. No transfer may be reading or writing it."""
 
 
 class Transfer(Protocol):
-    """A copy under way, in either direction."""
+    """A running copy, in either direction."""
 
     @property
     def copy(self) -> SwappedBlock:
-        """What is written or read."""
+        """The block that is written or read."""
 
     def done(self) -> bool:
-        """Tell whether it has ended, well or badly, without waiting."""
+        """Return, without waiting, whether the transfer has ended, with or without an error."""
 
     def join(self) -> None:
-        """Make what the calling thread does from now on happen after the transfer.
+        """Order the calling thread's later work after the transfer.
 
-        On a GPU that is an order between streams, with no wait of the host.
+        On a GPU streams are ordered, and the host does not wait.
 
         Raises:
-            OSError: If it failed.
+            OSError: If the transfer failed.
         """
 
     def wait(self) -> None:
-        """Wait until it has ended, well or badly. Raises nothing."""
+        """Wait until the transfer has ended. Errors are not raised."""
 
     def span(self) -> Span | None:
-        """Return when it began and ended (seconds of :func:`time.perf_counter`), ``None`` if nobody knows yet."""
+        """Return the begin and the end (seconds of :func:`time.perf_counter`), ``None`` if not known yet."""
 
     def arrival(self) -> Any:
-        """Return the moment of its end for :meth:`Device.seconds`, ``None`` if the host has waited for it."""
+        """Return the moment of the end for :meth:`Device.seconds`, ``None`` if the host waited for it."""
 
 
 class Device(Protocol):
-    """The memory of one device and the way out of it and back."""
+    """The memory of one device, and the way out of it and back."""
 
     name: str
     stand_in: Any  #: an array of the device without elements
@@ -102,89 +102,89 @@ class Device(Protocol):
     runs_behind: bool  #: calls return before what they compute is there
 
     def locate(self, array: Any) -> Location | None:
-        """Return where ``array`` lies, or ``None`` for an array that must stay where it is."""
+        """Return the place of ``array`` in memory, or ``None`` for an array that must stay as it is."""
 
     def view(self, owner: Any, origin: int, layout: Layout) -> Any:
-        """Return the array of that layout in the storage at byte ``origin`` of ``owner``."""
+        """Return an array with ``layout``, in the storage that begins at byte ``origin`` of ``owner``."""
 
     def copy_out(self, owner: Any, origin: int, nbytes: int) -> Transfer:
         """Begin to copy a storage out.
 
         Raises:
-            SwapSpaceError: If there is no space for it outside.
-            OSError: If it cannot be begun.
+            SwapSpaceError: If there is no space outside of memory.
+            OSError: If the copy cannot begin.
         """
 
     def copy_in(self, copy: Any, nbytes: int, page_offset: int) -> tuple[Any, int, Transfer]:
-        """Allocate memory and begin to copy a storage in. Returns its owner, its origin and the transfer.
+        """Allocate memory and begin to copy a storage in. Return its owner, its origin and the transfer.
 
         Raises:
-            MemoryError: If there is no memory for it.
+            MemoryError: If there is no memory for the storage.
         """
 
     def duplicate(
         self, array: Any, layout: Layout, nbytes: int, page_offset: int
     ) -> tuple[Any, int]:
-        """Return the owner and the origin of a new storage with the elements of ``array``, lying as ``layout`` says."""
+        """Copy ``array`` into new memory with that layout. Return the storage's owner and origin."""
 
     def take_buffer(
         self, array: Any, layout: Layout, nbytes: int, page_offset: int
     ) -> tuple[Any, int]:
-        """Return the owner and the origin of a storage that ``array`` fills, lying as ``layout`` says.
+        """Use the buffer of ``array`` as the storage's memory if strides and page offset match; else copy.
 
-        That is the array's own memory if it lies like that, and in the page like the storage, else a copy.
+        Return the storage's owner and origin.
         """
 
     def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
-        """Return a checksum of a resident storage's bytes. Waits for what computes them."""
+        """Return a checksum of a resident storage's bytes. Wait until they are computed."""
 
     def checksum_of(self, array: Any) -> tuple[int, int] | None:
-        """Return what :func:`checksum_of_array` does, of an array that need not be saved."""
+        """Return :func:`checksum_of_array` of any array of the device, saved or not."""
 
     def before_release(self) -> None:
-        """Make sure that memory which is given up after this is used by nobody who came before."""
+        """Make sure that no earlier work still uses memory that is freed after this call."""
 
     def used_bytes(self) -> int:
-        """Return the bytes that count against the limit now, those of copies in that are under way included."""
+        """Return the bytes that count against the limit now, including running copies in."""
 
     def set_cached_limit(self, nbytes: int) -> None:
-        """Keep memory below ``nbytes``, what is free and the allocator keeps for itself included; 0: keep none."""
+        """Cap memory in use plus the allocator's cached free pages; 0 disables caching."""
 
     def peak_bytes(self) -> int:
-        """Return the most that :meth:`used_bytes` has been, as measured by the system."""
+        """Return the highest memory in use, as the system has measured it (bytes)."""
 
     def capacity(self) -> int:
-        """Return the bytes that a limit of ``None`` means."""
+        """Return the limit that ``limit=None`` stands for (bytes)."""
 
     def total_bytes(self) -> int:
-        """Return the bytes that a limit of 1.0 means."""
+        """Return the memory that ``limit=1.0`` stands for (bytes)."""
 
     def mark(self) -> Any:
-        """Return this moment in the order of what is computed, for :meth:`seconds`."""
+        """Return the present moment in the order of computation, for :meth:`seconds`."""
 
     def seconds(self, earlier: Any, later: Any) -> float:
-        """Return the time between two moments (seconds), negative if they come the other way round.
+        """Return the time between two moments (seconds), negative if ``later`` came first.
 
-        They are what :meth:`mark` and :meth:`Transfer.arrival` gave. Waits until both have been.
+        The moments are from :meth:`mark` or :meth:`Transfer.arrival`. Wait until both have passed.
         """
 
     def tiers(self) -> list[tuple[str, int | None, bool]]:
-        """Return where copies go, the first choice first.
+        """Return the places for copies, the first choice first.
 
-        Each has a name, a capacity (bytes, ``None`` for any), and one queue for both directions or one for each.
+        Each has a name, a capacity (bytes, ``None`` for any), and whether both directions share one queue.
         """
 
     def trim(self, desperate: bool = False) -> None:
-        """Give freed memory that the allocator keeps back to the system; ``desperate`` if all else is done."""
+        """Give the allocator's free memory back to the system; ``desperate`` if nothing else is left to do."""
 
     def move_to(self, directory: str) -> None:
-        """Put swap files that are made from now on into ``directory``."""
+        """Make later swap files in ``directory``."""
 
     def after_fork(self) -> None:
-        """In a forked child: threads are gone, and the space outside is the parent's, to be read only."""
+        """Start anew in a forked child: it has no threads, and may only read the parent's copies."""
 
     def close(self) -> None:
-        """End threads and give up all space outside."""
+        """End the threads and free all space outside of memory."""
 
 
 def checksum_of_array(
@@ -192,16 +192,16 @@ def checksum_of_array(
     locate: Callable[[Any], Location | None],
     checksum: Callable[[Any, int, int], int],
 ) -> tuple[int, int] | None:
-    """Return a checksum of an array's bytes, in the order of memory, and where it begins in its allocation (bytes).
+    """Return a checksum of an array's bytes, in the order of memory, and its offset in the allocation (bytes).
 
     Args:
         array: An array of the device.
-        locate: The device's, or what tells the same.
-        checksum: The device's.
+        locate: The device's method, or an equivalent.
+        checksum: The device's method.
 
     Returns:
-        The checksum is that of the whole allocation for a crop of it; ``None`` for arrays that must stay where they
-        are and for large ones that are strewn over far more.
+        For a crop the checksum of its whole allocation. ``None`` for an array that must stay as it is, and
+        for a large array that is spread over a far larger allocation.
     """
     location = locate(array)
     if location is None:

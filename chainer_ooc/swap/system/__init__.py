@@ -1,1 +1,1 @@
-"""What the operating system is asked: memory, ranks, forks."""
+"""The questions to the operating system: memory, ranks, forks."""

@@ -1,4 +1,4 @@
-"""What is done about forks: a child must not have half of a change that another thread was making."""
+"""Make forks safe: a child never sees half of a change that another thread was making."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from typing import Any
 
 __all__ = ["hold", "register"]
 
-#: As long a fork waits for the locks of others (seconds): not for ever, since a finalizer that runs in a thread that
+#: The longest wait of a fork for other threads' locks (seconds). It is finite, since a finalizer in a thread that
 #: holds one may wait for the thread that forks.
 PATIENCE = 60.0
 
 _lock: Any = threading.RLock()  # one fork at a time
 _held: list[Any] = []
 _interrupts: list[int] = []
-# Weak: what os.register_at_fork() has outlives all modules, and would keep alive what they hold until the very end.
+# Weak: functions given to os.register_at_fork() outlive all modules and would keep their objects alive.
 _before: list[weakref.ref[Callable[[], None]]] = []
 _in_child: list[weakref.ref[Callable[[], None]]] = []
 
 
 def register(in_child: Callable[[], None], before: Callable[[], None] | None = None) -> None:
-    """Have functions of a module called at each fork of the process, as long as there is that module.
+    """Call functions of a module at each fork, for as long as the module exists.
 
     Args:
-        in_child: Called in the child; those registered first come first. A lock that another thread had is of no
-            use there: make new ones.
-        before: Called before it, and once more if Ctrl-C interrupts it; those registered last come first. May
-            :func:`hold` locks.
+        in_child: Called in the child, in the order of registration. It makes new locks: those of other
+            threads are useless in the child.
+        before: Called before the fork, in the reverse order of registration, and again if Ctrl-C interrupts
+            it. It may :func:`hold` locks.
     """
     _in_child.append(weakref.ref(in_child))
     if before is not None:
@@ -45,7 +45,7 @@ def _living(functions: list[weakref.ref[Callable[[], None]]]) -> list[Callable[[
 
 
 def hold(locks: Iterable[Any]) -> None:
-    """Acquire reentrant locks until the fork is over, in an order in which no two threads can wait for each other."""
+    """Acquire reentrant locks until the fork is over, in an order that cannot deadlock."""
     left = list(locks)
     deadline = time.monotonic() + PATIENCE
     while left:
@@ -54,7 +54,7 @@ def hold(locks: Iterable[Any]) -> None:
         held = [left[0]]
         for lock in left[1:]:
             if not lock.acquire(blocking=False):
-                # Whoever has it may be waiting for one of ours.
+                # Its owner may be waiting for one of ours.
                 for other in held:
                     other.release()
                 left.remove(lock)
@@ -79,7 +79,7 @@ def _before_fork() -> None:
 
 def _after_fork_in_parent() -> None:
     held = list(_held)
-    _held.clear()  # before another thread that forks may add to it
+    _held.clear()  # before another forking thread adds to it
     while held:
         held.pop().release()
 
@@ -97,5 +97,5 @@ os.register_at_fork(
     after_in_parent=_after_fork_in_parent,
     after_in_child=_after_fork_in_child,
 )
-# Once more, when nothing of Python runs any more that is called at a fork.
+# Deliver the interrupts again after all other fork handlers of Python.
 os.register_at_fork(after_in_parent=functools.partial(_interrupts.sort, key=_thread.interrupt_main))

@@ -1,4 +1,4 @@
-"""What the system says of this process's memory, and how to give freed memory back to it (Linux)."""
+"""Ask the kernel how much memory the process has and can have, and give freed memory back (Linux)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ROOT = "/"  # tests put files of their own in place of the kernel's
 
 
 class ResidentMemory:
-    """Reads this process's resident memory (RSS) in about a microsecond, its peak in ten."""
+    """Read this process's resident memory (RSS) in about a microsecond, its peak in ten."""
 
     #: The highest peak before it was reset (bytes), and in which process.
     _before_reset = (0, 0)
@@ -37,7 +37,7 @@ class ResidentMemory:
 
     def bytes(self) -> int:
         """Return the resident memory (bytes)."""
-        if self._pid != os.getpid():  # a fork's file would tell of its parent
+        if self._pid != os.getpid():  # after a fork the open file still describes the parent
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd, self._pid = (
@@ -48,14 +48,14 @@ class ResidentMemory:
 
     @classmethod
     def peak_bytes(cls) -> int:
-        """Return the most that it has been since the process began (bytes)."""
+        """Return the highest resident memory since the process began (bytes)."""
         pid, before = cls._before_reset
         now = cls.peak_since_reset()
         return max(before, now) if pid == os.getpid() else now
 
     @staticmethod
     def peak_since_reset() -> int:
-        """Return the most that it has been since :meth:`reset_peak` (bytes), the kernel's ``VmHWM``."""
+        """Return the highest resident memory since :meth:`reset_peak` (bytes), the kernel's ``VmHWM``."""
         with open("/proc/self/status", "rb", buffering=0) as file:
             status = file.read(8192)
         start = status.find(b"VmHWM:")
@@ -63,7 +63,7 @@ class ResidentMemory:
 
     @classmethod
     def reset_peak(cls) -> bool:
-        """Let the kernel begin its peak anew from here. Return whether it does that."""
+        """Reset the kernel's peak. Return whether the kernel can do that."""
         cls._before_reset = os.getpid(), cls.peak_bytes()
         try:
             with open("/proc/self/clear_refs", "wb", buffering=0) as file:
@@ -74,14 +74,14 @@ class ResidentMemory:
 
 
 def physical_bytes() -> int:
-    """Return the memory this process could have at all (bytes): the machine's, its cgroups', its rlimit's."""
+    """Return the most memory that this process could ever have (bytes): by machine, cgroups and rlimit."""
     return min([psutil.virtual_memory().total, *(group.limit for group in _cgroups()), *_rlimit()])
 
 
 def available_bytes() -> int:
-    """Return the memory this process could take more of now (bytes).
+    """Return how much more memory this process could take now (bytes).
 
-    What cached files take counts as available, that of this process's own libraries too: the kernel takes it back.
+    Cached files count as available, even this process's own libraries: the kernel takes that memory back.
     """
     room = [psutil.virtual_memory().available]
     room += [max(group.limit - group.used, 0) for group in _cgroups()]
@@ -94,16 +94,17 @@ def available_bytes() -> int:
 def attainable_bytes(reserve: float, sharers: int = 1) -> int:
     """Return how much resident memory this process could come to have (bytes).
 
-    That is what it has itself, and what is available. Pages of files, which resident memory includes, are not added:
-    they are in what is available, or charged to another cgroup, as those of libraries that others use, too.
+    That is its own memory plus the available memory. Pages of files, which resident memory includes, are
+    not added: they are already in the available memory, or charged to another cgroup, as those of shared
+    libraries may be.
 
     Args:
-        reserve: The share of what is available that is left alone.
-        sharers: How many processes like this one take what is available.
+        reserve: The share of the available memory to leave alone.
+        sharers: The number of processes that share the available memory.
     """
     own = _own_bytes("RssAnon") + _own_bytes("RssShmem") // sharers
     attainable = own + int(available_bytes() * (1 - reserve)) // sharers
-    # What it has may be charged to a cgroup in which it was before.
+    # Its memory may be charged to an earlier cgroup of the process.
     return min(attainable, physical_bytes())
 
 
@@ -125,16 +126,16 @@ class _Cgroup(NamedTuple):
 
 
 def _cgroups() -> list[_Cgroup]:
-    """Return this process's cgroups that have a limit, and those above them, as far as they can be seen from here."""
+    """Return the visible cgroups with a limit that hold this process, their ancestors included."""
     found = []
     for directory in _cgroup_directories():
         limits = [
             _read_int(directory, name)
-            # Version 2, in which a process beyond the second is slowed down until it gives back; version 1.
+            # Version 2's hard limit and the one beyond which a process is throttled; version 1's limit.
             for name in ("memory.max", "memory.high", "memory.limit_in_bytes")
         ]
         statistics = _read_statistics(directory)
-        # Version 1: the least limit of this one and of all above it, those that cannot be seen included.
+        # Version 1: the least limit of this cgroup and its ancestors, invisible ones included.
         limits.append(statistics.get("hierarchical_memory_limit"))
         real = [limit for limit in limits if limit is not None and limit < 1 << 60]
         if not real:
@@ -143,7 +144,7 @@ def _cgroups() -> list[_Cgroup]:
         prefix = ""
         if used is None:
             used = _read_int(directory, "memory.usage_in_bytes")
-            prefix = "total_"  # with those below it
+            prefix = "total_"  # child cgroups included
         files = sum(statistics.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
         found.append(_Cgroup(min(real), max((used or 0) - files, 0)))
     return found
@@ -171,7 +172,7 @@ def _cgroup_directories() -> list[str]:
 
 
 def _cgroup_mounts() -> dict[str, list[tuple[str, str]]]:
-    """Return where cgroups of version 2 (``""``) and of version 1's memory are mounted, and which one is there."""
+    """Return the mount points of cgroups version 2 (``""``) and version 1's memory, with their root cgroups."""
     mounts: dict[str, list[tuple[str, str]]] = {"": [], "memory": []}
     for line in _read_lines("/proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
@@ -219,10 +220,10 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def ucx_keeps_freed_memory() -> bool:
-    """Tell whether UCX, a transport of MPI, is loaded and watches malloc.
+    """Return whether UCX, a transport of MPI, is loaded and intercepts malloc.
 
-    What is freed then does not go back to the system: the memory of a process that takes and frees large
-    arrays in turn grows from iteration to iteration.
+    It keeps freed memory from going back to the system. A process that allocates and frees large arrays in
+    turn then grows from iteration to iteration.
     """
     if os.environ.get("UCX_MEM_EVENTS", "").lower() in ("n", "no", "0", "off", "false"):
         return False
@@ -231,17 +232,17 @@ def ucx_keeps_freed_memory() -> bool:
 
 
 def trim() -> None:
-    """Give free memory inside malloc's heaps back to the system (glibc; elsewhere nothing)."""
+    """Give free memory inside malloc's heaps back to the system (glibc; elsewhere do nothing)."""
     library = _libc()
     if library:
         library.malloc_trim(0)
 
 
 def keep_less_freed_memory(threshold: int) -> None:
-    """Let allocations of ``threshold`` bytes and more go back to the system when they are freed (glibc).
+    """Make malloc give blocks of ``threshold`` bytes and more back to the system when freed (glibc).
 
-    By default malloc raises that threshold up to 32 MiB as the program frees larger blocks, which is
-    faster, but what is freed then stays in its heaps and counts as resident.
+    By default malloc raises that threshold up to 32 MiB as the program frees larger blocks. That is faster,
+    but the freed memory stays in its heaps and counts as resident.
     """
     library = _libc()
     if library:

@@ -1,4 +1,4 @@
-"""Ranks: how many processes a launcher has started together, and which of them this is."""
+"""How many processes a launcher (MPI, Slurm) has started together, and which of them this is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["rank", "ranks_of_this_node", "world_size"]
 
 
 def rank() -> int:
-    """Return the number of this process among those started together, 0 without a launcher."""
+    """Return this process's number among those started together, 0 without a launcher."""
     number = _first("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PALS_RANKID", "MV2_COMM_WORLD_RANK")
     if number is None and _under_srun():
         number = _first("SLURM_PROCID")
@@ -16,7 +16,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Return how many processes were started together, 1 without a launcher."""
+    """Return the number of processes started together, 1 without a launcher."""
     size = _first("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PALS_SIZE", "MV2_COMM_WORLD_SIZE")
     if size is None and _under_srun():
         size = _first("SLURM_STEP_NUM_TASKS")
@@ -24,7 +24,7 @@ def world_size() -> int:
 
 
 def ranks_of_this_node() -> int:
-    """Return how many processes were started together on this machine, 1 without a launcher."""
+    """Return the number of processes started together on this machine, 1 without a launcher."""
     size = _first(
         "MPI_LOCALNRANKS",  # MPICH and its kin
         "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -42,12 +42,12 @@ def ranks_of_this_node() -> int:
 
 
 def _under_srun() -> bool:
-    # In a batch script Slurm's variables are set for a plain python as well; only srun makes steps of several tasks.
+    # Slurm's batch scripts set the variables for a plain python, too; only srun starts steps of several tasks.
     return (_first("SLURM_STEP_NUM_TASKS") or 1) > 1
 
 
 def _of_node(tasks: str, node: int) -> int | None:
-    """Return the tasks of a node from Slurm's list of them, such as ``2(x3),1``."""
+    """Return this node's number of tasks from Slurm's list of them, such as ``2(x3),1``."""
     for part in tasks.split(","):
         count, _, times = part.partition("(x")
         if not count.isdigit():

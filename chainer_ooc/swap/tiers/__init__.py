@@ -1,1 +1,1 @@
-"""Where copies lie: the swap file, and pinned host memory before it."""
+"""The places where copies lie: the swap file, and pinned host memory before it."""

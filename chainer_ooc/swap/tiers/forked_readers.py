@@ -1,4 +1,4 @@
-"""ForkedReaders: the processes forked at one time, which may read what a swap file held then."""
+"""Track the forked processes that may still read what a swap file held at the fork."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["Descriptor", "ForkedReaders"]
 
 
 class Descriptor:
-    """A file descriptor that notices if somebody else has closed its number, and maybe opened it again.
+    """A file descriptor that notices if other code has closed its number, and maybe opened it again.
 
-    A daemon closes all descriptors it has inherited: what is under the number then is not ours to read or close.
+    A daemon closes all descriptors that it inherits. What has the number then is not ours to read or close.
 
     Args:
         number: The open descriptor.
@@ -28,7 +28,7 @@ class Descriptor:
         """Return the number.
 
         Raises:
-            OSError: If somebody else has closed it (``EBADF``).
+            OSError: If other code has closed it (``EBADF``).
         """
         if _identity(self._number) != self._identity:
             raise OSError(
@@ -37,22 +37,22 @@ class Descriptor:
         return self._number
 
     def close(self) -> None:
-        """Close it, unless that was done."""
+        """Close the descriptor, unless that was done."""
         with contextlib.suppress(OSError):
             os.close(self.number())
 
 
 class ForkedReaders:
-    """The processes that are forked while the same blocks of a file are in use, and those that they fork.
+    """The processes forked while the same blocks of a file were in use, and their own children.
 
-    The kernel counts them: each has inherited the writing end of a pipe, which nobody writes to. When the last of
-    them has ended, or runs another program, its reading end is at the end of file.
+    The kernel counts them. Each inherits the writing end of a pipe, and nobody writes to it. When the last
+    of them has ended, or runs another program, the reading end is at the end of file.
 
     Args:
         blocks: The offsets of the blocks that these processes may read.
 
     Raises:
-        OSError: If there are no more file descriptors.
+        OSError: If no file descriptors are left.
     """
 
     def __init__(self, blocks: Collection[int]) -> None:
@@ -62,41 +62,39 @@ class ForkedReaders:
         os.set_blocking(ends[0], False)
         self._reading, self._writing = map(Descriptor, ends)
 
-    # In the process that has forked them.
+    # Called in the parent.
 
     def seal(self) -> None:
-        """Fork no more of them."""
+        """Close the group: processes that are forked later do not belong to it."""
         self._writing.close()
 
     def have_ended(self) -> bool:
-        """Tell whether none of them is left. :meth:`seal` comes before."""
+        """Return whether no process of the group is left. Call :meth:`seal` first."""
         try:
             return not os.read(self._reading.number(), 1)
-        except (
-            OSError
-        ):  # BlockingIOError; or who closed the descriptor has made it impossible to know
+        except OSError:  # BlockingIOError, or the descriptor was closed and nobody can know
             return False
 
     def refuse(self) -> None:
-        """Let what they read from now on be an error: their blocks are about to be used again."""
+        """Make every later read by these processes an error: their blocks are about to be used again."""
         self._is_refused[0] = 1
 
     def close(self) -> None:
-        """Forget them."""
+        """Close the descriptors of the group."""
         self._writing.close()
         self._reading.close()
 
-    # In one of them.
+    # Called in a forked child.
 
     def inherit(self) -> None:
-        """Become one of them."""
+        """Make this process, a forked child, a member of the group."""
         self._reading.close()
 
     def check(self) -> None:
-        """Make sure that what has just been read was not written by the parent process meanwhile.
+        """Check, in a member, that the parent did not use the block again before the last read.
 
         Raises:
-            OSError: If it may have been.
+            OSError: If it may have.
         """
         if self._is_refused[0]:
             raise OSError(
@@ -104,7 +102,7 @@ class ForkedReaders:
                 "the disk became full, so that the process in which this was saved has used its space again after "
                 "the fork",
             )
-        self._writing.number()  # while it is open, the parent process knows of this one
+        self._writing.number()  # while it is open, the parent waits for this process
 
 
 def _identity(number: int) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""FreeBlocks: the free parts of a range of addresses, best fit, neighbours merged."""
+"""Free blocks in a range of addresses: best fit, with neighbours merged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["FreeBlocks"]
 
 
 class FreeBlocks:
-    """Free blocks by address and by size. Not thread-safe.
+    """The free blocks by address and by size. Not thread-safe.
 
     Attributes:
         nbytes: The sum of their sizes (bytes).
@@ -23,12 +23,12 @@ class FreeBlocks:
         self._fences: set[int] = set()
 
     def add_region(self, address: int, nbytes: int) -> None:
-        """Add a free region that blocks of other regions are not merged with."""
+        """Add a free region. Its blocks are never merged with those of other regions."""
         self._fences.update((address, address + nbytes))
         self.insert(address, nbytes)
 
     def take(self, nbytes: int) -> int | None:
-        """Cut ``nbytes`` off the smallest block that has them, the lowest of those; ``None`` if none has."""
+        """Cut ``nbytes`` off the smallest block that is large enough, the lowest of equals; ``None`` if none is."""
         index = bisect.bisect_left(self._by_size, (nbytes, -1))
         if index == len(self._by_size):
             return None
@@ -39,14 +39,14 @@ class FreeBlocks:
         return address
 
     def take_exactly(self, address: int, nbytes: int) -> bool:
-        """Take the block at ``address`` if it is free and of that size. Returns whether it was."""
+        """Take the block at ``address`` if it is free and has that size. Return whether it was taken."""
         if self._size.get(address) != nbytes:
             return False
         self._remove(address)
         return True
 
     def insert(self, address: int, nbytes: int) -> None:
-        """Add a free block, merged with its neighbours."""
+        """Add a free block and merge it with its neighbours."""
         index = bisect.bisect_left(self._by_address, address)
         after = address + nbytes
         if after in self._size and after not in self._fences:
@@ -59,7 +59,7 @@ class FreeBlocks:
         self._add(address, nbytes)
 
     def blocks(self) -> list[tuple[int, int]]:
-        """Return the address and the size (bytes) of each block, by address."""
+        """Return the address and the size (bytes) of each block, in the order of addresses."""
         return [(address, self._size[address]) for address in self._by_address]
 
     def largest(self) -> int:

@@ -1,4 +1,4 @@
-"""PinnedSlab: exact-size blocks of page-locked host memory, under a hard cap."""
+"""Blocks of exact size in page-locked (pinned) host memory, under a hard cap."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _abandoned: list[object] = []
 
 
 class PinnedSlab:
-    """Page-locked memory in few large chunks, handed out in blocks of any size.
+    """Hand out blocks of any size from a few large chunks of pinned memory.
 
-    CuPy's own pool of pinned memory rounds sizes up to powers of two and allocates block by block, which
-    takes milliseconds each and serializes the GPU's streams. Here a chunk is mapped and registered as a
-    whole, by a thread, before the last one is used up. All methods may be called from any thread.
+    CuPy's own pool of pinned memory rounds sizes up to powers of two. It allocates block by block, which
+    takes milliseconds each and serializes the GPU's streams. Here a thread maps and registers a whole chunk
+    before the last one is used up. All methods may be called from any thread.
 
     Args:
-        limit: Most bytes that are ever registered.
-        register: Page-locks memory: called with an address and a size (bytes). Raises if it cannot.
-        unregister: Undoes it: called with the address.
+        limit: The most bytes to register.
+        register: Page-locks memory. Takes an address and a size (bytes). Raises if that fails.
+        unregister: Undoes that. Takes the address.
 
     Attributes:
-        limit: Most bytes that are ever registered. What is registered already stays if it is lowered.
-        size: Bytes that are registered, or about to be.
-        allocated: Bytes that are handed out.
+        limit: The most bytes to register. Lowering it unregisters nothing.
+        size: The bytes that are registered, or about to be.
+        allocated: The bytes that are handed out.
     """
 
     def __init__(
@@ -75,21 +75,21 @@ class PinnedSlab:
         return address
 
     def free(self, address: int, nbytes: int) -> None:
-        """Give back the block at ``address`` that was allocated with ``nbytes`` bytes."""
+        """Take back the block of ``nbytes`` bytes at ``address``."""
         with self._lock:
-            if self._chunks:  # else a forked child gives back what is the parent's
+            if self._chunks:  # else this is a forked child, and the block is the parent's
                 size = _round_up(nbytes)
                 self.allocated -= size
                 self._free.insert(address, size)
 
     def wait(self) -> None:
-        """Wait until a chunk that is being made ahead is there."""
+        """Wait until the thread has made the next chunk."""
         thread = self._growing
         if thread is not None:
             thread.join()
 
     def after_fork(self) -> None:
-        """In a forked child: the memory is not there (``MADV_DONTFORK``)."""
+        """Forget all memory in a forked child, which does not have it (``MADV_DONTFORK``)."""
         _abandoned.append(self._chunks)
         self._chunks, self._free = [], FreeBlocks()
         self.size = self.allocated = self.limit = 0
@@ -106,7 +106,7 @@ class PinnedSlab:
             self.size = self.allocated = 0
 
     def _next_chunk(self) -> int:
-        """Return the size of the next chunk (bytes), 0 if there is to be none."""
+        """Return the size of the next chunk to make (bytes), 0 for none."""
         if self._refused:
             return 0
         room = (self.limit - self.size) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -127,7 +127,7 @@ class PinnedSlab:
             self._growing = None
 
     def _grow(self, nbytes: int) -> None:
-        """Grow by a chunk that has a block of ``nbytes``, if that is allowed."""
+        """Add a chunk with a block of ``nbytes``, if the limit allows it."""
         smallest = _whole_pages(nbytes)
         for size in sorted({max(smallest, self._next_chunk()), smallest}, reverse=True):
             if size <= self.limit - self.size and not self._refused:
@@ -136,7 +136,7 @@ class PinnedSlab:
                 self._add(chunk, size)
                 if chunk is not None:
                     return
-                self._refused = size == smallest  # else there may be enough of less
+                self._refused = size == smallest  # else a smaller chunk may succeed
 
     def _add(self, chunk: tuple[int, mmap.mmap] | None, nbytes: int) -> None:
         if chunk is None:
@@ -147,7 +147,7 @@ class PinnedSlab:
             self._free.add_region(chunk[0], nbytes)
 
     def _make(self, nbytes: int) -> tuple[int, mmap.mmap] | None:
-        """Map and register a chunk. ``None`` if the system refuses."""
+        """Map and register a chunk. Return ``None`` if the system refuses."""
         try:
             memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:

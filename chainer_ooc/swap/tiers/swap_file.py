@@ -1,4 +1,4 @@
-"""SwapFile: blocks of one unlinked file, written and read with direct I/O, past the page cache."""
+"""The swap file: blocks of one unlinked file, written and read with direct I/O, past the page cache."""
 
 from __future__ import annotations
 
@@ -25,25 +25,23 @@ ALIGNMENT = 4096
 
 
 class SwapFile:
-    """Space outside memory: :meth:`allocate` a block, write and read it, :meth:`free` it.
+    """Space on disk: :meth:`allocate` a block, write and read it, :meth:`free` it.
 
-    The file is made with mode 0600 in ``directory`` at the first allocation and unlinked at once: its
-    space returns to the file system when the process ends, however it ends. Freed blocks are used again;
-    neighbours are merged. Space is reserved before a block is handed out, so that a full disk is an error
-    at :meth:`allocate`, never in the middle of a write. All methods may be called from any thread.
+    The file is made with mode 0600 in ``directory`` at the first allocation and unlinked at once. So its
+    space returns to the file system when the process ends, however it ends. Freed blocks are merged with
+    their neighbours and used again. Space is reserved before a block is handed out: a full disk is an error
+    of :meth:`allocate`, never of a write. All methods may be called from any thread.
 
-    A forked process may read the blocks that were in use when it was forked, and nothing else. While one that
-    could do so lives, they are not used again, unless the disk is full: then what it reads is an error.
+    A forked process may read the blocks that were in use at the fork, and no others. They are not used
+    again while such a process lives, unless the disk is full. Then its reads are errors.
 
     Args:
-        directory: Where the file is made.
+        directory: The directory of the file.
     """
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        self._lock = (
-            threading.RLock()
-        )  # what is collected in the midst of a method may call another
+        self._lock = threading.RLock()  # garbage collection inside one method may call another
         self._file: Descriptor | None = None
         self._forget()
         _files.add(self)
@@ -56,12 +54,12 @@ class SwapFile:
         self._free: dict[int, int] = {}
         self._offsets: list[int] = []
         self._used: set[int] = set()  # the offsets of the blocks in use
-        # Forked processes that may read blocks, the last ones if they can be joined by others, and the blocks that
+        # Groups of forked readers, the newest one while it still grows, and the blocks that
         # were freed since: offset -> size (bytes).
         self._readers: list[ForkedReaders] = []
         self._newest: ForkedReaders | None = None
         self._kept: dict[int, int] = {}
-        # In a forked process: who it is for its parent, None if that does not know of it.
+        # In a forked process: its group, None if the parent does not know of it.
         self._is_inherited = False
         self._inherited: ForkedReaders | None = None
 
@@ -85,7 +83,7 @@ class SwapFile:
             return offset
 
     def free(self, offset: int, nbytes: int) -> None:
-        """Give back the block at ``offset`` that was allocated with ``nbytes`` bytes."""
+        """Take back the block of ``nbytes`` bytes at ``offset``."""
         with self._lock:
             if offset not in self._used:  # it was closed
                 return
@@ -103,10 +101,10 @@ class SwapFile:
                 self._insert(offset, size)
 
     def write(self, offset: int, buffer: memoryview) -> None:
-        """Write a buffer of bytes. With direct I/O all of its numbers must be aligned.
+        """Write the bytes of a buffer. Direct I/O needs an aligned address, offset and length.
 
         Raises:
-            OSError: If it fails. It names the directory.
+            OSError: If writing fails. The error names the directory.
         """
         with self._explained("written", offset) as number:
             if self._is_inherited:
@@ -114,11 +112,11 @@ class SwapFile:
             self._transfer(os.pwrite, number, offset, buffer, "no more can be written")
 
     def read(self, offset: int, buffer: memoryview) -> None:
-        """Fill a buffer of bytes. With direct I/O all of its numbers must be aligned.
+        """Fill a buffer with bytes of the file. Direct I/O needs an aligned address, offset and length.
 
         Raises:
-            OSError: If it fails, or the file is shorter than that, or this process was forked and the block is used
-                again. It names the directory.
+            OSError: If reading fails, the file is too short, or this process was forked and the parent uses
+                the block again. The error names the directory.
         """
         with self._explained("read", offset) as number:
             self._transfer(_read_into, number, offset, buffer, "it ends there")
@@ -141,9 +139,7 @@ class SwapFile:
             self._forget()
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if (
-            not is_finalizing()
-        ):  # when the interpreter ends, modules may be gone, and the system closes all
+        if not is_finalizing():  # modules may be gone
             self.close()
 
     def _transfer(
@@ -156,19 +152,17 @@ class SwapFile:
     ) -> None:
         total, done = buffer.nbytes, 0
         while done < total:
-            with buffer[done:] as rest:  # an error would hold it, and it the memory
+            with buffer[done:] as rest:  # else an error would refer to it, and so to the memory
                 moved = move(number, rest, offset + done)
             if self.direct:
-                moved -= (
-                    moved % ALIGNMENT
-                )  # direct I/O cannot begin within a page: the rest of one goes again
+                moved -= moved % ALIGNMENT  # go on at a page's start
             if not moved:
                 raise OSError(errno.EIO, stopped)
             done += moved
 
     @contextlib.contextmanager
     def _explained(self, done: str, offset: int) -> Iterator[int]:
-        """Give the descriptor; name the file in what is raised."""
+        """Yield the descriptor, and name the file in errors raised inside the ``with``."""
         file = self._file
         try:
             if file is None:
@@ -214,7 +208,7 @@ class SwapFile:
         except SwapSpaceError:
             if not self._kept:
                 raise
-            # Training goes on: what forked processes could still read is given up.
+            # The disk is full: use the blocks that forked processes could still read.
             for readers in self._readers:
                 readers.refuse()
                 readers.close()
@@ -254,7 +248,7 @@ class SwapFile:
     # Forks.
 
     def _look_after_readers(self) -> None:
-        """The blocks in use are about to change: who is forked later sees others. Use again what nobody can read."""
+        """Seal the newest group of forked readers, and free the blocks of groups that have ended."""
         if self._newest is not None:
             self._newest.seal()
             self._newest = None
@@ -273,7 +267,7 @@ class SwapFile:
     def _before_fork(self) -> None:
         if self._used and not self._is_inherited and self._newest is None:
             self._look_after_readers()
-            with contextlib.suppress(OSError):  # no more descriptors: the child will say so
+            with contextlib.suppress(OSError):  # none left: the child's reads are errors
                 self._newest = ForkedReaders(self._used)
                 self._readers.append(self._newest)
 
@@ -286,7 +280,7 @@ class SwapFile:
         self._readers, self._kept = [], {}
         self._inherited, self._newest = self._newest, None
         self._is_inherited = True
-        if not self._used:  # nothing of it can be read: its space need not stay after the parent
+        if not self._used:  # nothing to read: do not keep its space
             self.close()
 
     def _take(self, offset: int, size: int) -> int:
@@ -302,7 +296,7 @@ class SwapFile:
         return offset
 
     def _insert(self, offset: int, size: int) -> None:
-        """Add a free block, merged with its neighbours."""
+        """Add a free block and merge it with its neighbours."""
         index = bisect.bisect_left(self._offsets, offset)
         if index < len(self._offsets) and self._offsets[index] == offset + size:
             size += self._free.pop(self._offsets.pop(index))

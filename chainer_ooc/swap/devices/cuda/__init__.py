@@ -1,1 +1,1 @@
-"""The memory of a GPU: CuPy's allocator, streams, and the way to pinned memory and disk."""
+"""A GPU's memory: copies on streams to pinned host memory and disk."""

@@ -1,4 +1,4 @@
-"""Checksums of a GPU's memory, computed where it is.
+"""Checksums of a GPU's memory, computed on the GPU.
 
 Bytes are taken as words of 8, little-endian, the last one filled up with zeros. The checksum is the sum, modulo 2^64,
 of a hash of each word and its number, and of the size. The sum does not depend on the order in which threads add. The
@@ -50,10 +50,10 @@ extern "C" __global__ void chainer_ooc_checksum(
 
 
 class CudaChecksum:
-    """Computes checksums on one GPU, the current one, on its current stream. One at a time.
+    """Compute checksums on the current GPU, on its current stream, one at a time.
 
     Args:
-        cupy: CuPy, or what simulates it.
+        cupy: CuPy, or a double of it.
     """
 
     def __init__(self, cupy: Any) -> None:
@@ -62,8 +62,8 @@ class CudaChecksum:
         self._total: Any = None
 
     def __call__(self, address: int, nbytes: int) -> int:
-        """Return the checksum of ``nbytes`` of the GPU's memory. The host waits for it."""
-        if self._total is None:  # kept: when memory is short there may be none
+        """Return the checksum of ``nbytes`` bytes of the GPU's memory. The host waits for it."""
+        if self._total is None:  # allocated once: later memory may be short
             self._total = self._cupy.ndarray((1,), np.uint64)
         total = self._total
         total.fill(0)
@@ -73,7 +73,7 @@ class CudaChecksum:
 
 
 def checksum_on_host(data: np.ndarray) -> int:
-    """Return the same of bytes in the host's memory (uint8)."""
+    """Return the checksum that the GPU would compute, of bytes in the host's memory (uint8)."""
     words = np.zeros(-(-data.size // 8), "<u8")
     words.view(np.uint8)[: data.size] = data
     words += np.arange(1, len(words) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

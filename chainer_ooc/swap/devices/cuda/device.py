@@ -1,4 +1,4 @@
-"""CuPy arrays: out of a GPU's memory into page-locked memory or the swap file, and back, on streams."""
+"""The device of CuPy arrays: streams copy them to pinned host memory or the swap file and back."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from chainer_ooc.swap.tiers.swap_file import SwapFile
 
 __all__ = ["CudaDevice", "CupyArrays", "new_slab"]
 
-#: This share of the free memory is left to what does not come from CuPy's pool: libraries, kernels.
+#: The share of free memory that is left for libraries and kernels, which do not use CuPy's pool.
 RESERVE = 0.05
 _HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all GPUs
 
-# What a forked child must not destroy: the driver's objects are the parent's.
+# Objects that a forked child must not destroy: the driver's objects are the parent's.
 _abandoned: list[object] = []
 
 
 class CupyArrays:
-    """Where CuPy's arrays lie. Their memory is freed when the last array lets go of its ``Memory``."""
+    """Locate and make CuPy's arrays. The last array that drops its ``Memory`` frees it."""
 
     asks_for_room = True
 
@@ -38,7 +38,7 @@ class CupyArrays:
         self._checksum = CudaChecksum(cupy)
 
     def locate(self, array: Any) -> Location | None:
-        """Return where an array lies; ``None`` if its memory is not of CuPy's allocators or not the GPU's."""
+        """Return the place of an array; ``None`` if its memory is not CuPy's or not the GPU's."""
         if type(array) is not self._cupy.ndarray:
             return None
         memory = array.data.mem
@@ -55,10 +55,10 @@ class CupyArrays:
         return int(owner.ptr)
 
     def allocate(self, nbytes: int, page_offset: int) -> tuple[Any, int]:
-        """Return the owner of new memory, and where in it that begins. All of it is aligned alike.
+        """Return the owner of new memory and the offset of its beginning. All of it is aligned alike.
 
         Raises:
-            MemoryError: If there is none.
+            MemoryError: If there is no memory.
         """
         pointer = self._cupy.cuda.alloc(nbytes)
         return pointer.mem, pointer.ptr - pointer.mem.ptr
@@ -68,35 +68,35 @@ class CupyArrays:
         return self._cupy.ndarray((0,), "B")
 
     def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
-        """Return the checksum of ``nbytes`` at byte ``origin`` of ``owner``. Waits."""
+        """Return the checksum of ``nbytes`` bytes at byte ``origin`` of ``owner``. Wait for it."""
         return self._checksum(owner.ptr + origin, nbytes)
 
     def checksum_of(self, array: Any) -> tuple[int, int] | None:
-        """Return the checksum and the offset of an array that need not be saved. Waits."""
+        """Return the checksum and the offset of any array, saved or not. Wait for it."""
         return checksum_of_array(array, self.locate, self.checksum)
 
     def view(self, owner: Any, origin: int, layout: Layout) -> Any:
-        """Return the array of that layout at byte ``origin`` of ``owner``."""
+        """Return an array with ``layout`` at byte ``origin`` of ``owner``."""
         pointer = self._cupy.cuda.MemoryPointer(owner, origin + layout.offset)
         return self._cupy.ndarray(layout.shape, layout.dtype, pointer, layout.strides)
 
 
 class CudaDevice:
-    """The memory of one GPU, as CuPy's pool has it.
+    """The memory of one GPU, as CuPy's pool manages it.
 
-    Copies run on two non-blocking streams beside the computation; where :meth:`Transfer.join` orders the
-    computation after a copy, the GPU waits, not the host. The host waits only for the swap file, or for
-    page-locked memory when there is none. What a program computes on streams of its own is respected:
-    copies come after all that the streams have been given which were seen when memory was asked for.
+    Two non-blocking streams copy beside the computation. :meth:`Transfer.join` makes the GPU wait for a
+    copy, not the host. The host waits only for the swap file, and for pinned memory when there is none
+    left. The program may compute on streams of its own: copies come after all the work that was queued on
+    known streams when the memory was requested.
 
     Args:
-        cupy: CuPy, or what simulates it.
-        device_id: The GPU.
-        directory: Where the swap file is made.
-        host: Page-locked memory, or the most of it (bytes), or ``None``: 80 % of the free memory of the
-            machine, divided by the ranks that share it.
-        arrays: Where arrays lie and how they are made.
-        pool: Returns the pool that arrays are allocated from. Left out: CuPy's default one.
+        cupy: CuPy, or a double of it.
+        device_id: The GPU's number.
+        directory: The directory of the swap file.
+        host: Pinned memory, or its limit (bytes), or ``None``: 80 % of the machine's free memory, divided
+            by the ranks that share it.
+        arrays: Locates and makes arrays.
+        pool: Returns the pool that arrays are allocated from. Default: CuPy's default pool.
     """
 
     runs_behind = True
@@ -126,27 +126,27 @@ class CudaDevice:
             self.own_limit = int(self.pool().get_limit())
         slab = host if isinstance(host, PinnedSlab) else new_slab(cupy, host)
         self._owns_slab = slab is not host
-        # Staging blocks are inside the limit, unless they would take more than a quarter of it.
+        # Staging blocks count against the limit, unless they would take more than a quarter of it.
         piece = min(PIECE, max(slab.limit // (4 * THREADS) // PAGE, 16) * PAGE)
-        #: Page-locked memory for what is on the way to the swap file or back (bytes).
+        #: Pinned memory for pieces on their way to the swap file or back (bytes).
         self.staging_bytes = THREADS * piece
         slab.limit = max(slab.limit - self.staging_bytes, 0)
         self.disk = DiskTier(self.streams, new_slab(cupy, self.staging_bytes), piece, directory)
         self.host = HostTier(slab)
 
     def locate(self, array: Any) -> Location | None:
-        """Return where an array lies, ``None`` if it must stay where it is."""
+        """Return the place of an array, ``None`` if it must stay as it is."""
         return self.arrays.locate(array)
 
     def view(self, owner: Any, origin: int, layout: Layout) -> Any:
-        """Return the array of that layout at byte ``origin`` of ``owner``."""
+        """Return an array with ``layout`` at byte ``origin`` of ``owner``."""
         return self.arrays.view(owner, origin, layout)
 
     def copy_out(self, owner: Any, origin: int, nbytes: int) -> Transfer:
-        """Begin to copy a storage to page-locked memory, or to the swap file if there is no more.
+        """Begin to copy a storage to pinned memory, or to the swap file if there is no more of that.
 
         Raises:
-            SwapSpaceError: If the swap file cannot take it either.
+            SwapSpaceError: If the swap file cannot take the storage either.
         """
         address = self.arrays.address(owner) + origin
         copy = self.host.allocate(nbytes)
@@ -174,7 +174,7 @@ class CudaDevice:
         """Allocate memory on the current stream and begin to copy a storage into it.
 
         Raises:
-            MemoryError: If the pool has no memory for it.
+            MemoryError: If the pool has no memory for the storage.
         """
         with self.streams.on_device():
             owner, origin = self.arrays.allocate(nbytes, page_offset)
@@ -194,7 +194,7 @@ class CudaDevice:
     def take_buffer(
         self, array: Any, layout: Layout, nbytes: int, page_offset: int
     ) -> tuple[Any, int]:
-        """Return the owner and the origin of a storage that ``array`` fills. All memory is aligned alike."""
+        """Use the buffer of ``array`` as the storage's memory if its strides match; else copy."""
         location = self.arrays.locate(array)
         if (
             location is not None
@@ -208,7 +208,7 @@ class CudaDevice:
     def duplicate(
         self, array: Any, layout: Layout, nbytes: int, page_offset: int
     ) -> tuple[Any, int]:
-        """Return the owner and the origin of a new storage that has the elements of ``array``."""
+        """Copy ``array`` into new memory with that layout. Return the storage's owner and origin."""
         with self.streams.on_device():
             owner, origin = self.arrays.allocate(nbytes, page_offset)
             self.arrays.view(owner, origin, layout)[...] = array
@@ -220,16 +220,16 @@ class CudaDevice:
             return self.arrays.checksum(owner, origin, nbytes)
 
     def checksum_of(self, array: Any) -> tuple[int, int] | None:
-        """Return the checksum and the offset of an array that need not be saved. The host waits for it."""
+        """Return the checksum and the offset of any array, saved or not. The host waits for it."""
         with self.streams.on_device():
             return self.arrays.checksum_of(array)
 
     def before_release(self) -> None:
-        """Order the computing streams, if there are several: one may use memory that another allocated."""
+        """Order the computing streams, if there are several: one may reuse another's memory."""
         self.streams.order_computing()
 
     def used_bytes(self) -> int:
-        """Return what arrays and workspaces have of the pool (bytes)."""
+        """Return the bytes of the pool that arrays and workspaces occupy."""
         with self.streams.on_device():
             return int(self.pool().used_bytes())
 
@@ -237,34 +237,34 @@ class CudaDevice:
         """Do nothing: CuPy's pool has a limit of its own."""
 
     def mark(self) -> Any:
-        """Return an event of all that has been computed until now."""
+        """Return an event after all work that was queued until now."""
         return self.streams.mark()
 
     def seconds(self, earlier: Any, later: Any) -> float:
-        """Return the time on the GPU between two events. Waits for them."""
+        """Return the time on the GPU between two events (seconds). Wait for them."""
         return self.streams.seconds(earlier, later)
 
     def tiers(self) -> list[tuple[str, int | None, bool]]:
-        """Return page-locked memory, a stream each way, and the swap file."""
+        """Return pinned memory, with one stream each way, and the swap file."""
         return [("page-locked memory", self.host.slab.limit, False), ("swap file", None, True)]
 
     def taken_bytes(self) -> int:
-        """Return what the current GPU's pool has taken of it, free blocks included (bytes). Never waits."""
+        """Return the GPU memory that the current GPU's pool holds, free blocks included (bytes). Never wait."""
         return int(self.pool().total_bytes())
 
     def note_allocation(self) -> None:
-        """Tell that memory has been allocated on the current stream, for the peak and for the order of copies."""
+        """Note an allocation on the current stream, for the peak and for the order of copies."""
         self.streams.note_current()
         self._peak = max(self._peak, self.taken_bytes())
 
     def peak_bytes(self) -> int:
-        """Return the most that the pool has taken of the GPU, free blocks that it keeps included (bytes)."""
+        """Return the most GPU memory that the pool has held, its cached free blocks included (bytes)."""
         with self.streams.on_device():
             self.note_allocation()
         return self._peak
 
     def capacity(self) -> int:
-        """Return what the pool has and what is free, less a reserve, for each rank that shares the GPU (bytes)."""
+        """Return the pool's memory plus the free memory, less a reserve, per rank that shares the GPU (bytes)."""
         with self.streams.on_device():
             free = self._runtime.memGetInfo()[0]
             nbytes = self.taken_bytes() + int(free * (1 - RESERVE)) // self._ranks()
@@ -276,41 +276,41 @@ class CudaDevice:
             return int(self._runtime.memGetInfo()[1]) // self._ranks()
 
     def trim(self, desperate: bool = False) -> None:
-        """Do nothing: CuPy's pool gives free blocks back itself when it needs to, and that stops the GPU."""
+        """Do nothing: CuPy's pool returns free blocks itself when it needs to, and that stops the GPU."""
 
     def move_to(self, directory: str) -> None:
-        """Make the swap file in another directory from now on; copies in the old one stay readable there."""
+        """Make the next swap file in another directory. Copies in the old file stay readable."""
         if directory != self.disk.file.directory:
             self.disk.file = SwapFile(directory)
 
     def after_fork(self) -> None:
-        """In a forked child there is no GPU: nothing of the parent's may be destroyed."""
+        """Destroy nothing of the parent's in a forked child, which has no GPU."""
         _abandoned.append((self.streams, self.host, self.disk))
         self.host.slab.after_fork()
         self.disk.staging.after_fork()
 
     def close(self) -> None:
-        """Wait for the copies, end the threads and give up all space outside."""
+        """Wait for the copies, end the threads and free all space outside the GPU."""
         self.streams.synchronize()
         self.disk.close()
         if self._owns_slab:
             self.host.slab.close()
 
     def _ranks(self) -> int:
-        """Return how many ranks share this GPU, if they take the GPUs of the machine in turn."""
+        """Return the number of ranks that share this GPU, if they are dealt out to the machine's GPUs in turn."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        if visible and "," not in visible:  # the launcher gave this rank one of its own
+        if visible and "," not in visible:  # the launcher gave this rank its own GPU
             return 1
         return -(-ranks_of_this_node() // max(self._runtime.getDeviceCount(), 1))
 
 
 def new_slab(cupy: Any, limit: int | None) -> PinnedSlab:
-    """Return page-locked memory for all GPUs of the process.
+    """Return the pinned memory of all GPUs of the process.
 
     Args:
-        cupy: CuPy, or what simulates it.
-        limit: The most of it (bytes); ``None``: 80 % of the free memory of the machine, divided by the ranks
-            that share it.
+        cupy: CuPy, or a double of it.
+        limit: Its limit (bytes); ``None``: 80 % of the machine's free memory, divided by the ranks that
+            share it.
     """
     if limit is None:
         limit = int(memory.available_bytes() * 0.8) // ranks_of_this_node()
@@ -318,7 +318,7 @@ def new_slab(cupy: Any, limit: int | None) -> PinnedSlab:
     device_id = runtime.getDevice()
 
     def register(address: int, nbytes: int) -> None:
-        with cupy.cuda.Device(device_id):  # in the thread that makes chunks ahead, too
+        with cupy.cuda.Device(device_id):  # also called in the thread that grows the slab
             runtime.hostRegister(address, nbytes, _HOST_REGISTER_PORTABLE)
 
     return PinnedSlab(limit, register, runtime.hostUnregister)

@@ -1,4 +1,4 @@
-"""Where the copies of a GPU's storages are: page-locked host memory, then the swap file."""
+"""The copies of a GPU's storages: in pinned host memory, then in the swap file."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ THREADS, PIECE = 4, 16 << 20
 
 
 class PinnedCopy:
-    """A storage's bytes in page-locked memory.
+    """A storage's bytes in pinned host memory.
 
     Attributes:
-        address: Where they are.
-        written: The end of the copy that writes them.
-        read: The end of the last copy that reads them; it comes after all earlier ones, on one stream.
+        address: The address of the block.
+        written: The event at the end of the copy that writes the block.
+        read: The event at the end of the last copy that reads it. One stream makes all such copies, so
+            earlier ones end before.
     """
 
     def __init__(self, tier: HostTier, address: int, nbytes: int) -> None:
@@ -43,7 +44,7 @@ class PinnedCopy:
         self.read: Any = None
 
     def free(self) -> None:
-        """Give the block back; it is used again when no copy writes or reads it any more."""
+        """Free the block. It is used again when no copy writes or reads it any more."""
         if self.address:
             events = [event for event in (self.written, self.read) if event is not None]
             self.tier.retire(self.address, self.nbytes, events)
@@ -51,10 +52,10 @@ class PinnedCopy:
 
 
 class HostTier:
-    """Page-locked blocks, each used again only after the copies that touched it have ended.
+    """Pinned blocks, each used again only after the copies that touched it have ended.
 
     Args:
-        slab: Where they come from.
+        slab: The source of the blocks.
     """
 
     def __init__(self, slab: PinnedSlab) -> None:
@@ -62,8 +63,8 @@ class HostTier:
         self._retired: deque[tuple[int, int, list[Any]]] = deque()
 
     def allocate(self, nbytes: int) -> PinnedCopy | None:
-        """Return a block for ``nbytes`` bytes, ``None`` if there is none within the limit."""
-        # Copies end in the order of their streams: those behind one that has not are not asked.
+        """Return a block of ``nbytes`` bytes, ``None`` if the limit leaves none."""
+        # Copies end in stream order: stop at the first that has not ended.
         while self._retired and _have_ended(self._retired[0][2]):
             *block, _ = self._retired.popleft()
             self.slab.free(*block)
@@ -93,23 +94,23 @@ class DiskCopy:
         self.offset = file.allocate(nbytes)
 
     def free(self) -> None:
-        """Give the block back to the file."""
+        """Free the block of the file."""
         if self.offset >= 0:
             self.file.free(self.offset, self.nbytes)
             self.offset = -1
 
 
 class DiskTier:
-    """The swap file under page-locked memory: threads carry pieces between it and the GPU.
+    """The swap file below pinned memory: threads carry pieces between the file and the GPU.
 
-    A piece passes through a staging block: the GPU's copy ends before the file is written, and before the
-    block is used for the next piece.
+    A piece passes through a pinned staging block. The GPU's copy ends before the file is written, and
+    before the block is used for the next piece.
 
     Args:
-        streams: The copies between staging blocks and the GPU.
-        staging: Where the staging blocks come from.
-        piece: Their size (bytes), a multiple of the page size.
-        directory: Where the swap file is made.
+        streams: The streams that copy between staging blocks and the GPU.
+        staging: The source of the staging blocks.
+        piece: The size of a staging block (bytes), a multiple of the page size.
+        directory: The directory of the swap file.
     """
 
     def __init__(
@@ -127,21 +128,21 @@ class DiskTier:
         """Return a block of the file.
 
         Raises:
-            SwapSpaceError: If the disk is full, or the system has no memory for the staging blocks.
+            SwapSpaceError: If the disk is full, or the system has no memory for staging blocks.
         """
         self._prepare()
         return DiskCopy(self.file, nbytes)
 
     def write(self, copy: DiskCopy, device: int, after: list[Any]) -> list[Future[Span]]:
-        """Begin to copy a storage at address ``device`` out, after some events."""
+        """Begin to copy a storage at address ``device`` to the file, after some events."""
         return self._start(self._write_piece, copy, device, after)
 
     def read(self, copy: DiskCopy, device: int, after: list[Any]) -> list[Future[Span]]:
-        """Begin to copy a storage to address ``device``, after some events."""
+        """Begin to copy a storage from the file to address ``device``, after some events."""
         return self._start(self._read_piece, copy, device, after)
 
     def close(self) -> None:
-        """End the threads; give up the file and the staging blocks."""
+        """End the threads; free the file and the staging blocks."""
         with self._lock:
             pool, self._pool = self._pool, None
         if pool:
@@ -207,7 +208,7 @@ class DiskTier:
 
     @contextlib.contextmanager
     def _staged(self) -> Any:
-        """Lend a staging block: its address and its bytes."""
+        """Lend a staging block: yield its address and its bytes."""
         blocks, address = self._blocks, self._blocks.get()
         try:
             with self._streams.on_device():

@@ -1,4 +1,4 @@
-"""CopyStreams: copies beside the computation on one GPU, and the order between the streams.
+"""Streams that copy beside the computation on one GPU, and the order between the streams.
 
 The rules that this module keeps (CUDA C++ Programming Guide, "Asynchronous Concurrent Execution"; CUDA
 Runtime API, "Stream Management" and "Event Management"; CuPy's ``cupy/cuda/memory.pyx``):
@@ -29,19 +29,19 @@ from chainer_ooc import references
 
 __all__ = ["CopyStreams"]
 
-#: Computing streams that nobody else refers to are forgotten when there are more than this.
+#: Beyond this number, computing streams to which nothing else refers are forgotten.
 _MOST_STREAMS = 8
 _PER_THREAD = 2  # cudaStreamPerThread
-#: After this time (seconds) device times are related to the host's clock anew.
+#: Device times are calibrated against the host's clock again after this time (seconds).
 _RENEWED = 300
 
 
 class CopyStreams:
-    """Two non-blocking streams, one each way.
+    """Two non-blocking streams, one for each direction.
 
     Args:
-        cupy: CuPy, or what simulates it.
-        device_id: The GPU.
+        cupy: CuPy, or a double of it.
+        device_id: The GPU's number.
     """
 
     def __init__(self, cupy: Any, device_id: int) -> None:
@@ -51,11 +51,11 @@ class CopyStreams:
         self._compute: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
-        self._threads = 0  # that compute on default streams of their own
+        self._threads = 0  # the number of threads on per-thread default streams
         with self.on_device():
             self._out = self._cuda.Stream(non_blocking=True)
             self._back = self._cuda.Stream(non_blocking=True)
-            self._origin = self._new_origin()  # an event, and when it was by the host's clock
+            self._origin = self._new_origin()  # an event and its host time
             self.note_current()
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
@@ -82,26 +82,26 @@ class CopyStreams:
         return stream
 
     def computed(self) -> list[Any]:
-        """Return events of all that the computing streams have been given until now."""
+        """Return events after all work that the computing streams have queued until now."""
         self.note_current()
         if self._threads > 1:
             self._runtime.deviceSynchronize()
         return [self._record(stream) for stream in self._compute.values()]
 
     def allocated(self) -> list[Any]:
-        """Return the event of all that the current stream has been given until now."""
+        """Return the event after all work that the current stream has queued until now."""
         return [self._record(self.note_current())]
 
     def copy_out(
         self, host: int, device: int, nbytes: int, after: Iterable[Any]
     ) -> tuple[Any, Any]:
-        """Begin a copy to the host after some events. Returns the events of its begin and its end.
+        """Begin a copy to the host after some events. Return the events of its begin and its end.
 
         Args:
-            host: Address in page-locked memory.
-            device: Address on the GPU.
-            nbytes: Size (bytes).
-            after: Events.
+            host: The address in pinned memory.
+            device: The address on the GPU.
+            nbytes: The size (bytes).
+            after: The events to wait for.
 
         Raises:
             OSError: If the driver refuses.
@@ -110,7 +110,7 @@ class CopyStreams:
         return self._copy(self._out, host, device, nbytes, kind, after)
 
     def copy_in(self, device: int, host: int, nbytes: int, after: Iterable[Any]) -> tuple[Any, Any]:
-        """Begin a copy to the GPU after some events. Returns the events of its begin and its end.
+        """Begin a copy to the GPU after some events. Return the events of its begin and its end.
 
         Raises:
             OSError: If the driver refuses.
@@ -119,9 +119,9 @@ class CopyStreams:
         return self._copy(self._back, device, host, nbytes, kind, after)
 
     def let_compute_wait(self, event: Any) -> None:
-        """Make what the computing streams are given from now on happen after an event. The host goes on.
+        """Make later work of the computing streams wait for an event. The host does not wait.
 
-        All of them wait, since the memory that is given up after this was allocated on one of them.
+        All of them wait, since one of them allocated the memory that is freed after this.
         """
         with self.on_device():
             self.note_current()
@@ -131,7 +131,7 @@ class CopyStreams:
                 stream.wait_event(event)
 
     def order_computing(self) -> None:
-        """Make what the computing streams are given from now on happen after what any of them was given."""
+        """Make later work of each computing stream wait for the earlier work of all of them."""
         with self.on_device():
             self.note_current()
             if len(self._compute) + self._threads > 1:
@@ -158,18 +158,18 @@ class CopyStreams:
         return begin, self._record(stream, timed=True)
 
     def mark(self) -> Any:
-        """Return an event of all that the current stream has been given until now, which takes the time."""
+        """Return a timed event after all work that the current stream has queued until now."""
         with self.on_device():
             return self._record(self.note_current(), timed=True)
 
     def seconds(self, earlier: Any, later: Any) -> float:
-        """Return the time on the GPU between two timed events. The host waits until both have been."""
+        """Return the time on the GPU between two timed events (seconds). The host waits for both."""
         for event in (earlier, later):
             event.synchronize()
         return float(self._cuda.get_elapsed_time(earlier, later)) / 1e3
 
     def host_time(self, event: Any) -> float:
-        """Return when a timed event, which has been, was (seconds of :func:`time.perf_counter`)."""
+        """Return the host's time of a timed event that has passed (seconds of :func:`time.perf_counter`)."""
         # Elapsed times are single precision: the origin must not be too long ago.
         if time.perf_counter() - self._origin[1] > _RENEWED:
             with self.on_device():

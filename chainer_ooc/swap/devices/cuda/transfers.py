@@ -1,4 +1,4 @@
-"""Copies under way between a GPU and the host: when they have ended, and what must not be used until then."""
+"""Running copies between a GPU and the host: when they end, and which memory must stay until then."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["DiskTransfer", "FailedTransfer", "StreamTransfer"]
 
 
 class StreamTransfer:
-    """A copy on a stream, between the GPU and page-locked memory."""
+    """A copy on a stream, between the GPU and pinned host memory."""
 
     def __init__(
         self, streams: CopyStreams, copy: SwappedBlock, begin: Any, event: Any, owner: Any
@@ -22,34 +22,34 @@ class StreamTransfer:
         self._streams = streams
         self._begin = begin
         self._event = event
-        # The pool would hand the memory out again while it is still read or written.
+        # Keep the memory: the pool would hand it out again while a copy still uses it.
         self._owner = owner
 
     def done(self) -> bool:
-        """Tell whether it has ended."""
+        """Return whether the copy has ended."""
         if not self._event.done:
             return False
         self._owner = None
         return True
 
     def join(self) -> None:
-        """Make the computing streams wait for it. The host does not."""
+        """Make the computing streams wait for the copy. The host does not wait."""
         self._streams.let_compute_wait(self._event)
         self._owner = None
 
     def wait(self) -> None:
-        """Wait until it has ended."""
+        """Wait until the copy has ended."""
         self._event.synchronize()
         self._owner = None
 
     def span(self) -> Span | None:
-        """Return when it began and ended on its stream, ``None`` if it has not ended yet."""
+        """Return the copy's begin and end on its stream, ``None`` before it has ended."""
         if not self._event.done:
             return None
         return self._streams.host_time(self._begin), self._streams.host_time(self._event)
 
     def arrival(self) -> Any:
-        """Return the event of its end."""
+        """Return the event at the end of the copy."""
         return self._event
 
 
@@ -63,16 +63,16 @@ class DiskTransfer:
         self._owner = owner
 
     def done(self) -> bool:
-        """Tell whether all pieces have ended."""
+        """Return whether all pieces have ended."""
         if not all(future.done() for future in self._futures):
             return False
         self._owner = None
         return True
 
     def join(self) -> None:
-        """Wait for all pieces; raise the first error."""
+        """Wait for all pieces and raise the first error."""
         self.wait()
-        # An error holds the frames it passes, this one too, and a future its error: no cycle.
+        # Avoid a cycle: an error refers to the frames it passes, and a future to its error.
         futures, self._futures = self._futures[::-1], []
         spans = []
         while futures:
@@ -80,25 +80,25 @@ class DiskTransfer:
         self._span = min(start for start, _ in spans), max(end for _, end in spans)
 
     def wait(self) -> None:
-        """Wait for all pieces, well or badly ended."""
+        """Wait for all pieces. Errors are not raised."""
         for future in self._futures:
             future.exception()
         self._owner = None
 
     def span(self) -> Span | None:
-        """Return when the first piece began and the last ended, once it was waited for."""
+        """Return when the first piece began and the last one ended, after a wait for them."""
         return self._span
 
     def arrival(self) -> None:
-        """Return ``None``: the host has waited for it."""
+        """Return ``None``: the host has waited for the pieces."""
 
 
 class FailedTransfer:
-    """A transfer that could not be begun: it fails when it is joined, as one that fails under way."""
+    """A transfer that could not begin. Like one that fails later, it raises its error in :meth:`join`."""
 
     def __init__(self, copy: SwappedBlock, error: OSError) -> None:
         self.copy = copy
-        self._arguments = error.args  # the error itself holds frames that hold the memory
+        self._arguments = error.args  # the error itself refers to frames that refer to the memory
 
     def done(self) -> bool:
         """Return ``True``."""
@@ -112,8 +112,8 @@ class FailedTransfer:
         """Return at once."""
 
     def span(self) -> Span | None:
-        """Return ``None``: it never began."""
+        """Return ``None``: the transfer never began."""
         return None
 
     def arrival(self) -> None:
-        """Return ``None``: it never does."""
+        """Return ``None``: the transfer never ends."""

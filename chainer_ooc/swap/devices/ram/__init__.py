@@ -1,4 +1,4 @@
-"""NumPy's memory: arrays go to the swap file and back, and NumPy's allocations are announced."""
+"""NumPy's memory: arrays move to the swap file and back, and large allocations ask for room first."""
 
 from chainer_ooc.swap.devices.ram.device import RamDevice
 

@@ -1,4 +1,4 @@
-"""CopyThreads: run what is given to them, in the order in which it is given."""
+"""Threads that run jobs in the order in which they were submitted."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _Jobs = SimpleQueue[Callable[[], object] | None]
 
 
 class CopyThreads:
-    """Threads for jobs that tell by themselves that they have ended, and raise nothing.
+    """Run jobs that record their own end and raise nothing.
 
-    They do without futures: each has a lock and a condition of its own, which many small copies pay for.
-    They end before the process forks, and begin anew with the next job.
+    There are no futures: each has a lock and a condition of its own, a cost for many small copies. The
+    threads end before the process forks and begin anew with the next job.
 
     Args:
-        count: How many.
-        name: Their names begin with it.
+        count: The number of threads.
+        name: The prefix of their names.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -41,9 +41,9 @@ class CopyThreads:
         _alive.add(self)
 
     def submit(self, job: Callable[[], object]) -> None:
-        """Have a thread run ``job`` after all that were given before have begun.
+        """Queue ``job`` for the next free thread.
 
-        Where there can be no threads, as when the interpreter is about to end, the calling one runs it.
+        If no thread can start, as when the interpreter is about to end, the calling thread runs it.
         """
         with self._lock:
             if not self._threads:
@@ -61,12 +61,12 @@ class CopyThreads:
             self._threads = []
         for thread in tuple(self._ending):
             _join(thread)
-            with contextlib.suppress(ValueError):  # another thread has waited for it, too
+            with contextlib.suppress(ValueError):  # another thread removed it already
                 self._ending.remove(thread)
 
     def _begin(self) -> None:
         self._jobs = SimpleQueue()
-        with contextlib.suppress(RuntimeError):  # the system gives no more
+        with contextlib.suppress(RuntimeError):  # the system allows no more threads
             for n in range(0 if _is_over else self._count):
                 name = f"{self._name}_{n}"
                 thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
@@ -85,7 +85,7 @@ _is_over = False
 
 @atexit.register
 def _close_all() -> None:
-    """Before the interpreter ends: no thread reads into memory any more."""
+    """End all threads before the interpreter ends, so that none reads into freed memory."""
     global _is_over
     _is_over = True
     for threads in tuple(_alive):
@@ -93,7 +93,7 @@ def _close_all() -> None:
 
 
 def _before_fork() -> None:
-    """End all copies and threads: a child would have halves of those, and from Python 3.12 on these are warned of."""
+    """End all threads before a fork. A child would get half of their copies; Python 3.12 warns of threads."""
     everything = tuple(_alive)
     forks.hold([threads._lock for threads in everything])
     for threads in everything:
@@ -111,14 +111,14 @@ forks.register(_after_fork, _before_fork)
 def _work(jobs: _Jobs) -> None:
     while (job := jobs.get()) is not None:
         job()
-        del job  # it may refer to memory, and the next one may come late
+        del job  # it may refer to memory until the next job comes
 
 
 def _join(thread: threading.Thread) -> None:
-    if thread is threading.current_thread():  # a finalizer may fork, in any thread
+    if thread is threading.current_thread():  # a finalizer may fork in any thread
         return
     thread.join()
-    # Python's warning counts those of the kernel, which forgets a thread shortly after it was joined.
+    # Python's warning counts the kernel's threads, which the kernel forgets shortly after a join.
     task, deadline = f"/proc/self/task/{thread.native_id}", time.monotonic() + 1
     while os.path.exists(task) and time.monotonic() < deadline:
         time.sleep(0)

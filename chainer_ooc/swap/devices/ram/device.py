@@ -1,4 +1,4 @@
-"""NumPy arrays: out of RAM into the swap file and back, by threads, with direct I/O."""
+"""The device of NumPy arrays: threads copy them from RAM to the swap file and back, with direct I/O."""
 
 from __future__ import annotations
 
@@ -34,36 +34,36 @@ RETURNED = 4 << 20
 
 
 class _Backoff:
-    """How many attempts to skip: after each that was in vain twice as many, up to 31."""
+    """Skip attempts after failures: after each failure twice as many, up to 31."""
 
     def __init__(self) -> None:
         self._in_vain = self._left = 0
 
     @property
     def skips(self) -> bool:
-        """Whether this attempt is skipped."""
+        """Whether to skip this attempt."""
         self._left -= 1
         return self._left >= 0
 
     def lose(self) -> None:
-        """Note an attempt in vain."""
+        """Note a failed attempt."""
         self._in_vain = min(self._in_vain + 1, 5)
         self._left = 2**self._in_vain - 1
 
     def reset(self) -> None:
-        """Skip none."""
+        """Skip no attempts any more."""
         self._in_vain = self._left = 0
 
 
 class RamDevice:
-    """The process's own memory, as NumPy's arrays have it.
+    """The process's own memory, in which NumPy's arrays lie.
 
     Args:
-        directory: Where the swap file is made.
+        directory: The directory of the swap file.
 
     Attributes:
         file: The swap file.
-        pages: The PagePool in which large arrays lie, once memory may get short.
+        pages: The ``PagePool`` of large arrays, once memory may get short.
     """
 
     name = "RAM"
@@ -78,12 +78,12 @@ class RamDevice:
         self._lock = threading.Lock()
         self._memory_is_short = False
         self._cached_limit = 0
-        # Copies in, and how many bytes of what they fill the system does not count before.
+        # Running copies in, and the bytes they fill that the kernel does not count yet.
         self._arriving: dict[int, tuple[FileTransfer, int]] = {}
         self._ordinary, self._desperate = _Backoff(), _Backoff()
 
     def locate(self, array: Any) -> Location | None:
-        """Return where a plain NumPy array lies; ``None`` if its memory is not NumPy's or not dense."""
+        """Return the place of a plain NumPy array; ``None`` if its memory is not NumPy's or not dense."""
         owner = array
         while (base := owner.base) is not None:
             if type(base) is not np.ndarray:
@@ -98,7 +98,7 @@ class RamDevice:
         return Location(owner, owner.nbytes, start, address - start)
 
     def view(self, owner: np.ndarray, origin: int, layout: Layout) -> np.ndarray:
-        """Return the array of that layout in ``owner``, with ``owner`` as its base."""
+        """Return an array with ``layout`` in ``owner``, with ``owner`` as its base."""
         array: np.ndarray = np.ndarray(
             layout.shape, layout.dtype, _dense_order(owner), origin + layout.offset, layout.strides
         )
@@ -115,7 +115,7 @@ class RamDevice:
     def copy_in(
         self, copy: FileCopy, nbytes: int, page_offset: int
     ) -> tuple[np.ndarray, int, FileTransfer]:
-        """Allocate memory at the same place in a page and begin to read a storage into it."""
+        """Allocate memory with that page offset and begin to read a storage into it."""
         owner, origin = _empty(nbytes, page_offset)
         address = _address(owner)
         pooled = self.pages is not None and address in self.pages
@@ -125,13 +125,13 @@ class RamDevice:
         if untouched:
             self._arriving[id(transfer)] = transfer, untouched
         if self._arriving:
-            self._arriving_bytes()  # forgets those that have ended
+            self._arriving_bytes()  # removes those that have ended
         return owner, origin, transfer
 
     def take_buffer(
         self, array: np.ndarray, layout: Layout, nbytes: int, page_offset: int
     ) -> tuple[np.ndarray, int]:
-        """Return the owner and the origin of a storage that ``array`` fills, at the same place in a page."""
+        """Use the buffer of ``array`` as the storage's memory if strides and page offset match; else copy."""
         location = self.locate(array)
         if location is not None and array.strides == layout.strides:
             whole = location.nbytes == nbytes and not location.offset
@@ -142,27 +142,26 @@ class RamDevice:
     def duplicate(
         self, array: np.ndarray, layout: Layout, nbytes: int, page_offset: int
     ) -> tuple[np.ndarray, int]:
-        """Return the owner and the origin of a new storage that has the elements of ``array``."""
+        """Copy ``array`` into new memory with that layout. Return the storage's owner and origin."""
         owner, origin = _empty(nbytes, page_offset)
         self.view(owner, origin, layout._replace(writeable=True))[...] = array
         return owner, origin
 
     def checksum(self, owner: np.ndarray, origin: int, nbytes: int) -> int:
-        """Return the XXH3 of a storage's bytes: about as fast as memory is."""
+        """Return the XXH3 of a storage's bytes, computed about as fast as memory can be read."""
         return xxhash.xxh3_64_intdigest(_bytes_of(owner)[origin : origin + nbytes])
 
     def checksum_of(self, array: np.ndarray) -> tuple[int, int] | None:
-        """Return the checksum and the offset of an array that need not be saved."""
+        """Return the checksum and the offset of any array, saved or not."""
         return checksum_of_array(array, self.locate, self.checksum)
 
     def before_release(self) -> None:
-        """Do nothing: who computes has ended when the call returns."""
+        """Do nothing: NumPy has finished its work when a call returns."""
 
     def used_bytes(self) -> int:
-        """Return the resident memory (bytes), and that of copies in under way, but for free pages.
+        """Return the resident memory plus running copies in, without cached free pages (bytes).
 
-        Those wait for the next allocation, and are given back to the system as far as they are too many: see
-        :meth:`set_cached_limit`.
+        Cached pages serve the next allocation. Pages beyond :meth:`set_cached_limit` go back to the system.
         """
         arriving = self._arriving_bytes() if self._arriving else 0
         if self.pages is None:
@@ -170,7 +169,7 @@ class RamDevice:
         return int(self.pages.used_bytes())
 
     def _arriving_bytes(self) -> int:
-        """Return the bytes that copies in are about to fill: the system counts their pages when they have."""
+        """Return the bytes that running copies in are about to fill: the kernel does not count them yet."""
         total = 0
         for key, (transfer, nbytes) in list(self._arriving.items()):  # other threads add to it
             if transfer.done():
@@ -182,14 +181,14 @@ class RamDevice:
         return total
 
     def set_cached_limit(self, nbytes: int) -> None:
-        """Keep free pages for the next allocation as long as resident memory is below ``nbytes``."""
+        """Cap memory in use plus the page pool's cached pages; 0 disables caching."""
         if nbytes != self._cached_limit:
             self._cached_limit = nbytes
             if self.pages is not None:
                 self.pages.set_cached_limit(nbytes)
 
     def keep_pages(self) -> Any:
-        """Return where large arrays are to be allocated from now on, ``None`` if that cannot be had."""
+        """Return the page pool for large arrays, made now if need be; ``None`` if there can be none."""
         if self.pages is None:
             self.pages = _pool_of_process()
             if self.pages is not None:
@@ -201,15 +200,15 @@ class RamDevice:
         return self._resident.peak_bytes()
 
     def capacity(self) -> int:
-        """Return what this process has and what is available to it, less a reserve of 5 % (bytes)."""
+        """Return this process's memory plus what is available to it, less a reserve of 5 % (bytes)."""
         return memory.attainable_bytes(0.05, ranks_of_this_node())
 
     def total_bytes(self) -> int:
-        """Return this process's share of the memory there is (bytes)."""
+        """Return this process's share of the machine's memory (bytes)."""
         return memory.physical_bytes() // ranks_of_this_node()
 
     def mark(self) -> float:
-        """Return the time."""
+        """Return the time of the host's clock (seconds)."""
         return time.perf_counter()
 
     def seconds(self, earlier: float, later: float) -> float:
@@ -217,17 +216,17 @@ class RamDevice:
         return later - earlier
 
     def tiers(self) -> list[tuple[str, int | None, bool]]:
-        """Return the swap file: the same threads read and write it."""
+        """Return the swap file. The same threads read and write it."""
         return [("swap file", None, True)]
 
     def trim(self, desperate: bool = False) -> None:
         """Give free memory of malloc's heaps back to the system.
 
-        It takes milliseconds: where it gave nothing back, it is tried less and less often, least of all when
-        ``desperate``, that is when nothing else is left to do.
+        This takes milliseconds. After calls that freed nothing it is skipped more and more often, counted
+        separately for ``desperate`` calls, when nothing else is left to do.
         """
         if not self._memory_is_short:
-            # Only now: what is given back at once must be taken again at once, which costs time.
+            # Only now: memory that is given back at once must be taken anew, which costs time.
             self._memory_is_short = True
             if memory.ucx_keeps_freed_memory():
                 wording.warn(
@@ -248,17 +247,17 @@ class RamDevice:
             patience.lose()
 
     def move_to(self, directory: str) -> None:
-        """Make the swap file in another directory from now on; copies in the old one stay readable there."""
+        """Make the next swap file in another directory. Copies in the old file stay readable."""
         if directory != self.file.directory:
             self.file = SwapFile(directory)
 
     def after_fork(self) -> None:
-        """Start with no threads and with a file of one's own."""
+        """Start in a forked child without threads and with a file of its own."""
         self._threads, self._lock, self._arriving = None, threading.Lock(), {}
         self.file = SwapFile(self.file.directory)
 
     def close(self) -> None:
-        """End the threads and give the file's space back."""
+        """End the threads and free the file's space."""
         with self._lock:
             threads, self._threads = self._threads, None
         if threads:
@@ -278,7 +277,7 @@ class RamDevice:
 
 @functools.cache
 def _pool_of_process() -> Any:
-    """Return the one PagePool of this process, ``None`` without the extension or where address space is limited.
+    """Return the process's only page pool; ``None`` without the extension or if address space is limited.
 
     Arrays in it may outlive the device. A forked child has a copy of it.
     """
@@ -289,7 +288,7 @@ def _pool_of_process() -> Any:
 
 
 def _empty(nbytes: int, page_offset: int) -> tuple[np.ndarray, int]:
-    """Return memory, and where in it begins what has the address ``page_offset`` modulo the page size."""
+    """Return new memory, and the byte in it whose address is ``page_offset`` modulo the page size."""
     owner = np.empty(nbytes, np.uint8)
     if (_address(owner) - page_offset) % ALIGNMENT == 0:
         return owner, 0

@@ -1,4 +1,4 @@
-"""Copies in the swap file: whole pages there, the unaligned ends in memory."""
+"""Copies in the swap file: whole pages on disk, the unaligned ends in memory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _Move = Callable[[int, memoryview], None]
 
 
 class FileCopy:
-    """A storage's bytes: pages in the swap file, and the unaligned bytes before and after them in RAM.
+    """A storage's bytes: its pages in the swap file, its unaligned first and last bytes in RAM.
 
-    Direct I/O moves only whole, aligned pages of memory. An allocation begins and ends somewhere in a
-    page: those ends, less than two pages, are kept here.
+    Direct I/O moves only whole, aligned pages of memory. An allocation begins and ends somewhere inside a
+    page. Those ends, less than two pages, stay here.
 
     Args:
-        file: Where.
+        file: The swap file.
         nbytes: The size of the storage.
-        page_offset: Its first address, or that modulo the page size.
+        page_offset: The storage's first address, or that modulo the page size.
     """
 
     def __init__(self, file: SwapFile, nbytes: int, page_offset: int) -> None:
@@ -39,13 +39,13 @@ class FileCopy:
         self._offset = file.allocate(self._body) if self._body else -1
 
     def free(self) -> None:
-        """Give the block back to the file."""
+        """Free the block of the file."""
         if self._offset >= 0:
             self._file.free(self._offset, self._body)
             self._offset = -1
 
     def write(self, memory: memoryview) -> list[Callable[[], Span]]:
-        """Return the calls that write ``memory``, the storage's bytes. Each returns when it began and ended."""
+        """Return the jobs that write ``memory``, the storage's bytes. Each returns its begin and its end."""
         self._ends = (
             bytes(memory[: self._head]),
             bytes(memory[self._head + self._body :]),
@@ -53,7 +53,7 @@ class FileCopy:
         return self._pieces(memory, self._file.write)
 
     def read(self, memory: memoryview) -> list[Callable[[], Span]]:
-        """Return the calls that fill ``memory`` with the storage's bytes. Each returns when it began and ended."""
+        """Return the jobs that fill ``memory`` with the storage's bytes. Each returns its begin and its end."""
         memory[: self._head], memory[self._head + self._body :] = self._ends
         return self._pieces(memory, self._file.read)
 
@@ -71,19 +71,19 @@ class FileCopy:
 
 def _timed(move: _Move, offset: int, piece: memoryview) -> Span:
     start = time.perf_counter()
-    # Released here, before the transfer counts as done: whoever then asks who holds the storage's
-    # memory must not find a thread that is about to let go.
+    # Release the memory before the transfer counts as done: a check of its reference count must not
+    # find this thread's reference.
     with piece:
         move(offset, piece)
     return start, time.perf_counter()
 
 
 class FileTransfer:
-    """Pieces of a :class:`FileCopy` that threads are writing or reading.
+    """The pieces of a :class:`FileCopy` that threads are writing or reading.
 
     Args:
         copy: The copy.
-        count: How many pieces. Each is given to :meth:`run`, once.
+        count: The number of pieces. Each goes to :meth:`run` once.
     """
 
     def __init__(self, copy: FileCopy, count: int) -> None:
@@ -97,7 +97,7 @@ class FileTransfer:
             self._under_way.acquire()
 
     def run(self, piece: Callable[[], Span]) -> None:
-        """Write or read one piece, in any thread. Raises nothing."""
+        """Write or read one piece, in any thread. Errors are kept for :meth:`join`."""
         begin, end = math.inf, 0.0
         try:
             begin, end = piece()
@@ -110,22 +110,22 @@ class FileTransfer:
                 self._under_way.release()
 
     def done(self) -> bool:
-        """Tell whether all pieces have ended."""
+        """Return whether all pieces have ended."""
         return not self._left
 
     def wait(self) -> None:
-        """Wait for all pieces, well or badly ended."""
+        """Wait for all pieces. Errors are not raised."""
         with self._under_way:
             pass
 
     def join(self) -> None:
-        """Wait for all pieces; raise the first error."""
+        """Wait for all pieces and raise the first error."""
         self.wait()
         if self._error is not None:
             raise self._error
 
     def span(self) -> Span | None:
-        """Return when the first piece began and the last ended."""
+        """Return when the first piece began and the last one ended."""
         is_over = self._end and not self._left and self._error is None
         return (self._begin, self._end) if is_over else None
 

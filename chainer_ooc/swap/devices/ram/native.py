@@ -1,4 +1,4 @@
-"""The C extension: NumPy's allocator, the pool of pages, and a lock that holds signals back. It may be missing."""
+"""The C extension, which may be missing: NumPy's allocator, the page pool, and a lock that delays signals."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 __all__ = ["HOW_TO_GET_IT", "WITHOUT_IT", "EngineLock", "Mortal", "allocator"]
 
-#: What is different without the extension.
+#: The consequence of a missing extension, for messages.
 WITHOUT_IT = "NumPy's allocations are not announced, the limit is held between functions only"
-#: What to do about it.
+#: The remedy, for messages.
 HOW_TO_GET_IT = (
     "install a C compiler and Python.h (apt install gcc python3-dev), then reinstall chainer_ooc"
 )
@@ -30,7 +30,7 @@ class _Mortal:
         self._die()
 
     def _die(self) -> None:
-        """Do what is to be done in the end."""
+        """Clean up when the object dies."""
 
 
 try:
