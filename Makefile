@@ -61,7 +61,7 @@ marked: $(VENV)/.test
 
 # Every generic error, one at a time, in the package: an hour or two.
 mutants: $(VENV)/.test
-	python tests/mutants/run.py --generic all
+	python tests/mutation/run.py --generic all
 
 # Chainer's own tests, as they are and with everything moving: up to an hour each. CHAINER=… is a checkout of v7.8.1.
 CHAINER ?= .cache/chainer

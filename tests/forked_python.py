@@ -90,7 +90,9 @@ def installed(
         start_new_session=True,
     )
     try:
-        assert server.stdout.readline() == b"ready\n", "the server of forked processes did not start"  # type: ignore[union-attr]
+        assert server.stdout.readline() == b"ready\n", (
+            "the server of forked processes did not start"
+        )  # type: ignore[union-attr]
         yield program
     finally:
         server.terminate()

@@ -35,7 +35,9 @@ def python() -> Iterator[str]:
         return
     with (
         tempfile.TemporaryDirectory() as folder,
-        forked_python.installed(Path(folder), PRELOADED, [IMAGENET, Path(__file__).parent], environment()) as program,
+        forked_python.installed(
+            Path(folder), PRELOADED, [IMAGENET, Path(__file__).parent], environment()
+        ) as program,
     ):
         yield str(program)
 

@@ -13,7 +13,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from reports import confusion, drawing, plots
 
-__all__ = ["PIL", "chainer_ooc", "chainermn", "confusion", "drawing", "mpi4py", "plots", "tensorboardX", "train"]
+__all__ = [
+    "PIL",
+    "chainer_ooc",
+    "chainermn",
+    "confusion",
+    "drawing",
+    "mpi4py",
+    "plots",
+    "tensorboardX",
+    "train",
+]
 
 figure = Figure(layout="constrained")
 figure.subplots().plot([0, 1], label="a line")
