@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tests.conftest import ROOT
-from tests.mutation.targets import ENGINE, EQUIVALENT, PLANTED, STATEMENTS, TELLING, TOLD, Planted
+from tests.mutation.targets import (
+    ENGINE,
+    EQUIVALENT,
+    PLANTED,
+    STATEMENTS,
+    TELLING,
+    TESTS,
+    TOLD,
+    Planted,
+)
 
 PACKAGE = ROOT / "chainer_ooc"
 
@@ -36,7 +45,7 @@ class Mutant:
     @property
     def part(self) -> str:
         """Whose tests must notice it: a key of ``TESTS``."""
-        return self.module.split(".")[0]
+        return max((part for part in TESTS if self.module.startswith(part)), key=len)
 
     @property
     def file(self) -> str:

@@ -19,6 +19,13 @@ TESTS = {
         "tests/graph/test_random_programs.py",
         "tests/equality/test_programs.py",
     ),
+    "swap.devices.ram": (
+        "tests/swap/test_ram.py",
+        "tests/graph/test_storages.py",
+        "tests/swap/test_manager.py",
+        "tests/equality/test_programs.py",
+        "tests/graph/test_random_programs.py",
+    ),
     "swap": (
         "tests/swap/test_transfers.py",
         "tests/swap/cuda/test_streams.py",
