@@ -14,6 +14,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 
+# A worker for each core, up to 8; ARGS="-n 0" is for none.
+PYTEST := python -m pytest -n auto --dist worksteal
+
 INSTALL := python -m pip install -q --disable-pip-version-check
 # What an install depends on: the extension is built anew when its sources change.
 INSTALLED := pyproject.toml setup.py $(wildcard backend/*.py) $(wildcard chainer_ooc/swap/devices/ram/*.[ch])
@@ -28,13 +31,13 @@ test: $(VENV)/.test
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # Watching begins before chainer_ooc's hook, when Python starts, also in the processes that the tests start. What measures
 # time or memory may fail: watching takes both.
 coverage: $(VENV)/.test
 	coverage erase
-	export COVERAGE_FILE=$(CURDIR)/.coverage; COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml python -m pytest $(ARGS); \
+	export COVERAGE_FILE=$(CURDIR)/.coverage; COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(PYTEST) $(ARGS); \
 	status=$$?; coverage combine -q; coverage report; exit $$status
 
 matrix: $(VENV)/.test
@@ -58,7 +61,7 @@ marked: $(VENV)/.test
 
 # Every generic error, one at a time, in the package: an hour or two.
 mutants: $(VENV)/.test
-	python tests/mutants/run.py --generic all
+	python tests/mutation/run.py --generic all
 
 # Chainer's own tests, as they are and with everything moving: up to an hour each. CHAINER=… is a checkout of v7.8.1.
 CHAINER ?= .cache/chainer

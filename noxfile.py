@@ -50,4 +50,4 @@ def tests(session, numpy):
     session.chdir(tree)
     session.install("-e", ".[mpi,examples,dev]", NUMPY[numpy])
     session.run("python", "-c", "import numpy; print('NumPy', numpy.__version__)")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)

@@ -11,6 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# BLAS reads it when it is loaded. With a thread for each core most of the tests' time was that of threads that spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 
@@ -24,6 +27,12 @@ RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="run what takes minutes, too")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many workers ``-n auto`` starts: one for each core, up to 8, as tests may take a GiB each."""
+    return min(8, len(os.sched_getaffinity(0)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -85,7 +94,6 @@ def run_python(tmp_path: Path) -> RunPython:
     ) -> subprocess.CompletedProcess[str]:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)))
-        environment.setdefault("OMP_NUM_THREADS", "1")
         if native.allocator is None:  # else all would say so
             environment.setdefault("PYTHONWARNINGS", "ignore:chainer_ooc has no C extension")
         environment.update(env or {})

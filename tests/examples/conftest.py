@@ -1,16 +1,23 @@
 """Makes the trainer's modules importable, and runs it as a user does."""
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from imagenet_cli import IMAGENET, Lists, command, environment, write_lists
 
+from tests import forked_python
+
 sys.path.insert(0, str(IMAGENET))
 
 import chainer_ooc  # noqa: F401  makes stock Chainer importable
+
+#: What the trainer imports, and the process that draws its pictures.
+PRELOADED = ("preloaded",)
 
 
 @pytest.fixture
@@ -20,18 +27,33 @@ def lists(tmp_path: Path) -> Lists:
     return write_lists(root)
 
 
+@pytest.fixture(scope="session")
+def python() -> Iterator[str]:
+    """An interpreter that has imported the trainer already."""
+    if "COVERAGE_PROCESS_START" in os.environ:  # which looks on from an interpreter's start
+        yield sys.executable
+        return
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        forked_python.installed(
+            Path(folder), PRELOADED, [IMAGENET, Path(__file__).parent], environment()
+        ) as program,
+    ):
+        yield str(program)
+
+
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def train() -> Train:
+def train(python: str) -> Train:
     """Runs train.py to its end; fails on another exit status than ``status``."""
 
     def run(
         *args: object, ranks: int = 1, status: int = 0, script: Path = IMAGENET / "train.py"
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            command([str(a) for a in args], ranks, script),
+            command([str(a) for a in args], ranks, script, python),
             env=environment(),
             capture_output=True,
             text=True,

@@ -49,7 +49,12 @@ def write_lists(root: Path, n_train: int = 20, n_val: int = 6, size: int = 45) -
     return lists
 
 
-def command(args: list[str], ranks: int = 1, script: Path = IMAGENET / "train.py") -> list[str]:
+def command(
+    args: list[str],
+    ranks: int = 1,
+    script: Path = IMAGENET / "train.py",
+    python: str = sys.executable,
+) -> list[str]:
     launch: list[str] = []
     if ranks > 1:
         mpiexec = find_mpiexec()
@@ -57,7 +62,7 @@ def command(args: list[str], ranks: int = 1, script: Path = IMAGENET / "train.py
         if mpiexec is None:
             pytest.skip("no mpiexec")
         launch = [mpiexec, "-n", str(ranks)]
-    return [*launch, sys.executable, str(script), *args]
+    return [*launch, python, str(script), *args]
 
 
 def environment() -> dict[str, str]:

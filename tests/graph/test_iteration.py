@@ -509,9 +509,11 @@ def test_what_comes_late_begins_earlier_the_next_time(device, monkeypatch):
         (entry,) = entries().values()
         before = dict((i, step) for step, i in entry.plan.copy_in)
         slow.set()
-        for _ in range(5):
+        for _ in range(30):  # where other processes take the time it may be learned late
             training.step()
-    assert any(step < before[i] for step, i in entry.plan.copy_in)
+            if earlier := [i for step, i in entry.plan.copy_in if step < before.get(i, 0)]:
+                break
+    assert earlier
 
 
 def test_threads_that_train_at_the_same_time_are_right(device):

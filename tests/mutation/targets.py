@@ -1,0 +1,223 @@
+"""What is changed, which tests must notice, and what nobody can: the lists of the mutation runner.
+
+Modules are named from ``chainer_ooc`` on, functions by their qualified names. All names and files must exist: the
+tests see to it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: The tests of each part, the fastest first. Against more than a few mutants those take part that run what is changed.
+TESTS = {
+    "graph": (
+        "tests/graph/test_storages.py",
+        "tests/graph/test_modes.py",
+        "tests/graph/test_readers.py",
+        "tests/graph/test_attributes.py",
+        "tests/graph/test_death.py",
+        "tests/graph/test_random_programs.py",
+        "tests/equality/test_programs.py",
+    ),
+    "swap.devices.ram": (
+        "tests/swap/test_ram.py",
+        "tests/graph/test_storages.py",
+        "tests/swap/test_manager.py",
+        "tests/equality/test_programs.py",
+        "tests/graph/test_random_programs.py",
+    ),
+    "swap": (
+        "tests/swap/test_transfers.py",
+        "tests/swap/cuda/test_streams.py",
+        "tests/swap/cuda/test_device.py",
+        "tests/swap/cuda/test_engine.py",
+        "tests/swap/cuda/test_fetching.py",
+        "tests/swap/cuda/test_room.py",
+        "tests/swap/cuda/test_executor.py",
+        "tests/swap/cuda/test_eviction.py",
+        "tests/swap/cuda/test_fingerprints.py",
+        "tests/swap/test_manager.py",
+        "tests/swap/cuda/test_allocator.py",
+        "tests/swap/cuda/test_pinned.py",
+        "tests/swap/cuda/test_schedules.py",
+        "tests/swap/test_prefetch.py",
+        "tests/swap/test_budget.py",
+        "tests/swap/test_space.py",
+        "tests/swap/test_ram.py",
+        "tests/swap/test_recipes.py",
+        "tests/swap/test_page_pool.py",
+        "tests/swap/test_settings.py",
+        "tests/graph/test_iteration.py",
+    ),
+}
+
+#: Modules whose waits, records, holds, states and conditions are taken away, one at a time: all of each.
+ENGINE = (
+    *("swap.budget", "swap.cupy_allocator", "swap.eviction", "swap.executor", "swap.fingerprints", "swap.gpus"),
+    *("swap.manager", "swap.observed_growth", "swap.prefetch", "swap.recipe", "swap.storage", "swap.transfers"),
+    *("swap.devices.cuda.checksum", "swap.devices.cuda.device", "swap.devices.cuda.host"),
+    *("swap.devices.cuda.streams", "swap.devices.cuda.transfers", "swap.tiers.free_blocks", "swap.tiers.pinned"),
+)  # fmt: skip
+#: Functions, by patterns, in which each statement is left out and each condition turned around.
+STATEMENTS = {
+    "graph.attributes": (
+        *("PackedTuple.get", "_SavedAttribute.*", "save_*", "_save_list", "_descriptor"),
+    ),
+    "graph.nodes": ("_get_*", "_set_*", "save_*", "_save_node"),
+    "graph.hooks": ("_apply", "_backprop_step", "_fetch", "_by_manager", "_save"),
+    "swap.devices.ram.device": (
+        *("RamDevice.locate", "RamDevice.view", "RamDevice.copy_*", "_dense_order", "_is_dense"),
+    ),
+}
+
+#: Calls of the engine that only count and tell.
+TOLD = ("stalled", "_copied", "ran", "used", "remade")
+#: Functions of the engine that only tell.
+TELLING = ("stalled", "_copied", "ran", "explain_shortage", "__repr__")
+
+#: Generic mutants in which nothing that can be observed is different, by how their names begin, and why.
+EQUIVALENT = {
+    "swap.executor.PlanExecutor.step: True for self._come and": "_begin_in() asks again",
+    "swap.executor.PlanExecutor.step: no self._come[0][0] <= step": "_begin_in() asks again",
+    "swap.eviction.outside: no one.recipe is not None": "what has neither a copy nor a recipe is not out",
+    "swap.recipe.Recipe.fits: no needed.state is State.RESIDENT": "what has no memory counts as held",
+    "swap.eviction.Evictor.begin_ahead: True for room < nbytes": "less than nothing is released",
+    "swap.manager.SwapManager.prefetch: no storage.state in AWAY": "begin_ahead() finds nothing to fetch",
+    "swap.executor.PlanExecutor._begin_in: no storage.state in AWAY": "begin_ahead() finds nothing to fetch",
+    "swap.manager.SwapManager.fetch: True for discarded": "saves time only",
+    "swap.recipe.Constant.is_unchanged: no self.is_kept": "saves time only",
+    "swap.manager.SwapManager.run_plan: True for evict_after_recompute": "saves time only",
+    "swap.recipe.Constant.keep: True for not self.is_kept": "a copy of a copy",
+    "swap.manager.SwapManager._note_who_holds: no storage.resident": "mark_dirty() leaves it as it is",
+    "swap.manager.SwapManager.make_room: no used > low": "less than nothing is written behind",
+    "swap.manager.SwapManager.make_room: True for used + nbytes > high": "saves time only",
+    "swap.transfers.Transfers.run_deferred_frees: False for not self.has_deferred_frees": "saves time only",
+    "swap.manager.SwapManager.usage_without_offload: True for self._transfers.has_deferred_frees": "saves time only",
+    "swap.transfers.Transfers.end_in: True for storage.ahead": "which of two counters of seconds",
+    "swap.transfers.Transfers.end_in: False for storage.ahead": "which of two counters of seconds",
+    "swap.gpus.Gpus.manager_for: True for manager is None": "_add() returns the one there is",
+    "swap.transfers.Transfers.defer_free: True for storage.copy": "nothing is freed",
+    "swap.transfers.Transfers.drop: True for storage.owner": "None is the memory of no storage",
+    "swap.transfers.Transfers.defer_free: True for storage.owner": "None is the memory of no storage",
+    "swap.transfers.Transfers._give_up: True for not storage.used": "prefetch() passes over what was used",
+    "swap.eviction.Evictor.reclaim: False for missing <= 0": "less than nothing is given up",
+    "swap.devices.cuda.streams.CopyStreams.on_device: False for": "saves time only",
+    "swap.devices.cuda.streams.CopyStreams.note_current: True for len(": "streams are looked through more often",
+    "swap.tiers.pinned.PinnedSlab.close: no memory.close()": "it is unmapped when the list of chunks goes",
+    "swap.tiers.pinned.PinnedSlab._make: no memory.close()": "it is unmapped when the function returns",
+    "swap.devices.ram.device._is_dense: turn around": "the other branch gives the same, more slowly",
+}  # fmt: skip
+
+
+class Planted(NamedTuple):
+    """An error that a change could well bring.
+
+    Attributes:
+        name: The error, in words.
+        module: Where: the module and, by its qualified name, the function.
+        function: See ``module``.
+        old: A statement or expression, which is in the function at least once.
+        new: What is there instead, wherever it is.
+    """
+
+    name: str
+    module: str
+    function: str
+    old: str
+    new: str
+
+
+PLANTED = (
+    Planted(
+        "restore with swapped strides",
+        "swap.devices.ram.device",
+        "RamDevice.view",
+        "layout.strides",
+        "layout.strides[::-1]",
+    ),
+    Planted(
+        "restore at the start of the storage",
+        "swap.devices.ram.device",
+        "RamDevice.view",
+        "origin + layout.offset",
+        "origin",
+    ),
+    Planted(
+        "skip the look for an alias",
+        "swap.manager",
+        "SwapManager.save",
+        "self._transfers.find(location.owner)",
+        "None",
+    ),
+    Planted(
+        "lose an attribute",
+        "graph.attributes",
+        "save_attributes",
+        "attributes[name] = replacement",
+        "attributes.pop(name)",
+    ),
+    Planted(
+        "lose an item of a tuple",
+        "graph.attributes",
+        "PackedTuple.get",
+        "item.get() if type(item) is PackedArray else item",
+        "None if type(item) is PackedArray else item",
+    ),
+    Planted(
+        "keep a stale copy after an edit",
+        "swap.transfers",
+        "Transfers.mark_dirty",
+        "storage.state is State.BOTH",
+        "False",
+    ),
+    Planted(
+        "keep a stale copy after an edit while it is written",
+        "swap.transfers",
+        "Transfers.end_out",
+        "storage.dirty",
+        "False",
+    ),
+    Planted(
+        "no fetch after disable()",
+        "graph.nodes",
+        "_get_data",
+        "type(data) is PackedArray",
+        "type(data) is PackedArray and __import__('chainer_ooc').is_enabled()",
+    ),
+    Planted(
+        "release what is held",
+        "swap.storage",
+        "Storage.referenced_externally",
+        'references.attribute_is_referenced_externally(self, "owner")',
+        "False",
+    ),
+    Planted(
+        "do not wait for what comes in",
+        "swap.transfers",
+        "Transfers._join_arrival",
+        "transfer.join()",
+        "None",
+    ),
+    Planted(
+        "never give the space of the dead back",
+        "swap.transfers",
+        "Transfers.run_deferred_frees",
+        "copy.free()",
+        "None",
+    ),
+    Planted("trust everybody", "swap.manager", "SwapManager.read", "not read_only", "False"),
+    Planted(
+        "save leaves",
+        "graph.nodes",
+        "save_inputs",
+        "node is not None and node._creator_node is not None",
+        "node is not None",
+    ),
+    Planted(
+        "drop before the last use",
+        "swap.manager",
+        "SwapManager.release_use",
+        "drop and s.used and not (s.kept or s.dependents)",
+        "drop",
+    ),
+)
