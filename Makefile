@@ -31,6 +31,7 @@ test: $(VENV)/.test
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports --no-logo
 	$(PYTEST) $(ARGS)
 
 # Watching begins before chainer_ooc's hook, when Python starts, also in the processes that the tests start. What measures

@@ -727,7 +727,9 @@ class _Manager:
 
 def _storage():
     storage = Storage(_Manager(), 1, None, 128, 0, "F.test")
-    return _Place(lambda holder, key: holder.held, storage, "owner", setattr, getattr)
+    return _Place(
+        lambda holder, key: holder.referenced_externally, storage, "owner", setattr, getattr
+    )
 
 
 attribute = references.attribute_is_referenced_externally
