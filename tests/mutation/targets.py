@@ -91,7 +91,7 @@ EQUIVALENT = {
     "swap.manager.SwapManager._note_who_holds: no storage.state.in_memory": "mark_dirty() leaves it as it is",
     "swap.manager.SwapManager.make_room: no used > low": "less than nothing is written behind",
     "swap.manager.SwapManager.make_room: True for used + nbytes > high": "saves time only",
-    "swap.transfers.Transfers.run_deferred_frees: False for not (self._dead or self._deferred_frees)": "saves time only",
+    "swap.transfers.Transfers.run_deferred_frees: False for not (self._dead or self._deferred_frees)": "saves time",
     "swap.manager.SwapManager._begin_in: False for storage.state not in AWAY": "outside() leaves them out as well",
     "swap.manager.SwapManager._begin_in: False for storage.state is State.OUT": "outside() finds the same",
     "swap.eviction.Evictor.begin_ahead: False for storage.state is State.OUT": "outside() finds the same",
