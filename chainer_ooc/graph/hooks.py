@@ -284,13 +284,12 @@ def _keeps_graph(inputs: Any) -> bool:
 
 
 def _after(manager: SwapManager, settings: Settings) -> None:
-    if state.local.running is not None:
-        return
-    if settings.swap_all or settings.verify:
-        save_pending()  # now, while its arrays are unmodified
     if settings.swap_all:
+        save_pending()
         manager.move_all_out()
-    else:
+    elif state.local.running is None:
+        if settings.verify:
+            save_pending()  # now, while its arrays are unmodified
         manager.make_room(0)
 
 

@@ -99,11 +99,11 @@ def save_outputs(func: Any, save: Callable[[Any], PackedArray | None]) -> list[P
             group += _save_node(node, save)
     retained = func.__dict__.get("_retained_output_data")
     if type(retained) is tuple:
-        packed = [None if array is None else array for array in retained]
+        by_array = {id(one.alive()): one for one in group}  # a node may have the same array
+        packed = list(retained)
         for place, array in enumerate(retained):
             if array is not None:
-                same = [one for one in group if one.alive() is array]
-                packed[place] = same[0] if same else save(array) or array
+                packed[place] = by_array.get(id(array)) or save(array) or array
         func.__dict__["_retained_output_data"] = PackedTuple(packed)
     return group
 
