@@ -24,7 +24,7 @@ __all__ = ["BASELINES", "compare"]
 class _Waits:
     """Makes room by waiting for what is going out."""
 
-    def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
+    def make_room(self, simulator: Simulator, nbytes: int) -> None:
         missing = simulator.used + nbytes - simulator.system.high_bytes
         if missing > 0:
             simulator.wait_for_leaving(missing)
@@ -162,7 +162,7 @@ class Lru(_Waits):
     def between(self, simulator: Simulator) -> None:
         """Do nothing ahead of time."""
 
-    def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
+    def make_room(self, simulator: Simulator, nbytes: int) -> None:
         high = simulator.system.high_bytes
         for state in (SimulatedState.BOTH, SimulatedState.RESIDENT):
             for i in simulator.members(state):
@@ -179,7 +179,7 @@ class Lru(_Waits):
 class Checkpoints(Planned):
     """Nothing goes out: what lies between checkpoints is made again (sublinear memory, arXiv 1604.06174)."""
 
-    def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
+    def make_room(self, simulator: Simulator, nbytes: int) -> None:
         """Do nothing: there is no other way."""
 
 
@@ -197,7 +197,7 @@ def _checkpoints(profile: Profile, system: System) -> Timeline:
         for i in dropped:
             choices[i] = Choice.RECOMPUTE
         drop = tuple(sorted((profile.storages[i].free_from, i) for i in dropped))
-        plan = Plan(profile.signature, tuple(choices), drop=drop, rerun=tuple(needs.reruns))
+        plan = Plan(profile.signature, tuple(choices), discard=drop, rerun=tuple(needs.reruns))
         found.append(simulate(profile, system, Checkpoints(plan)))
     return min(found, key=lambda timeline: (timeline.over_bytes, timeline.seconds))
 

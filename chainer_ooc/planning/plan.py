@@ -32,7 +32,7 @@ class Plan:
         copy_in: (step, storage): begin to copy it in, as soon as there is room.
         earliest: For each of ``copy_in`` the first step at which there is room for it until its use.
         release: (step, storage): release it again, its copy is valid.
-        drop: (step, storage): discard it. ``rerun`` makes it again.
+        discard: (step, storage): discard it. ``rerun`` makes it again.
         rerun: (step, forward steps): run these again, in this order, before the step.
         evict_after_recompute: (step, storage): only the step's re-runs need it. Evict it when they have
             read it, before the step runs.
@@ -49,7 +49,7 @@ class Plan:
     copy_in: tuple[tuple[int, int], ...] = ()
     earliest: tuple[int, ...] = ()
     release: tuple[tuple[int, int], ...] = ()
-    drop: tuple[tuple[int, int], ...] = ()
+    discard: tuple[tuple[int, int], ...] = ()
     rerun: tuple[tuple[int, tuple[int, ...]], ...] = ()
     evict_after_recompute: tuple[tuple[int, int], ...] = ()
     need_bytes: tuple[int, ...] = ()
@@ -77,7 +77,7 @@ class Plan:
         try:
             data = json.loads(text)
             data["choices"] = tuple(Choice(value) for value in data["choices"])
-            for name in ("copy_out", "copy_in", "release", "drop", "evict_after_recompute"):
+            for name in ("copy_out", "copy_in", "release", "discard", "evict_after_recompute"):
                 data[name] = tuple((step, storage) for step, storage in data[name])
             data["rerun"] = tuple((step, tuple(again)) for step, again in data["rerun"])
             for name in ("earliest", "need_bytes"):

@@ -35,7 +35,7 @@ class PlanEntry:
 
     Attributes:
         profile: The recorded iteration.
-        pacer: The tuner that holds and corrects the plan.
+        tuner: The tuner that holds and corrects the plan.
         demand_seconds: The time of the recorded iteration.
         iterations: The number of iterations that have followed the plan.
         seconds: The times of the last of them.
@@ -51,7 +51,7 @@ class PlanEntry:
         self.peak_bytes: deque[int] = deque(maxlen=64)
         self.keys = [step.key for step in profile.steps]
         self.saved: dict[int, tuple[int, ...]] = {}
-        self.pacer = PrefetchTuner(plan)
+        self.tuner = PrefetchTuner(plan)
         # The least time of each step, and the least sum of one iteration.
         self._least = list(profile.seconds)
         self._least_sum = math.fsum(self._least)
@@ -62,7 +62,7 @@ class PlanEntry:
     @property
     def plan(self) -> Plan:
         """The present plan."""
-        return self.pacer.plan
+        return self.tuner.plan
 
     @property
     def disabled(self) -> bool:
@@ -92,7 +92,7 @@ class PlanEntry:
             self._proposed = None
             self._given_up = plan is None
             if plan is not None and plan != self.plan:
-                self.pacer = PrefetchTuner(plan)
+                self.tuner = PrefetchTuner(plan)
 
     def finish(
         self, measured: IterationTimes, peak_bytes: int, step_seconds: Sequence[float]
@@ -101,7 +101,7 @@ class PlanEntry:
         self.iterations += 1
         self.seconds.append(measured.seconds)
         self.peak_bytes.append(peak_bytes)
-        self.pacer.update(measured)
+        self.tuner.update(measured)
         if len(step_seconds) == len(self._least):
             self._least = [min(pair) for pair in zip(self._least, step_seconds, strict=True)]
             self._least_sum = min(self._least_sum, math.fsum(step_seconds))
@@ -118,7 +118,7 @@ class PlanEntry:
             for step, least in zip(self.profile.steps, self._least, strict=True)
         )
         self.profile = dataclasses.replace(self.profile, steps=steps_now)
-        self.pacer = PrefetchTuner(make_plan(self.profile, system))
+        self.tuner = PrefetchTuner(make_plan(self.profile, system))
 
 
 class PlanCache:

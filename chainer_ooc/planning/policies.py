@@ -40,7 +40,7 @@ class OnDemand:
             self._prefetch(simulator)
         self._growth.append(simulator.need())
 
-    def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
+    def make_room(self, simulator: Simulator, nbytes: int) -> None:
         """Evict storages until ``nbytes`` fit below the high watermark, or nothing is left."""
         high = simulator.system.high_bytes
         if simulator.used + nbytes <= high:
@@ -95,7 +95,7 @@ class Planned:
     def __init__(self, plan: Plan) -> None:
         self._outs = deque(plan.copy_out)
         self._ins = deque(plan.copy_in)
-        self._drops = deque(plan.drop)
+        self._discards = deque(plan.discard)
         self._releases = deque(plan.release)
         self._leaves = {i for _, i in plan.copy_out}
         self._evict_after_recompute = set(plan.evict_after_recompute)
@@ -110,13 +110,13 @@ class Planned:
                     simulator.release(i)
         while self._releases and self._releases[0][0] <= step:
             simulator.release(self._releases.popleft()[1])
-        while self._drops and self._drops[0][0] <= step:
-            i = self._drops.popleft()[1]
+        while self._discards and self._discards[0][0] <= step:
+            i = self._discards.popleft()[1]
             if simulator.state[i] in (
                 SimulatedState.RESIDENT,
                 SimulatedState.BOTH,
             ) and not simulator.is_held(i):
-                simulator.drop(i)
+                simulator.discard(i)
         while self._outs and self._outs[0][0] <= step:
             i = self._outs.popleft()[1]
             if simulator.state[i] is SimulatedState.RESIDENT and not simulator.is_held(i):
@@ -124,7 +124,7 @@ class Planned:
         if self._ins and self._ins[0][0] <= step:
             self._copy_in(simulator, simulator.system.high_bytes - simulator.need())
 
-    def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
+    def make_room(self, simulator: Simulator, nbytes: int) -> None:
         """Wait for pending copies out; then make room on demand."""
         missing = simulator.used + nbytes - simulator.system.high_bytes
         if missing > 0 and simulator.wait_for_leaving(missing) < missing:

@@ -172,7 +172,7 @@ class ScheduleBuilder:
             copy_in=arrivals,
             earliest=tuple(step for step, _ in arrivals),
             release=tuple(sorted(release)),
-            drop=tuple(sorted(drop)),
+            discard=tuple(sorted(drop)),
             rerun=tuple(needs.reruns),
             evict_after_recompute=tuple(sorted(evict_after_recompute)),
             need_bytes=self._need_bytes,

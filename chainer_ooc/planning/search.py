@@ -62,7 +62,7 @@ class Search:
         self.profile = profile
         self.system = system
         self.left = max(12, EFFORT // max(1, len(profile.steps)))
-        self.arranger = ScheduleBuilder(profile, system)
+        self.builder = ScheduleBuilder(profile, system)
         self.bound = lower_bound(profile, system)
         largest = max((profile.storages[i].nbytes for i in profile.saved), default=0)
         self.headrooms = (0, largest // 2, largest)
@@ -88,7 +88,7 @@ class Search:
         return self.left <= 0 or (not over_bytes and seconds <= ENOUGH * self.bound)
 
     def _trial(self, dropped: frozenset[int], kept: frozenset[int], headroom: int) -> Trial:
-        plan = self.arranger.plan(dropped, kept, headroom)
+        plan = self.builder.plan(dropped, kept, headroom)
         timeline = simulate(self.profile, self.system, Planned(plan))
         return Trial(dropped, kept, headroom, plan, timeline)
 

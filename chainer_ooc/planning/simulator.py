@@ -26,7 +26,7 @@ class Policy(Protocol):
     def between(self, simulator: Simulator) -> None:
         """Act before a step."""
 
-    def make_room(self, simulator: Simulator, nbytes: int, for_storage: int = -1) -> None:
+    def make_room(self, simulator: Simulator, nbytes: int) -> None:
         """Make room under the limit for an allocation of ``nbytes``."""
 
     def evicts_after_recompute(self, simulator: Simulator, i: int) -> bool:
@@ -42,7 +42,7 @@ class SimulatedState(enum.IntEnum):
     BOTH = 3
     OUT = 4
     COMING_IN = 5
-    DROPPED = 6  #: to be made again
+    DISCARDED = 6  #: to be made again
     DEAD = 7
 
 
@@ -146,10 +146,10 @@ class Simulator:
         dropped = []
         for i in needed:
             state = self.state[i]
-            if state is SimulatedState.DROPPED:
+            if state is SimulatedState.DISCARDED:
                 dropped.append(i)
             elif state is SimulatedState.OUT:
-                self.policy.make_room(self, self.nbytes[i], for_storage=i)
+                self.policy.make_room(self, self.nbytes[i])
                 self.begin_in(i)
         if dropped:
             self._run_again(dropped)
@@ -170,7 +170,7 @@ class Simulator:
         for number, rerun in order:
             back = []
             for i in rerun.writes:
-                keep = self.state[i] is SimulatedState.DROPPED
+                keep = self.state[i] is SimulatedState.DISCARDED
                 if keep and (i in using or not self.policy.evicts_after_recompute(self, i)):
                     back.append(i)
                 else:
@@ -195,7 +195,7 @@ class Simulator:
 
     def _is_there(self, i: int) -> bool:
         return self.state[i] not in (
-            SimulatedState.DROPPED,
+            SimulatedState.DISCARDED,
             SimulatedState.DEAD,
             SimulatedState.UNMADE,
         )
@@ -323,11 +323,11 @@ class Simulator:
         self._slack.setdefault(i, self.now - copy.end)
         self.state[i] = SimulatedState.BOTH
 
-    def drop(self, i: int) -> None:
-        """RESIDENT or BOTH -> DROPPED. Free the memory; the storage is made again later."""
+    def discard(self, i: int) -> None:
+        """RESIDENT or BOTH -> DISCARDED. Free the memory; the storage is made again later."""
         assert self.state[i] in (SimulatedState.RESIDENT, SimulatedState.BOTH)
         self._forget_copy(i)
-        self.state[i] = SimulatedState.DROPPED
+        self.state[i] = SimulatedState.DISCARDED
         self._free(self.nbytes[i])
 
     def wait_for_leaving(self, nbytes: int) -> int:

@@ -38,7 +38,7 @@ class Evictor:
         self.leaving_first = False
         self.discards = True
         self._transfers = transfers
-        self._marks = budget
+        self._budget = budget
 
     def reclaim(self, nbytes: int) -> None:
         """Evict storages until ``nbytes`` fit below the high watermark, or nothing is left to evict.
@@ -48,7 +48,7 @@ class Evictor:
         """
 
         def excess() -> int:
-            return self._marks.used_bytes() + nbytes - self._marks.high
+            return self._budget.used_bytes() + nbytes - self._budget.high
 
         if excess() <= 0:
             return
@@ -148,7 +148,7 @@ class Evictor:
         transfers = self._transfers
         wanted = [storage] if storage.state is State.OUT else outside(storage)
         nbytes = sum(one.nbytes for one in wanted)
-        room = most - self._marks.used_bytes()
+        room = most - self._budget.used_bytes()
         if room < nbytes:
             room += self.release_clean(nbytes - room, used_only=True)
         if room < nbytes:

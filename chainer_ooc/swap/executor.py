@@ -38,11 +38,17 @@ class PlanExecutor:
         self._out = deque(plan.copy_out)
         self._come = deque(plan.copy_in)
         self._release = deque(plan.release)
-        self._drop = deque(plan.drop)
+        self._discard = deque(plan.discard)
         self._evict_after_recompute: dict[int, list[int]] = {}
         for step, number in plan.evict_after_recompute:
             self._evict_after_recompute.setdefault(step, []).append(number)
-        moves = (plan.copy_out, plan.copy_in, plan.release, plan.drop, plan.evict_after_recompute)
+        moves = (
+            plan.copy_out,
+            plan.copy_in,
+            plan.release,
+            plan.discard,
+            plan.evict_after_recompute,
+        )
         self.moved = frozenset(number for due in moves for _, number in due)
         self._steps = frozenset(step for due in moves for step, _ in due)
         # To copy out or to discard once nothing else refers to them; to release once their copy is complete.
@@ -56,7 +62,7 @@ class PlanExecutor:
         self._leaving = [one for one in self._leaving if not _has_left(one, evictor)]
         for storage in self._due(self._release, step):
             evictor.release_unless_held(storage)
-        staying, self._staying = self._staying + self._due(self._drop, step), []
+        staying, self._staying = self._staying + self._due(self._discard, step), []
         for storage in staying:
             if storage.state.in_memory and not storage.used and _is_held(storage):
                 self._staying.append(storage)

@@ -81,7 +81,7 @@ class SavedSequence:
                 yield storage
             self._next = place + 1
 
-    def look_again_at(self, storage: Storage) -> None:
+    def requeue(self, storage: Storage) -> None:
         """Note that a storage left memory again before it was used."""
         self._next = min(self._next, self._places.get(storage.number, self._next))
 

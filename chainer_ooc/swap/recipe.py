@@ -33,11 +33,11 @@ class Constant:
         self.array = array
         self.is_kept = False
         self._device = device
-        self._checksum = self._look()
+        self._checksum = self._fingerprint()
 
     def is_unchanged(self) -> bool:
         """Return whether the array still has the elements that it had when this was made."""
-        return self.is_kept or self._look() == self._checksum
+        return self.is_kept or self._fingerprint() == self._checksum
 
     def keep(self) -> None:
         """Copy the array before its owner can modify it. The copy has the same page offset."""
@@ -49,7 +49,7 @@ class Constant:
             self.array = self._device.view(*own, layout)
             self.is_kept = True
 
-    def _look(self) -> int:
+    def _fingerprint(self) -> int:
         place = self._place()
         return self._device.checksum(place.owner, place.offset, self.array.nbytes)
 

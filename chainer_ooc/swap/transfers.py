@@ -237,7 +237,7 @@ class Transfers:
     def _give_up(self, storage: Storage, state: State) -> None:
         self._move(storage, state)
         if not storage.used:
-            storage.saved_sequence.look_again_at(storage)
+            storage.saved_sequence.requeue(storage)
         storage.ahead = False
         self._let_go(storage)
 

@@ -296,7 +296,7 @@ def test_a_plan_is_made_again_from_the_times_of_the_iterations(device, monkeypat
         for _ in range(9):
             training.step()
             for entry in entries().values():
-                pacers[id(entry.pacer)] = entry.pacer
+                pacers[id(entry.tuner)] = entry.tuner
                 seconds.append(entry.profile.compute_seconds)
     assert len(pacers) == 2
     assert seconds[-1] == min(seconds) > 0

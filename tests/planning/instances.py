@@ -71,6 +71,6 @@ def everything(profile, system):
             tuple(choice for choice, _ in picked),
             copy_out=tuple((free_from[i], i) for i in swapped),
             copy_in=tuple((begin, i) for begin, _, i in arrivals),
-            drop=tuple((free_from[i], i) for i in dropped),
+            discard=tuple((free_from[i], i) for i in dropped),
         )
         yield simulate(profile, system, Planned(plan))

@@ -26,16 +26,16 @@ def planned():
 
 
 def follow(profile, its, plan, iterations, noise, seed=0):
-    """Return the pacer, and for each iteration the wait and the begins of the copies."""
+    """Return the tuner, and for each iteration the wait and the begins of the copies."""
     rng = random.Random(seed)
-    pacer = PrefetchTuner(plan)
+    tuner = PrefetchTuner(plan)
     history = []
     for _ in range(iterations):
         seconds = [s.seconds * rng.uniform(1 - noise, 1 + noise) for s in profile.steps]
-        timeline = simulate(profile, its, Planned(pacer.plan), seconds=seconds)
-        history.append((timeline.wait_in_seconds, pacer.plan.copy_in))
-        pacer.update(timeline)
-    return pacer, history
+        timeline = simulate(profile, its, Planned(tuner.plan), seconds=seconds)
+        history.append((timeline.wait_in_seconds, tuner.plan.copy_in))
+        tuner.update(timeline)
+    return tuner, history
 
 
 def test_waits_move_copies_earlier_until_there_are_none(planned):
@@ -56,8 +56,8 @@ def test_slack_moves_copies_later_without_a_wait(planned):
     early = dataclasses.replace(
         plan, copy_in=tuple((e, i) for e, (_, i) in zip(plan.earliest, plan.copy_in, strict=True))
     )
-    pacer, history = follow(profile, its, early, 20, noise=0.0)
-    assert sum(step for step, _ in pacer.plan.copy_in) > sum(step for step, _ in early.copy_in)
+    tuner, history = follow(profile, its, early, 20, noise=0.0)
+    assert sum(step for step, _ in tuner.plan.copy_in) > sum(step for step, _ in early.copy_in)
     assert history[-1][0] <= history[0][0] + 0.002 * profile.compute_seconds
 
 
@@ -86,15 +86,15 @@ class Seen:
 
 
 def test_no_copy_begins_again_where_it_was_waited_for():
-    pacer = PrefetchTuner(Plan("", (Choice.SWAP,), copy_in=((6, 0),), earliest=(1,)))
-    begins = [pacer.update(seen).copy_in[0][0] for seen in (
+    tuner = PrefetchTuner(Plan("", (Choice.SWAP,), copy_in=((6, 0),), earliest=(1,)))
+    begins = [tuner.update(seen).copy_in[0][0] for seen in (
         Seen(slack=2.0), Seen(wait=1.0), Seen(slack=3.0), Seen(slack=3.0), Seen(wait=0.1), Seen(slack=9.0)
     )]  # fmt: skip
     # Half of the slack later; one and a half waits earlier; then later again, but not to step 6.
     assert begins == [6, 4, 5, 5, 4, 4]
     for _ in range(9):
-        pacer.update(Seen(wait=3.0))
-    assert pacer.plan.copy_in == ((1, 0),)
+        tuner.update(Seen(wait=3.0))
+    assert tuner.plan.copy_in == ((1, 0),)
 
 
 def test_begins_stay_in_order_and_in_their_bounds(planned):

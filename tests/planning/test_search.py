@@ -97,7 +97,7 @@ def test_with_room_for_all_everything_is_kept():
     profile = recorded("resnet50")
     plan = make_plan(profile, limited(profile, 1.0, 1e9))
     assert set(plan.choices) == {Choice.KEEP}
-    assert (plan.copy_out, plan.copy_in, plan.drop) == ((), (), ())
+    assert (plan.copy_out, plan.copy_in, plan.discard) == ((), (), ())
     assert plan.seconds == profile.compute_seconds == plan.bound_seconds
 
 

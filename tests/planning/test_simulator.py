@@ -77,7 +77,7 @@ def test_copy_under_way_holds_the_memory_of_what_died():
 
 def test_dropped_storage_is_made_again():
     again = Rerun(0.75, 0, (), (0,))
-    plan = Plan("", (RECOMPUTE, KEEP, KEEP), drop=((1, 0),))
+    plan = Plan("", (RECOMPUTE, KEEP, KEEP), discard=((1, 0),))
     timeline = simulate(three(again), system(200), Planned(plan))
     assert timeline.rerun_seconds == 0.75
     assert timeline.seconds == 9.75

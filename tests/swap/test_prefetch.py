@@ -86,7 +86,7 @@ def test_what_was_begun_is_passed_over_until_it_is_out_again(graph):
     coming.close()
     # ``b`` was only looked at: it is looked at again.
     assert next(graph.order.use(storages[3:])).label == "b"
-    storages[2].saved_sequence.look_again_at(storages[2])
+    storages[2].saved_sequence.requeue(storages[2])
     assert expected(graph.order, storages[3:]) == ["c", "b", "a"]
 
 

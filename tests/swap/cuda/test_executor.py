@@ -134,7 +134,7 @@ def staying(rig):
         y = with_recipe(rig, x)
         held = [(x if what == "input" else y).get()]
         saved = [y]
-        executor = executor_of(saved, drop=((0, 0),))
+        executor = executor_of(saved, discard=((0, 0),))
         rig.manager.run_plan(executor, 0)
         assert states(saved) == [State.RESIDENT]
         return y, executor, held
@@ -165,7 +165,7 @@ def test_what_was_out_when_it_was_to_be_given_up_stays_once_it_came_back(rig):
     y = with_recipe(rig, rig.save(1.0), costly=True)
     rig.manager.add_use([y])
     rig.manager.move_all_out()
-    executor = executor_of([y], drop=((0, 0),))
+    executor = executor_of([y], discard=((0, 0),))
     rig.manager.run_plan(executor, 0)
     assert value(y) == 2
     rig.manager.run_plan(executor, 1)
