@@ -175,15 +175,22 @@ def test_all_that_was_used_goes_with_the_rest(rig):
     assert states(saved) == [State.OUT, State.OUT, State.BOTH]
 
 
-def test_what_has_changed_its_state_meanwhile_is_passed_over(rig):
+@pytest.mark.parametrize("way", ["push_out", "write_behind"])
+def test_what_has_changed_its_state_meanwhile_is_passed_over(rig, monkeypatch, way):
     saved = [rig.save(float(i)) for i in range(3)]
     transfers = rig.manager._transfers
-    seen = []
-    for storage in transfers.members(State.RESIDENT):
-        seen.append(storage)
-        transfers.begin_out(saved[1].storage)
-        saved[2] = None
-    assert seen == [saved[0].storage]
+    begin_out = transfers.begin_out
+
+    def begin(storage):
+        begin_out(storage)
+        if storage is saved[0].storage:
+            begin_out(saved[1].storage)
+
+    monkeypatch.setattr(transfers, "begin_out", begin)
+    getattr(rig.manager._evictor, way)(3 * UNIT)
+    assert rig.manager.counters.storages_out == 3
+    assert not transfers.members(State.RESIDENT)
+    assert values(saved) == [0, 1, 2]
 
 
 def test_nothing_is_trimmed_while_there_is_room(rig, monkeypatch):
