@@ -104,8 +104,8 @@ def forked_python() -> Iterator[str]:
 def run_python(tmp_path: Path) -> RunPython:
     """Return a function that runs this interpreter in ``tmp_path`` with the package importable.
 
-    ``run_python(*arguments, ranks=0, env=None, timeout=120, python=sys.executable)`` gives the ``CompletedProcess``, with
-    its output as text. With ``ranks``, that many run under ``mpiexec``.
+    ``run_python(*arguments, ranks=0, env=None, timeout=120, python=sys.executable)`` gives the
+    ``CompletedProcess``, with its output as text. With ``ranks``, that many run under ``mpiexec``.
     """
 
     def run(
