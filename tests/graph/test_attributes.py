@@ -63,7 +63,7 @@ def test_they_are_expected_once_and_dropped_after_it():
         F.exp(ONES)
         saved = [*stand_ins(func), *stand_ins(old)]
         assert len(saved) == 4
-        assert [one.storage.expected for one in saved] == [1, 1, 1, 1]
+        assert [one.storage.remaining_uses for one in saved] == [1, 1, 1, 1]
         assert {one.storage.state for one in saved} == {State.OUT}
         y.backward()
     np.testing.assert_array_equal(x.grad, ONES * 2 * 3)
@@ -142,7 +142,7 @@ def test_an_output_whose_variable_died_is_expected_and_dropped_too():
         hooks.save_pending()
         y = F.sum(y)
         saved = vars(func)["_retained_output_data"]
-        assert [one.storage.expected for one in saved] == [1, 1]
+        assert [one.storage.remaining_uses for one in saved] == [1, 1]
         y.backward()
     np.testing.assert_array_equal(x.grad, np.exp(ONES * 4))
     assert {one.storage.state for one in saved} == {State.DROPPED}
