@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,10 @@ import psutil
 import pytest
 
 from tests.conftest import environment_of_children
+
+pytestmark = pytest.mark.skipif(
+    "COVERAGE_PROCESS_START" in os.environ, reason="coverage takes the real interpreter"
+)
 
 WHAT_IT_SEES = """
 import atexit, json, os, sys
