@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -70,6 +71,16 @@ def mpiexec() -> str | None:
     """Return the path of ``mpiexec``, that of this interpreter's environment first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return shutil.which("mpiexec", path=path)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_of_this_module_only() -> None:
+    """Let collections pass over what is there before a module's tests: modules, and thousands of tests and reports.
+
+    Tests and the engine collect garbage often. With all of that it takes half a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
