@@ -452,7 +452,8 @@ def test_a_forked_child_has_no_gpu(mode):
     pinned = dict(mode.cupy.pinned)
     slab = mode.gpus.managers[0].device.host.slab
     assert slab.allocate(1) is not None
-    mode.gpus.after_fork()
+    for manager in mode.gpus.managers.values():
+        manager.after_fork()
     assert slab.allocate(1) is None
     saved.clear()
     assert mode.cupy.pinned == pinned
