@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import pytest
 
 import chainer_ooc  # the import hook comes before any import of Chainer
 from chainer_ooc.swap.devices.ram import native
+from tests import forked_python as forked_python_module
 
 ROOT = Path(chainer_ooc.__file__).resolve().parents[1]
 
@@ -70,6 +73,16 @@ def mpiexec() -> str | None:
     return shutil.which("mpiexec", path=path)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def garbage_of_this_module_only() -> None:
+    """Let collections pass over what is there before a module's tests: modules, and thousands of tests and reports.
+
+    Tests and the engine collect garbage often. With all of that it takes half a second.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Give every test the same random numbers, whatever ran before it."""
@@ -78,12 +91,32 @@ def seeded() -> Iterator[None]:
     yield
 
 
+def environment_of_children() -> dict[str, str]:
+    """Return the environment of the interpreters that tests start."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)))
+    if native.allocator is None:  # else all would say so
+        environment.setdefault("PYTHONWARNINGS", "ignore:chainer_ooc has no C extension")
+    return environment
+
+
+@pytest.fixture(scope="session")
+def forked_python() -> Iterator[str]:
+    """Return an interpreter, for scripts, that has imported Chainer already."""
+    modules = ("chainer_ooc", "chainer", "psutil")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        forked_python_module.installed(Path(folder), modules, [], environment_of_children()) as one,
+    ):
+        yield str(one)
+
+
 @pytest.fixture
 def run_python(tmp_path: Path) -> RunPython:
     """Return a function that runs this interpreter in ``tmp_path`` with the package importable.
 
-    ``run_python(*arguments, ranks=0, env=None, timeout=120)`` gives the ``CompletedProcess``, with
-    its output as text. With ``ranks``, that many run under ``mpiexec``.
+    ``run_python(*arguments, ranks=0, env=None, timeout=120, python=sys.executable)`` gives the
+    ``CompletedProcess``, with its output as text. With ``ranks``, that many run under ``mpiexec``.
     """
 
     def run(
@@ -91,13 +124,10 @@ def run_python(tmp_path: Path) -> RunPython:
         ranks: int = 0,
         env: dict[str, str] | None = None,
         timeout: float = 120,
+        python: str = sys.executable,
     ) -> subprocess.CompletedProcess[str]:
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)))
-        if native.allocator is None:  # else all would say so
-            environment.setdefault("PYTHONWARNINGS", "ignore:chainer_ooc has no C extension")
-        environment.update(env or {})
-        command = [sys.executable, *map(str, arguments)]
+        environment = environment_of_children() | (env or {})
+        command = [python, *map(str, arguments)]
         if ranks:
             command = [str(mpiexec()), "-n", str(ranks), *command]
         return subprocess.run(

@@ -55,7 +55,7 @@ os._exit(status)
 """
 
 #: Variables that an interpreter reads when it starts, or a library when it is loaded.
-PREFIXES = ("PYTHON", "LD_", "OMP_", "OPENBLAS_", "MKL_", "COVERAGE_", "MPL", "CHAINER", "_CHAINER")
+PREFIXES = ("PYTHON", "LD_", "OMP_", "OPENBLAS_", "MKL_", "MPL", "CHAINER", "_CHAINER")
 
 
 @contextlib.contextmanager
@@ -70,6 +70,9 @@ def installed(
         path: Where modules are looked for, besides the usual places, while they are imported.
         environment: The server's environment; :data:`PREFIXES` tell what scripts must have in common with it.
     """
+    if "COVERAGE_PROCESS_START" in environment:  # which looks on from an interpreter's start
+        yield Path(sys.executable)
+        return
     address = str(directory / "socket")
     fixed = {k: v for k, v in environment.items() if k.startswith(PREFIXES)}
     program = directory / "python"
@@ -155,8 +158,8 @@ def receive(connection: socket.socket) -> dict[str, Any]:
     }
 
 
-def become(request: dict[str, Any]) -> types.ModuleType:
-    """Make this process the one that was asked for. Return its ``__main__``, in which nothing has run yet."""
+def become(request: dict[str, Any]) -> types.CodeType:
+    """Make this process the one that was asked for. Return what is to run in ``__main__``, which is empty then."""
     os.setsid()
     # Their numbers may be those of others of them, or of what the server has open.
     received = [fcntl.fcntl(fd, fcntl.F_DUPFD, 1000) for fd in request["received"]]
@@ -174,19 +177,19 @@ def become(request: dict[str, Any]) -> types.ModuleType:
     sys.argv = request["argv"]
     sys.executable = request["program"]
     sys.path[0] = str(Path(script).resolve().parent)
-    module = types.ModuleType("__main__")
-    module.__file__ = script
-    sys.modules["__main__"] = module
-    return module
+    code = compile(Path(script).read_bytes(), script, "exec")
+    names = vars(sys.modules["__main__"])
+    for name in [name for name in names if not name.startswith("__")]:
+        del names[name]  # also this function's
+    names.update(__file__=script, __doc__=None)
+    return code
 
 
 if __name__ == "__main__":
-    address, path, *modules = sys.argv[1:]
-    folders = json.loads(path)
+    folders = json.loads(sys.argv[2])
     sys.path[1:1] = folders
-    for name in modules:
-        importlib.import_module(name)
+    for module in sys.argv[3:]:
+        importlib.import_module(module)
     for folder in folders:
         sys.path.remove(folder)
-    main = become(serve(address))
-    exec(compile(Path(main.__file__).read_bytes(), main.__file__, "exec"), vars(main))
+    exec(become(serve(sys.argv[1])))

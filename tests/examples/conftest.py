@@ -1,6 +1,5 @@
 """Makes the trainer's modules importable, and runs it as a user does."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,9 +29,6 @@ def lists(tmp_path: Path) -> Lists:
 @pytest.fixture(scope="session")
 def python() -> Iterator[str]:
     """An interpreter that has imported the trainer already."""
-    if "COVERAGE_PROCESS_START" in os.environ:  # which looks on from an interpreter's start
-        yield sys.executable
-        return
     with (
         tempfile.TemporaryDirectory() as folder,
         forked_python.installed(

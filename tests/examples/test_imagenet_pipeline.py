@@ -44,9 +44,9 @@ def photographs(folder: Path) -> int:
     return len(files)
 
 
-def tool(*args: object, cwd: Path) -> str:
+def tool(python: str, *args: object, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, *map(str, args)],
+        [python, *map(str, args)],
         cwd=cwd,
         env=environment(),
         capture_output=True,
@@ -82,6 +82,7 @@ def train(args: list[str], cwd: Path, timeout: float) -> int:
 
 
 def run(
+    python: str,
     folder: Path,
     size: int,
     insize: int,
@@ -93,18 +94,20 @@ def run(
     """Goes all the way in core and out of core, with a limit of ``fraction`` of the in-core peak."""
     n = photographs(folder / "photos")
     tools = IMAGENET / "tools"
-    tool(tools / "make_list.py", "photos", "-o", "lists", "--val", 0.25, cwd=folder)
+    tool(python, tools / "make_list.py", "photos", "-o", "lists", "--val", 0.25, cwd=folder)
     lists = [f"lists/{name}.txt" for name in ("train", "val")]
     listed = [len((folder / name).read_text().splitlines()) for name in lists]
     assert sum(listed) == len(list((folder / "photos").rglob("*.jpg")))
     assert min(listed) >= 2
-    tool(tools / "enlarge.py", "photos", "large", "--size", f"{size}x{size}", cwd=folder)
+    tool(python, tools / "enlarge.py", "photos", "large", "--size", f"{size}x{size}", cwd=folder)
     large = sorted((folder / "large").rglob("*.jpg"))
     assert len(large) == sum(listed)
     for path in large:
         with Image.open(path) as image:
             assert image.size == (size, size)
-    tool(IMAGENET / "compute_mean.py", lists[0], "-R", "large", "-o", "mean.npy", cwd=folder)
+    tool(
+        python, IMAGENET / "compute_mean.py", lists[0], "-R", "large", "-o", "mean.npy", cwd=folder
+    )
     args = [*lists, "-R", "large", "-m", "mean.npy", "--nclasses", str(n), "-a", "googlenet"]
     args += ["-is", str(insize), "-B", str(batchsize), "-b", "1", "-i", str(iterations)]
     args += ["--gpu", "-1"]
@@ -122,10 +125,28 @@ def run(
 
 
 @pytest.mark.slow
-def test_photographs_train_below_the_in_core_peak(tmp_path):
-    run(tmp_path, size=256, insize=224, batchsize=5, iterations=1, fraction=0.75, timeout=200)
+def test_photographs_train_below_the_in_core_peak(python, tmp_path):
+    run(
+        python,
+        tmp_path,
+        size=256,
+        insize=224,
+        batchsize=5,
+        iterations=1,
+        fraction=0.75,
+        timeout=200,
+    )
 
 
 @pytest.mark.exhaustive
-def test_enlarged_photographs_at_2240_pixels_train_below_the_in_core_peak(tmp_path):
-    run(tmp_path, size=2560, insize=2240, batchsize=1, iterations=2, fraction=0.6, timeout=3600)
+def test_enlarged_photographs_at_2240_pixels_train_below_the_in_core_peak(python, tmp_path):
+    run(
+        python,
+        tmp_path,
+        size=2560,
+        insize=2240,
+        batchsize=1,
+        iterations=2,
+        fraction=0.6,
+        timeout=3600,
+    )

@@ -144,6 +144,22 @@ def test_generators_that_take_turns_leave_the_mode_as_it_was():
     assert state.current() is None
 
 
+def test_what_is_smaller_than_min_bytes_stays_in_memory():
+    def gradients():
+        x, z = chainer.Variable(np.ones((3, 4), "f")), chainer.Variable(np.ones((300, 4), "f"))
+        y = F.sum(F.exp(F.exp(x)) * x) + F.sum(F.exp(F.exp(z)))
+        F.tanh(z)  # all goes that is large enough
+        y.backward()
+        return [x.grad, z.grad]
+
+    expected = gradients()
+    with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1000):
+        before = chainer_ooc.stats().bytes_in
+        assert_same_bits(gradients(), expected)
+        assert (chainer_ooc.stats().bytes_in - before) % (300 * 4 * 4) == 0
+        assert chainer_ooc.stats().bytes_in > before
+
+
 def test_many_threads_train_at_once():
     def train(results, index):
         x = chainer.Variable(X * (index + 1))

@@ -27,8 +27,20 @@ def run(run_python):
     return run
 
 
-def test_the_limit_is_held_between_functions_from_the_second_iteration_on(run):
-    in_core = run("none")
+@pytest.fixture(scope="module")
+def of_run_in_core():
+    return []
+
+
+@pytest.fixture
+def in_core(run, of_run_in_core):
+    """What a run takes that moves nothing: one for all tests."""
+    if not of_run_in_core:
+        of_run_in_core.append(run("none"))
+    return of_run_in_core[0]
+
+
+def test_the_limit_is_held_between_functions_from_the_second_iteration_on(run, in_core):
     assert in_core.warned == []
     limit = int(0.6 * max(in_core.peaks))
     done = run(limit)
@@ -56,8 +68,7 @@ def test_it_is_said_once_where_it_is_turned_on_and_costs_nothing_far_from_the_li
 
 
 @pytest.mark.parametrize("split", ["never", "exact"])
-def test_strict_is_an_error_before_the_function_that_was_seen_not_to_fit(run, split):
-    in_core = run("none")
+def test_strict_is_an_error_before_the_function_that_was_seen_not_to_fit(run, in_core, split):
     limit = int(0.4 * max(in_core.peaks))  # enough for all but the convolutions
     done = run(limit, "strict=1", f"split={split}")
     if split == "exact":  # what can run in pieces asks for itself
@@ -68,8 +79,7 @@ def test_strict_is_an_error_before_the_function_that_was_seen_not_to_fit(run, sp
         assert "limit=" in done.error
 
 
-def test_with_recompute_and_single_backward_the_bits_are_the_same(run):
-    in_core = run("none")
+def test_with_recompute_and_single_backward_the_bits_are_the_same(run, in_core):
     limit = int(0.6 * max(in_core.peaks))
     for settings in (["recompute=1"], ["single_backward=1", "plan=0"]):
         done = run(limit, *settings)

@@ -319,10 +319,10 @@ y = F.tanh(F.exp(x))
         "it = iter([np.ones((64, 1024))])\nwhile True: np.add(np.ones((64, 1024)) * 3, next(it))",
     ],
 )
-def test_a_program_ends_as_with_stock_chainer(run_python, tmp_path, program):
+def test_a_program_ends_as_with_stock_chainer(run_python, forked_python, tmp_path, program):
     script = tmp_path / "script.py"
     script.write_text(f"{TWIN}\n{program}\n")
-    stock, ooc = (run_python(script, kind) for kind in ("stock", "ooc"))
+    stock, ooc = (run_python(script, kind, python=forked_python) for kind in ("stock", "ooc"))
     assert ooc.returncode == stock.returncode != 0
     assert (ooc.stdout, without_our_frames(ooc.stderr)) == (stock.stdout, stock.stderr)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 PROGRAM = """
-import atexit, builtins, gc, os, signal, sys, threading, time, types
+import atexit, builtins, gc, os, signal, sys, threading, time, types, warnings
+warnings.simplefilter("ignore", RuntimeWarning)  # the limit is too low for some
 {late}
 import chainer, chainer.functions as F, numpy as np, psutil
 
@@ -91,14 +92,13 @@ holder = Holder(loss)
 ALL_OUT = ("normally", "with a daemon that trains", "with copies under way", "with Ctrl-C")
 
 
-def compare(run_python, tmp_path, ways, ends, late="", function=""):
+def compare(run_python, tmp_path, ways, ends, late="", function="", **options):
     """Return what comes of a program on stock Chainer, when what comes of it out of core is the same."""
     program = PROGRAM.format(late=late, function=function, ends=ends)
     (tmp_path / "main.py").write_text(program)
 
     def run(way):
-        # The limit is too low for some, which is worth a warning.
-        result = run_python("-W", "ignore::RuntimeWarning", tmp_path / "main.py", way, timeout=60)
+        result = run_python(tmp_path / "main.py", way, timeout=60, **options)
         # Places in files differ.
         errors = [line for line in result.stderr.splitlines() if line[:1] != " "]
         return result.returncode, result.stdout, errors
@@ -110,8 +110,11 @@ def compare(run_python, tmp_path, ways, ends, late="", function=""):
 
 
 @pytest.mark.parametrize("ends", ENDS)
-def test_nothing_is_printed_and_the_status_is_that_of_stock_chainer(run_python, tmp_path, ends):
-    compare(run_python, tmp_path, ("limit", "all") if ends in ALL_OUT else ("limit",), ENDS[ends])
+def test_nothing_is_printed_and_the_status_is_that_of_stock_chainer(
+    run_python, forked_python, tmp_path, ends
+):
+    ways = ("limit", "all") if ends in ALL_OUT else ("limit",)
+    compare(run_python, tmp_path, ways, ENDS[ends], python=forked_python)
 
 
 def test_an_exit_function_of_before_the_import_may_run_backward(run_python, tmp_path):
