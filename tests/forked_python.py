@@ -49,7 +49,8 @@ for fd in fds:
     os.close(fd)  # who reads what the script prints waits for nobody else
 status = int(connection.recv(16) or 255)
 if status < 0:
-    signal.signal(-status, signal.SIG_DFL)
+    if -status != signal.SIGKILL:
+        signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)
 os._exit(status)
 """

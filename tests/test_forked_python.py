@@ -82,11 +82,10 @@ def test_what_it_cannot_do_the_interpreter_does(forked_python, script, tmp_path,
     assert (done.returncode, done.stdout.strip()) == (0, sys.executable)
 
 
-def test_a_signal_that_ends_the_script_ends_the_caller(run_python, forked_python, script):
-    done = run_python(
-        script("import os, signal; os.kill(os.getpid(), signal.SIGABRT)"), python=forked_python
-    )
-    assert done.returncode == -signal.SIGABRT
+@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGKILL, signal.SIGTERM])
+def test_a_signal_that_ends_the_script_ends_the_caller(run_python, forked_python, script, number):
+    done = run_python(script(f"import os; os.kill(os.getpid(), {number})"), python=forked_python)
+    assert done.returncode == -number
 
 
 def test_a_script_ends_with_its_caller(forked_python, script, tmp_path):
