@@ -93,7 +93,7 @@ def test_after_a_backward_that_may_run_again_room_comes_from_what_left():
 
 
 @pytest.mark.parametrize(("let_go", "discard"), [(2, ((2, 1),)), (4, ((4, 1),)), (7, ())])
-def test_nothing_is_dropped_before_what_it_is_made_from_is_let_go(let_go, drop):
+def test_nothing_is_discarded_before_what_it_is_made_from_is_let_go(let_go, discard):
     """Until then somebody may write to that."""
     forward = [Step(f"f{n}", FORWARD, 1.0) for n in range(4)]
     forward[1] = Step("f1", FORWARD, 1.0, rerun=Rerun(1.0, 0, (0,), (1,)))
@@ -101,4 +101,4 @@ def test_nothing_is_dropped_before_what_it_is_made_from_is_let_go(let_go, drop):
     storages = (SavedTensor(100, 0, let_go, (7,)), SavedTensor(100, 1, 2, (6,)))
     profile = Profile("held", "none", True, 0, (*forward, *backward), storages)
     plan = ScheduleBuilder(profile, System(1000, (TIER,), margin=0.0)).plan({1}, (), 0)
-    assert plan.discard == drop
+    assert plan.discard == discard
