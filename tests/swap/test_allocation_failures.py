@@ -35,7 +35,9 @@ pytestmark = pytest.mark.skipif(native.allocator is None, reason="the C extensio
 )
 def test_the_error_arrives_as_itself(place, one_of, run_python):
     done: subprocess.CompletedProcess[str] = run_python(SCRIPT, place, one_of, timeout=280)
-    assert (done.returncode, done.stderr) == (0, "")
+    # What is asked for may be more than there are addresses: a sanitizer's malloc says so.
+    told = [line for line in done.stderr.splitlines() if "AddressSanitizer failed to" not in line]
+    assert (done.returncode, told) == (0, [])
     results = json.loads(done.stdout)
     assert len(results) >= len(calls()) // one_of
     made = sum(result["made"] for result in results.values())

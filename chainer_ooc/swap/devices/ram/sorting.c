@@ -25,7 +25,10 @@ typedef struct {
 static int visit(void *frame, void *search)
 {
     Search *own = search;
-    void *function = function_at((char *)address_in(frame) - 1); /* a call may be the last instruction of a function */
+    char *address = (char *)address_in(frame);
+    if (!address) /* a thread's first frame */
+        return STOP;
+    void *function = function_at(address - 1); /* a call may be the last instruction of a function */
     for (int i = 0; i < 5; i++)
         own->is_found |= function && function == sorts[i];
     return own->is_found || function == makes_array || !--own->left ? STOP : GO_ON;
