@@ -8,19 +8,18 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chainer_ooc import state
 from chainer_ooc.graph import hooks
-from chainer_ooc.report.plans import plans
-from chainer_ooc.report.trace import Trace
 from chainer_ooc.settings import Settings
-from chainer_ooc.statistics import stats
 from chainer_ooc.swap.devices.protocol import Device
 from chainer_ooc.swap.devices.ram import RamDevice, native
-from chainer_ooc.swap.gpus import Gpus
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.system import forks
+
+if TYPE_CHECKING:
+    from chainer_ooc.report.trace import Trace
 
 __all__ = ["disable", "enable", "is_enabled", "make_manager", "out_of_core_mode"]
 
@@ -138,6 +137,8 @@ def make_manager(device: Device) -> SwapManager:
 def _prepare_gpus(settings: Settings) -> None:
     cupy = sys.modules.get("cupy")  # Chainer imports CuPy if it is installed
     if state.process.gpus is None and cupy is not None and cupy.cuda.is_available():
+        from chainer_ooc.swap.gpus import Gpus
+
         state.process.gpus = Gpus(
             cupy,
             make_manager,
@@ -150,6 +151,10 @@ def _prepare_gpus(settings: Settings) -> None:
 
 
 def _begin_trace(path: str) -> None:
+    from chainer_ooc.report.plans import plans
+    from chainer_ooc.report.trace import Trace
+    from chainer_ooc.statistics import stats
+
     def facts() -> dict[str, Any]:
         planned = [dataclasses.asdict(one) for one in plans()]
         figures = {"stats": dataclasses.asdict(stats()), "plan": planned[0] if planned else None}

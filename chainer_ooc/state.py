@@ -28,6 +28,7 @@ __all__ = [
     "current_or_last",
     "end_peak",
     "hook_allocations",
+    "keep_no_free_memory",
     "local",
     "manager_for",
     "manager_of_ram",
@@ -207,7 +208,7 @@ def void_levels() -> None:
 
 def begin_peak(manager: SwapManager) -> None:
     """Begin to measure the most memory that a function takes. ``manager`` is its device's."""
-    if manager is process.managers.get("ram"):
+    if manager is manager_of_ram():
         native.allocator.set_moved_bytes(manager.moved_bytes())
         native.allocator.take_peak()
 

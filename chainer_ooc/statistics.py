@@ -25,21 +25,6 @@ class Stats(Counters):
     limit_bytes: int | None = None
 
     @property
-    def stall_in_seconds(self) -> float:
-        """The time that computing threads waited for copies back."""
-        return self.stall_fetch_seconds + self.stall_late_seconds
-
-    @property
-    def stall_out_seconds(self) -> float:
-        """The time that computing threads waited for copies out."""
-        return self.stall_room_seconds
-
-    @property
-    def stall_seconds(self) -> float:
-        """The time that computing threads waited, for any cause."""
-        return self.stall_in_seconds + self.stall_out_seconds + self.stall_trim_seconds
-
-    @property
     def prefetch_accuracy(self) -> float | None:
         """The share of prefetched allocations that were used before they left again; ``None`` without any."""
         return self.prefetch_hits / self.prefetched if self.prefetched else None

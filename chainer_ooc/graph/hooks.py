@@ -105,9 +105,6 @@ def _apply(self: Any, inputs: Any) -> Any:
     apply = _stock["apply"]
     if settings is None or not isinstance(inputs, _SEQUENCES):  # an iterator can be read once
         return apply(self, inputs)
-    inside = state.local.running is not None
-    if inside and not settings.verify and not _config("enable_backprop"):
-        return _run(self, inputs, None, apply, self, inputs)  # nothing is kept
     manager, plenty = _before(inputs, settings)
     if plenty:
         outputs = apply(self, inputs)
@@ -116,6 +113,9 @@ def _apply(self: Any, inputs: Any) -> Any:
         return outputs
     if manager is None or _config("schedule_func") is not None:
         return apply(self, inputs)
+    inside = state.local.running is not None
+    if inside and not settings.verify and not _config("enable_backprop"):
+        return _run(self, inputs, None, apply, self, inputs)  # nothing is kept
     tracker = _tracker(manager, settings)
     if tracker is not None and _keeps_graph(inputs):
         tracker.forward(self, inputs, settings)

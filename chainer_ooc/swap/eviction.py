@@ -70,12 +70,11 @@ class Evictor:
         if self._transfers.leaving:
             self.settle()
         freed = 0
-        both = self._transfers.members(State.BOTH)
-        for storages in _used_and_not(both)[: 1 if used_only else 2] if both else ():
-            for storage in storages:
-                if freed >= nbytes:
-                    return freed
-                freed += self.release_unless_held(storage)
+        used, unused = _used_and_not(self._transfers.members(State.BOTH))
+        for storage in used if used_only else used + unused:
+            if freed >= nbytes:
+                break
+            freed += self.release_unless_held(storage)
         return freed
 
     def push_out(self, nbytes: int) -> int:
@@ -84,20 +83,19 @@ class Evictor:
         Storages with a recipe are discarded, unless the recipe of a discarded storage needs them.
         """
         freed = 0
-        resident = self._transfers.members(State.RESIDENT)
-        for storages in _used_and_not(resident)[::-1] if resident else ():
-            for storage in storages:
-                if freed + self._transfers.nbytes[State.GOING_OUT] >= nbytes:
-                    break
-                if storage.state is not State.RESIDENT or storage.referenced_externally:
-                    continue
-                if self._can_be_remade(storage):
-                    self._transfers.discard(storage)
-                    freed += storage.nbytes
-                else:
-                    self._transfers.begin_out(storage)
-                    if self._transfers.nbytes[State.GOING_OUT] > IN_FLIGHT:
-                        freed += self._release_leaving(1)
+        used, unused = _used_and_not(self._transfers.members(State.RESIDENT))
+        for storage in unused + used:
+            if freed + self._transfers.nbytes[State.GOING_OUT] >= nbytes:
+                break
+            if storage.state is not State.RESIDENT or storage.referenced_externally:
+                continue
+            if self._can_be_remade(storage):
+                self._transfers.discard(storage)
+                freed += storage.nbytes
+            else:
+                self._transfers.begin_out(storage)
+                if self._transfers.nbytes[State.GOING_OUT] > IN_FLIGHT:
+                    freed += self._release_leaving(1)
         return freed + self._release_leaving(nbytes)
 
     def write_behind(self, nbytes: int) -> None:

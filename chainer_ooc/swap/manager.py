@@ -81,9 +81,8 @@ class SwapManager:
         self.has_been_short = False
         self.follows_plan = False
         self.tracker: Any = None
-        self._low_after_graph = (
-            0  # the low watermark, if cached free memory may reach the high one; else 0
-        )
+        # The low watermark, if cached free memory may reach the high one; else 0.
+        self._low_after_graph = 0
         # Storages to evict again once the recipes of others have read them.
         self._evict_after_recompute: weakref.WeakSet[Storage] = weakref.WeakSet()
         _managers.add(self)
@@ -301,8 +300,9 @@ class SwapManager:
         Its rise while a function runs is the memory that the function takes for itself, whatever moves
         meanwhile.
         """
-        with self._lock:
-            self._transfers.run_deferred_frees()
+        if self._transfers.has_deferred_frees:  # else no wait for a thread that moves
+            with self._lock:
+                self._transfers.run_deferred_frees()
         return used - self._transfers.moved_bytes()
 
     def moved_bytes(self) -> int:
@@ -438,7 +438,7 @@ class SwapManager:
         if native.allocator is None and not self.device.asks_for_room:
             self._evictor.reclaim(storage.nbytes)  # the function's allocations cannot ask for room
         arrays = [self.read(saved, read_only=True) for saved in recipe.inputs]
-        start, waited = time.perf_counter(), self.counters.waited_seconds
+        start, waited = time.perf_counter(), self.counters.stall_seconds
         self._is_remaking = True  # the function's allocations ask for room, as any function's do
         try:
             self._transfers.remake(storage, recipe.run(arrays))
@@ -446,7 +446,7 @@ class SwapManager:
             self._is_remaking = False
         end = time.perf_counter()
         # Waits for room are counted elsewhere.
-        self.counters.recompute_seconds += end - start - (self.counters.waited_seconds - waited)
+        self.counters.recompute_seconds += end - start - (self.counters.stall_seconds - waited)
         for observer in self._observers:
             observer.remade(storage, (start, end))
 

@@ -63,15 +63,24 @@ class Counters:
     stall_trim_seconds: float = 0.0
 
     @property
-    def lost_seconds(self) -> float:
-        """Time in which computing threads worked for out-of-core mode, waits included."""
-        return self.waited_seconds + self.recompute_seconds
+    def stall_in_seconds(self) -> float:
+        """The time that computing threads waited for copies back."""
+        return self.stall_fetch_seconds + self.stall_late_seconds
 
     @property
-    def waited_seconds(self) -> float:
-        """Time in which computing threads waited."""
-        waited = self.stall_fetch_seconds + self.stall_late_seconds + self.stall_room_seconds
-        return waited + self.stall_trim_seconds
+    def stall_out_seconds(self) -> float:
+        """The time that computing threads waited for copies out."""
+        return self.stall_room_seconds
+
+    @property
+    def stall_seconds(self) -> float:
+        """The time that computing threads waited, for any cause."""
+        return self.stall_in_seconds + self.stall_out_seconds + self.stall_trim_seconds
+
+    @property
+    def lost_seconds(self) -> float:
+        """The time that computing threads spent on out-of-core mode: waits and recomputation."""
+        return self.stall_seconds + self.recompute_seconds
 
 
 class _Link:
@@ -186,9 +195,8 @@ class Transfers:
             storage.transfer = self._copy_out(storage)
         except SwapSpaceError as error:
             refused = _explained(SwapSpaceError, error, f"{storage!r} cannot be moved out")
-        if (
-            refused is not None
-        ):  # outside of the handler: the first error's frames refer to the memory
+        # Outside of the handler: the first error's frames refer to the memory.
+        if refused is not None:
             try:
                 raise refused
             finally:
@@ -346,8 +354,13 @@ class Transfers:
         if storage.copy is not None or storage.transfer is not None:
             self._deferred_frees.append((storage.copy, storage.transfer))
 
+    @property
+    def has_deferred_frees(self) -> bool:
+        """Whether :meth:`run_deferred_frees` has anything to do. Needs no lock."""
+        return bool(self._dead or self._deferred_frees)
+
     def run_deferred_frees(self) -> None:
-        """Forget the dead; give back the space they left, once nothing reads or writes it any more."""
+        """Forget dead storages, and free queued blocks whose transfers have finished."""
         if not (self._dead or self._deferred_frees):
             return
         while self._dead:

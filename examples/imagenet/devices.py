@@ -62,9 +62,12 @@ def use_gpu(requested: tuple[int, ...] | None, local_ranks: int) -> tuple[bool, 
 
 def device_name(requested: tuple[int, ...] | None, world: World, gpu: bool) -> str:
     """Returns this rank's device specifier for ``chainer.get_device``."""
-    if not gpu:
-        return "@numpy"
-    return f"@cupy:{requested[world.intra_rank] if requested else world.intra_rank}"
+    return f"@cupy:{gpu_id(requested, world.intra_rank)}" if gpu else "@numpy"
+
+
+def gpu_id(requested: tuple[int, ...] | None, intra_rank: int) -> int:
+    """Returns the number of the GPU that a rank of this machine takes."""
+    return requested[intra_rank] if requested else intra_rank
 
 
 def peak_bytes(gpu: bool) -> int:

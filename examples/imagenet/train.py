@@ -66,7 +66,8 @@ def main() -> int:
             start_worker_server()
         gpu, device_text = devices.use_gpu(config.gpu, launcher.local_size())
         name, replaced = world_module.communicator_name(config.communicator, gpu)
-        with out_of_core.measuring(config, (config.gpu or (0,))[0] if gpu else -1) as measurement:
+        first = devices.gpu_id(config.gpu, 0) if gpu else -1  # rank 0's, which measures
+        with out_of_core.measuring(config, first) as measurement:
             world = world_module.create_world(
                 name, gpu, config.ooc and not gpu, config.allreduce_dtype
             )

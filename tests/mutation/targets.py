@@ -93,6 +93,7 @@ EQUIVALENT = {
     "swap.manager.SwapManager.make_room: no used > low": "less than nothing is written behind",
     "swap.manager.SwapManager.make_room: True for used + nbytes > high": "saves time only",
     "swap.transfers.Transfers.run_deferred_frees: False for not (self._dead or self._deferred_frees)": "saves time",
+    "swap.manager.SwapManager.usage_without_offload: True for self._transfers.has_deferred_frees": "saves time",
     "swap.manager.SwapManager._begin_in: False for storage.state not in AWAY": "outside() leaves them out as well",
     "swap.manager.SwapManager._begin_in: False for storage.state is State.OUT": "outside() finds the same",
     "swap.eviction.Evictor.begin_ahead: False for storage.state is State.OUT": "outside() finds the same",
