@@ -69,7 +69,7 @@ def test_flops_are_those_of_the_products():
 
 
 CHILD = """
-import sys, chainer_ooc, chainer, numpy as np
+import sys, tracemalloc, chainer_ooc, chainer, numpy as np
 from tests.estimating.real_nets import NETS
 def status(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -79,12 +79,14 @@ np.ones((64, 64), "f") @ np.ones((64, 64), "f")  # BLAS's own memory
 small = chainer.Sequential(chainer.links.Convolution2D(1, 2, 3), chainer.functions.relu)
 update = chainer.optimizers.MomentumSGD().setup(small).update
 update(lambda x: chainer.functions.sum(small(x)), np.ones((1, 1, 8, 8), "f"))
+if len(sys.argv) > 2:
+    tracemalloc.start()
 base = status("VmRSS:")
 model, *inputs = NETS[sys.argv[1]]()
 optimizer = chainer.optimizers.MomentumSGD().setup(model)
 for _ in range(2):
     optimizer.update(model, *inputs)
-print(status("VmHWM:") - base)
+print(tracemalloc.get_traced_memory()[1] if len(sys.argv) > 2 else status("VmHWM:") - base)
 """
 
 
@@ -93,21 +95,24 @@ print(status("VmHWM:") - base)
 def test_peak_in_core_is_that_of_a_real_run(name):
     from tests.estimating.real_nets import NETS
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, name],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    measured = int(done.stdout.split()[-1])
+    def child(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, name, *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(done.stdout.split()[-1])
+
+    measured, arrays = child(), child("arrays")
     model, *inputs = NETS[name]()
     result = chainer_ooc.estimate(model, inputs, device="cpu", search=False, limit="1TiB")
     foreseen = result.peak_in_core_bytes - result.process_bytes
     assert measured > 50 * MIB
+    assert arrays <= foreseen <= measured
     # glibc keeps some of what is freed, as addresses come: the pyramid's arrays, 80.7 MB, took 82 to 98 MB.
-    assert foreseen == pytest.approx(measured, rel=0.15)
+    assert foreseen == pytest.approx(measured, rel=0.15 if name == "pyramid" else 0.1)
 
 
 def test_the_model_stays_as_it_was():

@@ -46,7 +46,7 @@ def high_peak():
 
 
 def about(nbytes):
-    return pytest.approx(nbytes, rel=0.01, abs=2 * MIB)
+    return pytest.approx(nbytes, abs=2 * MIB)
 
 
 def test_what_was_seen_is_expected(growth, high_peak):
@@ -88,7 +88,9 @@ def test_later_calls_are_seen_where_they_raise_the_peak(growth):
     assert growth.expected("a", 0) == about(more)
 
 
-def test_where_the_peak_cannot_be_reset_new_peaks_are_seen(growth, high_peak, monkeypatch):
+def test_where_the_peak_cannot_be_reset_new_peaks_are_seen(growth, monkeypatch):
+    ResidentMemory.reset_peak()  # of the tests before, which may have been a gigabyte
+    take(256 * MIB)
     monkeypatch.setattr(ResidentMemory, "reset_peak", staticmethod(lambda: False))
     assert observe(growth, "a", 32 * MIB) is None
     more = ResidentMemory.peak_bytes() - ResidentMemory().bytes() + 64 * MIB
