@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 
-__all__ = ["FreeBlocks"]
+__all__ = ["FreeBlocks", "round_up"]
 
 
 class FreeBlocks:
@@ -83,3 +83,8 @@ class FreeBlocks:
         del self._by_size[bisect.bisect_left(self._by_size, (nbytes, address))]
         self.nbytes -= nbytes
         return nbytes
+
+
+def round_up(nbytes: int, unit: int) -> int:
+    """Return the least multiple of ``unit``, one at least, that is not below ``nbytes``."""
+    return max(-(-nbytes // unit), 1) * unit

@@ -16,7 +16,7 @@ from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.settings import EXTENT
 from chainer_ooc.swap.system import forks
 from chainer_ooc.swap.tiers.forked_readers import Descriptor, ForkedReaders
-from chainer_ooc.swap.tiers.free_blocks import FreeBlocks
+from chainer_ooc.swap.tiers.free_blocks import FreeBlocks, round_up
 
 __all__ = ["ALIGNMENT", "SwapFile"]
 
@@ -67,7 +67,7 @@ class SwapFile:
         Raises:
             SwapSpaceError: If the disk is full or the file cannot be made.
         """
-        size = _round_up(nbytes)
+        size = round_up(nbytes, ALIGNMENT)
         with self._lock:
             if self._is_inherited:
                 raise SwapSpaceError(
@@ -86,7 +86,7 @@ class SwapFile:
         with self._lock:
             if offset not in self._used:  # it was closed
                 return
-            size = _round_up(nbytes)
+            size = round_up(nbytes, ALIGNMENT)
             self.allocated -= size
             self._used.remove(offset)
             if self._is_inherited:
@@ -276,10 +276,6 @@ class SwapFile:
         self._is_inherited = True
         if not self._used:  # nothing to read: do not keep its space
             self.close()
-
-
-def _round_up(nbytes: int) -> int:
-    return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
 
 
 def _read_into(number: int, buffer: memoryview, offset: int) -> int:

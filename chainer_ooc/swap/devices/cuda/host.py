@@ -17,6 +17,7 @@ from chainer_ooc.swap.devices.copy_threads import THREADS, CopyThreads
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
 from chainer_ooc.swap.devices.cuda.transfers import DiskTransfer
 from chainer_ooc.swap.devices.protocol import Span
+from chainer_ooc.swap.tiers.free_blocks import round_up
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT as PAGE
 from chainer_ooc.swap.tiers.swap_file import SwapFile
@@ -188,7 +189,7 @@ class DiskTier:
             begin, end = self._streams.copy_out(host, device, nbytes, after)
             end.synchronize()
             start = self._streams.host_time(begin)
-            file.write(offset, memory[: _whole_pages(nbytes)])
+            file.write(offset, memory[: round_up(nbytes, PAGE)])
         return start, time.perf_counter()
 
     def _read_piece(
@@ -196,7 +197,7 @@ class DiskTier:
     ) -> Span:
         with self._staged() as (host, memory):
             start = time.perf_counter()
-            file.read(offset, memory[: _whole_pages(nbytes)])
+            file.read(offset, memory[: round_up(nbytes, PAGE)])
             self._streams.copy_in(device, host, nbytes, after)[1].synchronize()
         return start, time.perf_counter()
 
@@ -214,7 +215,3 @@ class DiskTier:
 
 def _have_ended(events: list[Any]) -> bool:
     return all(event.done for event in events)
-
-
-def _whole_pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE) * PAGE
