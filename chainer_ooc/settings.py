@@ -31,6 +31,7 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 Limit = int | float | None
 Split = Literal["exact", "always", "never"]
+Recompute = Literal["auto", "never"]
 F = TypeVar("F", bound=Callable[..., Any])
 #: The part of a docstring that the descriptions of the settings replace.
 _PLACE = re.compile(r" +limit: .*\n +\*\*settings: .*")
@@ -97,10 +98,13 @@ def _parse_flag(name: str, value: Any) -> bool:
     raise SettingError(f"{name}={repr_of(value)} is not allowed; give True or False")
 
 
-def _parse_split(name: str, value: Any) -> str:
-    if value not in get_args(Split):
-        raise SettingError(f"{name}={repr_of(value)} is not allowed; give one of {get_args(Split)}")
-    return str(value)
+def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
+    def parse(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise SettingError(f"{name}={repr_of(value)} is not allowed; give one of {choices}")
+        return value
+
+    return parse
 
 
 def _parse_directory(name: str, value: Any) -> str:
@@ -168,7 +172,7 @@ class Arguments(TypedDict, total=False):
     host_limit: int | str | None
     strict: bool
     single_backward: bool
-    recompute: bool
+    recompute: Recompute
     split: Split
     plan: bool
     verify: bool
@@ -211,16 +215,15 @@ class Settings:
         """Backward runs once per graph: after its last use an array is dropped, with no copy written. A second backward
         through the same graph raises :class:`~chainer_ooc.errors.GraphReleasedError`.""",
     )
-    recompute: bool = _setting(
-        False,
-        _parse_flag,
-        """Run functions that give the same bits again in backward instead of moving their results: fewer bytes each
-        way, more computation. Cheap ones (activations, batch normalization, additions and the like) whenever memory is
-        short, convolutions and chains where a plan says so.""",
+    recompute: str = _setting(
+        "auto",
+        _one_of(get_args(Recompute)),
+        """``"auto"``: run functions again in backward instead of moving their results, bit for bit, where a plan finds
+        that this makes the iteration shorter. ``"never"``: only move.""",
     )
     split: str = _setting(
         "never",
-        _parse_split,
+        _one_of(get_args(Split)),
         """CPU only: convolutions, poolings and other functions of single images whose temporaries do not fit under the
         limit run in pieces: ``"exact"`` where the results are the same bits, ``"always"`` also where they may be
         rounded differently, ``"never"``.""",
@@ -247,6 +250,9 @@ class Settings:
     )
     # For tests only, to move arrays of any size at any time. Not shown to users.
     swap_all: bool = _setting(False, _parse_flag, "Move every saved array out at once.")
+    discard_all: bool = _setting(
+        False, _parse_flag, "Without a plan, run again what is cheap instead of moving it."
+    )
     min_bytes: int = _setting(64 << 10, parse_bytes, "Leave smaller allocations where they are.")
 
     @classmethod

@@ -127,10 +127,12 @@ def _apply(self: Any, inputs: Any) -> Any:
                 _save(self, settings.single_backward)
         else:
             _note(self, settings)
-        if settings.recompute and manager.has_been_short:
-            save_pending()
+        recipes = _recipes_for(self, manager, tracker, settings)
+        if recipes is not None:
+            if tracker is None or not tracker.is_selective:
+                save_pending()
             # Now, while its inputs and outputs are unmodified.
-            recompute.offer_recipes(self, inputs, outputs)
+            recompute.offer_recipes(self, inputs, outputs, recipes)
     if tracker is not None:
         if not tracker.is_selective:
             save_pending()
@@ -142,6 +144,17 @@ def _apply(self: Any, inputs: Any) -> Any:
         tracker.ran(state.local.peak)
     _after(manager, settings)
     return outputs
+
+
+def _recipes_for(
+    func: Any, manager: SwapManager, tracker: IterationTracker | None, settings: Settings
+) -> recompute.Recipes | None:
+    """Return which recipes to write for a function that has run forward, ``None`` for none."""
+    if settings.recompute == "never":
+        return None
+    if settings.discard_all and manager.has_been_short:
+        return recompute.Recipes.GUARDED
+    return None if tracker is None else tracker.wants_recipes(func)
 
 
 def _is_foreign(func: Any) -> bool:
@@ -268,12 +281,13 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
 def _tracker(manager: SwapManager, settings: Settings) -> IterationTracker | None:
     """Return the tracker of iterations; ``None`` inside another function, whose step this one belongs to.
 
-    Iterations are planned once memory has been short for the first time.
+    Iterations are recorded once memory has been short for the first time, and the first one if it may get short.
     """
     inside = state.local.running is not None
-    if inside or not settings.plan or not manager.has_been_short or settings.swap_all:
+    if inside or not settings.plan or settings.swap_all:
         return None
-    return tracker_of(manager)
+    tracker = tracker_of(manager)
+    return tracker if manager.has_been_short or tracker.is_first else None
 
 
 def _keeps_graph(inputs: Any) -> bool:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import threading
 import time
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-from chainer_ooc.graph.recompute import STEP
-from chainer_ooc.planning.plan_cache import PlanCache
+from chainer_ooc.graph.recompute import STEP, Recipes
+from chainer_ooc.planning.plan_cache import Conditions, PlanCache, PlanEntry, plan_for
 from chainer_ooc.planning.profile import Profile, describe_input, signature_of
 from chainer_ooc.planning.recorder import Recorder
-from chainer_ooc.planning.search import make_plan
 from chainer_ooc.planning.steps import BACKWARD, FORWARD, OTHER, key_of
 from chainer_ooc.planning.system import System, Tier
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.manager import SwapManager
-from chainer_ooc.swap.storage import PackedArray, Storage
+from chainer_ooc.swap.storage import PackedArray, State, Storage
 
 __all__ = ["IterationTracker", "tracker_of"]
 
@@ -43,6 +43,23 @@ class MeasuredTimes:
     waits: dict[int, float] = dataclasses.field(default_factory=dict)
     slack: dict[int, float] = dataclasses.field(default_factory=dict)
     starts: list[float] = dataclasses.field(default_factory=list)
+
+
+class Guarded(NamedTuple):
+    """What a plan with re-runs has to look at while functions run forward.
+
+    Attributes:
+        run: The steps that run again: what they read and make gets fingerprints.
+        save: The steps that save what the plan discards: its recipe is written then.
+        storages: The numbers of the storages that move, are discarded, or are read by re-runs.
+    """
+
+    run: frozenset[int] = frozenset()
+    save: frozenset[int] = frozenset()
+    storages: frozenset[int] = frozenset()
+
+
+_NOTHING = Guarded()
 
 
 class IterationTracker:
@@ -89,8 +106,16 @@ class IterationTracker:
         self._recorder: Recorder | None = None
         self._held: list[tuple[weakref.ref[Storage], int]] = []
         self._executor: PlanExecutor | None = None
+        self._guarded = _NOTHING
+        self._conditions: Conditions
+        self._is_open = False  # functions that run now belong to an iteration that is tracked
         self._start = self._ended_clock = 0.0
         self._ended_used = self._peak = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no iteration has ended yet."""
+        return self._iteration < 1
 
     def forward(self, func: Any, inputs: Iterable[Any], settings: Settings) -> None:
         """Note that a function is about to run forward."""
@@ -98,22 +123,23 @@ class IterationTracker:
             if not self._is_mine():
                 return
             key, described = self._describe(func, inputs)
-            if self._backward or self._is_over(key):
+            begins = self._backward or self._is_over(key)
+            if begins or (self._iteration < 0 and _is_alone(inputs)):
                 self._begin(settings)
-            elif self._number < 0:
+            if self._number < 0 and not self._is_open:
                 return
             self._step(key, func._impl_name, FORWARD, described)
             func.__dict__[STEP] = self._iteration, self._number
 
     def moves(self, func: Any) -> bool:
-        """Return whether the plan moves any array of the function that has just run forward.
+        """Return whether the plan moves or needs any array of the function that has just run forward.
 
         If not, its arrays need no saving, unless memory gets short all the same or the plan is left.
         """
         with self._lock:
             if self._executor is None or func.__dict__.get(STEP) != (self._iteration, self._number):
                 return False
-            if not self._executor.moved.isdisjoint(self._saved.get(self._number, ())):
+            if not self._guarded.storages.isdisjoint(self._saved.get(self._number, ())):
                 return True
             self._unsaved.append(weakref.ref(func))
             return False
@@ -122,6 +148,17 @@ class IterationTracker:
     def is_selective(self) -> bool:
         """Whether only the arrays that the plan moves are saved now."""
         return self._saves_selectively and self._executor is not None
+
+    def wants_recipes(self, func: Any) -> Recipes | None:
+        """Return which recipes to write for the function that has just run forward."""
+        with self._lock:
+            if func.__dict__.get(STEP) != (self._iteration, self._number):
+                return None
+            if self._number in self._guarded.run:
+                return Recipes.GUARDED
+            if self._recorder is not None:
+                return Recipes.OUTLINED
+            return Recipes.OF_SAVED if self._number in self._guarded.save else None
 
     def saved(self, func: Any, group: Iterable[PackedArray]) -> None:
         """Note the arrays that were saved for the function that has just run forward."""
@@ -243,8 +280,9 @@ class IterationTracker:
     def _begin(self, settings: Settings) -> None:
         """End the present iteration and begin the next."""
         now = time.perf_counter()
+        conditions = self._conditions_of(settings)
         if self._number >= 0 and self._backward:
-            self._end(now - self._start, settings)
+            self._end(now - self._start, conditions)
         self._iteration += 1
         self._number = -1
         self._backward = False
@@ -253,20 +291,33 @@ class IterationTracker:
         self._storages, self._numbers = {}, {}
         self._saved, self._unsaved = {}, []
         self._arrivals = {}
+        self._executor, self._guarded = None, _NOTHING
+        self._conditions = conditions
+        # Until memory is short only the first iteration is recorded.
+        self._is_open = self.manager.has_been_short or self._iteration == 0
+        if not self._is_open:
+            self._marks = self._recorder = None
+            return
         self._marks = [] if self.plan_cache.is_settling or self._to_record else None
-        self._executor = None
-        self.plan_cache.begin()
+        self.plan_cache.begin(conditions)
         self._recorder = Recorder() if self._to_record else None
-        # Dropping and checksums need every array to be saved, so do recipes.
-        in_full = settings.single_backward or settings.recompute or settings.verify
+        # Dropping and checksums need every array to be saved.
+        in_full = settings.single_backward or settings.verify or settings.discard_all
         self._saves_selectively = not (in_full or self._to_record)
 
-    def _end(self, seconds: float, settings: Settings) -> None:
+    def _end(self, seconds: float, now: Conditions) -> None:
         """End an iteration: correct its plan, or make one."""
         self.plan_cache.advance(key_of(OTHER, BETWEEN, ()))
         step_seconds, measured = self._times(seconds)
-        system = self._system(settings)
-        known = self.plan_cache.finish(measured, self._peak, step_seconds, system)
+        profile = None
+        if self._recorder is not None:
+            profile = self._profile(self._recorder, step_seconds)
+            # What the first iteration has allocated for all, such as the optimizer's state, counts from now on.
+            more = now.beside_bytes - self._conditions.beside_bytes
+            fixed = max(0, profile.fixed_bytes + more)
+            profile = dataclasses.replace(profile, fixed_bytes=fixed)
+        refused = () if self._executor is None else self._executor.refused
+        known = self.plan_cache.finish(measured, self._peak, step_seconds, now, refused, profile)
         if known is not None:
             self._to_record = max(self._to_record - 1, 0)
             if not self._saves_selectively:
@@ -274,12 +325,20 @@ class IterationTracker:
             return
         signature = signature_of(key for key in self._keys if key.startswith(FORWARD))
         entry = self.plan_cache.entries.get(signature)
-        self._to_record = 0 if entry is not None and entry.disabled else WARY
-        if self._recorder is not None and self.plan_cache.wants(signature):
-            profile = self._profile(self._recorder, step_seconds)
-            if profile.saved:
-                self.plan_cache.add(profile, make_plan(profile, system), seconds)
-                self.plan_cache.entries[signature].saved = self._saved
+        if entry is not None and entry.is_probed:
+            entry.note_on_demand(seconds)
+        else:
+            self._to_record = 0 if entry is not None and entry.disabled else WARY
+        if profile is not None and self.plan_cache.wants(signature) and profile.saved:
+            plan = plan_for(profile, now)
+            # The first iteration is slow: much is loaded, allocated and compiled in it.
+            on_demand = math.inf if self._iteration == 0 else seconds
+            entry = self.plan_cache.add(profile, plan, on_demand, now)
+            entry.saved = self._saved
+
+    def _conditions_of(self, settings: Settings) -> Conditions:
+        beside = self.manager.bytes_beside_saved()
+        return Conditions(self._system(settings), settings.recompute != "never", beside)
 
     def _times(self, seconds: float) -> tuple[list[float], MeasuredTimes | None]:
         """Return the time of each step without waits, and when the arrays that came in arrived."""
@@ -307,7 +366,8 @@ class IterationTracker:
         recorder.begin(BETWEEN, OTHER, self._ended_clock, max(used, self._ended_used))
         known = len(step_seconds) == recorder.step + 1
         seconds = step_seconds if known else recorder.seconds(self._clock())
-        return recorder.profile("recorded", self.manager.device.name, seconds)
+        device = self.manager.device
+        return recorder.profile("recorded", device.name, seconds, device.fingerprint_bandwidth())
 
     def _system(self, settings: Settings) -> System:
         out, back = self.manager.bandwidths(ASSUMED_BANDWIDTH)
@@ -333,9 +393,13 @@ class IterationTracker:
             plan, number = found
             executor = self._executor
             if executor is None or executor.plan is not plan:
+                entry = self.plan_cache.entries[plan.signature]
+                if entry.adapt(self._conditions):
+                    plan = entry.plan
                 executor = self._executor = PlanExecutor(plan, self._find)
                 if self._saves_selectively:
-                    self._saved = self.plan_cache.entries[plan.signature].saved
+                    self._saved = entry.saved
+                self._guarded = guarded_by(executor, entry)
                 self.manager.run_plan(executor, number)
             elif not executor.is_idle(number):
                 self.manager.run_plan(executor, number)
@@ -349,7 +413,7 @@ class IterationTracker:
             self._marks.append(self._asked)
 
     def _leave_the_plan(self) -> None:
-        self._executor = None
+        self._executor, self._guarded = None, _NOTHING
         self.manager.run_plan(None)
 
     def _note_freed(self) -> None:
@@ -357,7 +421,9 @@ class IterationTracker:
         held = []
         for reference, number in self._held:
             storage = reference()
-            if storage is not None and storage.owner is not None and storage.referenced_externally:
+            # What is on its way out is not referred to, but by its copy.
+            waits = storage is not None and storage.state is State.RESIDENT
+            if waits and storage is not None and storage.referenced_externally:
                 held.append((reference, number))
             else:
                 assert self._recorder is not None
@@ -395,6 +461,27 @@ class IterationTracker:
     def _step_of(self, func: Any) -> int:
         step = None if func is None else func.__dict__.get(STEP)
         return step[1] if step is not None and step[0] == self._iteration else -1
+
+
+def _is_alone(inputs: Iterable[Any]) -> bool:
+    """Return whether no function has made any input: the function is the first of its graph."""
+    return all(getattr(x, "creator_node", None) is None for x in inputs)
+
+
+def guarded_by(executor: PlanExecutor, entry: PlanEntry) -> Guarded:
+    """Return what a plan has to look at while functions run forward."""
+    dropped = executor.discarded
+    if not dropped:
+        return Guarded(storages=executor.moved)
+    run, storages = set[int](), {*executor.moved}
+    for i in dropped:
+        maker = entry.profile.makers.get(i)
+        rerun = None if maker is None else entry.profile.steps[maker].rerun
+        if maker is not None and rerun is not None:
+            run.update(rerun.steps or (maker,))
+            storages.update(rerun.reads)
+    save = (step for step, saved in entry.saved.items() if not dropped.isdisjoint(saved))
+    return Guarded(frozenset(run), frozenset(save), frozenset(storages))
 
 
 def tracker_of(manager: SwapManager) -> IterationTracker:

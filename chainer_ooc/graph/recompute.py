@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from chainer_ooc import state
+from chainer_ooc.swap.devices.protocol import bytes_of_array
 from chainer_ooc.swap.recipe import Constant, Recipe
 from chainer_ooc.swap.storage import PackedArray
 from chainer_ooc.wording import repr_of
 
-__all__ = ["STEP", "install", "offer_recipes", "recomputable"]
+__all__ = ["STEP", "Recipes", "install", "offer_recipes", "recomputable"]
 
 #: The longest chain of functions that run again for one array.
 _LONGEST = 4
@@ -153,15 +155,26 @@ def install() -> None:
     )
 
 
+class Recipes(enum.Enum):
+    """Which recipes :func:`offer_recipes` writes."""
+
+    OUTLINED = (
+        "outlined"  #: They tell a plan what can be computed again, from what, and may not be used.
+    )
+    GUARDED = "guarded"  #: With fingerprints of what the function reads and makes, so that they may be used.
+    OF_SAVED = "of saved"  #: Only for what the function saves, not for what is made from it.
+
+
 class _Content(NamedTuple):
     """The content of an array at one moment.
 
     Attributes:
-        checksum: The checksum of the bytes, or of the whole storage if the array is saved.
+        fingerprint: The fingerprint of the bytes, or of the whole storage if the array is saved; ``None`` if nobody
+            has taken it.
         layout: The dtype, shape, strides and offset.
     """
 
-    checksum: int
+    fingerprint: Any
     layout: tuple[Any, ...]
 
 
@@ -172,11 +185,13 @@ class _Seen(NamedTuple):
         content: Its content.
         saved: Its stand-in, if it is saved.
         constant: A large array that is neither saved nor made by a function.
+        small: A copy of a small array that is not saved.
     """
 
     content: _Content | None
     saved: PackedArray | None = None
     constant: Constant | None = None
+    small: _Copy | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -203,19 +218,20 @@ class _Run:
 
 
 class _Leaves:
-    """The arrays that an expression reads, the checksums of the saved ones, and the steps that compute it."""
+    """The arrays that an expression reads, the fingerprints of the saved ones, and the steps that compute it."""
 
     def __init__(self) -> None:
         self.saved: list[PackedArray] = []
-        self.checksums: list[int] = []
+        self.fingerprints: list[Any] = []
+        self.conditions: list[tuple[Any, Any]] = []
         self.constants: dict[int, Constant] = {}
         self.steps: list[Any] = []
         self.costly = False
 
-    def add(self, saved: PackedArray, checksum: int) -> _Leaf:
-        """Add a saved array and the checksum that its storage had. Return the expression that reads it."""
+    def add(self, saved: PackedArray, fingerprint: Any) -> _Leaf:
+        """Add a saved array and the fingerprint that its storage had. Return the expression that reads it."""
         self.saved.append(saved)
-        self.checksums.append(checksum)
+        self.fingerprints.append(fingerprint)
         return _Leaf(len(self.saved) - 1)
 
 
@@ -229,7 +245,7 @@ class _Leaf:
         return arrays[self.place]
 
 
-def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], how: Recipes) -> None:
     """Give recipes to the arrays that a function has just saved: inputs, outputs and attributes.
 
     Call this for each function as soon as its arrays are saved, before code can write to them. A recipe is
@@ -239,47 +255,54 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> N
         func: The function.
         inputs: The variables or arrays that it read.
         outputs: The variables that it returned.
+        how: Which recipes.
     """
-    retained = func._input_indexes_to_retain or ()
-    rule = _rules.get(type(func))
-    if rule is not None and not (rule.when(func) and _is_unwatched(func)):
-        rule = None
-    most = max((_nbytes(y) for y in outputs), default=0) // _SMALLER
-    seen = {
-        index: _see(node, getattr(x, "raw_array", x), most, rule is not None)
-        for index, (node, x) in enumerate(zip(func.inputs, inputs, strict=True))
-        if rule is not None or index in retained
-    }
-    run = None if rule is None else _note_run(func, rule, list(seen.values()), outputs)
-    if run is not None and rule is not None:
-        func.__dict__[_RUN] = run
-        for name in rule.makes:
-            leaves, value = _Leaves(), func.__dict__.get(name)
-            if type(value) is PackedArray:
-                made = _content_of(value)
-                _offer(value, made, _attribute(func, name, leaves), leaves)
-        for index in func._output_indexes_to_retain or ():
-            node = func.outputs[index]()
-            if node is not None:
-                _offer_node(node, run.made[index])
-    for index in retained:
-        found = seen[index]
-        _offer_node(func.inputs[index], None if found is None else found.content)
+    guarded = how is Recipes.GUARDED
+    rule = None if how is Recipes.OF_SAVED else _rules.get(type(func))
+    if rule is not None and rule.when(func) and _is_unwatched(func):
+        most = max((_nbytes(y) for y in outputs), default=0) // _SMALLER
+        seen = [
+            _see(node, getattr(x, "raw_array", x), most, guarded)
+            for node, x in zip(func.inputs, inputs, strict=True)
+        ]
+        run = _note_run(func, rule, seen, outputs, guarded)
+        if run is not None:
+            func.__dict__[_RUN] = run
+            for name in rule.makes:
+                leaves, value = _Leaves(), func.__dict__.get(name)
+                if type(value) is PackedArray:
+                    made = _content_of(value, guarded)
+                    _offer(value, made, _attribute(func, name, leaves), leaves)
+            for index in func._output_indexes_to_retain or ():
+                node = func.outputs[index]()
+                if node is not None:
+                    _offer_node(node)
+    for index in func._input_indexes_to_retain or ():
+        _offer_node(func.inputs[index])
 
 
-def _offer_node(node: Any, content: _Content | None) -> None:
-    """Give a node's array a recipe, if its present content is what the node's function made."""
+def _offer_node(node: Any) -> None:
+    """Give a node's array a recipe, if the node's function has made it and it still has the layout it had then."""
     saved = node.__dict__.get("_data")
-    if type(saved) is PackedArray and saved.storage.recipe is None and content == _made(node):
-        leaves = _Leaves()
-        _offer(saved, content, _expression_of(node, leaves, _LONGEST), leaves)
+    if type(saved) is PackedArray and saved.storage.recipe is None:
+        made = _made(node)
+        if made is not None and made.layout == _layout_of(saved):
+            leaves = _Leaves()
+            _offer(saved, made, _expression_of(node, leaves, _LONGEST), leaves)
 
 
 def _offer(
-    saved: PackedArray, content: _Content | None, expression: _Expression | None, leaves: _Leaves
+    saved: PackedArray, made: _Content | None, expression: _Expression | None, leaves: _Leaves
 ) -> None:
-    """Give a saved array with that content the recipe that computes ``expression``, if the array can have one."""
-    if expression is None or content is None:
+    """Give a saved array the recipe that computes ``expression``, if the array can have one.
+
+    Args:
+        saved: The array.
+        made: Its content when its function made it.
+        expression: Computes it.
+        leaves: The arrays that the expression reads.
+    """
+    if expression is None or made is None:
         return
     # The result is a view of an input: nothing to compute.
     if any(leaf.storage is saved.storage for leaf in leaves.saved):
@@ -292,17 +315,22 @@ def _offer(
             inputs=tuple(leaves.saved),
             run=_quiet(expression),
             layout=saved.layout,
-            checksum=content.checksum,
-            input_checksums=tuple(leaves.checksums),
+            fingerprint=made.fingerprint,
+            input_fingerprints=tuple(leaves.fingerprints),
             functions=tuple(leaves.steps),
             constants=constants,
             costly=leaves.costly,
+            conditions=tuple(leaves.conditions),
         )
         saved.storage.manager.give_recipe(saved, recipe)
 
 
 def _note_run(
-    func: Any, rule: _Rule, inputs: list[_Seen | None], outputs: Sequence[Any]
+    func: Any,
+    rule: _Rule,
+    inputs: list[_Seen | None],
+    outputs: Sequence[Any],
+    guarded: bool,
 ) -> _Run | None:
     """Return the record of a function's run; ``None`` if it is not enough to run the function again."""
     import chainer
@@ -312,7 +340,7 @@ def _note_run(
         if name in _OF_THE_GRAPH or name in rule.unused or name in rule.makes:
             continue
         if type(value) is PackedArray or type(value) in state.array_types():
-            value = _see_attribute(value)
+            value = _see_attribute(value, guarded)
             if value is None:
                 return None
         elif isinstance(value, tuple | list):
@@ -326,7 +354,7 @@ def _note_run(
     if len(known) < len(inputs):
         return None
     config = chainer.config
-    made = [_made_now(y) for y in outputs]
+    made = [_made_now(y, guarded) for y in outputs]
     return _Run(known, made, attributes, {name: getattr(config, name) for name in _CONFIGURATION})
 
 
@@ -335,10 +363,11 @@ def _is_array(value: Any) -> bool:
     return isinstance(getattr(value, "nbytes", None), int) and not isinstance(value, np.generic)
 
 
-def _made_now(y: Any) -> _Content | None:
+def _made_now(y: Any, guarded: bool) -> _Content | None:
     """Return the present content of an output."""
     saved, array = y.node.__dict__.get("_data"), y.raw_array
-    return _content_of(saved if type(saved) is PackedArray and saved.alive() is array else array)
+    is_saved = type(saved) is PackedArray and saved.alive() is array
+    return _content_of(saved if is_saved else array, guarded)
 
 
 def _made(node: Any) -> _Content | None:
@@ -353,52 +382,67 @@ def _index_of(node: Any) -> int:
     return next(i for i, output in enumerate(node._creator_node.outputs) if output() is node)
 
 
-def _see(node: Any, array: Any, most: int, used: bool) -> _Seen | None:
+def _see(node: Any, array: Any, most: int, guarded: bool) -> _Seen | None:
     """Return the present state of a function's input, ``None`` if no recipe can use it.
 
     Args:
         node: The input's node.
         array: The array.
         most: The largest constant to copy (bytes).
-        used: The function can run again. If not, only arrays that are saved matter.
+        guarded: Take a fingerprint of it.
     """
     saved = node.__dict__.get("_data")
     if type(saved) is PackedArray and saved.alive() is array:
-        content = _content_of(saved)
+        content = _content_of(saved, guarded)
         return None if content is None else _Seen(content, saved)
-    if not used or array is None:
+    if array is None:
         return None
-    if node._creator_node is None and _SMALL < array.nbytes <= most:
-        manager = state.manager_for(array)
-        location = None if manager is None else manager.device.locate(array)
-        if manager is not None and location is not None and array.flags.c_contiguous:
-            return _Seen(None, constant=Constant(manager.device, array))
-    if array.nbytes > _SMALL and _made(node) is None:
+    if _made(node) is None:
+        if array.nbytes <= _SMALL:
+            return _small(array, guarded)
+        if node._creator_node is None and array.nbytes <= most:
+            manager = state.manager_for(array)
+            location = None if manager is None else manager.device.locate(array)
+            if manager is not None and location is not None and array.flags.c_contiguous:
+                return _Seen(None, constant=Constant(manager.device, array, guarded))
         return None
-    content = _content_of(array)
+    content = _content_of(array, guarded)
     return None if content is None else _Seen(content)
 
 
-def _see_attribute(value: Any) -> _Seen | None:
+def _see_attribute(value: Any, guarded: bool) -> _Seen | None:
     """Return the present state of an array attribute, ``None`` if it is too large to copy."""
-    saved = value if type(value) is PackedArray else None
-    content = None if saved is None and value.nbytes > _SMALL else _content_of(value)
-    return None if content is None else _Seen(content, saved)
+    if type(value) is PackedArray:
+        content = _content_of(value, guarded)
+        return None if content is None else _Seen(content, value)
+    return _small(value, guarded) if value.nbytes <= _SMALL else None
 
 
-def _content_of(data: Any) -> _Content | None:
-    """Return the present content of an array, or of the array behind a stand-in; ``None`` if unknown."""
+def _small(array: Any, guarded: bool) -> _Seen | None:
+    """Return the present state of a small array that is not saved: a copy, as the original may change."""
+    content = _content_of(array, guarded=False)
+    if content is None:
+        return None
+    return _Seen(content, small=_Copy(array.copy() if guarded else None))
+
+
+def _content_of(data: Any, guarded: bool) -> _Content | None:
+    """Return the present content of an array, or of the array behind a stand-in; ``None`` if it cannot be known."""
     if type(data) is PackedArray:
-        checksum, offset = data.storage.manager.fingerprint(data), data.layout.offset
-        data = data.layout
-    else:
-        manager = state.manager_for(data)
-        checksum, offset = (None if manager is None else manager.device.checksum_of(data)) or (
-            None,
-            0,
-        )
-    layout = data.dtype, data.shape, data.strides, offset
-    return None if checksum is None else _Content(checksum, layout)
+        fingerprint = data.storage.manager.fingerprint(data) if guarded else None
+        return _Content(fingerprint, _layout_of(data))
+    manager = state.manager_for(data)
+    found = None if manager is None else bytes_of_array(data, manager.device.locate)
+    if manager is None or found is None:
+        return None
+    owner, start, nbytes, offset = found
+    fingerprint = manager.device.fingerprint(owner, start, nbytes) if guarded else None
+    return _Content(fingerprint, (data.dtype, data.shape, data.strides, offset))
+
+
+def _layout_of(saved: PackedArray) -> tuple[Any, ...]:
+    layout = saved.layout
+    return layout.dtype, layout.shape, layout.strides, layout.offset
 
 
 def _nbytes(y: Any) -> int:
@@ -437,7 +481,7 @@ def _rerun_of(
     attributes = {}
     for name, value in ran.attributes.items():
         if type(value) is _Seen:
-            value = _kept(value, func.__dict__.get(name), leaves)
+            value = _kept(value, None, leaves)
             if value is None:
                 return None
         attributes[name] = value
@@ -469,13 +513,18 @@ class _Copy:
 def _source(node: Any, seen: _Seen, leaves: _Leaves, longest: int) -> _Expression | None:
     """Return an expression for a function's input as the function read it; ``None`` if that is lost."""
     data = _data_of(node)
-    if data is None and seen.saved is None and node._creator_node is not None:
-        return _expression_of(node, leaves, longest) if _made(node) == seen.content else None
+    kept = seen.saved is not None or seen.small is not None
+    if data is None and not kept and node._creator_node is not None:
+        made = _made(node)
+        if made is None or seen.content is None or made.layout != seen.content.layout:
+            return None
+        leaves.conditions.append((made.fingerprint, seen.content.fingerprint))
+        return _expression_of(node, leaves, longest)
     return _kept(seen, data, leaves)
 
 
 def _kept(seen: _Seen, data: Any, leaves: _Leaves) -> _Expression | None:
-    """Return an expression for an array as a function saw it: from its storage, a constant, or a copy made now.
+    """Return an expression for an array as a function saw it: from its storage, a constant, or a copy made then.
 
     Args:
         seen: The array when the function read it.
@@ -485,16 +534,25 @@ def _kept(seen: _Seen, data: Any, leaves: _Leaves) -> _Expression | None:
     if seen.constant is not None:
         constant = leaves.constants.setdefault(id(seen.constant.array), seen.constant)
         return lambda arrays: constant.array
+    if seen.small is not None:
+        return seen.small
     saved = seen.saved
-    if saved is None:
-        is_large = type(data) is not PackedArray and data is not None and data.nbytes > _SMALL
-        if data is None or is_large or _content_of(data) != seen.content:
-            return None
-        if type(data) is not PackedArray:
-            return _Copy(data.copy())
-        saved = data  # it was saved meanwhile
     assert seen.content is not None
-    return leaves.add(saved, seen.content.checksum)
+    if saved is None:
+        if data is None:
+            return None
+        is_saved = type(data) is PackedArray  # meanwhile
+        if not is_saved and data.nbytes > _SMALL:
+            return None
+        guarded = seen.content.fingerprint is not None
+        now = _content_of(data, guarded and not is_saved)
+        if now is None or now.layout != seen.content.layout:
+            return None
+        if not is_saved:
+            leaves.conditions.append((seen.content.fingerprint, now.fingerprint))
+            return _Copy(data.copy())
+        saved = data
+    return leaves.add(saved, seen.content.fingerprint)
 
 
 def _data_of(node: Any) -> Any:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from chainer_ooc.planning.steps import (
@@ -92,6 +93,28 @@ class Profile:
             for storage in step.rerun.writes if step.rerun else ():
                 found.setdefault(storage, number)
         return found
+
+    def without_reruns(self, storages: Collection[int]) -> Profile:
+        """Return this profile as if nothing could be run again that makes one of these storages."""
+        if not any(i in self.makers for i in storages):
+            return self
+        makers = {self.makers.get(i) for i in storages}
+        steps = tuple(
+            dataclasses.replace(step, rerun=None) if number in makers else step
+            for number, step in enumerate(self.steps)
+        )
+        return dataclasses.replace(self, steps=steps)
+
+    def at(self, seconds: Sequence[float]) -> Profile:
+        """Return this profile with these times of its steps, and of the re-runs of these steps."""
+        steps = []
+        for number, (step, own) in enumerate(zip(self.steps, seconds, strict=True)):
+            rerun = step.rerun
+            if rerun is not None:
+                again = math.fsum(seconds[n] for n in rerun.steps or (number,))
+                rerun = dataclasses.replace(rerun, seconds=again + rerun.guard_seconds)
+            steps.append(dataclasses.replace(step, seconds=own, rerun=rerun))
+        return dataclasses.replace(self, steps=tuple(steps))
 
     @functools.cached_property
     def use_order(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from chainer_ooc.planning.profile import BACKWARD, Profile, Rerun, SavedTensor, Step
@@ -44,6 +45,7 @@ class Recorder:
         self.min_bytes = min_bytes
         self._steps: list[_Step] = []
         self._storages: list[_Storage] = []
+        self._guard_bandwidth = math.inf
 
     @property
     def step(self) -> int:
@@ -125,14 +127,22 @@ class Recorder:
         starts = [step.time for step in self._steps]
         return [max(b - a, 0.0) for a, b in zip(starts, [*starts[1:], time], strict=True)]
 
-    def profile(self, name: str, device: str, seconds: Sequence[float]) -> Profile:
+    def profile(
+        self,
+        name: str,
+        device: str,
+        seconds: Sequence[float],
+        guard_bandwidth: float = math.inf,
+    ) -> Profile:
         """Return the profile of the recorded iteration.
 
         Args:
             name: The name of the network.
             device: The device.
             seconds: The time of each step: from :meth:`seconds`, or the least of several iterations.
+            guard_bandwidth: The bytes per second of which fingerprints are taken, for what is run again.
         """
+        self._guard_bandwidth = guard_bandwidth
         count = len(self._steps)
         uses: list[list[int]] = [[] for _ in self._storages]
         for number, step in enumerate(self._steps):
@@ -166,6 +176,19 @@ class Recorder:
         )
         return Profile(name, device, False, fixed, steps, storages)
 
+    def _guarding(
+        self, storages: Sequence[SavedTensor], reads: Sequence[int], writes: Sequence[int]
+    ) -> float:
+        """Return the time of the fingerprints of a re-run (seconds).
+
+        They are taken of what is read when it is first used and before the discard, and of what is made then too and
+        after the re-run.
+        """
+        nbytes = 2 * sum(storages[i].nbytes for i in reads) + 3 * sum(
+            storages[i].nbytes for i in writes
+        )
+        return nbytes / self._guard_bandwidth
+
     def _step(
         self,
         number: int,
@@ -189,7 +212,9 @@ class Recorder:
                 # Unsaved storages are part of the step's workspace; a re-run counts them separately.
                 taken = workspace
                 apart = sum(storages[i].nbytes for i in {*reads, *writes} if not storages[i].uses)
-            rerun = Rerun(spent, max(0, taken - apart), reads, writes)
+            guard = self._guarding(storages, reads, writes)
+            own = max(0, taken - apart)
+            rerun = Rerun(spent + guard, own, reads, writes, step.by, guard)
         return Step(
             step.label,
             step.phase,

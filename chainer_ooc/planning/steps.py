@@ -32,16 +32,20 @@ class Rerun:
     """The bit-for-bit re-run of a forward step in backward.
 
     Attributes:
-        seconds: The time of the re-run.
+        seconds: The time of the re-run, fingerprints included.
         workspace_bytes: The most bytes it takes besides the storages that it reads and writes.
         reads: The storages that it reads (indexes): saved ones, or ones that other re-runs make.
         writes: The storages that it makes again (indexes).
+        steps: The forward steps that run, in order, if not this step alone.
+        guard_seconds: The time of the fingerprints that tell whether anything was written to meanwhile.
     """
 
     seconds: float
     workspace_bytes: int
     reads: tuple[int, ...]
     writes: tuple[int, ...]
+    steps: tuple[int, ...] = ()
+    guard_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,6 +151,7 @@ def step_of(row: list[Any]) -> Step:
     """Return the step that :func:`row_of` turned into a list."""
     label, phase, seconds, workspace, held, inputs, function, rerun = row
     if rerun is not None:
-        again, own, reads, writes = rerun
-        rerun = Rerun(again, own, tuple(reads), tuple(writes))
+        again, own, reads, writes, *rest = rerun
+        by, guard = rest or ((), 0.0)
+        rerun = Rerun(again, own, tuple(reads), tuple(writes), tuple(by), guard)
     return Step(label, phase, seconds, workspace, held, tuple(inputs), function, rerun)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable
 
@@ -89,9 +88,9 @@ class Evictor:
                 break
             if storage.state is not State.RESIDENT or storage.referenced_externally:
                 continue
-            if self._can_be_remade(storage):
-                self._transfers.discard(storage)
-                freed += storage.nbytes
+            if self._begin_discard(storage):
+                if storage.state is State.DISCARDED:
+                    freed += storage.nbytes
             else:
                 self._transfers.begin_out(storage)
                 if self._transfers.nbytes[State.GOING_OUT] > IN_FLIGHT:
@@ -110,18 +109,20 @@ class Evictor:
                 return
             if storage.state is not State.RESIDENT or storage.used or storage.referenced_externally:
                 continue
-            if self._can_be_remade(storage):
+            if self._begin_discard(storage):
                 nbytes -= storage.nbytes
             else:
                 self._transfers.begin_out(storage)
 
     def _release_leaving(self, nbytes: int) -> int:
-        """Wait for copies out, oldest first, and release their storages. Return the bytes freed."""
+        """Wait for copies out and for checks, oldest first, and free their storages. Return the bytes freed."""
         freed = 0
         leaving = self._transfers.leaving
         while leaving and freed < nbytes:
             storage = leaving.popleft()()
-            if storage is not None and storage.state is State.GOING_OUT:
+            if storage is not None and storage.state is State.CHECKING:
+                freed += self._transfers.end_discard(storage)
+            elif storage is not None and storage.state is State.GOING_OUT:
                 self._transfers.end_out(storage)
                 freed += self.release_unless_held(storage)
         return freed
@@ -165,10 +166,8 @@ class Evictor:
         if storage.recipe is not None:
             self.reclaim(storage.recipe.bytes_to_keep())
         goes = storage.state is State.RESIDENT and not storage.referenced_externally
-        if goes and self._can_be_remade(storage, planned=True):
-            with contextlib.suppress(MemoryError):  # no memory to copy its constants: it stays
-                self._transfers.discard(storage)
-                return storage.nbytes
+        if goes and self._begin_discard(storage, planned=True):
+            return storage.nbytes if storage.state is State.DISCARDED else 0
         return self.release_unless_held(storage)
 
     def release_unless_held(self, storage: Storage) -> int:
@@ -178,20 +177,31 @@ class Evictor:
         self._transfers.release(storage)
         return storage.nbytes
 
-    def _can_be_remade(self, storage: Storage, planned: bool = False) -> bool:
+    def _begin_discard(self, storage: Storage, planned: bool = False) -> bool:
+        """Discard a storage, or begin to check whether that may be. Return whether it needs no copy."""
         recipe = storage.recipe
-        if not self.discards or recipe is None:
+        if not self.discards or recipe is None or (storage.dependents and not planned):
             return False
-        if storage.dependents and not planned:
+        verdict = recipe.check(self._transfers.device, storage, planned)
+        if verdict is None or (verdict.done() and not verdict.equal()):
             return False
-        return recipe.fits(self._transfers.device, storage, planned)
+        try:
+            self._transfers.begin_discard(storage, verdict)
+        except MemoryError:  # no memory to copy its constants: it stays
+            return False
+        return True
 
     def settle(self) -> None:
-        """Take note of the copies out that have ended."""
+        """Take note of the copies out and of the checks that have ended."""
         leaving = self._transfers.leaving
         while leaving:
             storage = leaving[0]()
-            if storage is not None and storage.state is State.GOING_OUT:
+            if storage is not None and storage.state is State.CHECKING:
+                assert storage.verdict is not None
+                if not storage.verdict.done():
+                    return
+                self._transfers.end_discard(storage)
+            elif storage is not None and storage.state is State.GOING_OUT:
                 assert storage.transfer is not None
                 if not storage.transfer.done():
                     return

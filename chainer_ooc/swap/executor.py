@@ -30,6 +30,7 @@ class PlanExecutor:
 
     Attributes:
         moved: The numbers of the storages that leave memory at some time.
+        refused: The numbers of those that could not be discarded.
     """
 
     def __init__(self, plan: Plan, find: Callable[[int], Storage | None]) -> None:
@@ -50,25 +51,33 @@ class PlanExecutor:
             plan.evict_after_recompute,
         )
         self.moved = frozenset(number for due in moves for _, number in due)
+        self.refused: set[int] = set()
         self._steps = frozenset(step for due in moves for step, _ in due)
         # To copy out or to discard once nothing else refers to them; to release once their copy is complete.
         self._waiting: list[Storage] = []
-        self._staying: list[Storage] = []
+        self._staying: list[tuple[int, Storage]] = []
+        self._checking: list[tuple[int, Storage]] = []
         self._leaving: list[Storage] = []
 
     def step(self, step: int, transfers: Transfers, evictor: Evictor, budget: MemoryBudget) -> None:
         """Make the moves that are due before a step."""
         evictor.settle()
         self._leaving = [one for one in self._leaving if not _has_left(one, evictor)]
-        for storage in self._due(self._release, step):
+        for _, storage in self._due(self._release, step):
             evictor.release_unless_held(storage)
+        self._note_refused()
         staying, self._staying = self._staying + self._due(self._discard, step), []
-        for storage in staying:
+        for number, storage in staying:
             if storage.state.in_memory and not storage.used and _is_held(storage):
-                self._staying.append(storage)
+                self._staying.append((number, storage))
             else:
                 evictor.give_up(storage)
-        waiting, self._waiting = self._waiting + self._due(self._out, step), []
+                if storage.state is State.CHECKING:
+                    self._checking.append((number, storage))
+                elif storage.state is State.RESIDENT and not storage.used:
+                    self.refused.add(number)
+        due = [storage for _, storage in self._due(self._out, step)]
+        waiting, self._waiting = self._waiting + due, []
         for storage in waiting:
             if storage.state is State.RESIDENT and not storage.used:
                 if storage.referenced_externally:
@@ -88,20 +97,37 @@ class PlanExecutor:
             or self._leaving
             or self._waiting
             or self._staying
+            or self._checking
             or (self._come and self._come[0][0] <= step)
         )
+
+    @property
+    def discarded(self) -> frozenset[int]:
+        """The numbers of the storages that the plan discards at some time."""
+        return frozenset(number for _, number in self.plan.discard)
 
     def evict_after_recompute(self, step: int) -> list[Storage]:
         """Return the storages that a step needs only for its re-runs, to be evicted after those."""
         found = (self._find(number) for number in self._evict_after_recompute.get(step, ()))
         return [storage for storage in found if storage is not None]
 
-    def _due(self, moves: deque[tuple[int, int]], step: int) -> list[Storage]:
+    def _note_refused(self) -> None:
+        """Note the storages that were to be discarded and are not being checked any more."""
+        checking = []
+        for number, storage in self._checking:
+            if storage.state is State.CHECKING:
+                checking.append((number, storage))
+            elif storage.recipe is None and not storage.used:
+                self.refused.add(number)
+        self._checking = checking
+
+    def _due(self, moves: deque[tuple[int, int]], step: int) -> list[tuple[int, Storage]]:
         due = []
         while moves and moves[0][0] <= step:
-            storage = self._find(moves.popleft()[1])
+            number = moves.popleft()[1]
+            storage = self._find(number)
             if storage is not None:
-                due.append(storage)
+                due.append((number, storage))
         return due
 
     def _begin_in(self, step: int, evictor: Evictor, most: int) -> None:

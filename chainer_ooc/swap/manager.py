@@ -12,7 +12,7 @@ from chainer_ooc import wording
 from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
 from chainer_ooc.planning.system import MARGIN
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import fingerprints
+from chainer_ooc.swap import checksums
 from chainer_ooc.swap.budget import MemoryBudget
 from chainer_ooc.swap.devices.protocol import Device, Layout, Span
 from chainer_ooc.swap.devices.ram import native
@@ -20,7 +20,7 @@ from chainer_ooc.swap.events import Observer
 from chainer_ooc.swap.eviction import EVERYTHING, Evictor, outside, to_be_made
 from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.prefetch import UseOrder
-from chainer_ooc.swap.recipe import Recipe, checksum_of
+from chainer_ooc.swap.recipe import Recipe, fingerprint_of
 from chainer_ooc.swap.storage import AWAY, PackedArray, State, Storage
 from chainer_ooc.swap.system import forks
 from chainer_ooc.swap.transfers import Counters, Transfers
@@ -121,7 +121,7 @@ class SwapManager:
                 self._order.save(storage)
                 self._transfers.register(storage)
                 if settings.verify:
-                    fingerprints.begin(self.device, storage)
+                    checksums.begin(self.device, storage)
             layout = Layout(
                 array.dtype,
                 array.shape,
@@ -143,22 +143,19 @@ class SwapManager:
                 storage.remaining_uses += 1
                 storage.rank = max(storage.rank, rank)
 
-    def fingerprint(self, saved: PackedArray) -> int | None:
-        """Return the checksum of the storage that holds an array; ``None`` if it is not known."""
+    def fingerprint(self, saved: PackedArray) -> Any:
+        """Return the fingerprint of the storage that holds an array; ``None`` if it is not known."""
         storage = saved.storage
         with self._lock:
-            if storage.state.in_memory and storage.copy is None:
-                if storage.checksum is None:
-                    storage.checksum = checksum_of(self.device, storage)
-                else:
-                    fingerprints.check_unchanged(self.device, storage)
-            return storage.checksum
+            if storage.state.in_memory and (storage.copy is None or storage.fingerprint is None):
+                storage.fingerprint = fingerprint_of(self.device, storage)
+            return storage.fingerprint
 
     def check_unchanged(self, array: Any) -> None:
         """With ``verify``, warn if a saved array has been modified since it was saved."""
         with self._lock:
             if (storage := self._resident_of(array)) is not None:
-                fingerprints.check_unchanged(self.device, storage)
+                checksums.check_unchanged(self.device, storage)
 
     def accept_changes(self, array: Any) -> None:
         """Take the present content of a saved array for the right one."""
@@ -166,7 +163,7 @@ class SwapManager:
             storage = self._resident_of(array)
             if storage is not None and storage.checksum is not None:
                 self._mark_dirty(storage)
-                storage.checksum = checksum_of(self.device, storage)
+                storage.checksum = checksums.checksum_of(self.device, storage)
 
     def _resident_of(self, array: Any) -> Storage | None:
         location = self.device.locate(array)
@@ -228,13 +225,14 @@ class SwapManager:
     def fetch(self, group: Sequence[PackedArray], read_only: bool) -> list[Any]:
         """Return the arrays of ``group``. All transfers begin before the first wait."""
         with self._lock:
+            self._transfers.check_remade()
             # What is resident first: held by this list, it cannot be released for the others.
             arrays = {id(s): self.read(s, read_only) for s in group if s.storage.state.in_memory}
             for saved in group:
                 if id(saved) not in arrays:
                     self._begin_in(saved.storage)
-                elif saved.storage.verified:
-                    fingerprints.check_unchanged(self.device, saved.storage)
+                elif saved.storage.checksum is not None:
+                    checksums.check_unchanged(self.device, saved.storage)
             discarded = [saved.storage for saved in group if saved.storage.state is State.DISCARDED]
             if discarded:
                 self._make_again(discarded)
@@ -304,6 +302,12 @@ class SwapManager:
             with self._lock:
                 self._transfers.run_deferred_frees()
         return used - self._transfers.moved_bytes()
+
+    def bytes_beside_saved(self) -> int:
+        """Return the memory in use without that of saved storages (bytes)."""
+        with self._lock:
+            saved = self._transfers.bytes_in_use()
+        return max(0, self.budget.used_bytes() - saved)
 
     def moved_bytes(self) -> int:
         """Return the bytes that transfers have brought into memory less those that they have freed."""
@@ -456,7 +460,10 @@ class SwapManager:
             self._evictor.discards = False  # its dependents must not be discarded again
             try:
                 for dependent in tuple(storage.dependents):
-                    self._bring_in(dependent)
+                    if dependent.state is State.CHECKING:
+                        self._transfers.cancel_discard(dependent)
+                    else:
+                        self._bring_in(dependent)
             finally:
                 self._evictor.discards = True
         self._transfers.mark_dirty(storage)
@@ -531,6 +538,8 @@ class SwapManager:
             self._transfers.wait_for_deferred_frees()
 
     def _end_transfers(self) -> None:
+        for storage in self._transfers.members(State.CHECKING):
+            self._transfers.end_discard(storage)
         for storage in self._transfers.members(State.GOING_OUT):
             self._transfers.end_out(storage)
         for storage in self._transfers.members(State.COMING_IN):
@@ -540,7 +549,7 @@ class SwapManager:
         with self._lock:
             self._transfers.run_deferred_frees()
             size, counters = dict(self._transfers.nbytes), self.counters
-        resident = size[State.RESIDENT] + size[State.GOING_OUT] + size[State.BOTH]
+        resident = sum(nbytes for state, nbytes in size.items() if state.in_memory)
         return (
             f"<SwapManager of {self.device.name}: {_mib(self.device.used_bytes())} of {_mib(self.limit)} used; "
             f"saved: {_mib(resident)} resident, {_mib(size[State.OUT])} out, "

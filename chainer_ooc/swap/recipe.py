@@ -10,9 +10,12 @@ from chainer_ooc.swap.devices.protocol import Layout
 from chainer_ooc.swap.storage import PackedArray, State, Storage
 
 if TYPE_CHECKING:
-    from chainer_ooc.swap.devices.protocol import Device, Location
+    from chainer_ooc.swap.devices.protocol import Device, Location, Verdict
 
-__all__ = ["Constant", "Recipe", "checksum_of"]
+__all__ = ["Constant", "Recipe", "fingerprint_of"]
+
+#: Two fingerprints that are equal if nobody has written to an array.
+Pair = tuple[Any, Any]
 
 
 class Constant:
@@ -21,23 +24,24 @@ class Constant:
     Args:
         device: The device of the array, which is contiguous.
         array: The array. Call :meth:`keep` before its owner writes to it.
+        guarded: Take its fingerprint, so that :meth:`pairs` can tell later whether it is unchanged.
 
     Attributes:
-        array: Has the elements as long as :meth:`is_unchanged`.
-        is_kept: Whether ``array`` is a copy that nobody else has.
+        array: The array, or a copy of it that nobody else has.
+        is_kept: Whether it is that copy.
     """
 
-    __slots__ = ("_checksum", "_device", "array", "is_kept")
+    __slots__ = ("_device", "_fingerprint", "array", "is_kept")
 
-    def __init__(self, device: Device, array: Any) -> None:
+    def __init__(self, device: Device, array: Any, guarded: bool = True) -> None:
         self.array = array
         self.is_kept = False
         self._device = device
-        self._checksum = self._fingerprint()
+        self._fingerprint = self._look() if guarded else None
 
-    def is_unchanged(self) -> bool:
-        """Return whether the array still has the elements that it had when this was made."""
-        return self.is_kept or self._fingerprint() == self._checksum
+    def pairs(self) -> list[Pair]:
+        """Return the fingerprints that are equal if the array is as it was when this was made."""
+        return [] if self.is_kept else [(self._fingerprint, self._look())]
 
     def keep(self) -> None:
         """Copy the array before its owner can modify it. The copy has the same page offset."""
@@ -49,9 +53,9 @@ class Constant:
             self.array = self._device.view(*own, layout)
             self.is_kept = True
 
-    def _fingerprint(self) -> int:
+    def _look(self) -> Any:
         place = self._place()
-        return self._device.checksum(place.owner, place.offset, self.array.nbytes)
+        return self._device.fingerprint(place.owner, place.offset, self.array.nbytes)
 
     def _place(self) -> Location:
         place = self._device.locate(self.array)
@@ -63,25 +67,30 @@ class Constant:
 class Recipe:
     """Compute the bytes of a storage again, bit for bit, from other saved arrays.
 
+    That an array *can* be computed again is known without any fingerprint. Fingerprints tell whether it and the
+    inputs are still what they were, so that the recipe may be used; without them it may not.
+
     Attributes:
         inputs: The saved arrays that it reads.
         run: Takes the arrays of the inputs, in that order, and returns the result. It has no side effects.
         layout: The layout of the result, which fills the storage.
-        checksum: The checksum of the result's bytes.
-        input_checksums: The checksums of the inputs' storages when the result was computed.
+        fingerprint: The fingerprint of the result's bytes; ``None`` if nobody has taken it.
+        input_fingerprints: Those of the inputs' storages when the result was computed.
         functions: The functions that it runs, by whatever name the caller gives them.
         constants: The arrays that it reads besides the inputs.
         costly: Only a plan, which has weighed the cost, may use it.
+        conditions: Fingerprints that must be equal: each function has read what the one before it made.
     """
 
     inputs: tuple[PackedArray, ...]
     run: Callable[[Sequence[Any]], Any]
     layout: Layout
-    checksum: int
-    input_checksums: tuple[int, ...]
+    fingerprint: Any
+    input_fingerprints: tuple[Any, ...]
     functions: tuple[Any, ...] = ()
     constants: tuple[Constant, ...] = ()
     costly: bool = False
+    conditions: tuple[Pair, ...] = ()
 
     def storages(self) -> tuple[Storage, ...]:
         """Return the storages of the inputs, each once."""
@@ -91,38 +100,50 @@ class Recipe:
         """Return the bytes that copying the constants would still take."""
         return sum(one.array.nbytes for one in self.constants if not one.is_kept)
 
-    def fits(self, device: Device, storage: Storage, planned: bool = False) -> bool:
-        """Return whether the recipe would compute exactly what ``storage`` holds now, whenever it runs.
+    def check(self, device: Device, storage: Storage, planned: bool = False) -> Verdict | None:
+        """Begin to find out whether the recipe would compute exactly what ``storage`` holds now, whenever it runs.
 
         That needs a result and inputs that nobody has written to, and inputs that nobody can write to
         unnoticed: they have a valid copy, or will have, or only the graph refers to them.
 
         Args:
-            device: The device of the storage.
+            device: The device of the storage, which is resident.
             storage: The storage that it computes.
             planned: A plan asks: costly recipes, and inputs that are themselves discarded, are allowed.
+
+        Returns:
+            The verdict, ``None`` if the recipe may not be used.
         """
-        if self.costly and not planned:
-            return False
-        for saved, checksum in zip(self.inputs, self.input_checksums, strict=True):
+        if self.fingerprint is None or (self.costly and not planned):
+            return None
+        looks: list[
+            tuple[Any, Storage]
+        ] = []  # a fingerprint, and the storage of which to take the other
+        pairs = list(self.conditions)
+        for saved, before in zip(self.inputs, self.input_fingerprints, strict=True):
             needed = saved.storage
             leaves = needed.state is State.GOING_OUT and not needed.dirty
             if needed.copy is not None or leaves:
-                found = needed.checksum
-            elif needed.state is State.RESIDENT and not needed.referenced_externally:
-                found = checksum_of(device, needed)
+                pairs.append((before, needed.fingerprint))
+            elif (
+                needed.state in (State.RESIDENT, State.CHECKING)
+                and not needed.referenced_externally
+            ):
+                looks.append((before, needed))
             elif planned and needed.state is State.DISCARDED:
                 assert needed.recipe is not None
-                found = needed.recipe.checksum
+                pairs.append((before, needed.recipe.fingerprint))
             else:
-                return False
-            if found != checksum:
-                return False
-        if not all(one.is_unchanged() for one in self.constants):
-            return False
-        return checksum_of(device, storage) == self.checksum
+                return None
+        looks.append((self.fingerprint, storage))
+        if any(None in pair for pair in pairs) or any(before is None for before, _ in looks):
+            return None
+        pairs += [(before, fingerprint_of(device, one)) for before, one in looks]
+        for constant in self.constants:
+            pairs += constant.pairs()
+        return device.compare(pairs)
 
 
-def checksum_of(device: Device, storage: Storage) -> int:
-    """Return the checksum of a resident storage's bytes."""
-    return device.checksum(storage.owner, storage.origin, storage.nbytes)
+def fingerprint_of(device: Device, storage: Storage) -> Any:
+    """Return the fingerprint of a resident storage's bytes as they are now."""
+    return device.fingerprint(storage.owner, storage.origin, storage.nbytes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from chainer_ooc import references
 from chainer_ooc.errors import OutOfCoreError
-from chainer_ooc.swap.devices.protocol import Layout, SwappedBlock, Transfer
+from chainer_ooc.swap.devices.protocol import Layout, SwappedBlock, Transfer, Verdict
 from chainer_ooc.swap.devices.ram import native
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ class State(enum.Enum):
 
     RESIDENT = "resident"  #: in the device's memory alone
     GOING_OUT = "going out"  #: resident, and a copy is being written
+    CHECKING = (
+        "checking"  #: resident, and to be discarded if nobody has written to it: being found out
+    )
     BOTH = "both"  #: resident and clean: a valid copy is outside
     OUT = "out"  #: outside alone
     DISCARDED = "discarded"  #: nowhere: its recipe computes it again
@@ -37,13 +40,14 @@ class State(enum.Enum):
 
 
 for _state in State:  # an attribute is read faster than a property
-    _state.in_memory = _state in (State.RESIDENT, State.GOING_OUT, State.BOTH)
+    _state.in_memory = _state in (State.RESIDENT, State.GOING_OUT, State.CHECKING, State.BOTH)
 
 #: Not in memory, and not coming in.
 AWAY = (State.OUT, State.DISCARDED)
 
 _LEGAL = {
-    State.RESIDENT: {State.GOING_OUT, State.DISCARDED, State.DROPPED},
+    State.RESIDENT: {State.GOING_OUT, State.CHECKING, State.DISCARDED, State.DROPPED},
+    State.CHECKING: {State.RESIDENT, State.DISCARDED, State.DROPPED},
     State.GOING_OUT: {State.BOTH, State.RESIDENT, State.DROPPED},
     State.BOTH: {State.OUT, State.RESIDENT, State.DROPPED},
     State.OUT: {State.COMING_IN, State.DROPPED},
@@ -93,8 +97,9 @@ class Storage(native.Mortal):
         arrival: The moment of the device's clock at which it last arrived; ``None`` if it never did.
         recipe: The recipe that computes its bytes again, or ``None``.
         dependents: Discarded storages whose recipes need this one.
-        checksum: The last checksum of its bytes, or ``None`` if nothing needs one.
-        verified: Changes of the checksum are reported (``verify``).
+        verdict: Whether it is unchanged, while that is being found out (CHECKING).
+        fingerprint: The last fingerprint of its bytes, that of its copy if it has one; ``None`` if nothing needs one.
+        checksum: The last checksum of its bytes, if changes of it are reported (``verify``), else ``None``.
     """
 
     __slots__ = (
@@ -105,6 +110,7 @@ class Storage(native.Mortal):
         "copy",
         "dependents",
         "dirty",
+        "fingerprint",
         "kept",
         "label",
         "manager",
@@ -120,7 +126,7 @@ class Storage(native.Mortal):
         "sequence",
         "state",
         "transfer",
-        "verified",
+        "verdict",
     )
 
     def __init__(
@@ -150,8 +156,9 @@ class Storage(native.Mortal):
         self.number = 0
         self.ahead = False
         self.arrival: Any = None
+        self.verdict: Verdict | None = None
+        self.fingerprint: Any = None
         self.checksum: int | None = None
-        self.verified = False
         self.recipe: Recipe | None = None
         self.dependents: weakref.WeakSet[Storage] | None = None
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from chainer_ooc.errors import CorruptCopyError, SwapSpaceError
-from chainer_ooc.swap import fingerprints
-from chainer_ooc.swap.devices.protocol import Device, Span, SwappedBlock, Transfer
+from chainer_ooc.swap import checksums
+from chainer_ooc.swap.devices.protocol import Device, Span, SwappedBlock, Transfer, Verdict
 from chainer_ooc.swap.events import Copied, Observer
 from chainer_ooc.swap.prefetch import SavedSequence
-from chainer_ooc.swap.recipe import Recipe
+from chainer_ooc.swap.recipe import Recipe, fingerprint_of
 from chainer_ooc.swap.storage import State, Storage
 
 __all__ = ["Counters", "Transfers"]
@@ -134,8 +134,10 @@ class Transfers:
         # Dead storages and their blocks: any thread appends at any time.
         self._dead: deque[tuple[State, int, int, SavedSequence]] = deque()
         self._known = 0  # storages alive, or dead and still in _dead
-        self._deferred_frees: deque[tuple[SwappedBlock | None, Transfer | None]] = deque()
+        self._deferred_frees: deque[tuple[SwappedBlock | None, Transfer | None, int]] = deque()
         self._recipes: deque[Recipe] = deque()
+        # What was computed again and is being compared, with the error if it differs.
+        self._remade: deque[tuple[Verdict, CorruptCopyError]] = deque()
 
     def find(self, owner: Any) -> Storage | None:
         """Return the resident storage in the memory of ``owner``, or ``None``."""
@@ -253,8 +255,12 @@ class Transfers:
         """Return the bytes that have come into memory less those that were freed."""
         return self._landed - self._released
 
-    def discard(self, storage: Storage) -> None:
-        """RESIDENT -> DISCARDED. Free the memory; the recipe's inputs get one more use."""
+    def begin_discard(self, storage: Storage, verdict: Verdict) -> None:
+        """RESIDENT -> CHECKING, and on to DISCARDED if the verdict is known. The recipe's inputs get one more use.
+
+        Raises:
+            MemoryError: If there is no memory to copy the recipe's constants. The storage stays RESIDENT.
+        """
         assert storage.recipe is not None
         for constant in storage.recipe.constants:
             constant.keep()
@@ -263,26 +269,71 @@ class Transfers:
             if needed.dependents is None:
                 needed.dependents = weakref.WeakSet()
             needed.dependents.add(storage)
+        storage.verdict = verdict
+        self._move(storage, State.CHECKING)
+        if verdict.done():
+            self.end_discard(storage)
+        else:
+            self.leaving.append(weakref.ref(storage))
+
+    def end_discard(self, storage: Storage) -> int:
+        """CHECKING -> DISCARDED, and free the memory; -> RESIDENT if somebody has written, or refers to it.
+
+        Wait for the verdict. Return the bytes freed.
+        """
+        assert storage.verdict is not None
+        start = time.perf_counter()
+        is_unchanged = storage.verdict.equal()
+        self.stalled("room", start)
+        if not is_unchanged or storage.referenced_externally:
+            self.cancel_discard(storage)
+            return 0
+        storage.verdict = None
         self.counters.bytes_discarded += storage.nbytes
         self._give_up(storage, State.DISCARDED)
+        return storage.nbytes
+
+    def cancel_discard(self, storage: Storage) -> None:
+        """CHECKING -> RESIDENT: it stays, or leaves with a copy. Its recipe is worthless."""
+        recipe, storage.recipe, storage.verdict = storage.recipe, None, None
+        assert recipe is not None
+        self._move(storage, State.RESIDENT)
+        self._need_no_more(recipe, storage)
 
     def remake(self, storage: Storage, array: Any) -> None:
         """DISCARDED -> RESIDENT. Take ``array``, the recipe's result, as the storage's bytes.
 
         Raises:
-            CorruptCopyError: If they differ from the discarded bytes. The storage stays DISCARDED.
+            CorruptCopyError: If they are known to differ from the discarded bytes. The storage stays DISCARDED. On a
+                GPU that is known later: see :meth:`check_remade`.
         """
         assert storage.recipe is not None
         layout = storage.recipe.layout
         owner, origin = self.device.take_buffer(array, layout, storage.nbytes, storage.page_offset)
         del array
-        fingerprints.check_remade(self.device, storage, owner, origin)
+        made = self.device.fingerprint(owner, origin, storage.nbytes)
+        verdict = self.device.compare([(storage.recipe.fingerprint, made)])
+        if not verdict.done():
+            self._remade.append((verdict, checksums.not_remade(storage)))
+        elif not verdict.equal():
+            raise checksums.not_remade(storage)
         storage.owner, storage.origin = owner, origin
         self._by_owner[id(owner)] = weakref.ref(storage)
         self._move(storage, State.RESIDENT)
         self._landed += storage.nbytes
         self._need_no_more(storage.recipe, storage)
         self.counters.storages_remade += 1
+
+    def check_remade(self) -> None:
+        """Check what was computed again, as far as the comparisons have ended.
+
+        Raises:
+            CorruptCopyError: If something differs from what was discarded.
+        """
+        while self._remade and self._remade[0][0].done():
+            verdict, error = self._remade.popleft()
+            if not verdict.equal():
+                raise error
 
     def begin_in(self, storage: Storage) -> None:
         """OUT -> COMING_IN. Allocate memory and begin to copy the storage in."""
@@ -320,8 +371,10 @@ class Transfers:
             self.stalled("late" if storage.ahead else "fetch", start)
 
     def mark_dirty(self, storage: Storage) -> None:
-        """BOTH -> RESIDENT. Free the copy: code that may write has the array."""
-        if storage.state is State.GOING_OUT:
+        """BOTH -> RESIDENT, CHECKING -> RESIDENT: code that may write has the array. Free its copy."""
+        if storage.state is State.CHECKING:
+            self.cancel_discard(storage)
+        elif storage.state is State.GOING_OUT:
             storage.dirty = True
         elif storage.state is State.BOTH:
             self._move(storage, State.RESIDENT)
@@ -332,12 +385,12 @@ class Transfers:
     def drop(self, storage: Storage) -> None:
         """Any state -> DROPPED. Free the memory and the copy."""
         if storage.state is not State.DROPPED:
-            if storage.state is State.DISCARDED:
+            if storage.state in (State.CHECKING, State.DISCARDED):
                 assert storage.recipe is not None
                 self._need_no_more(storage.recipe, storage)
-            storage.recipe = None
+            storage.recipe = storage.verdict = None
             self._move(storage, State.DROPPED)
-            self._deferred_frees.append((storage.copy, storage.transfer))
+            self._deferred_frees.append((storage.copy, storage.transfer, storage.nbytes))
             storage.copy = storage.transfer = None
             if storage.owner is not None:
                 self._let_go(storage)
@@ -347,12 +400,12 @@ class Transfers:
         """Queue a dead storage's blocks for freeing. Safe from ``__del__`` in any thread."""
         if storage.owner is not None:
             self._by_owner.pop(id(storage.owner), None)
-        if storage.state is State.DISCARDED:
+        if storage.state in (State.CHECKING, State.DISCARDED):
             assert storage.recipe is not None
             self._recipes.append(storage.recipe)
         self._dead.append((storage.state, storage.sequence, storage.nbytes, storage.saved_sequence))
         if storage.copy is not None or storage.transfer is not None:
-            self._deferred_frees.append((storage.copy, storage.transfer))
+            self._deferred_frees.append((storage.copy, storage.transfer, storage.nbytes))
 
     @property
     def has_deferred_frees(self) -> bool:
@@ -376,18 +429,25 @@ class Transfers:
             if state in (State.OUT, State.DISCARDED, State.DROPPED):
                 self._released -= nbytes
         for _ in range(len(self._deferred_frees)):
-            copy, transfer = self._deferred_frees.popleft()
+            copy, transfer, nbytes = self._deferred_frees.popleft()
             if transfer is not None and not transfer.done():
-                self._deferred_frees.append((copy, transfer))
+                self._deferred_frees.append((copy, transfer, nbytes))
                 continue
             if transfer is not None and transfer.copy is not copy:
                 transfer.copy.free()
             if copy is not None:
                 copy.free()
 
+    def bytes_in_use(self) -> int:
+        """Return the memory that saved storages take, and dead ones whose transfers have not ended (bytes)."""
+        self.run_deferred_frees()
+        living = sum(n for state, n in self.nbytes.items() if state.in_memory)
+        dead = sum(n for _, transfer, n in self._deferred_frees if transfer is not None)
+        return living + self.nbytes[State.COMING_IN] + dead
+
     def wait_for_deferred_frees(self) -> None:
         """Wait for the transfers of all queued blocks, and free them."""
-        for _, transfer in tuple(self._deferred_frees):
+        for _, transfer, _ in tuple(self._deferred_frees):
             if transfer is not None:
                 transfer.wait()
         self.run_deferred_frees()
@@ -431,7 +491,9 @@ class Transfers:
                 observer.copied(copied, span)
 
     def _copy_out(self, storage: Storage) -> Transfer:
-        fingerprints.check_unchanged(self.device, storage)
+        checksums.check_unchanged(self.device, storage)
+        if storage.fingerprint is not None:
+            storage.fingerprint = fingerprint_of(self.device, storage)
         transfer: Transfer = self._again_with_room(
             storage.nbytes,
             lambda: self.device.copy_out(storage.owner, storage.origin, storage.nbytes),
@@ -445,7 +507,7 @@ class Transfers:
         assert transfer is not None
         try:
             transfer.join()
-            fingerprints.check_arrival(self.device, storage)
+            checksums.check_arrival(self.device, storage)
         except OSError:
             storage.transfer = None
             self._move(storage, State.OUT)

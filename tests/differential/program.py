@@ -66,7 +66,7 @@ def settings(rng: random.Random) -> dict[str, Any] | None:
     more: list[tuple[float, Callable[[], dict[str, Any]]]] = [
         (0.7, lambda: {"min_bytes": rng.choice([1, 1000, 20000])}),
         (0.3, lambda: {"plan": False}),
-        (0.25, lambda: {"recompute": True}),
+        (0.25, lambda: {"discard_all": True}),
         (0.15, lambda: {"split": "exact"}),
     ]
     for chance, setting in more:

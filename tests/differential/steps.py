@@ -520,7 +520,7 @@ def settings(names: Names) -> str:
             "swap_all=True, min_bytes=1",
             "above=1 << 20, min_bytes=1000",
             "above=8 << 20, plan=False",
-            "limit='1MiB', recompute=True, min_bytes=1",
+            "limit='1MiB', discard_all=True, min_bytes=1",
             "limit=1, min_bytes=1",
             "limit=1.0",
             "limit='100GiB'",
@@ -551,7 +551,7 @@ def once(names: Names) -> str:
         [
             "single_backward=True",
             "verify=True",
-            "recompute=True",
+            "discard_all=True",
             "split='exact'",
         ],
         names.rng.randint(1, 3),

@@ -11,7 +11,7 @@ import numpy as np
 
 from chainer_ooc import runtime, state
 from chainer_ooc.swap.devices.cuda.device import CudaDevice
-from chainer_ooc.swap.devices.protocol import Layout, Location, checksum_of_array
+from chainer_ooc.swap.devices.protocol import Layout, Location
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
 from tests.doubles.simulated_cuda import POISON, OutOfMemoryError, SimulatedCuda
@@ -78,13 +78,6 @@ class AdoptedArrays:
         """Return the checksum of ``nbytes`` at byte ``origin`` of ``owner``."""
         self._note("what is computed next", False, _address(owner), owner.nbytes)
         return RamDevice.checksum(None, owner, origin, nbytes)  # type: ignore[arg-type]
-
-    def checksum_of(self, array: Any) -> tuple[int, int] | None:
-        """Return the checksum and the offset of an array, which does not become the GPU's memory by that."""
-        ram: Any = RamDevice
-        return checksum_of_array(
-            array, lambda one: ram.locate(None, one), lambda *where: ram.checksum(None, *where)
-        )
 
     def empty(self) -> np.ndarray:
         """Return an array without elements."""

@@ -17,9 +17,9 @@ from chainer_ooc.testing import assert_same_bits
 
 SETTINGS = {
     "all out": {"swap_all": True, "min_bytes": 1},
-    "recompute": {"swap_all": True, "min_bytes": 1, "recompute": True},
+    "recompute": {"swap_all": True, "min_bytes": 1, "discard_all": True},
     "verify": {"swap_all": True, "min_bytes": 1, "verify": True},
-    "little memory": {"limit": "1MiB", "split": "always", "recompute": True},
+    "little memory": {"limit": "1MiB", "split": "always", "discard_all": True},
 }
 #: Begins what out-of-core mode says itself.
 OWN = ("an array of ", " needs ")
@@ -203,7 +203,7 @@ def test_functions_that_warn_are_run_again_without_a_word():
     chainer_ooc.recomputable(Warns)
     x = chainer.Variable(data(-1, 1, 64, 64))
     before = chainer_ooc.stats().storages_remade
-    with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, recompute=True):
+    with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, discard_all=True):
         F.tanh(x)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -236,11 +236,11 @@ def release_at_random(seed):
 SETTINGS = {
     "all out": {"swap_all": True},
     "single": {"swap_all": True, "single_backward": True},
-    "single, recompute": {"swap_all": True, "single_backward": True, "recompute": True},
-    "recompute": {"swap_all": True, "recompute": True, "min_bytes": 100},
-    "at random": {"limit": 1 << 40, "single_backward": True, "recompute": True},
-    "at random, all kept": {"limit": 1 << 40, "recompute": True},
-    "short": {"limit": "1MiB", "single_backward": True, "recompute": True},
+    "single, recompute": {"swap_all": True, "single_backward": True, "discard_all": True},
+    "recompute": {"swap_all": True, "discard_all": True, "min_bytes": 100},
+    "at random": {"limit": 1 << 40, "single_backward": True, "discard_all": True},
+    "at random, all kept": {"limit": 1 << 40, "discard_all": True},
+    "short": {"limit": "1MiB", "single_backward": True, "discard_all": True},
 }
 
 

@@ -16,7 +16,7 @@ from chainer_ooc.errors import CorruptCopyError
 from chainer_ooc.swap.storage import State
 from chainer_ooc.testing import assert_same_bits
 
-ON = {"swap_all": True, "min_bytes": 1, "recompute": True}
+ON = {"swap_all": True, "min_bytes": 1, "discard_all": True}
 
 
 @pytest.fixture(autouse=True)
@@ -344,7 +344,7 @@ def test_users_register_functions_and_other_bits_are_an_error():
     both(program)  # not registered
     chainer_ooc.recomputable(Noisy)
     with (
-        pytest.raises(CorruptCopyError, match=r"was run again: .*recompute=False"),
+        pytest.raises(CorruptCopyError, match=r'was run again: .*recompute="never"'),
         chainer_ooc.out_of_core_mode(**ON),
     ):
         program()

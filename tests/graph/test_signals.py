@@ -40,7 +40,7 @@ class Interrupt(BaseException):
     """What the handler raises."""
 
 
-PLANNED, ON_DEMAND = {"recompute": True}, {"plan": False}
+PLANNED, ON_DEMAND = {"discard_all": True}, {"plan": False}
 
 
 @pytest.fixture

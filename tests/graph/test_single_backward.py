@@ -18,7 +18,7 @@ from chainer_ooc.testing import assert_same_bits
 
 MODES = {
     "all out": {"swap_all": True},
-    "recompute": {"swap_all": True, "recompute": True},
+    "recompute": {"swap_all": True, "discard_all": True},
     "memory plenty": {"limit": 1 << 40},
 }
 

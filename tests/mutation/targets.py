@@ -36,7 +36,7 @@ TESTS = {
         "tests/swap/cuda/test_room.py",
         "tests/swap/cuda/test_executor.py",
         "tests/swap/cuda/test_eviction.py",
-        "tests/swap/cuda/test_fingerprints.py",
+        "tests/swap/cuda/test_checksums.py",
         "tests/swap/test_manager.py",
         "tests/swap/cuda/test_allocator.py",
         "tests/swap/cuda/test_pinned.py",
@@ -54,7 +54,7 @@ TESTS = {
 
 #: Modules whose waits, records, holds, states and conditions are taken away, one at a time: all of each.
 ENGINE = (
-    *("swap.budget", "swap.cupy_allocator", "swap.eviction", "swap.executor", "swap.fingerprints", "swap.gpus"),
+    *("swap.budget", "swap.cupy_allocator", "swap.eviction", "swap.executor", "swap.checksums", "swap.gpus"),
     *("swap.manager", "swap.observed_growth", "swap.prefetch", "swap.recipe", "swap.storage", "swap.transfers"),
     *("swap.devices.cuda.checksum", "swap.devices.cuda.device", "swap.devices.cuda.host"),
     *("swap.devices.cuda.streams", "swap.devices.cuda.transfers", "swap.tiers.free_blocks", "swap.tiers.pinned"),

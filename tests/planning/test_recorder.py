@@ -80,7 +80,7 @@ def test_running_again_a_chain_takes_what_its_steps_took():
     recorder.begin("b", BACKWARD, 6.0, 160, function=2)
     recorder.end(160)
     profile = recorder.profile("chain", "clock", recorder.seconds(7.0))
-    assert profile.steps[2].rerun == Rerun(5.0, 40 + 90 + 20, (x,), (y,))
+    assert profile.steps[2].rerun == Rerun(5.0, 40 + 90 + 20, (x,), (y,), (1, 2))
 
 
 def test_a_clock_that_goes_back_tells_of_no_time():
@@ -102,4 +102,4 @@ def test_what_a_function_makes_together_is_made_again_together():
     recorder.begin("lstm", BACKWARD, 1.0, 160, function=0)
     recorder.end(160)
     profile = recorder.profile("lstm", "clock", recorder.seconds(2.0))
-    assert profile.steps[0].rerun == Rerun(1.0, 30, (), (c, h))
+    assert profile.steps[0].rerun == Rerun(1.0, 30, (), (c, h), (0,))

@@ -104,7 +104,7 @@ PUBLIC = {
     "host_limit": None,
     "strict": False,
     "single_backward": False,
-    "recompute": False,
+    "recompute": "never",
     "split": "never",
     "plan": True,
     "verify": False,

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 __all__ = [
     "Device",
+    "Known",
     "Layout",
     "Location",
     "PooledDevice",
     "Span",
     "SwappedBlock",
     "Transfer",
-    "checksum_of_array",
+    "Verdict",
+    "bytes_of_array",
 ]
 
-#: A crop of an allocation over CROPPED times its size has no checksum, unless it has at most SMALL bytes.
+#: A crop of an allocation over CROPPED times its size has no fingerprint, unless it has at most SMALL bytes.
 CROPPED, SMALL = 2, 64 << 10
 
 
@@ -94,6 +96,30 @@ class Transfer(Protocol):
         """Return the moment of the end for :meth:`Device.seconds`, ``None`` if the host waited for it."""
 
 
+class Verdict(Protocol):
+    """The result of a comparison of fingerprints, which may not be known yet."""
+
+    def done(self) -> bool:
+        """Return, without waiting, whether the result is known."""
+
+    def equal(self) -> bool:
+        """Return whether all pairs were equal. Wait until that is known."""
+
+
+class Known(NamedTuple):
+    """A verdict that is known at once."""
+
+    is_equal: bool
+
+    def done(self) -> bool:
+        """Return ``True``."""
+        return True
+
+    def equal(self) -> bool:
+        """Return whether all pairs were equal."""
+        return self.is_equal
+
+
 class Device(Protocol):
     """The memory of one device, and the way out of it and back."""
 
@@ -139,8 +165,14 @@ class Device(Protocol):
     def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
         """Return a checksum of a resident storage's bytes. Wait until they are computed."""
 
-    def checksum_of(self, array: Any) -> tuple[int, int] | None:
-        """Return :func:`checksum_of_array` of any array of the device, saved or not."""
+    def fingerprint(self, owner: Any, origin: int, nbytes: int) -> Any:
+        """Return a fingerprint of a resident storage's bytes, as they are in the order of computation. Never wait."""
+
+    def compare(self, pairs: Sequence[tuple[Any, Any]]) -> Verdict:
+        """Begin to find out whether the two fingerprints of each pair are equal. Never wait."""
+
+    def fingerprint_bandwidth(self) -> float:
+        """Return about how many bytes per second fingerprints are taken of."""
 
     def before_release(self) -> None:
         """Make sure that no earlier work still uses memory that is freed after this call."""
@@ -198,28 +230,24 @@ class PooledDevice(Device, Protocol):
         """Note an allocation on the current stream, for the peak and for the order of copies."""
 
 
-def checksum_of_array(
-    array: Any,
-    locate: Callable[[Any], Location | None],
-    checksum: Callable[[Any, int, int], int],
-) -> tuple[int, int] | None:
-    """Return a checksum of an array's bytes, in the order of memory, and its offset in the allocation (bytes).
+def bytes_of_array(
+    array: Any, locate: Callable[[Any], Location | None]
+) -> tuple[Any, int, int, int] | None:
+    """Return the bytes of which a fingerprint stands for an array: owner, first byte, size, and the array's offset.
 
     Args:
         array: An array of the device.
         locate: The device's method, or an equivalent.
-        checksum: The device's method.
 
     Returns:
-        For a crop the checksum of its whole allocation. ``None`` for an array that must stay as it is, and
-        for a large array that is spread over a far larger allocation.
+        For a crop its whole allocation. ``None`` for an array that must stay as it is, and for a large array that is
+        spread over a far larger allocation.
     """
     location = locate(array)
     if location is None:
         return None
-    start, nbytes = location.offset, array.nbytes
-    if not (array.flags.c_contiguous or array.flags.f_contiguous):
-        if location.nbytes > CROPPED * nbytes:
-            return checksum_of_array(array.copy(), locate, checksum) if nbytes <= SMALL else None
-        start, nbytes = 0, location.nbytes
-    return checksum(location.owner, start, nbytes), location.offset
+    if array.flags.c_contiguous or array.flags.f_contiguous:
+        return location.owner, location.offset, array.nbytes, location.offset
+    if location.nbytes <= CROPPED * array.nbytes:
+        return location.owner, 0, location.nbytes, location.offset
+    return bytes_of_array(array.copy(), locate) if array.nbytes <= SMALL else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from chainer_ooc.errors import SwapSpaceError
@@ -12,7 +12,7 @@ from chainer_ooc.swap.devices.cuda.checksum import CudaChecksum
 from chainer_ooc.swap.devices.cuda.host import DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
 from chainer_ooc.swap.devices.cuda.transfers import FailedTransfer, StreamTransfer
-from chainer_ooc.swap.devices.protocol import Layout, Location, Transfer, checksum_of_array
+from chainer_ooc.swap.devices.protocol import Known, Layout, Location, Transfer
 from chainer_ooc.swap.system import memory
 from chainer_ooc.swap.system.ranks import ranks_of_this_node
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
@@ -23,6 +23,8 @@ __all__ = ["CudaDevice", "CupyArrays", "new_slab"]
 
 #: The share of free memory that is left for libraries and kernels, which do not use CuPy's pool.
 RESERVE = 0.05
+#: The bytes per second of which fingerprints are taken on slow GPUs: faster ones have faster links, too.
+FINGERPRINTED = 400e9
 _HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all GPUs
 
 # Objects that a forked child must not destroy: the driver's objects are the parent's.
@@ -71,10 +73,6 @@ class CupyArrays:
     def checksum(self, owner: Any, origin: int, nbytes: int) -> int:
         """Return the checksum of ``nbytes`` bytes at byte ``origin`` of ``owner``. Wait for it."""
         return self._checksum(owner.ptr + origin, nbytes)
-
-    def checksum_of(self, array: Any) -> tuple[int, int] | None:
-        """Return the checksum and the offset of any array, saved or not. Wait for it."""
-        return checksum_of_array(array, self.locate, self.checksum)
 
     def view(self, owner: Any, origin: int, layout: Layout) -> Any:
         """Return an array with ``layout`` at byte ``origin`` of ``owner``."""
@@ -219,10 +217,15 @@ class CudaDevice:
         with self.streams.on_device():
             return self.arrays.checksum(owner, origin, nbytes)
 
-    def checksum_of(self, array: Any) -> tuple[int, int] | None:
-        """Return the checksum and the offset of any array, saved or not. The host waits for it."""
-        with self.streams.on_device():
-            return self.arrays.checksum_of(array)
+    fingerprint = checksum
+
+    def compare(self, pairs: Sequence[tuple[Any, Any]]) -> Known:
+        """Return whether the two fingerprints of each pair are equal."""
+        return Known(all(first == second for first, second in pairs))
+
+    def fingerprint_bandwidth(self) -> float:
+        """Return the bytes per second that any GPU reads at least."""
+        return FINGERPRINTED
 
     def before_release(self) -> None:
         """Order the computing streams, if there are several: one may reuse another's memory."""
