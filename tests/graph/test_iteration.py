@@ -577,4 +577,4 @@ def test_where_the_way_out_is_slow_chains_with_products_run_again_as_planned(
     if single_backward:
         assert (out, back, again) == (foreseen.bytes_out, foreseen.bytes_in, remade)
     assert again >= remade
-    assert out < per_step[0][0]  # on demand, which runs nothing again
+    assert out < per_step[-6][0]  # on demand, which runs nothing again
