@@ -104,7 +104,7 @@ PUBLIC = {
     "host_limit": None,
     "strict": False,
     "single_backward": False,
-    "recompute": "never",
+    "recompute": "auto",
     "split": "never",
     "plan": True,
     "verify": False,
@@ -135,7 +135,7 @@ def test_help_describes_each_setting():
 
 def test_every_setting_is_for_users_or_for_tests():
     fields = [field.name for field in dataclasses.fields(Settings)]
-    assert fields == [*PUBLIC, "swap_all", "min_bytes"]
+    assert fields == [*PUBLIC, "swap_all", "discard_all", "min_bytes"]
     with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
         assert chainer_ooc.is_enabled()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import fingerprints
+from chainer_ooc.swap import checksums
 from chainer_ooc.swap.devices.cuda.checksum import checksum_on_host
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT
@@ -23,11 +23,13 @@ def rig(make_rig, recwarn):
 
 @pytest.fixture
 def looks(rig, monkeypatch):
-    """The checksums that are taken."""
-    taken, real = [], rig.device.checksum
-    monkeypatch.setattr(
-        rig.device, "checksum", lambda *args: taken.append(found := real(*args)) or found
-    )
+    """The checksums and fingerprints that are taken."""
+    taken = []
+    for name in ("checksum", "fingerprint"):
+        real = getattr(rig.device, name)
+        monkeypatch.setattr(
+            rig.device, name, lambda *args, real=real: taken.append(found := real(*args)) or found
+        )
     return taken
 
 
@@ -71,7 +73,7 @@ def test_a_look_without_verify_is_no_check(rig, looks):
     assert len(looks) == 2
 
 
-def test_a_look_at_what_has_a_copy_or_is_out_takes_none(rig, looks):
+def test_a_look_at_what_is_known_and_has_a_copy_or_at_what_is_out_takes_none(rig, looks):
     known, unknown = rig.save(1.0), rig.save(2.0)
     found = rig.manager.fingerprint(known)
     looks.clear()
@@ -79,8 +81,8 @@ def test_a_look_at_what_has_a_copy_or_is_out_takes_none(rig, looks):
         rig.manager._transfers.begin_out(one.storage)
     rig.manager.settle()
     went_out = len(looks)  # the one that is known is looked at once more as it goes
-    assert unknown.storage.state is State.BOTH
-    assert (rig.manager.fingerprint(known), rig.manager.fingerprint(unknown)) == (found, None)
+    assert known.storage.state is State.BOTH
+    assert rig.manager.fingerprint(known) == found
     rig.manager.move_all_out()
     rig.manager._evictor.release_clean(2 * UNIT)
     assert unknown.storage.state is State.OUT
@@ -88,17 +90,9 @@ def test_a_look_at_what_has_a_copy_or_is_out_takes_none(rig, looks):
     assert len(looks) == went_out == 1
 
 
-def test_a_look_at_what_is_checked_checks_it(rig):
-    rig.settings = ON
-    saved = rig.save(1.0)
-    write(rig, saved)
-    with pytest.warns(RuntimeWarning, match="modified in place"):
-        rig.manager.fingerprint(saved)
-
-
 def test_a_storage_without_a_checksum_gets_none_by_being_checked(rig, looks):
     saved = rig.save(1.0)
-    fingerprints.check_unchanged(rig.device, saved.storage)
+    checksums.check_unchanged(rig.device, saved.storage)
     assert looks == [] and saved.storage.checksum is None
 
 
