@@ -14,6 +14,7 @@ import re
 import numpy as np
 
 from chainer_ooc.planning.profile import BACKWARD, FORWARD, OTHER, Profile, Rerun, SavedTensor, Step
+from chainer_ooc.planning.recorder import guard_bytes
 
 #: Shares of the peaks that well-tuned kernels reach, and the seconds to start one: assumptions.
 ARITHMETIC, TRAFFIC, LAUNCH = 0.6, 0.8, 5e-6
@@ -51,6 +52,22 @@ DEVICES = {
 }
 
 _INPUT = re.compile(r"(\w+)\[([\d,]*)\](?:@(\d+))?")
+
+
+def guarded(profile: Profile, bandwidth: float) -> Profile:
+    """Return a profile whose re-runs take the time of their fingerprints, of so many bytes per second, too."""
+    size = [storage.nbytes for storage in profile.storages]
+    steps = []
+    for step in profile.steps:
+        rerun = step.rerun
+        if rerun is not None:
+            nbytes = guard_bytes([size[i] for i in rerun.reads], [size[i] for i in rerun.writes])
+            guard = nbytes / bandwidth
+            rerun = dataclasses.replace(
+                rerun, seconds=rerun.seconds + guard, guard_seconds=guard
+            )
+        steps.append(dataclasses.replace(step, rerun=rerun))
+    return dataclasses.replace(profile, steps=tuple(steps))
 
 
 def _parse(text: str) -> tuple[int, tuple[int, ...], bool]:
@@ -129,4 +146,5 @@ def modelled(profile: Profile, device: Device, scale: int = 1) -> Profile:
         SavedTensor(scale * s.nbytes, s.producer, s.free_from, s.uses, s.label)
         for s in profile.storages
     )
-    return Profile(profile.name, device.name, True, profile.fixed_bytes, tuple(steps), storages)
+    result = Profile(profile.name, device.name, True, profile.fixed_bytes, tuple(steps), storages)
+    return guarded(result, TRAFFIC * device.bandwidth)

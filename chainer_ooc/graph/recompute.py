@@ -55,6 +55,7 @@ class _Rule(NamedTuple):
     unused: Collection[str]
     costly: bool
     makes: Collection[str]
+    crops: bool = False  # its output may be a part of a larger array that it has made, all bytes of which it sets
 
 
 _rules: dict[type, _Rule] = {}
@@ -123,6 +124,7 @@ def install() -> None:
         average_pooling_nd,
         max_pooling_nd,
         unpooling_2d,
+        unpooling_nd,
     )
     from chainer.functions.rnn import lstm
 
@@ -135,7 +137,7 @@ def install() -> None:
         *(cast.Cast, concat.Concat, expand_dims.ExpandDims, reshape.Reshape),
         *(squeeze.Squeeze, transpose.Transpose),
         *(average_pooling_nd.AveragePoolingND, average_pooling_2d.AveragePooling2D),
-        *(unpooling_2d.Unpooling2D, bn.FixedBatchNormalization),
+        *(unpooling_2d.Unpooling2D, unpooling_nd.UnpoolingND, bn.FixedBatchNormalization),
     ):
         recomputable(cls)
     recomputable(max_pooling_nd.MaxPoolingND, makes=("indexes",))
@@ -145,6 +147,11 @@ def install() -> None:
         *(convolution_nd.ConvolutionND, deconvolution_nd.DeconvolutionND, linear.LinearFunction),
     ):
         recomputable(cls, when=_is_deterministic, costly=True)
+    for cls in (  # col2im adds patches up in an array of zeros, with the padding around the result
+        *(unpooling_2d.Unpooling2D, unpooling_nd.UnpoolingND),
+        *(deconvolution_2d.Deconvolution2DFunction, deconvolution_nd.DeconvolutionND),
+    ):
+        _rules[cls] = _rules[cls]._replace(crops=True)
     # Given its mask of forward, dropout draws no random numbers; cuDNN keeps no mask.
     recomputable(dropout.Dropout, when=lambda func: not func._use_cudnn)
     recomputable(
@@ -288,11 +295,16 @@ def _offer_node(node: Any) -> None:
         made = _made(node)
         if made is not None and made.layout == _layout_of(saved):
             leaves = _Leaves()
-            _offer(saved, made, _expression_of(node, leaves, _LONGEST), leaves)
+            crops = _rules[type(node._creator_node)].crops
+            _offer(saved, made, _expression_of(node, leaves, _LONGEST), leaves, crops)
 
 
 def _offer(
-    saved: PackedArray, made: _Content | None, expression: _Expression | None, leaves: _Leaves
+    saved: PackedArray,
+    made: _Content | None,
+    expression: _Expression | None,
+    leaves: _Leaves,
+    crops: bool = False,
 ) -> None:
     """Give a saved array the recipe that computes ``expression``, if the array can have one.
 
@@ -301,6 +313,7 @@ def _offer(
         made: Its content when its function made it.
         expression: Computes it.
         leaves: The arrays that the expression reads.
+        crops: The array may be a part of its storage, if the expression gives such a part, too.
     """
     if expression is None or made is None:
         return
@@ -321,6 +334,7 @@ def _offer(
             constants=constants,
             costly=leaves.costly,
             conditions=tuple(leaves.conditions),
+            crops=crops,
         )
         saved.storage.manager.give_recipe(saved, recipe)
 

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 from chainer_ooc.planning.profile import BACKWARD, Profile, Rerun, SavedTensor, Step
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "guard_bytes"]
+
+
+def guard_bytes(read: Sequence[int], made: Sequence[int]) -> int:
+    """Return the bytes of which fingerprints are taken for a re-run that reads and makes storages of these sizes.
+
+    What is read is looked at when it is first used and before the discard; what is made then, too, and after the re-run.
+    """
+    return 2 * sum(read) + 3 * sum(made)
 
 
 @dataclasses.dataclass
@@ -179,13 +187,9 @@ class Recorder:
     def _guarding(
         self, storages: Sequence[SavedTensor], reads: Sequence[int], writes: Sequence[int]
     ) -> float:
-        """Return the time of the fingerprints of a re-run (seconds).
-
-        They are taken of what is read when it is first used and before the discard, and of what is made then too and
-        after the re-run.
-        """
-        nbytes = 2 * sum(storages[i].nbytes for i in reads) + 3 * sum(
-            storages[i].nbytes for i in writes
+        """Return the time of the fingerprints of a re-run (seconds)."""
+        nbytes = guard_bytes(
+            [storages[i].nbytes for i in reads], [storages[i].nbytes for i in writes]
         )
         return nbytes / self._guard_bandwidth
 

@@ -173,15 +173,18 @@ class SwapManager:
     def give_recipe(self, saved: PackedArray, recipe: Recipe) -> None:
         """Allow the storage of ``saved``, a resident array, to be computed again instead of moved.
 
-        The array must fill its storage. A storage keeps the first recipe that it gets.
+        The array must fill its storage, unless the recipe gives a part of a larger array, too. A storage keeps the
+        first recipe that it gets.
         """
         storage, layout = saved.storage, saved.layout
+        fills = not layout.offset and (
+            math.prod(layout.shape) * layout.dtype.itemsize == storage.nbytes
+        )
         with self._lock:
             if (
                 storage.recipe is None
                 and storage.state is State.RESIDENT
-                and math.prod(layout.shape) * layout.dtype.itemsize == storage.nbytes
-                and not layout.offset
+                and (fills or (recipe.crops and not storage.origin))
                 and all(one.storage.manager is self for one in recipe.inputs)
             ):
                 storage.recipe = recipe

@@ -73,13 +73,14 @@ class Recipe:
     Attributes:
         inputs: The saved arrays that it reads.
         run: Takes the arrays of the inputs, in that order, and returns the result. It has no side effects.
-        layout: The layout of the result, which fills the storage.
+        layout: The layout of the result. It fills the storage, unless ``crops``.
         fingerprint: The fingerprint of the result's bytes; ``None`` if nobody has taken it.
         input_fingerprints: Those of the inputs' storages when the result was computed.
         functions: The functions that it runs, by whatever name the caller gives them.
         constants: The arrays that it reads besides the inputs.
         costly: Only a plan, which has weighed the cost, may use it.
         conditions: Fingerprints that must be equal: each function has read what the one before it made.
+        crops: The result may be a part of a larger array that ``run`` makes, which is the storage.
     """
 
     inputs: tuple[PackedArray, ...]
@@ -91,6 +92,7 @@ class Recipe:
     constants: tuple[Constant, ...] = ()
     costly: bool = False
     conditions: tuple[Pair, ...] = ()
+    crops: bool = False
 
     def storages(self) -> tuple[Storage, ...]:
         """Return the storages of the inputs, each once."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 __all__ = [
     "Device",
     "Known",
@@ -15,7 +17,9 @@ __all__ = [
     "SwappedBlock",
     "Transfer",
     "Verdict",
+    "as_bytes",
     "bytes_of_array",
+    "lies_alike",
 ]
 
 #: A crop of an allocation over CROPPED times its size has no fingerprint, unless it has at most SMALL bytes.
@@ -228,6 +232,20 @@ class PooledDevice(Device, Protocol):
 
     def note_allocation(self) -> None:
         """Note an allocation on the current stream, for the peak and for the order of copies."""
+
+
+def lies_alike(array: Any, location: Location, layout: Layout, nbytes: int) -> bool:
+    """Return whether an array lies in its allocation as ``layout`` does in a storage of ``nbytes``."""
+    return (
+        array.strides == layout.strides
+        and location.nbytes == nbytes
+        and location.offset == layout.offset
+    )
+
+
+def as_bytes(nbytes: int) -> Layout:
+    """Return the layout of a whole storage as bytes."""
+    return Layout(np.dtype(np.uint8), (nbytes,), (1,), 0, True)
 
 
 def bytes_of_array(

@@ -12,7 +12,7 @@ from chainer_ooc.swap.devices.cuda.checksum import CudaChecksum
 from chainer_ooc.swap.devices.cuda.host import DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
 from chainer_ooc.swap.devices.cuda.transfers import FailedTransfer, StreamTransfer
-from chainer_ooc.swap.devices.protocol import Known, Layout, Location, Transfer
+from chainer_ooc.swap.devices.protocol import Known, Layout, Location, Transfer, lies_alike
 from chainer_ooc.swap.system import memory
 from chainer_ooc.swap.system.ranks import ranks_of_this_node
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
@@ -194,12 +194,7 @@ class CudaDevice:
     ) -> tuple[Any, int]:
         """Use the buffer of ``array`` as the storage's memory if its strides match; else copy."""
         location = self.arrays.locate(array)
-        if (
-            location is not None
-            and array.strides == layout.strides
-            and location.nbytes == nbytes
-            and not location.offset
-        ):
+        if location is not None and lies_alike(array, location, layout, nbytes):
             return location.owner, 0
         return self.duplicate(array, layout, nbytes, page_offset)
 

@@ -14,7 +14,7 @@ import xxhash
 
 from chainer_ooc import wording
 from chainer_ooc.swap.devices.copy_threads import CopyThreads, FileTransfer
-from chainer_ooc.swap.devices.protocol import Known, Location, Span
+from chainer_ooc.swap.devices.protocol import Known, Location, Span, as_bytes, lies_alike
 from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.devices.ram.file_copies import FileCopy
 from chainer_ooc.swap.system import memory
@@ -140,10 +140,11 @@ class RamDevice:
     ) -> tuple[np.ndarray, int]:
         """Use the buffer of ``array`` as the storage's memory if strides and page offset match; else copy."""
         location = self.locate(array)
-        if location is not None and array.strides == layout.strides:
-            whole = location.nbytes == nbytes and not location.offset
-            if whole and (location.address - page_offset) % ALIGNMENT == 0:
+        if location is not None and lies_alike(array, location, layout, nbytes):
+            if (location.address - page_offset) % ALIGNMENT == 0:
                 return location.owner, 0
+            layout = as_bytes(nbytes)
+            array = self.view(location.owner, 0, layout)
         return self.duplicate(array, layout, nbytes, page_offset)
 
     def duplicate(
