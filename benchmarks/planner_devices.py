@@ -14,7 +14,6 @@ import re
 import numpy as np
 
 from chainer_ooc.planning.profile import BACKWARD, FORWARD, OTHER, Profile, Rerun, SavedTensor, Step
-from chainer_ooc.planning.recorder import guard_bytes
 
 #: Shares of the peaks that well-tuned kernels reach, and the seconds to start one: assumptions.
 ARITHMETIC, TRAFFIC, LAUNCH = 0.6, 0.8, 5e-6
@@ -51,21 +50,25 @@ DEVICES = {
     ),
 }
 
+#: Functions whose re-runs are checked.
+CHECKED = ("Convolution", "Deconvolution", "Linear")
 _INPUT = re.compile(r"(\w+)\[([\d,]*)\](?:@(\d+))?")
 
 
 def guarded(profile: Profile, bandwidth: float) -> Profile:
-    """Return a profile whose re-runs take the time of their fingerprints, of so many bytes per second, too."""
+    """Return a profile whose re-runs of products take the time of their fingerprints, too.
+
+    Args:
+        profile: The profile.
+        bandwidth: The bytes per second of which fingerprints are taken.
+    """
     size = [storage.nbytes for storage in profile.storages]
     steps = []
     for step in profile.steps:
         rerun = step.rerun
-        if rerun is not None:
-            nbytes = guard_bytes([size[i] for i in rerun.reads], [size[i] for i in rerun.writes])
-            guard = nbytes / bandwidth
-            rerun = dataclasses.replace(
-                rerun, seconds=rerun.seconds + guard, guard_seconds=guard
-            )
+        if rerun is not None and step.label.startswith(CHECKED):
+            guard = 2 * sum(size[i] for i in rerun.writes) / bandwidth
+            rerun = dataclasses.replace(rerun, seconds=rerun.seconds + guard, guard_seconds=guard)
         steps.append(dataclasses.replace(step, rerun=rerun))
     return dataclasses.replace(profile, steps=tuple(steps))
 

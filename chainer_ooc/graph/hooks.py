@@ -78,7 +78,7 @@ def install() -> None:
     with _install_lock:
         if _stock:
             return
-        nodes.install(_stand_in, _before_hooks)
+        nodes.install(_stand_in, _before_hooks, _reach)
         recompute.install()
         rules.install()
         attributes.saved_attributes(batch_normalization.BatchNormalization, ["_impl"])
@@ -119,8 +119,13 @@ def _apply(self: Any, inputs: Any) -> Any:
     tracker = _tracker(manager, settings)
     if tracker is not None and _keeps_graph(inputs):
         tracker.forward(self, inputs, settings)
+    guards = settings.discard_all or (tracker is not None and tracker.is_guarding)
+    if guards and not (_is_chainers(self) and recompute.is_unwatched(self)):
+        recompute.expose_inputs(inputs)
     run = _run_verified if settings.verify else _run
     outputs = run(self, inputs, manager, apply, self, inputs)
+    if guards:
+        recompute.note_private(self, inputs, outputs)
     if self.inputs is not None and not self._is_chainerx_fallback_mode:
         if tracker is not None and tracker.is_selective and tracker.moves(self):
             with state.local.uninterrupted:
@@ -448,6 +453,13 @@ def _is_chainers(func: Any) -> bool:
     wrapped = func.__dict__.get("_function")
     module = type(func if wrapped is None else wrapped).__module__
     return module.startswith(("chainer.", "chainermn.")) and module not in _WRITERS
+
+
+def _reach(node: Any) -> None:
+    """Note that code has asked for a node's array, unless a function of Chainer has."""
+    running = state.local.running
+    if not state.local.read_only and not (running is not None and _is_chainers(running[0])):
+        recompute.expose(node)
 
 
 def _stand_in(saved: PackedArray) -> Any:

@@ -145,6 +145,11 @@ class IterationTracker:
             return False
 
     @property
+    def is_guarding(self) -> bool:
+        """Whether the plan discards arrays: it matters who gets one."""
+        return bool(self._guarded.run)
+
+    @property
     def is_selective(self) -> bool:
         """Whether only the arrays that the plan moves are saved now."""
         return self._saves_selectively and self._executor is not None
@@ -211,7 +216,7 @@ class IterationTracker:
         steps = [step[1] for step in recipe.functions if step and step[0] == self._iteration]
         if None not in reads and len(steps) == len(recipe.functions):
             known = [read for read in reads if read is not None]
-            self._recorder.can_remake(number, known, steps)
+            self._recorder.can_remake(number, known, steps, not recipe.trusted)
 
     def backward(self, func: Any) -> None:
         """Note that a function is about to run backward."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from chainer_ooc.graph.attributes import PackedTuple
+from chainer_ooc.swap.recipe import PRIVATE
 from chainer_ooc.swap.storage import PackedArray
 
 __all__ = ["install", "keep", "save_inputs", "save_outputs"]
@@ -18,7 +19,16 @@ __all__ = ["install", "keep", "save_inputs", "save_outputs"]
 _KEPT = "_ooc_kept"
 
 
+def _nobody(node: Any) -> None:
+    """Do nothing, before :func:`install`."""
+
+
+_reach: Callable[[Any], None] = _nobody
+
+
 def _get_data(node: Any) -> Any:
+    if PRIVATE in node.__dict__:
+        _reach(node)
     data = node.__dict__.get("_data")
     return data.get() if type(data) is PackedArray else data
 
@@ -32,6 +42,10 @@ def _set_data(node: Any, data: Any) -> None:
 
 
 def _get_retained(func: Any) -> Any:
+    for reference in func.outputs or ():
+        node = reference()
+        if node is not None and PRIVATE in node.__dict__:
+            _reach(node)
     retained = func.__dict__.get("_retained_output_data")
     return retained.get() if type(retained) is PackedTuple else retained
 
@@ -40,12 +54,17 @@ def _set_retained(func: Any, retained: Any) -> None:
     func.__dict__["_retained_output_data"] = retained
 
 
-def install(stand_in: Callable[[PackedArray], Any], before_hooks: Callable[[Any], None]) -> None:
+def install(
+    stand_in: Callable[[PackedArray], Any],
+    before_hooks: Callable[[Any], None],
+    reach: Callable[[Any], None],
+) -> None:
     """Make the properties of Chainer's classes. Later calls do nothing.
 
     Args:
         stand_in: Returns an empty array with the type and device of a saved one.
         before_hooks: Called with a function before its backward hooks.
+        reach: Called with a node whose array is private before code gets that.
 
     Raises:
         RuntimeError: If Chainer was imported without the import hook.
@@ -62,6 +81,17 @@ def install(stand_in: Callable[[PackedArray], Any], before_hooks: Callable[[Any]
         data = node.__dict__.get("_data")
         return stand_in(data) if type(data) is PackedArray else data
 
+    global _reach
+    _reach = reach
+    raw_array = chainer.Variable.raw_array.fget
+
+    def get_raw_array(variable: Any) -> Any:
+        node = variable.__dict__.get("_node")
+        if node is not None and PRIVATE in node.__dict__:
+            reach(node)
+        return raw_array(variable)
+
+    chainer.Variable.raw_array = property(get_raw_array, doc=chainer.Variable.raw_array.__doc__)
     variable._peek = peek
     variable._before_hooks = before_hooks
     variable.VariableNode._data = property(_get_data, _set_data)

@@ -18,11 +18,21 @@ import numpy as np
 
 from chainer_ooc import state
 from chainer_ooc.swap.devices.protocol import bytes_of_array
-from chainer_ooc.swap.recipe import Constant, Recipe
+from chainer_ooc.swap.recipe import PRIVATE, Constant, PrivateContent, Recipe
 from chainer_ooc.swap.storage import PackedArray
 from chainer_ooc.wording import repr_of
 
-__all__ = ["STEP", "Recipes", "install", "offer_recipes", "recomputable"]
+__all__ = [
+    "STEP",
+    "Recipes",
+    "expose",
+    "expose_inputs",
+    "install",
+    "is_unwatched",
+    "note_private",
+    "offer_recipes",
+    "recomputable",
+]
 
 #: The longest chain of functions that run again for one array.
 _LONGEST = 4
@@ -55,6 +65,10 @@ class _Rule(NamedTuple):
     unused: Collection[str]
     costly: bool
     makes: Collection[str]
+    known: bool = (
+        False  # Chainer's own, which keeps no reference to its output, nor lets others have it
+    )
+    trusted: bool = False  # it gives the same bits each time, whatever threads compute them
     crops: bool = False  # its output may be a part of a larger array that it has made, all bytes of which it sets
 
 
@@ -160,6 +174,9 @@ def install() -> None:
         lambda func: isinstance(func._impl, bn.GeneralBatchNormalizationImpl),
         ("running_mean", "running_var", "var", "_impl"),
     )
+    for cls, rule in _rules.items():
+        if cls.__module__.startswith("chainer."):
+            _rules[cls] = rule._replace(known=True, trusted=not rule.costly)
 
 
 class Recipes(enum.Enum):
@@ -176,12 +193,12 @@ class _Content(NamedTuple):
     """The content of an array at one moment.
 
     Attributes:
-        fingerprint: The fingerprint of the bytes, or of the whole storage if the array is saved; ``None`` if nobody
-            has taken it.
+        bytes: A :class:`~chainer_ooc.swap.recipe.PrivateContent`, or else the fingerprint of the bytes, or of the
+            whole storage if the array is saved; ``None`` if nobody has taken it.
         layout: The dtype, shape, strides and offset.
     """
 
-    fingerprint: Any
+    bytes: Any
     layout: tuple[Any, ...]
 
 
@@ -225,20 +242,21 @@ class _Run:
 
 
 class _Leaves:
-    """The arrays that an expression reads, the fingerprints of the saved ones, and the steps that compute it."""
+    """The arrays that an expression reads, the contents of the saved ones, and the steps that compute it."""
 
     def __init__(self) -> None:
         self.saved: list[PackedArray] = []
-        self.fingerprints: list[Any] = []
+        self.contents: list[Any] = []
         self.conditions: list[tuple[Any, Any]] = []
         self.constants: dict[int, Constant] = {}
         self.steps: list[Any] = []
         self.costly = False
+        self.trusted = True
 
-    def add(self, saved: PackedArray, fingerprint: Any) -> _Leaf:
-        """Add a saved array and the fingerprint that its storage had. Return the expression that reads it."""
+    def add(self, saved: PackedArray, content: Any) -> _Leaf:
+        """Add a saved array and the content that its storage had. Return the expression that reads it."""
         self.saved.append(saved)
-        self.fingerprints.append(fingerprint)
+        self.contents.append(content)
         return _Leaf(len(self.saved) - 1)
 
 
@@ -266,7 +284,7 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], how:
     """
     guarded = how is Recipes.GUARDED
     rule = None if how is Recipes.OF_SAVED else _rules.get(type(func))
-    if rule is not None and rule.when(func) and _is_unwatched(func):
+    if rule is not None and rule.when(func) and is_unwatched(func):
         most = max((_nbytes(y) for y in outputs), default=0) // _SMALLER
         seen = [
             _see(node, getattr(x, "raw_array", x), most, guarded)
@@ -288,12 +306,66 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], how:
         _offer_node(func.inputs[index])
 
 
+def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Note which outputs of a function that has just run forward nobody but Chainer's functions can have had.
+
+    They are what functions known to :func:`install` have made, and views of such arrays by any function.
+    """
+    rule = _rules.get(type(func))
+    fresh = rule is not None and rule.known and is_unwatched(func)
+    arrays = None
+    for y in outputs:
+        array = y._data[0]
+        if array.base is None and not any(array is getattr(x, "_data", (x,))[0] for x in inputs):
+            if fresh and (manager := state.manager_for(array)) is not None:
+                y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
+            continue
+        if arrays is None:
+            arrays = [
+                (_owner_of(getattr(x, "_data", (x,))[0]), getattr(x, "_node", None)) for x in inputs
+            ]
+        owner = _owner_of(array)
+        shared = [node for one, node in arrays if one is owner]
+        if shared:
+            private = None if shared[0] is None else shared[0].__dict__.get(PRIVATE)
+            if private is not None:
+                y.node.__dict__[PRIVATE] = private
+        elif fresh and (manager := state.manager_for(array)) is not None:
+            y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
+
+
+def expose(node: Any) -> None:
+    """Note that other code than Chainer's functions gets a node's array."""
+    private = node.__dict__.get(PRIVATE)
+    if private is not None and not private.is_exposed:
+        data = node.__dict__.get("_data")
+        stored = type(data) is PackedArray and data.storage.state.in_memory
+        private.expose(data.storage if stored else None)
+
+
+def expose_inputs(inputs: Sequence[Any]) -> None:
+    """Note that a function that is not Chainer's, or a hook, gets these variables' arrays."""
+    for x in inputs:
+        node = getattr(x, "_node", None)
+        if node is not None:
+            expose(node)
+
+
+def _owner_of(array: Any) -> Any:
+    """Return what owns an array's memory."""
+    while type(base := array.base) is type(array):
+        array = base
+    return array if base is None else base
+
+
 def _offer_node(node: Any) -> None:
     """Give a node's array a recipe, if the node's function has made it and it still has the layout it had then."""
     saved = node.__dict__.get("_data")
     if type(saved) is PackedArray and saved.storage.recipe is None:
         made = _made(node)
         if made is not None and made.layout == _layout_of(saved):
+            if type(made.bytes) is PrivateContent:
+                _take_private(made.bytes, saved)
             leaves = _Leaves()
             crops = _rules[type(node._creator_node)].crops
             _offer(saved, made, _expression_of(node, leaves, _LONGEST), leaves, crops)
@@ -328,11 +400,12 @@ def _offer(
             inputs=tuple(leaves.saved),
             run=_quiet(expression),
             layout=saved.layout,
-            fingerprint=made.fingerprint,
-            input_fingerprints=tuple(leaves.fingerprints),
+            content=made.bytes,
+            input_contents=tuple(leaves.contents),
             functions=tuple(leaves.steps),
             constants=constants,
             costly=leaves.costly,
+            trusted=leaves.trusted,
             conditions=tuple(leaves.conditions),
             crops=crops,
         )
@@ -381,7 +454,7 @@ def _made_now(y: Any, guarded: bool) -> _Content | None:
     """Return the present content of an output."""
     saved, array = y.node.__dict__.get("_data"), y.raw_array
     is_saved = type(saved) is PackedArray and saved.alive() is array
-    return _content_of(saved if is_saved else array, guarded)
+    return _content_of(saved if is_saved else array, guarded, y.node)
 
 
 def _made(node: Any) -> _Content | None:
@@ -407,7 +480,7 @@ def _see(node: Any, array: Any, most: int, guarded: bool) -> _Seen | None:
     """
     saved = node.__dict__.get("_data")
     if type(saved) is PackedArray and saved.alive() is array:
-        content = _content_of(saved, guarded)
+        content = _content_of(saved, guarded, node)
         return None if content is None else _Seen(content, saved)
     if array is None:
         return None
@@ -420,7 +493,7 @@ def _see(node: Any, array: Any, most: int, guarded: bool) -> _Seen | None:
             if manager is not None and location is not None and array.flags.c_contiguous:
                 return _Seen(None, constant=Constant(manager.device, array, guarded))
         return None
-    content = _content_of(array, guarded)
+    content = _content_of(array, guarded, node)
     return None if content is None else _Seen(content)
 
 
@@ -440,9 +513,18 @@ def _small(array: Any, guarded: bool) -> _Seen | None:
     return _Seen(content, small=_Copy(array.copy() if guarded else None))
 
 
-def _content_of(data: Any, guarded: bool) -> _Content | None:
-    """Return the present content of an array, or of the array behind a stand-in; ``None`` if it cannot be known."""
+def _content_of(data: Any, guarded: bool, node: Any = None) -> _Content | None:
+    """Return the present content of an array, or of the array behind a stand-in; ``None`` if it cannot be known.
+
+    Args:
+        data: The array, or its stand-in.
+        guarded: Find out its bytes.
+        node: The node whose array it is, if any.
+    """
+    private = None if node is None or not guarded else node.__dict__.get(PRIVATE)
     if type(data) is PackedArray:
+        if private is not None and _take_private(private, data):
+            return _Content(private, _layout_of(data))
         fingerprint = data.storage.manager.fingerprint(data) if guarded else None
         return _Content(fingerprint, _layout_of(data))
     manager = state.manager_for(data)
@@ -450,8 +532,24 @@ def _content_of(data: Any, guarded: bool) -> _Content | None:
     if manager is None or found is None:
         return None
     owner, start, nbytes, offset = found
-    fingerprint = manager.device.fingerprint(owner, start, nbytes) if guarded else None
-    return _Content(fingerprint, (data.dtype, data.shape, data.strides, offset))
+    layout = data.dtype, data.shape, data.strides, offset
+    if private is not None and private.is_of(data) and not private.is_exposed:
+        private.is_needed = True
+        return _Content(private, layout)
+    return _Content(manager.device.fingerprint(owner, start, nbytes) if guarded else None, layout)
+
+
+def _take_private(private: PrivateContent, saved: PackedArray) -> bool:
+    """Return whether a saved array still has its private content; the storage knows that from now on."""
+    storage = saved.storage
+    if storage.content is None and private.is_of(saved.alive()):
+        if storage.exposed:  # by another way than this node
+            private.expose()
+        storage.content = private
+    if storage.content is not private or private.is_exposed:
+        return False
+    private.is_needed = True
+    return True
 
 
 def _layout_of(saved: PackedArray) -> tuple[Any, ...]:
@@ -501,6 +599,7 @@ def _rerun_of(
         attributes[name] = value
     leaves.steps.append(func.__dict__.get(STEP))
     leaves.costly |= rule.costly
+    leaves.trusted &= rule.trusted
     cls, configuration = type(func), ran.configuration
 
     def run(arrays: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
@@ -532,7 +631,7 @@ def _source(node: Any, seen: _Seen, leaves: _Leaves, longest: int) -> _Expressio
         made = _made(node)
         if made is None or seen.content is None or made.layout != seen.content.layout:
             return None
-        leaves.conditions.append((made.fingerprint, seen.content.fingerprint))
+        leaves.conditions.append((made.bytes, seen.content.bytes))
         return _expression_of(node, leaves, longest)
     return _kept(seen, data, leaves)
 
@@ -558,15 +657,15 @@ def _kept(seen: _Seen, data: Any, leaves: _Leaves) -> _Expression | None:
         is_saved = type(data) is PackedArray  # meanwhile
         if not is_saved and data.nbytes > _SMALL:
             return None
-        guarded = seen.content.fingerprint is not None
+        guarded = seen.content.bytes is not None
         now = _content_of(data, guarded and not is_saved)
         if now is None or now.layout != seen.content.layout:
             return None
         if not is_saved:
-            leaves.conditions.append((seen.content.fingerprint, now.fingerprint))
+            leaves.conditions.append((seen.content.bytes, now.bytes))
             return _Copy(data.copy())
         saved = data
-    return leaves.add(saved, seen.content.fingerprint)
+    return leaves.add(saved, seen.content.bytes)
 
 
 def _data_of(node: Any) -> Any:
@@ -578,7 +677,7 @@ def _data_of(node: Any) -> Any:
     return data
 
 
-def _is_unwatched(func: Any) -> bool:
+def is_unwatched(func: Any) -> bool:
     """Return whether no user's hook got the inputs after their use: a hook may write to them."""
     import chainer
 

@@ -8,15 +8,7 @@ from collections.abc import Sequence
 
 from chainer_ooc.planning.profile import BACKWARD, Profile, Rerun, SavedTensor, Step
 
-__all__ = ["Recorder", "guard_bytes"]
-
-
-def guard_bytes(read: Sequence[int], made: Sequence[int]) -> int:
-    """Return the bytes of which fingerprints are taken for a re-run that reads and makes storages of these sizes.
-
-    What is read is looked at when it is first used and before the discard; what is made then, too, and after the re-run.
-    """
-    return 2 * sum(read) + 3 * sum(made)
+__all__ = ["Recorder"]
 
 
 @dataclasses.dataclass
@@ -32,6 +24,7 @@ class _Step:
     saved: tuple[int, ...] = ()
     rerun: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     by: tuple[int, ...] = ()  # the steps to run again, if not this one alone
+    checked: bool = False  # fingerprints tell whether the re-run gives the same bits
 
 
 @dataclasses.dataclass
@@ -111,17 +104,21 @@ class Recorder:
         """Record that the running step can run again bit for bit, and the storages it then reads and makes."""
         self._steps[-1].rerun = tuple(sorted(set(reads))), tuple(sorted(set(writes)))
 
-    def can_remake(self, storage: int, reads: Sequence[int], steps: Sequence[int]) -> None:
+    def can_remake(
+        self, storage: int, reads: Sequence[int], steps: Sequence[int], checked: bool = False
+    ) -> None:
         """Record that running some steps again makes a storage from other storages.
 
         Args:
             storage: The storage that is made.
             reads: The storages that are read.
             steps: The steps that run. They take the workspace that they took together, without the storage.
+            checked: Fingerprints tell whether the result has the same bits.
         """
         maker = self._steps[self.producer(storage)]
         if maker.rerun is None:
             maker.rerun, maker.by = (tuple(sorted(set(reads))), (storage,)), tuple(steps)
+            maker.checked = checked
         elif maker.by == tuple(steps):  # another result of the same steps
             known, writes = maker.rerun
             maker.rerun = tuple(sorted({*known, *reads})), tuple(sorted({*writes, storage}))
@@ -184,15 +181,6 @@ class Recorder:
         )
         return Profile(name, device, False, fixed, steps, storages)
 
-    def _guarding(
-        self, storages: Sequence[SavedTensor], reads: Sequence[int], writes: Sequence[int]
-    ) -> float:
-        """Return the time of the fingerprints of a re-run (seconds)."""
-        nbytes = guard_bytes(
-            [storages[i].nbytes for i in reads], [storages[i].nbytes for i in writes]
-        )
-        return nbytes / self._guard_bandwidth
-
     def _step(
         self,
         number: int,
@@ -216,7 +204,9 @@ class Recorder:
                 # Unsaved storages are part of the step's workspace; a re-run counts them separately.
                 taken = workspace
                 apart = sum(storages[i].nbytes for i in {*reads, *writes} if not storages[i].uses)
-            guard = self._guarding(storages, reads, writes)
+            # A result that is checked gets a fingerprint before it is discarded and after the re-run.
+            nbytes = 2 * sum(storages[i].nbytes for i in writes) if step.checked else 0
+            guard = nbytes / self._guard_bandwidth
             own = max(0, taken - apart)
             rerun = Rerun(spent + guard, own, reads, writes, step.by, guard)
         return Step(

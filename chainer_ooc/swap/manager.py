@@ -459,6 +459,9 @@ class SwapManager:
 
     def _mark_dirty(self, storage: Storage) -> None:
         """Note that code may write to a storage; compute the storages that depend on it first."""
+        storage.exposed = True
+        if storage.content is not None:
+            storage.content.expose(storage if storage.state.in_memory else None)
         if storage.dependents:
             self._evictor.discards = False  # its dependents must not be discarded again
             try:

@@ -3,19 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from chainer_ooc.swap.devices.protocol import Layout
+from chainer_ooc.swap.devices.protocol import Known, Layout, bytes_of_array
 from chainer_ooc.swap.storage import PackedArray, State, Storage
 
 if TYPE_CHECKING:
     from chainer_ooc.swap.devices.protocol import Device, Location, Verdict
 
-__all__ = ["Constant", "Recipe", "fingerprint_of"]
+__all__ = ["PRIVATE", "Constant", "PrivateContent", "Recipe", "fingerprint_of", "known"]
 
+#: The attribute of a graph's node with its array's :class:`PrivateContent`.
+PRIVATE = "_ooc_private"
 #: Two fingerprints that are equal if nobody has written to an array.
 Pair = tuple[Any, Any]
+
+
+class PrivateContent:
+    """The bytes that a function of Chainer has made, for as long as only such functions have had the array.
+
+    Nobody can have written to them: they need no fingerprint. It is taken when other code gets the array.
+
+    Args:
+        device: The device of the array.
+        array: The array that the function has returned.
+
+    Attributes:
+        is_exposed: Other code has had the array.
+        is_needed: A recipe depends on these bytes.
+        fingerprint: Their fingerprint, if they are exposed and needed.
+    """
+
+    __slots__ = ("_array", "_device", "fingerprint", "is_exposed", "is_needed")
+
+    def __init__(self, device: Device, array: Any) -> None:
+        self._device = device
+        self._array = weakref.ref(array)
+        self.is_exposed = self.is_needed = False
+        self.fingerprint: Any = None
+
+    def is_of(self, array: Any) -> bool:
+        """Return whether ``array`` is the object that the function has returned."""
+        return self._array() is array
+
+    def expose(self, storage: Storage | None = None) -> None:
+        """Note that other code is about to get the array.
+
+        Args:
+            storage: Its storage, if it is saved and in memory.
+        """
+        if self.is_exposed:
+            return
+        self.is_exposed = True
+        if not self.is_needed:
+            return
+        array = self._array()
+        if storage is not None:
+            self.fingerprint = fingerprint_of(self._device, storage)
+        elif array is not None:
+            found = bytes_of_array(array, self._device.locate)
+            self.fingerprint = None if found is None else self._device.fingerprint(*found[:3])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Return ``None``: the owner of a copy may write to it."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 class Constant:
@@ -74,23 +129,26 @@ class Recipe:
         inputs: The saved arrays that it reads.
         run: Takes the arrays of the inputs, in that order, and returns the result. It has no side effects.
         layout: The layout of the result. It fills the storage, unless ``crops``.
-        fingerprint: The fingerprint of the result's bytes; ``None`` if nobody has taken it.
-        input_fingerprints: Those of the inputs' storages when the result was computed.
+        content: The result's bytes: a :class:`PrivateContent`, or else their fingerprint; ``None`` if nobody has
+            taken that.
+        input_contents: The same of the inputs' storages, when the result was computed.
         functions: The functions that it runs, by whatever name the caller gives them.
         constants: The arrays that it reads besides the inputs.
         costly: Only a plan, which has weighed the cost, may use it.
-        conditions: Fingerprints that must be equal: each function has read what the one before it made.
+        trusted: Its functions are known to give the same bits each time. Else the result is checked.
+        conditions: Contents that must be equal: each function has read what the one before it made.
         crops: The result may be a part of a larger array that ``run`` makes, which is the storage.
     """
 
     inputs: tuple[PackedArray, ...]
     run: Callable[[Sequence[Any]], Any]
     layout: Layout
-    fingerprint: Any
-    input_fingerprints: tuple[Any, ...]
+    content: Any
+    input_contents: tuple[Any, ...]
     functions: tuple[Any, ...] = ()
     constants: tuple[Constant, ...] = ()
     costly: bool = False
+    trusted: bool = False
     conditions: tuple[Pair, ...] = ()
     crops: bool = False
 
@@ -116,34 +174,44 @@ class Recipe:
         Returns:
             The verdict, ``None`` if the recipe may not be used.
         """
-        if self.fingerprint is None or (self.costly and not planned):
+        if self.content is None or (self.costly and not planned):
             return None
-        looks: list[
-            tuple[Any, Storage]
-        ] = []  # a fingerprint, and the storage of which to take the other
         pairs = list(self.conditions)
-        for saved, before in zip(self.inputs, self.input_fingerprints, strict=True):
+        for saved, before in zip(self.inputs, self.input_contents, strict=True):
             needed = saved.storage
-            leaves = needed.state is State.GOING_OUT and not needed.dirty
-            if needed.copy is not None or leaves:
-                pairs.append((before, needed.fingerprint))
-            elif (
-                needed.state in (State.RESIDENT, State.CHECKING)
-                and not needed.referenced_externally
-            ):
-                looks.append((before, needed))
-            elif planned and needed.state is State.DISCARDED:
+            is_known = is_private(needed, before)
+            if needed.state is State.DISCARDED:
                 assert needed.recipe is not None
-                pairs.append((before, needed.recipe.fingerprint))
+                now = needed.recipe.content if planned else None
+            elif needed.state in (State.RESIDENT, State.CHECKING):
+                if needed.referenced_externally:
+                    return None
+                now = before if is_known else fingerprint_of(device, needed)
+            elif needed.copy is not None or not needed.dirty:  # it has a valid copy, or will have
+                now = before if is_known else needed.fingerprint
             else:
                 return None
-        looks.append((self.fingerprint, storage))
-        if any(None in pair for pair in pairs) or any(before is None for before, _ in looks):
-            return None
-        pairs += [(before, fingerprint_of(device, one)) for before, one in looks]
+            pairs.append((before, now))
+        is_known = is_private(storage, self.content)
+        now = self.content if is_known else fingerprint_of(device, storage)
+        pairs.append((self.content, now))
         for constant in self.constants:
             pairs += constant.pairs()
-        return device.compare(pairs)
+        found = [(known(a), known(b)) for a, b in pairs if a is not b or a is None]
+        if any(None in pair for pair in found):
+            return None
+        return device.compare(found) if found else Known(True)
+
+
+def is_private(storage: Storage, content: Any) -> bool:
+    """Return whether a storage still has a content that no other code than Chainer's functions has had."""
+    own = storage.content
+    return own is not None and own is content and not own.is_exposed
+
+
+def known(content: Any) -> Any:
+    """Return the fingerprint of a content, ``None`` if nobody has taken it."""
+    return content.fingerprint if type(content) is PrivateContent else content
 
 
 def fingerprint_of(device: Device, storage: Storage) -> Any:

@@ -15,7 +15,7 @@ from chainer_ooc.swap.devices.ram import native
 
 if TYPE_CHECKING:
     from chainer_ooc.swap.prefetch import SavedSequence
-    from chainer_ooc.swap.recipe import Recipe
+    from chainer_ooc.swap.recipe import PrivateContent, Recipe
 
 __all__ = ["AWAY", "PackedArray", "State", "Storage"]
 
@@ -99,6 +99,8 @@ class Storage(native.Mortal):
         dependents: Discarded storages whose recipes need this one.
         verdict: Whether it is unchanged, while that is being found out (CHECKING).
         fingerprint: The last fingerprint of its bytes, that of its copy if it has one; ``None`` if nothing needs one.
+        content: Its bytes, if only Chainer's functions had them when they were made, else ``None``.
+        exposed: Other code has had one of its arrays since it was saved.
         checksum: The last checksum of its bytes, if changes of it are reported (``verify``), else ``None``.
     """
 
@@ -107,9 +109,11 @@ class Storage(native.Mortal):
         "ahead",
         "arrival",
         "checksum",
+        "content",
         "copy",
         "dependents",
         "dirty",
+        "exposed",
         "fingerprint",
         "kept",
         "label",
@@ -158,6 +162,8 @@ class Storage(native.Mortal):
         self.arrival: Any = None
         self.verdict: Verdict | None = None
         self.fingerprint: Any = None
+        self.content: PrivateContent | None = None
+        self.exposed = False
         self.checksum: int | None = None
         self.recipe: Recipe | None = None
         self.dependents: weakref.WeakSet[Storage] | None = None

@@ -14,7 +14,7 @@ from chainer_ooc.swap import checksums
 from chainer_ooc.swap.devices.protocol import Device, Span, SwappedBlock, Transfer, Verdict
 from chainer_ooc.swap.events import Copied, Observer
 from chainer_ooc.swap.prefetch import SavedSequence
-from chainer_ooc.swap.recipe import Recipe, fingerprint_of
+from chainer_ooc.swap.recipe import Recipe, fingerprint_of, known
 from chainer_ooc.swap.storage import State, Storage
 
 __all__ = ["Counters", "Transfers"]
@@ -269,6 +269,9 @@ class Transfers:
             if needed.dependents is None:
                 needed.dependents = weakref.WeakSet()
             needed.dependents.add(storage)
+        storage.fingerprint = known(storage.recipe.content)
+        if storage.fingerprint is None and not storage.recipe.trusted:
+            storage.fingerprint = fingerprint_of(self.device, storage)
         storage.verdict = verdict
         self._move(storage, State.CHECKING)
         if verdict.done():
@@ -311,12 +314,13 @@ class Transfers:
         layout = storage.recipe.layout
         owner, origin = self.device.take_buffer(array, layout, storage.nbytes, storage.page_offset)
         del array
-        made = self.device.fingerprint(owner, origin, storage.nbytes)
-        verdict = self.device.compare([(storage.recipe.fingerprint, made)])
-        if not verdict.done():
-            self._remade.append((verdict, checksums.not_remade(storage)))
-        elif not verdict.equal():
-            raise checksums.not_remade(storage)
+        if storage.fingerprint is not None:
+            made = self.device.fingerprint(owner, origin, storage.nbytes)
+            verdict = self.device.compare([(storage.fingerprint, made)])
+            if not verdict.done():
+                self._remade.append((verdict, checksums.not_remade(storage)))
+            elif not verdict.equal():
+                raise checksums.not_remade(storage)
         storage.owner, storage.origin = owner, origin
         self._by_owner[id(owner)] = weakref.ref(storage)
         self._move(storage, State.RESIDENT)
@@ -492,7 +496,7 @@ class Transfers:
 
     def _copy_out(self, storage: Storage) -> Transfer:
         checksums.check_unchanged(self.device, storage)
-        if storage.fingerprint is not None:
+        if storage.fingerprint is not None or known(storage.content) is not None:
             storage.fingerprint = fingerprint_of(self.device, storage)
         transfer: Transfer = self._again_with_room(
             storage.nbytes,
