@@ -90,7 +90,7 @@ class IterationTracker:
         self._held: list[tuple[weakref.ref[Storage], int]] = []
         self._executor: PlanExecutor | None = None
         self._start = self._ended_clock = 0.0
-        self._ended_used = self._peak = 0
+        self._ended_used = self._peak = self._out_used = 0
 
     def forward(self, func: Any, inputs: Iterable[Any], settings: Settings) -> None:
         """Note that a function is about to run forward."""
@@ -249,6 +249,7 @@ class IterationTracker:
         self._number = -1
         self._backward = False
         self._start, self._peak = time.perf_counter(), 0
+        self._out_used = self._counters.bytes_out_used
         self._keys, self._clocks, self._held = [], [], []
         self._storages, self._numbers = {}, {}
         self._saved, self._unsaved = {}, []
@@ -268,6 +269,8 @@ class IterationTracker:
         system = self._system(settings)
         known = self.plan_cache.finish(measured, self._peak, step_seconds, system)
         if known is not None:
+            used = self._counters.bytes_out_used - self._out_used
+            self.plan_cache.entries[known].bytes_out_used.append(used)
             self._to_record = max(self._to_record - 1, 0)
             if not self._saves_selectively:
                 self.plan_cache.entries[known].saved = self._saved
@@ -277,6 +280,7 @@ class IterationTracker:
         self._to_record = 0 if entry is not None and entry.disabled else WARY
         if self._recorder is not None and self.plan_cache.wants(signature):
             profile = self._profile(self._recorder, step_seconds)
+            self.manager.shortages.note_floor(profile.floor_bytes)
             if profile.saved:
                 self.plan_cache.add(profile, make_plan(profile, system), seconds)
                 self.plan_cache.entries[signature].saved = self._saved
