@@ -85,7 +85,6 @@ class OutOfCoreReport(extension.Extension):
         }
         done = dataclasses.replace(now, **changes)
         figures = dataclasses.asdict(done)
-        del figures["advice"]
         for name in ("stall_seconds", "prefetch_accuracy", "overlap_percent"):
             figures[name] = getattr(done, name)
         for name, value in figures.items():

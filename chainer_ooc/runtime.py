@@ -160,8 +160,9 @@ def _begin_trace(path: str) -> None:
 
     def facts() -> dict[str, Any]:
         planned = [dataclasses.asdict(one) for one in plans()]
-        figures = {"stats": dataclasses.asdict(stats()), "plan": planned[0] if planned else None}
-        return {"settings": dataclasses.asdict(state.process.last), **figures}
+        now = stats()
+        figures = {"stats": dataclasses.asdict(now), "plan": planned[0] if planned else None}
+        return {"settings": dataclasses.asdict(state.process.last), **figures, "advice": now.advice}
 
     _traces[path] = Trace(path, facts)
     state.observers.append(_traces[path])

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 
 from chainer_ooc import state
+from chainer_ooc.graph.iteration import tracker_of
+from chainer_ooc.planning.schedule import bytes_for_second_backward
 from chainer_ooc.planning.system import LOW_WATER, MARGIN
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.transfers import Counters
@@ -30,14 +32,17 @@ class Stats(Shown, Counters):
             memory was never short.
         least_limit_bytes: The least limit (bytes) that suffices, as far as iterations have shown; ``None``
             while that is not known.
-        advice: What bound the run, and what to change.
     """
 
     peak_bytes: int = 0
     limit_bytes: int | None = None
     free_limit_bytes: int | None = None
     least_limit_bytes: int | None = None
-    advice: str = ""
+
+    @property
+    def advice(self) -> str:
+        """What has bound the process's runs until now, and what to change."""
+        return _advice(state.managers())
 
     @property
     def prefetch_accuracy(self) -> float | None:
@@ -93,8 +98,7 @@ def stats() -> Stats:
         peak_bytes=max((manager.device.peak_bytes() for manager in managers), default=0),
         limit_bytes=max((manager.limit for manager in managers), default=None),
         free_limit_bytes=max(map(_free_limit, short), default=None),
-        least_limit_bytes=max((m.shortages.least_limit for m in short), default=0) or None,
-        advice=_advice(managers, short),
+        least_limit_bytes=max(map(_least_limit, short), default=0) or None,
         **totals,
     )
 
@@ -104,11 +108,18 @@ def _free_limit(manager: SwapManager) -> int:
     return manager.shortages.limit_for(manager.peak_without_offload, LOW_WATER * (1 - MARGIN))
 
 
-def _advice(managers: list[SwapManager], short: list[SwapManager]) -> str:
+def _least_limit(manager: SwapManager) -> int:
+    """Return the least limit that suffices (bytes), 0 if it is not known: no more than one that was held."""
+    least = manager.shortages.least_limit
+    return least if manager.shortages.exceeds_limit else min(least, manager.limit)
+
+
+def _advice(managers: list[SwapManager]) -> str:
     if not managers:
         return "Out-of-core mode has not been on."
+    short = [manager for manager in managers if manager.has_been_short]
     moved = [m for m in short if m.counters.bytes_out or m.counters.bytes_discarded]
-    if not moved and not any(m.shortages.floor_bytes > m.limit for m in short):
+    if not moved and not any(m.shortages.exceeds_limit for m in short):
         return "Nothing moved: out-of-core mode was free."
     told = [" ".join(_sentences(manager)) for manager in moved or short]
     if len(told) == 1:
@@ -118,7 +129,7 @@ def _advice(managers: list[SwapManager], short: list[SwapManager]) -> str:
 
 def _sentences(manager: SwapManager) -> Iterator[str]:
     """Yield what bound a device's run, and what to change."""
-    counters, least, free = manager.counters, manager.shortages.least_limit, _free_limit(manager)
+    least, free = _least_limit(manager), _free_limit(manager)
     if least > manager.limit:
         yield f"The limit is too low: it takes {_setting(least)} or a smaller batch."
     yield _bottleneck(manager)
@@ -128,11 +139,24 @@ def _sentences(manager: SwapManager) -> Iterator[str]:
         yield f"That nothing moves would take {format_bytes(free)}, more than there is."
     else:
         yield f"With {_setting(free)} nothing moves."
-    if counters.bytes_out_used and not manager.settings().single_backward:
+    if not manager.settings().single_backward:
+        yield from _for_second_backward(manager)
+
+
+def _for_second_backward(manager: SwapManager) -> Iterator[str]:
+    used, total = manager.counters.bytes_out_used, manager.counters.bytes_out
+    entry = next(reversed(tracker_of(manager).plan_cache.entries.values()), None)
+    spared = 0
+    if entry is not None and not entry.disabled:
+        spared = bytes_for_second_backward(entry.profile, entry.plan, manager.limit)
+    if used:
+        yield f"Written for a second backward: {format_bytes(used)} of {format_bytes(total)}."
+    if spared:
         yield (
-            f"Written for a second backward: {format_bytes(counters.bytes_out_used)} of "
-            f"{format_bytes(counters.bytes_out)}. If backward runs once per graph, single_backward=True spares that."
+            f"By the plan {format_bytes(spared)} more leave in each iteration since used arrays take their place."
         )
+    if used or spared:
+        yield "If backward runs once per graph, single_backward=True spares that."
 
 
 def _setting(nbytes: int) -> str:

@@ -9,6 +9,8 @@ from statistics import median
 from chainer_ooc import state
 from chainer_ooc.planning.plan import Choice
 from chainer_ooc.planning.plan_cache import PlanEntry
+from chainer_ooc.planning.schedule import bytes_for_second_backward
+from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.tables import Shown, Table, format_bytes, format_seconds
 
 __all__ = ["PlanReport", "PlanReports", "plans"]
@@ -42,6 +44,8 @@ class PlanReport:
         on_demand_seconds: The time of the recorded iteration, which ran on demand (seconds).
         measured_seconds: The time of each iteration that followed the plan (seconds).
         measured_peak_bytes: The highest memory in use in each, between two functions (bytes).
+        bytes_out_spared: The part of ``bytes_out`` that need not leave with ``single_backward=True``: arrays that
+            backward has used do not take its place then.
         measured_bytes_out_used: The bytes copied out in each although backward had used them: for a second
             backward. ``single_backward=True`` spares them.
         followed: The plan is followed. It is not if on demand was faster.
@@ -67,6 +71,7 @@ class PlanReport:
     on_demand_seconds: float
     measured_seconds: tuple[float, ...]
     measured_peak_bytes: tuple[int, ...]
+    bytes_out_spared: int
     measured_bytes_out_used: tuple[int, ...]
     followed: bool
 
@@ -99,7 +104,8 @@ def _column(report: PlanReport) -> dict[str, str]:
         "swapped": storages(report.storages_swapped, report.bytes_swapped),
         "made again": storages(report.storages_recomputed, report.bytes_recomputed),
         "copied out in an iteration": format_bytes(report.bytes_out),
-        "  besides, for a second backward": measured(report.measured_bytes_out_used, format_bytes),
+        "  need not with single_backward": format_bytes(report.bytes_out_spared),
+        "  besides, of used arrays": measured(report.measured_bytes_out_used, format_bytes),
         "copied back": format_bytes(report.bytes_in),
         "time of an iteration": measured(report.measured_seconds, format_seconds),
         "  foreseen": format_seconds(report.seconds),
@@ -119,20 +125,26 @@ def plans() -> PlanReports:
     from chainer_ooc.graph.iteration import tracker_of
 
     return PlanReports(
-        _report(manager.device.name, entry)
+        _report(manager, entry)
         for manager in state.managers()
         for entry in reversed(tracker_of(manager).plan_cache.entries.values())
     )
 
 
-def _report(device: str, entry: PlanEntry) -> PlanReport:
+def _spared(manager: SwapManager, entry: PlanEntry) -> int:
+    if manager.settings().single_backward:
+        return 0
+    return bytes_for_second_backward(entry.profile, entry.plan, manager.limit)
+
+
+def _report(manager: SwapManager, entry: PlanEntry) -> PlanReport:
     profile, plan = entry.profile, entry.plan
     size = [storage.nbytes for storage in profile.storages]
     chosen = {choice: [i for i in profile.saved if plan.choices[i] is choice] for choice in Choice}
     count = {choice: len(of) for choice, of in chosen.items()}
     nbytes = {choice: sum(size[i] for i in of) for choice, of in chosen.items()}
     return PlanReport(
-        device=device,
+        device=manager.device.name,
         signature=profile.signature,
         steps=len(profile.steps),
         storages_kept=count[Choice.KEEP],
@@ -152,6 +164,7 @@ def _report(device: str, entry: PlanEntry) -> PlanReport:
         on_demand_seconds=entry.demand_seconds,
         measured_seconds=tuple(entry.seconds),
         measured_peak_bytes=tuple(entry.peak_bytes),
+        bytes_out_spared=_spared(manager, entry),
         measured_bytes_out_used=tuple(entry.bytes_out_used),
         followed=not entry.disabled,
     )

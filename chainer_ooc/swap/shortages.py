@@ -78,6 +78,11 @@ class Shortages:
         self._knows_an_iteration = True
 
     @property
+    def exceeds_limit(self) -> bool:
+        """Whether more was needed than the limit."""
+        return self._largest is not None
+
+    @property
     def least_limit(self) -> int:
         """The least limit (bytes) that suffices, as far as is known; 0 while nothing is."""
         return self.limit_for(self.floor_bytes, 1 - MARGIN) if self.floor_bytes else 0
