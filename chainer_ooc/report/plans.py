@@ -35,8 +35,6 @@ class PlanReport:
         bytes_recomputed: The size of those that are made again (bytes).
         bytes_out: The bytes copied out in an iteration.
         bytes_in: The bytes copied back in an iteration.
-        floor_bytes: The most bytes that one function needs in memory: the least peak of any plan.
-        in_core_bytes: The peak with everything in memory (bytes).
         compute_seconds: The time of all functions without waits (seconds).
         seconds: The simulated time of an iteration (seconds).
         bound_seconds: The lower bound of that time (seconds).
@@ -44,11 +42,13 @@ class PlanReport:
         on_demand_seconds: The time of the recorded iteration, which ran on demand (seconds).
         measured_seconds: The time of each iteration that followed the plan (seconds).
         measured_peak_bytes: The highest memory in use in each, between two functions (bytes).
+        followed: The plan is followed. It is not if on demand was faster.
+        floor_bytes: The most bytes that one function needs in memory: the least peak of any plan.
+        in_core_bytes: The peak with everything in memory (bytes).
         bytes_out_spared: The part of ``bytes_out`` that need not leave with ``single_backward=True``: arrays that
             backward has used do not take its place then.
         measured_bytes_out_used: The bytes copied out in each although backward had used them: for a second
             backward. ``single_backward=True`` spares them.
-        followed: The plan is followed. It is not if on demand was faster.
     """
 
     device: str
@@ -62,8 +62,6 @@ class PlanReport:
     bytes_recomputed: int
     bytes_out: int
     bytes_in: int
-    floor_bytes: int
-    in_core_bytes: int
     compute_seconds: float
     seconds: float
     bound_seconds: float
@@ -71,9 +69,11 @@ class PlanReport:
     on_demand_seconds: float
     measured_seconds: tuple[float, ...]
     measured_peak_bytes: tuple[int, ...]
-    bytes_out_spared: int
-    measured_bytes_out_used: tuple[int, ...]
     followed: bool
+    floor_bytes: int = 0
+    in_core_bytes: int = 0
+    bytes_out_spared: int = 0
+    measured_bytes_out_used: tuple[int, ...] = ()
 
 
 class PlanReports(Shown, list[PlanReport]):
