@@ -280,7 +280,6 @@ class IterationTracker:
         self._to_record = 0 if entry is not None and entry.disabled else WARY
         if self._recorder is not None and self.plan_cache.wants(signature):
             profile = self._profile(self._recorder, step_seconds)
-            self.manager.shortages.note_floor(profile.floor_bytes)
             if profile.saved:
                 self.plan_cache.add(profile, make_plan(profile, system), seconds)
                 self.plan_cache.entries[signature].saved = self._saved
@@ -311,7 +310,9 @@ class IterationTracker:
         recorder.begin(BETWEEN, OTHER, self._ended_clock, max(used, self._ended_used))
         known = len(step_seconds) == recorder.step + 1
         seconds = step_seconds if known else recorder.seconds(self._clock())
-        return recorder.profile("recorded", self.manager.device.name, seconds)
+        profile = recorder.profile("recorded", self.manager.device.name, seconds)
+        self.manager.shortages.note_floor(profile.floor_bytes)
+        return profile
 
     def _system(self, settings: Settings) -> System:
         out, back = self.manager.bandwidths(ASSUMED_BANDWIDTH)
