@@ -110,7 +110,7 @@ class IterationTracker:
         self._conditions: Conditions
         self._is_open = False  # functions that run now belong to an iteration that is tracked
         self._start = self._ended_clock = 0.0
-        self._ended_used = self._peak = 0
+        self._ended_used = self._peak = self._out_used = 0
 
     @property
     def is_first(self) -> bool:
@@ -292,6 +292,7 @@ class IterationTracker:
         self._number = -1
         self._backward = False
         self._start, self._peak = time.perf_counter(), 0
+        self._out_used = self._counters.bytes_out_used
         self._keys, self._clocks, self._held = [], [], []
         self._storages, self._numbers = {}, {}
         self._saved, self._unsaved = {}, []
@@ -321,9 +322,12 @@ class IterationTracker:
             more = now.beside_bytes - self._conditions.beside_bytes
             fixed = max(0, profile.fixed_bytes + more)
             profile = dataclasses.replace(profile, fixed_bytes=fixed)
+            self.manager.shortages.note_floor(profile.floor_bytes)
         refused = () if self._executor is None else self._executor.refused
         known = self.plan_cache.finish(measured, self._peak, step_seconds, now, refused, profile)
         if known is not None:
+            used = self._counters.bytes_out_used - self._out_used
+            self.plan_cache.entries[known].bytes_out_used.append(used)
             self._to_record = max(self._to_record - 1, 0)
             if not self._saves_selectively:
                 self.plan_cache.entries[known].saved = self._saved
