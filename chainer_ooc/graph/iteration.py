@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from chainer_ooc.graph.recompute import STEP
+from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.plan_cache import PlanCache
 from chainer_ooc.planning.profile import Profile, describe_input, signature_of
 from chainer_ooc.planning.recorder import Recorder
@@ -19,7 +20,6 @@ from chainer_ooc.planning.steps import BACKWARD, FORWARD, OTHER, key_of
 from chainer_ooc.planning.system import System, Tier
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.ram import native
-from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import PackedArray, Storage
 
@@ -88,7 +88,7 @@ class IterationTracker:
         self._texts: dict[Any, tuple[str, tuple[str, ...]]] = {}
         self._recorder: Recorder | None = None
         self._held: list[tuple[weakref.ref[Storage], int]] = []
-        self._executor: PlanExecutor | None = None
+        self._executor: PlanExecutor[Storage] | None = None
         self._start = self._ended_clock = 0.0
         self._ended_used = self._peak = 0
 
