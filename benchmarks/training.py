@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -153,6 +154,7 @@ def _train(
     from nets import NETS
 
     import chainer_ooc
+    from chainer_ooc.swap.transfers import Counters
 
     import chainer  # isort: skip
 
@@ -175,6 +177,7 @@ def _train(
             seconds.append(time.perf_counter() - start)
             cpu_seconds.append(time.process_time() - cpu)
         after = vars(chainer_ooc.stats()) if before else None
+        counted = [field.name for field in dataclasses.fields(Counters)]
         return {
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
@@ -182,7 +185,7 @@ def _train(
             "system_seconds": resource.getrusage(resource.RUSAGE_SELF).ru_stime,
             "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt,
             "stats": after,
-            "later": {k: v - before[k] for k, v in after.items()} if before else None,
+            "later": {k: after[k] - before[k] for k in counted} if before else None,
         }
 
     done: dict[str, Any] = {}

@@ -7,7 +7,9 @@ them.
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -153,7 +155,11 @@ _COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
+    """Run one command and return its exit status.
+
+    If standard output is a pipe and its reader stops reading, as head does, what is left to print is dropped. The
+    status is that of a program that SIGPIPE ends. The script of ``run`` gets its error, as without this package.
+    """
     parser = argparse.ArgumentParser(prog="python -m chainer_ooc", description=chainer_ooc.__doc__)
     parser.add_argument("--version", action="version", version=chainer_ooc.__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -161,8 +167,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
-    options = parser.parse_args(argv)
-    return options.run(options)
+    try:
+        try:
+            options = parser.parse_args(argv)
+            if options.run is not _run:
+                return options.run(options)
+        finally:
+            print(
+                end="", flush=True
+            )  # here, not when the interpreter ends: it would tell of a broken pipe
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return _run(options)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from chainer_ooc.compat import installation
+from chainer_ooc.swap.system import memory
 
 #: Packages of the extras in pyproject.toml, by extra.
 PACKAGES = {
@@ -300,44 +301,15 @@ def _cpu() -> Finding:
 
 
 def _memory() -> Finding:
-    memory = psutil.virtual_memory()
-    text = f"{memory.total / _GIB:.1f} GiB, {memory.available / _GIB:.1f} GiB available"
-    cgroup = cgroup_memory_limit()
-    if cgroup is not None and cgroup < memory.total:
+    machine = psutil.virtual_memory()
+    text = f"{machine.total / _GIB:.1f} GiB, {machine.available / _GIB:.1f} GiB available"
+    cgroup = memory.cgroup_limit()
+    if cgroup is not None and cgroup < machine.total:
         text += f", cgroup limit {cgroup / _GIB:.1f} GiB"
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if address_space != resource.RLIM_INFINITY:
         text += f", address space limit {address_space / _GIB:.1f} GiB"
     return Finding("memory", text)
-
-
-def cgroup_memory_limit(
-    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """Return the least memory limit of this process's control groups (bytes), ``None`` if there is none."""
-    limits = []
-    try:
-        lines = groups.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            base, file = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            base, file = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        path = base / group.lstrip("/")
-        # A parent's limit binds, too. In a container the path may not exist: then its own group is
-        # the root.
-        for directory in (path, *path.parents):
-            if directory.is_relative_to(base):
-                try:
-                    limits.append(int((directory / file).read_text()))
-                except (OSError, ValueError):  # no such file, or "max"
-                    continue
-    return min(limits, default=None)
 
 
 def _swap_disk() -> Finding:

@@ -9,6 +9,7 @@ from chainer.training import extension
 
 from chainer_ooc.graph import agreement
 from chainer_ooc.statistics import Stats, stats
+from chainer_ooc.swap.transfers import Counters
 
 __all__ = ["AgreeOnPlans", "OutOfCoreReport"]
 
@@ -51,8 +52,7 @@ class OutOfCoreReport(extension.Extension):
     ``LogReport`` averages its values over an interval, so its entries are per iteration. Their names are
     ``prefix`` plus the names of :class:`~chainer_ooc.Stats`: bytes and seconds of copies and stalls, and
     ``stall_seconds``, their sum. ``prefetch_accuracy`` and ``overlap_percent`` are present if they are
-    known. ``peak_bytes`` (the highest memory since the process began) and ``limit_bytes`` are
-    current values.
+    known. ``peak_bytes`` (the highest memory since the process began) and the limits are current values.
 
     >>> trainer.extend(chainer_ooc.extensions.OutOfCoreReport())
     >>> trainer.extend(extensions.LogReport())
@@ -79,13 +79,11 @@ class OutOfCoreReport(extension.Extension):
         """Report the figures since the last call."""
         now, before = stats(), self._before or stats()
         self._before = now
-        still = {"peak_bytes": now.peak_bytes, "limit_bytes": now.limit_bytes}
         changes = {
             field.name: getattr(now, field.name) - getattr(before, field.name)
-            for field in dataclasses.fields(Stats)
-            if field.name not in still
+            for field in dataclasses.fields(Counters)
         }
-        done = Stats(**still, **changes)  # type: ignore[arg-type]
+        done = dataclasses.replace(now, **changes)
         figures = dataclasses.asdict(done)
         for name in ("stall_seconds", "prefetch_accuracy", "overlap_percent"):
             figures[name] = getattr(done, name)

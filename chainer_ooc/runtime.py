@@ -49,6 +49,7 @@ def disable() -> None:
     state.keep_no_free_memory()  # not even for other threads
     if state.process.gpus is not None:
         state.process.gpus.disable()
+    _tell_shortages()
     _write_traces()
 
 
@@ -74,6 +75,8 @@ def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
                 gpus.enable(settings)
             elif state.process.enabled is None:
                 gpus.disable()
+        if settings is None and all(m.is_between_graphs() for m in state.managers()):
+            _tell_shortages()
         _write_traces()
 
 
@@ -157,8 +160,9 @@ def _begin_trace(path: str) -> None:
 
     def facts() -> dict[str, Any]:
         planned = [dataclasses.asdict(one) for one in plans()]
-        figures = {"stats": dataclasses.asdict(stats()), "plan": planned[0] if planned else None}
-        return {"settings": dataclasses.asdict(state.process.last), **figures}
+        now = stats()
+        figures = {"stats": dataclasses.asdict(now), "plan": planned[0] if planned else None}
+        return {"settings": dataclasses.asdict(state.process.last), **figures, "advice": now.advice}
 
     _traces[path] = Trace(path, facts)
     state.observers.append(_traces[path])
@@ -172,6 +176,13 @@ def _write_traces() -> None:
         trace = _traces.pop(path)
         state.observers.remove(trace)
         trace.write()
+
+
+@atexit.register
+def _tell_shortages() -> None:
+    """Warn of shortages of which there was no warning yet."""
+    for manager in state.managers():
+        manager.shortages.tell()
 
 
 @atexit.register

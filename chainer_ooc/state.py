@@ -215,7 +215,10 @@ def begin_peak(manager: SwapManager) -> None:
 
 def end_peak() -> None:
     """Count the allocations that the C extension granted without a call of Python."""
-    local.peak = max(local.peak, native.allocator.take_peak())
+    peak = native.allocator.take_peak()
+    local.peak = max(local.peak, peak)
+    if (manager := manager_of_ram()) is not None:
+        manager.note_peak_without_offload(peak)
 
 
 def _before_allocation(nbytes: int) -> None:

@@ -162,21 +162,9 @@ def test_versions_are_written_with_dots():
     assert doctor._dotted(22703, 10000, 100) == "2.27.3"
 
 
-@pytest.mark.parametrize(
-    "line, files, limit",
-    [
-        ("0::/a/b", {"a/memory.max": "4096", "a/b/memory.max": "max"}, 4096),
-        ("0::/a/b", {"a/memory.max": "4096", "a/b/memory.max": "1024"}, 1024),
-        ("0::/a", {"a/memory.max": "max"}, None),
-        ("0::/gone", {"memory.max": "512"}, 512),
-        ("5:memory:/a", {"memory/a/memory.limit_in_bytes": "2048"}, 2048),
-        ("5:cpu:/a", {"a/memory.max": "2048"}, None),
-    ],
-)
-def test_the_limit_of_the_control_group_is_the_least_up_to_the_root(tmp_path, line, files, limit):
-    for name, text in files.items():
-        path = tmp_path / "root" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    (tmp_path / "groups").write_text(line + "\n")
-    assert doctor.cgroup_memory_limit(tmp_path / "groups", tmp_path / "root") == limit
+@pytest.mark.parametrize("limit, said", [(3 << 30, True), (1 << 60, False), (None, False)])
+def test_the_limit_of_the_cgroups_is_named_if_it_is_less_than_the_machine_has(
+    monkeypatch, limit, said
+):
+    monkeypatch.setattr(doctor.memory, "cgroup_limit", lambda: limit)
+    assert (", cgroup limit 3.0 GiB" in doctor._memory().text) is said

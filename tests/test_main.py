@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
 import pytest
 
 import chainer_ooc
+from tests.conftest import environment_of_children
 
 SHOW = """
 import json, os, sys
@@ -51,3 +58,62 @@ def test_an_unknown_command_names_those_there_are(run_python):
 
 def test_version(run_python):
     assert run_python("-m", "chainer_ooc", "--version").stdout == f"{chainer_ooc.__version__}\n"
+
+
+BROKEN_PIPES = {
+    "doctor": ["doctor"],
+    "estimate": ["estimate", "nets.py:net", "--device", "v100", "--no-search", "--batchsize", "1"],
+    "report": ["report", "."],
+    "help": ["--help"],
+    "help of a command": ["run", "--help"],
+    "version": ["--version"],
+}
+NET = "import chainer.links as L\nnet = lambda: L.Classifier(L.Linear(None, 10))\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", BROKEN_PIPES.values(), ids=BROKEN_PIPES)
+def test_a_reader_that_stops_reading_ends_a_command_without_a_word(
+    arguments, unbuffered, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    (tmp_path / "nets.py").write_text(NET)
+    (tmp_path / "log").write_text('[{"iteration": 1, "epoch": 1, "main/loss": 1.0}]')
+    done = run_into_broken_pipe(["-m", "chainer_ooc", *arguments], tmp_path)
+    assert done.stderr == ""
+    ignored = unbuffered and arguments[-1].startswith("--")  # by argparse, which prints these
+    assert done.returncode == (0 if ignored else 128 + signal.SIGPIPE)
+
+
+def test_a_script_that_writes_to_a_broken_pipe_gets_its_error(tmp_path):
+    (tmp_path / "script.py").write_text("print('words', flush=True)")
+    for start in ([], ["-m", "chainer_ooc", "run", "--in-core"]):
+        done = run_into_broken_pipe([*start, "script.py"], tmp_path)
+        assert "BrokenPipeError: " in done.stderr
+        assert done.returncode != 128 + signal.SIGPIPE
+
+
+def test_without_a_standard_output_commands_run(tmp_path):
+    (tmp_path / "log").write_text('[{"iteration": 1, "epoch": 1, "main/loss": 1.0}]')
+    command = f"exec {shlex.quote(sys.executable)} -m chainer_ooc report . >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, cwd=tmp_path, check=False)
+    assert (done.stderr, done.returncode) == (b"", 0)
+
+
+def run_into_broken_pipe(arguments, directory):
+    """Run Python with a standard output that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=environment_of_children(),
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            cwd=directory,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        os.close(writer)

@@ -350,7 +350,7 @@ def test_a_type_checker_sees_the_types_of_what_is_installed(build, environment, 
 
     revealed = [re.sub(r"[\w.]+\.(?=\w)", "", line) for line in mypy(TYPED, ".*")]
     assert revealed == [
-        '4: note: Revealed type is "tuple[int, list[PlanReport], Explanation]"',
+        '4: note: Revealed type is "tuple[int, PlanReports, Explanation]"',
         '5: note: Revealed type is "OutOfCoreReport"',
     ]
     errors = [line.split()[0] + line.split()[-1] for line in mypy(MISTAKEN, "error: .*")]

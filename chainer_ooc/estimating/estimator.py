@@ -14,7 +14,7 @@ from chainer_ooc.estimating import calibration, devices, heap, nets, profiles
 from chainer_ooc.estimating import inputs as inputs_module
 from chainer_ooc.estimating.errors import EstimateError
 from chainer_ooc.estimating.inputs import Inputs
-from chainer_ooc.estimating.result import Estimate, format_bytes
+from chainer_ooc.estimating.result import Estimate
 from chainer_ooc.estimating.search import Fits, largest
 from chainer_ooc.estimating.step import Recording, record
 from chainer_ooc.planning.policies import OnDemand
@@ -24,6 +24,7 @@ from chainer_ooc.planning.simulator import simulate
 from chainer_ooc.planning.system import System, Tier
 from chainer_ooc.planning.timeline import Timeline
 from chainer_ooc.settings import parse_limit
+from chainer_ooc.tables import format_bytes
 
 __all__ = ["estimate"]
 

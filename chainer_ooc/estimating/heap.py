@@ -8,8 +8,9 @@ mapping of its own. That threshold grows with the mappings that are freed, up to
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable
+
+from chainer_ooc.swap.tiers.free_blocks import FreeBlocks
 
 __all__ = ["resident_peak"]
 
@@ -28,9 +29,7 @@ class _Heap:
         self.top = 0  # the begin of the top chunk
         self.end = 0  # the end of the heap
         self.touched = 0  # the heap is resident up to here
-        self.free: list[tuple[int, int]] = []  # (size, address), sorted
-        self.starts: dict[int, int] = {}  # address -> size of free chunks
-        self.ends: dict[int, int] = {}  # end -> address of free chunks
+        self.free = FreeBlocks()
 
     @property
     def resident(self) -> int:
@@ -39,12 +38,8 @@ class _Heap:
     def malloc(self, nbytes: int) -> tuple[int, int]:
         """Return (address, size). The address of a mapping is -1."""
         size = -(-(nbytes + 16) // 16) * 16
-        index = bisect.bisect_left(self.free, (size, -1))
-        if index < len(self.free):
-            found, address = self.free[index]
-            self._remove(address, found)
-            if found > size:
-                self._insert(address + size, found - size)
+        address = self.free.take(size)
+        if address is not None:
             return address, size
         if self.end - self.top < size:
             if size >= self.threshold:
@@ -63,31 +58,14 @@ class _Heap:
             if self.dynamic and self.threshold < size <= _THRESHOLD_MAX:
                 self.threshold, self.trim = size, 2 * size
             return
-        before = self.ends.get(address)
-        if before is not None:
-            size += address - before
-            self._remove(before, address - before)
-            address = before
-        after = self.starts.get(address + size)
-        if after is not None:
-            self._remove(address + size, after)
-            size += after
-        if address + size == self.top:
-            self.top = address
+        self.free.insert(address, size)
+        begin, size = self.free.last()
+        if begin + size == self.top:
+            self.free.take_exactly(begin, size)
+            self.top = begin
             if self.end - self.top > self.trim:
                 self.end = self.top + _TOP_PAD
                 self.touched = min(self.touched, self.end)
-        else:
-            self._insert(address, size)
-
-    def _insert(self, address: int, size: int) -> None:
-        bisect.insort(self.free, (size, address))
-        self.starts[address] = size
-        self.ends[address + size] = address
-
-    def _remove(self, address: int, size: int) -> None:
-        self.free.pop(bisect.bisect_left(self.free, (size, address)))
-        del self.starts[address], self.ends[address + size]
 
 
 def resident_peak(events: Iterable[tuple[int, int]], threshold: int | None = None) -> int:

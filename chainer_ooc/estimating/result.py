@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Estimate", "format_bytes"]
+from chainer_ooc.tables import Shown, Table, format_bytes
+
+__all__ = ["Estimate"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(Shown):
     """The estimated memory, traffic and time of training a model. Its text is a summary.
 
     Bytes are of one process and one device. On the CPU they are resident memory, as ``limit`` bounds it, with
@@ -87,7 +90,7 @@ class Estimate:
         data["fits_in_core"] = self.fits_in_core
         return json.dumps(data, indent=1)
 
-    def __str__(self) -> str:
+    def _blocks(self) -> Iterator[str | Table]:
         moved = (
             f"{format_bytes(self.bytes_out)} out and {format_bytes(self.bytes_in)} back per step"
         )
@@ -123,20 +126,10 @@ class Estimate:
                 if key in found
             ]
             rows.append((f"largest {what_largest}", ", ".join(known)))
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {value}" for name, value in rows]
-        lines += ["", f"{'ms':>9} {'saved':>10} {'for itself':>10} {'calls':>6}  function"]
-        for name, calls, seconds, saved, own in self.functions:
-            lines.append(
-                f"{seconds * 1e3:>9.3g} {format_bytes(saved):>10} {format_bytes(own):>10} {calls:>6}  {name}"
-            )
-        lines += ["", "assumed:", *(f"- {text}" for text in self.assumed)]
-        return "\n".join(lines)
-
-
-def format_bytes(nbytes: float) -> str:
-    """Return a number of bytes as text with a binary unit."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if abs(nbytes) >= size:
-            return f"{nbytes / size:.4g} {unit}"
-    return f"{nbytes:.0f} B"
+        yield Table(rows, "<<")
+        functions = [
+            (f"{seconds * 1e3:.3g}", format_bytes(saved), format_bytes(own), str(calls), name)
+            for name, calls, seconds, saved, own in self.functions
+        ]
+        yield Table(functions, ">>>><", ("ms", "saved", "for itself", "calls", "function"))
+        yield Table([(f"- {text}",) for text in self.assumed], "<", ("assumed:",))

@@ -28,11 +28,13 @@ _INTEGERS = (int, np.integer)
 REALLY_RUN = 64 << 20
 
 
-def ledger_of(array: np.ndarray) -> Ledger:
-    """Return the ledger that counts ``array``'s memory, or else the active one."""
-    memory = memory_of(array)
-    ledger = memory.ledger if memory is not None else active_ledger()
-    return ledger if ledger is not None else _detached
+def ledger_of(*arrays: Any) -> Ledger:
+    """Return the ledger that counts the memory of the first array without elements, or else the active one."""
+    for array in arrays:
+        memory = memory_of(array)
+        if memory is not None:
+            return memory.ledger
+    return active_ledger() or _detached
 
 
 _detached = Ledger()

@@ -17,8 +17,8 @@ import numpy as np
 
 from chainer_ooc.estimating import shape_array
 from chainer_ooc.estimating.errors import EstimateError
-from chainer_ooc.estimating.ledger import Ledger, active_ledger
-from chainer_ooc.estimating.shape_array import ShapeArray, memory_of, new, new_like
+from chainer_ooc.estimating.ledger import Ledger
+from chainer_ooc.estimating.shape_array import ShapeArray, ledger_of, memory_of, new, new_like
 from chainer_ooc.estimating.ufuncs import small
 
 __all__ = ["call", "really_run"]
@@ -65,7 +65,7 @@ def really_run(func: Any, implementation: Any, args: Any, kwargs: Any) -> Any:
     arrays: list[np.ndarray] = []
     args = _plain(args, arrays)
     kwargs = {key: _plain(value, arrays) for key, value in kwargs.items()}
-    ledger = _ledger(*arrays)
+    ledger = ledger_of(*arrays)
     nbytes = sum(array.nbytes for array in arrays)
     where = f"{ledger.segment.name}: " if ledger.segment.name else ""
     if nbytes > shape_array.REALLY_RUN:
@@ -112,14 +112,6 @@ def _wrap(value: Any, ledger: Ledger) -> Any:
     return value
 
 
-def _ledger(*arrays: Any) -> Ledger:
-    for array in arrays:
-        memory = memory_of(array)
-        if memory is not None:
-            return memory.ledger
-    return active_ledger() or shape_array._detached
-
-
 def _rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
@@ -136,7 +128,7 @@ def _like(
     if shape is not None:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
     result = new_like(a, dtype, order, shape)
-    _ledger(a).work("fill", result.nbytes)
+    ledger_of(a).work("fill", result.nbytes)
     return result
 
 
@@ -152,7 +144,7 @@ def _copy(a: Any, order: str = "K", subok: bool = False) -> Any:
 
 @_rule("copyto")
 def _copyto(dst: Any, src: Any, casting: str = "same_kind", where: Any = True) -> None:
-    _ledger(dst, src).work("copy", dst.nbytes + getattr(src, "nbytes", 0))
+    ledger_of(dst, src).work("copy", dst.nbytes + getattr(src, "nbytes", 0))
 
 
 @_rule("concatenate")
@@ -160,7 +152,7 @@ def _concatenate(
     arrays: Any, axis: Any = 0, out: Any = None, dtype: Any = None, casting: Any = None
 ) -> Any:
     arrays = [a if isinstance(a, np.ndarray) else np.asarray(a) for a in arrays]
-    ledger = _ledger(*arrays)
+    ledger = ledger_of(*arrays)
     if axis is None:
         arrays, axis = [a.ravel() for a in arrays], 0
     axis = range(arrays[0].ndim)[axis]
@@ -187,7 +179,7 @@ def _where(condition: Any, *choices: Any) -> Any:
     operands = (condition, *choices)
     shape = shape_array.broadcast(*map(np.shape, operands))
     tiny = np.where(*map(small, operands))
-    ledger = _ledger(*operands)
+    ledger = ledger_of(*operands)
     result = new(shape, tiny.dtype, ledger, shape_array.layout_axes(tiny))
     ledger.work("simple", result.nbytes + sum(getattr(o, "nbytes", 0) for o in operands))
     return result
@@ -214,7 +206,7 @@ def _depends_on_data(a: Any, *args: Any, **kwargs: Any) -> Any:
 def _bincount(x: Any, /, weights: Any = None, minlength: int = 0) -> Any:
     known = isinstance(x, ShapeArray) or not np.size(x)
     length = max(minlength, 0 if known else int(np.max(x)) + 1)
-    ledger = _ledger(x, weights)
+    ledger = ledger_of(x, weights)
     ledger.work("index", int(np.size(x)))
     arrays = [(x, np.intp), (weights, np.float64)]
     converted = [new(a.shape, t, ledger) for a, t in arrays if a is not None and a.dtype != t]
@@ -235,7 +227,7 @@ def _inner(a: Any, b: Any, /) -> Any:
 
 @_rule("fill_diagonal")
 def _fill_diagonal(a: Any, val: Any, wrap: bool = False) -> None:
-    _ledger(a).work("fill", min(a.shape) * a.itemsize)
+    ledger_of(a).work("fill", min(a.shape) * a.itemsize)
 
 
 @_rule("dot")
@@ -248,7 +240,7 @@ def _dot(a: Any, b: Any, out: Any = None) -> Any:
     columns = b.shape[:-2] + b.shape[-1:] if b.ndim > 1 else ()
     if core != (b.shape[-2] if b.ndim > 1 else b.shape[0]):
         raise ValueError(f"shapes {a.shape} and {b.shape} not aligned")
-    ledger = _ledger(a, b)
+    ledger = ledger_of(a, b)
     dtype = np.result_type(a.dtype, b.dtype)
     # For BLAS NumPy copies arrays of another dtype, and arrays that are not contiguous.
     held = [_for_blas(x, dtype, ledger) for x in (a, b)]
@@ -295,7 +287,7 @@ def _einsum(
     core = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"
     parse = importlib.import_module(f"{core}.einsumfunc")._parse_einsum_input
     arrays = [x for x in operands if isinstance(x, np.ndarray)]
-    ledger = _ledger(*arrays)
+    ledger = ledger_of(*arrays)
     # The parser needs plain arrays: give it arrays of these shapes with zero strides.
     dummies = [
         np.broadcast_to(np.zeros((), x.dtype), x.shape) if isinstance(x, np.ndarray) else x
@@ -324,7 +316,7 @@ def _pad(array: Any, pad_width: Any, mode: Any = "constant", **kwargs: Any) -> A
         pad_width = [(w, w) if isinstance(w, int) else w for w in pad_width]
     widths = np.broadcast_to(np.asarray(pad_width), (array.ndim, 2)).tolist()
     shape = [n + before + after for n, (before, after) in zip(array.shape, widths, strict=True)]
-    ledger = _ledger(array)
+    ledger = ledger_of(array)
     result = new(shape, array.dtype, ledger, order="F" if array.flags.fnc else "C")
     ledger.work("copy", array.nbytes + result.nbytes)
     return result
@@ -342,7 +334,7 @@ def _broadcast_to(array: Any, shape: Any, subok: bool = False) -> Any:
     ]
     memory = memory_of(array)
     if memory is None or 0 in shape:
-        return new(shape, array.dtype, _ledger(array))
+        return new(shape, array.dtype, ledger_of(array))
     start = _address(array) - _address(np.ndarray((1,), np.uint8, memory))
     return np.ndarray.__new__(ShapeArray, shape, array.dtype, memory, start, strides)
 
@@ -380,27 +372,27 @@ def _meshgrid(*arrays: Any, copy: bool = True, sparse: bool = False, indexing: s
     sizes = [np.size(a) for a in arrays]
     if indexing == "xy" and len(sizes) > 1:
         sizes[:2] = sizes[1::-1]
-    ledger = _ledger(*arrays)
+    ledger = ledger_of(*arrays)
     return [new(sizes, a.dtype, ledger) for a in arrays]
 
 
 @_rule("linalg.inv", "linalg.cholesky", "linalg.pinv")
 def _same(a: Any, *args: Any, **kwargs: Any) -> Any:
-    ledger = _ledger(a)
+    ledger = ledger_of(a)
     ledger.work("heavy", a.size * a.shape[-1])
     return new(a.shape, a.dtype, ledger)
 
 
 @_rule("linalg.det")
 def _det(a: Any) -> Any:
-    ledger = _ledger(a)
+    ledger = ledger_of(a)
     ledger.work("heavy", a.size * a.shape[-1])
     return new(a.shape[:-2], a.dtype, ledger)
 
 
 @_rule("linalg.eigh")
 def _eigh(a: Any, UPLO: str = "L") -> Any:
-    ledger = _ledger(a)
+    ledger = ledger_of(a)
     ledger.work("heavy", a.size * a.shape[-1])
     result = new(a.shape[:-1], a.dtype, ledger), new(a.shape, a.dtype, ledger)
     kind = getattr(np.linalg, "linalg", np.linalg)

@@ -15,8 +15,8 @@ import numpy as np
 
 from chainer_ooc.estimating import shape_array
 from chainer_ooc.estimating.errors import EstimateError
-from chainer_ooc.estimating.ledger import Ledger, active_ledger
-from chainer_ooc.estimating.shape_array import broadcast, memory_of, new
+from chainer_ooc.estimating.ledger import Ledger
+from chainer_ooc.estimating.shape_array import broadcast, ledger_of, new
 
 __all__ = ["call", "small"]
 
@@ -36,7 +36,7 @@ def call(ufunc: Any, method: str, inputs: tuple[Any, ...], kwargs: dict[str, Any
     """Return the result of ``ufunc.method(*inputs, **kwargs)`` without its elements."""
     out = kwargs.get("out")
     operands = [*inputs, *(out or ())]
-    ledger = _ledger(operands)
+    ledger = ledger_of(*operands)
     if method == "at":
         ledger.work("index", int(np.size(inputs[1] if not _is_tuple(inputs[1]) else inputs[1][0])))
         return None
@@ -63,14 +63,6 @@ def call(ufunc: Any, method: str, inputs: tuple[Any, ...], kwargs: dict[str, Any
 
 def _is_tuple(thing: Any) -> bool:
     return type(thing) is tuple and bool(thing)
-
-
-def _ledger(operands: list[Any]) -> Ledger:
-    for operand in operands:
-        memory = memory_of(operand)
-        if memory is not None:
-            return memory.ledger
-    return active_ledger() or shape_array._detached
 
 
 def _elementwise(

@@ -140,7 +140,7 @@ def _apply(self: Any, inputs: Any) -> Any:
         elif not tracker.is_selective:
             tracker.saved(self, ())
         tracker.ran(state.local.peak)
-    _after(manager, settings)
+    _after(manager, settings, backward=False)
     return outputs
 
 
@@ -200,7 +200,7 @@ def _backprop_step(
     if manager is not None and settings is not None:
         if tracker is not None:
             tracker.ran(state.local.peak)
-        _after(manager, settings)
+        _after(manager, settings, backward=True)
 
 
 def _keep(record: Record) -> None:
@@ -283,7 +283,7 @@ def _keeps_graph(inputs: Any) -> bool:
     return False
 
 
-def _after(manager: SwapManager, settings: Settings) -> None:
+def _after(manager: SwapManager, settings: Settings, backward: bool) -> None:
     if settings.swap_all:
         save_pending()
         manager.move_all_out()
@@ -291,6 +291,8 @@ def _after(manager: SwapManager, settings: Settings) -> None:
         if settings.verify:
             save_pending()  # now, while its arrays are unmodified
         manager.make_room(0)
+    if state.local.running is None:
+        manager.ended(backward)
 
 
 def _run(func: Any, inputs: Any, manager: SwapManager | None, call: Any, *args: Any) -> Any:

@@ -82,15 +82,15 @@ class IterationTracker:
         self._storages: dict[int, weakref.ref[Storage]] = {}
         self._numbers: dict[int, int] = {}  # the numbers by Storage.sequence
         self._saved: dict[int, tuple[int, ...]] = {}  # the numbers that each step has saved
-        self._leaves = False  # arrays that the plan keeps in memory are not saved
-        self._left: list[weakref.ref[Any]] = []  # functions whose arrays were not saved
+        self._saves_selectively = False  # arrays that the plan keeps in memory are not saved
+        self._unsaved: list[weakref.ref[Any]] = []  # functions whose arrays were not saved
         # Cache: keys and input descriptions of functions by label, dtypes, shapes and makers.
         self._texts: dict[Any, tuple[str, tuple[str, ...]]] = {}
         self._recorder: Recorder | None = None
         self._held: list[tuple[weakref.ref[Storage], int]] = []
         self._executor: PlanExecutor[Storage] | None = None
         self._start = self._ended_clock = 0.0
-        self._ended_used = self._peak = 0
+        self._ended_used = self._peak = self._out_used = 0
 
     def forward(self, func: Any, inputs: Iterable[Any], settings: Settings) -> None:
         """Note that a function is about to run forward."""
@@ -115,13 +115,13 @@ class IterationTracker:
                 return False
             if not self._executor.moved.isdisjoint(self._saved.get(self._number, ())):
                 return True
-            self._left.append(weakref.ref(func))
+            self._unsaved.append(weakref.ref(func))
             return False
 
     @property
     def is_selective(self) -> bool:
         """Whether only the arrays that the plan moves are saved now."""
-        return self._leaves and self._executor is not None
+        return self._saves_selectively and self._executor is not None
 
     def saved(self, func: Any, group: Iterable[PackedArray]) -> None:
         """Note the arrays that were saved for the function that has just run forward."""
@@ -130,7 +130,7 @@ class IterationTracker:
             if step is None or step != (self._iteration, self._number):
                 return
             group = [saved for saved in group if saved.storage.manager is self.manager]
-            if self._leaves:
+            if self._saves_selectively:
                 numbers = self._saved.get(self._number, ())
                 if len(numbers) == len(group):
                     for number, saved in zip(numbers, group, strict=True):
@@ -238,7 +238,7 @@ class IterationTracker:
         """True if this function starts a new iteration without a backward pass (inference with a graph)."""
         if not self._keys or key != self._keys[0]:
             return False
-        return not any(reference() for reference in (*self._storages.values(), *self._left))
+        return not any(reference() for reference in (*self._storages.values(), *self._unsaved))
 
     def _begin(self, settings: Settings) -> None:
         """End the present iteration and begin the next."""
@@ -249,9 +249,10 @@ class IterationTracker:
         self._number = -1
         self._backward = False
         self._start, self._peak = time.perf_counter(), 0
+        self._out_used = self._counters.bytes_out_used
         self._keys, self._clocks, self._held = [], [], []
         self._storages, self._numbers = {}, {}
-        self._saved, self._left = {}, []
+        self._saved, self._unsaved = {}, []
         self._arrivals = {}
         self._marks = [] if self.plan_cache.is_settling or self._to_record else None
         self._executor = None
@@ -259,7 +260,7 @@ class IterationTracker:
         self._recorder = Recorder() if self._to_record else None
         # Dropping and checksums need every array to be saved, so do recipes.
         in_full = settings.single_backward or settings.recompute or settings.verify
-        self._leaves = not (in_full or self._to_record)
+        self._saves_selectively = not (in_full or self._to_record)
 
     def _end(self, seconds: float, settings: Settings) -> None:
         """End an iteration: correct its plan, or make one."""
@@ -268,8 +269,10 @@ class IterationTracker:
         system = self._system(settings)
         known = self.plan_cache.finish(measured, self._peak, step_seconds, system)
         if known is not None:
+            used = self._counters.bytes_out_used - self._out_used
+            self.plan_cache.entries[known].bytes_out_used.append(used)
             self._to_record = max(self._to_record - 1, 0)
-            if not self._leaves:
+            if not self._saves_selectively:
                 self.plan_cache.entries[known].saved = self._saved
             return
         signature = signature_of(key for key in self._keys if key.startswith(FORWARD))
@@ -307,7 +310,9 @@ class IterationTracker:
         recorder.begin(BETWEEN, OTHER, self._ended_clock, max(used, self._ended_used))
         known = len(step_seconds) == recorder.step + 1
         seconds = step_seconds if known else recorder.seconds(self._clock())
-        return recorder.profile("recorded", self.manager.device.name, seconds)
+        profile = recorder.profile("recorded", self.manager.device.name, seconds)
+        self.manager.shortages.note_floor(profile.floor_bytes)
+        return profile
 
     def _system(self, settings: Settings) -> System:
         out, back = self.manager.bandwidths(ASSUMED_BANDWIDTH)
@@ -334,7 +339,7 @@ class IterationTracker:
             executor = self._executor
             if executor is None or executor.plan is not plan:
                 executor = self._executor = PlanExecutor(plan, self._find)
-                if self._leaves:
+                if self._saves_selectively:
                     self._saved = self.plan_cache.entries[plan.signature].saved
                 self.manager.run_plan(executor, number)
             elif not executor.is_idle(number):

@@ -40,6 +40,7 @@ class PlanEntry:
         iterations: The number of iterations that have followed the plan.
         seconds: The times of the last of them.
         peak_bytes: The highest memory in use in each.
+        bytes_out_used: The bytes copied out in each for a second backward.
         saved: The storages (indexes) that each step saves, in order.
     """
 
@@ -49,6 +50,7 @@ class PlanEntry:
         self.iterations = 0
         self.seconds: deque[float] = deque(maxlen=64)
         self.peak_bytes: deque[int] = deque(maxlen=64)
+        self.bytes_out_used: deque[int] = deque(maxlen=64)
         self.keys = [step.key for step in profile.steps]
         self.saved: dict[int, tuple[int, ...]] = {}
         self.tuner = PrefetchTuner(plan)

@@ -11,12 +11,29 @@ from chainer_ooc.planning.plan import Choice, Plan
 from chainer_ooc.planning.profile import Profile
 from chainer_ooc.planning.rerun import can_be_made_again
 from chainer_ooc.planning.residency import Eviction, Needs, Residency, needs_of
-from chainer_ooc.planning.system import System
+from chainer_ooc.planning.system import System, Tier
 
-__all__ = ["ScheduleBuilder"]
+__all__ = ["ScheduleBuilder", "bytes_for_second_backward"]
 
 #: The most repairs of a schedule that does not fit.
 _REPAIRS = 24
+
+
+def bytes_for_second_backward(profile: Profile, plan: Plan, limit_bytes: int) -> int:
+    """Return the bytes that a plan copies out, and that could stay if used storages were dropped.
+
+    Args:
+        profile: The recorded iteration.
+        plan: Its plan, without ``single_backward``. What is made again stays so.
+        limit_bytes: The limit.
+    """
+
+    def leaving(plan: Plan) -> int:
+        return sum(profile.storages[i].nbytes for _, i in plan.copy_out)
+
+    once = System(limit_bytes, (Tier("any", 1.0, 1.0),), single_backward=True)
+    least = ScheduleBuilder(profile, once).plan(plan.chosen(Choice.RECOMPUTE), (), 0)
+    return max(leaving(plan) - leaving(least), 0)
 
 
 class ScheduleBuilder:

@@ -14,6 +14,7 @@ from typing import Any
 from chainer_ooc import state
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import Storage
+from chainer_ooc.tables import Shown, Table, format_bytes
 
 __all__ = ["Explanation", "HeldStorage", "explain"]
 
@@ -34,7 +35,7 @@ class HeldStorage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Explanation:
+class Explanation(Shown):
     """The answer of :func:`explain`. Its text is a table.
 
     Attributes:
@@ -49,21 +50,23 @@ class Explanation:
     resident_bytes: int
     held: tuple[HeldStorage, ...]
 
-    def __str__(self) -> str:
+    def _blocks(self) -> Iterator[str | Table]:
         held_bytes = sum(one.nbytes for one in self.held)
-        lines = [
-            f"{self.saved} saved allocations, {_mib(self.saved_bytes)}; in memory {_mib(self.resident_bytes)}, "
-            f"of which {_mib(held_bytes)} are held by something besides the graph"
+        yield (
+            f"{self.saved} saved allocations, {format_bytes(self.saved_bytes)}; in memory "
+            f"{format_bytes(self.resident_bytes)}, of which {format_bytes(held_bytes)} are held by something besides "
+            "the graph"
+        )
+        rows = [
+            (
+                format_bytes(one.nbytes),
+                one.function,
+                ", ".join(one.holders) or "something Python cannot name",
+            )
+            for one in self.held
         ]
-        if self.held:
-            width = max(len(one.function) for one in self.held)
-            lines.append(f"{'MiB':>10}  {'saved by':<{width}}  held by")
-            for one in self.held:
-                holders = ", ".join(one.holders) or "something Python cannot name"
-                lines.append(
-                    f"{one.nbytes / (1 << 20):>10,.2f}  {one.function:<{width}}  {holders}"
-                )
-        return "\n".join(lines)
+        if rows:
+            yield Table(rows, "><<", ("size", "saved by", "held by"))
 
 
 def explain(model: Any = None) -> Explanation:
@@ -194,7 +197,3 @@ def _paths(model: Any) -> dict[int, str]:
         for name, value in vars(link).items():
             paths[id(value)] = f"{path.rstrip('/')}/{name}"
     return paths
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / (1 << 20):,.1f} MiB"

@@ -86,6 +86,8 @@ def _sections(run: Run) -> list[_Section]:
         sections += _traced(trace)
     else:
         sections.append(_Section("Timeline", _NO_TRACE))
+    if trace is not None and isinstance(advice := trace.facts.get("advice"), str):
+        sections.append(_Section("What bound it, and what to change", advice))
     rows = [(c, seconds(time), what, helps) for c, time, what, helps in figures.stalls(run)]
     table = _Table(("cause", "per iteration", "what it means", "what helps"), rows, "0100")
     text = "" if rows else "Nothing waited."

@@ -45,7 +45,7 @@ class Traced:
         spans: Functions (``forward``, ``backward``), copies (``copy out``, ``copy in``) and waits
             (``stall``), in the order of their starts. Functions that ran inside another one are left out.
         memory: (seconds, bytes): the memory in use at some moments.
-        facts: The process's ``settings`` and ``stats``.
+        facts: The process's ``settings``, ``stats`` and ``advice``.
         iterations: (start, end) of each iteration (seconds).
     """
 

@@ -6,9 +6,10 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from chainer_ooc import errors
+from chainer_ooc.swap.devices.protocol import PooledDevice
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.wording import repr_of
 
@@ -97,7 +98,7 @@ class CupyAllocator:
         manager = self._manager_of(self._cupy.cuda.runtime.getDevice())
         if manager is None or manager.busy:
             return self._stock(nbytes)
-        device: Any = manager.device
+        device = cast(PooledDevice, manager.device)  # Gpus makes managers of such devices only
         # taken_bytes() first: it is free of cost in CuPy 13, used_bytes() is not.
         short = nbytes >= SMALL and device.taken_bytes() + nbytes > manager.budget.low
         if short and device.used_bytes() + nbytes > manager.budget.high:

@@ -9,7 +9,7 @@ from typing import Any
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.cupy_allocator import CupyAllocator
 from chainer_ooc.swap.devices.cuda.device import CudaDevice, new_slab
-from chainer_ooc.swap.devices.protocol import Device
+from chainer_ooc.swap.devices.protocol import PooledDevice
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
 
@@ -34,7 +34,7 @@ class Gpus:
     def __init__(
         self,
         cupy: Any,
-        make: Callable[[Device], SwapManager],
+        make: Callable[[PooledDevice], SwapManager],
         settings: Callable[[], Settings | None],
         describe: Callable[[], str],
         note: Callable[[int], None],

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from chainer_ooc import wording
 from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
 from chainer_ooc.planning.eviction import EVERYTHING, Evictor, outside
 from chainer_ooc.planning.executor import PlanExecutor
@@ -21,6 +20,7 @@ from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.events import Observer
 from chainer_ooc.swap.prefetch import UseOrder
 from chainer_ooc.swap.recipe import Recipe, checksum_of, to_be_made
+from chainer_ooc.swap.shortages import Shortage, Shortages
 from chainer_ooc.swap.storage import AWAY, PackedArray, State, Storage
 from chainer_ooc.swap.system import forks
 from chainer_ooc.swap.transfers import Counters, Transfers
@@ -51,6 +51,9 @@ class SwapManager:
         budget: The limit, the watermarks and the memory in use.
         has_been_short: Memory has passed the low watermark before, or everything was forced out.
         counters: The counts of transfers so far.
+        shortages: What did not fit, and the least limit that suffices.
+        peak_without_offload: The most that would have been in use (bytes) if nothing had ever moved, since
+            memory became short.
         tracker: The tracker of the iterations on this device, set by ``graph/iteration.py``.
     """
 
@@ -69,6 +72,7 @@ class SwapManager:
         self.save_pending = save_pending
         self.is_read_only = is_read_only
         self.budget = MemoryBudget(device, settings)
+        self.shortages = Shortages(device)
         self._observers = [] if observers is None else observers
         self._transfers = self._transfers_type(device, self.reclaim, self._observers)
         self.counters: Counters = self._transfers.counters
@@ -76,8 +80,10 @@ class SwapManager:
         self._order = UseOrder()
         self._lock = native.EngineLock()
         self._sequence = 0
-        self._has_warned = self._is_remaking = False
+        self._is_remaking = False
+        self._last_end = 0.0  # when the last function ended
         self.has_been_short = False
+        self.peak_without_offload = 0
         self.tracker: Any = None
         # The low watermark, if cached free memory may reach the high one; else 0.
         self._low_after_graph = 0
@@ -303,7 +309,13 @@ class SwapManager:
         if self._transfers.has_deferred_frees:  # else no wait for a thread that moves
             with self._lock:
                 self._transfers.run_deferred_frees()
-        return used - self._transfers.moved_bytes()
+        used -= self._transfers.moved_bytes()
+        self.note_peak_without_offload(used)
+        return used
+
+    def note_peak_without_offload(self, nbytes: int) -> None:
+        """Note the memory that would be in use now if nothing had ever moved (bytes)."""
+        self.peak_without_offload = max(self.peak_without_offload, nbytes)
 
     def moved_bytes(self) -> int:
         """Return the bytes that transfers have brought into memory less those that they have freed."""
@@ -314,7 +326,7 @@ class SwapManager:
         if self._observers:  # they are told of each allocation
             return 0
         _, high, low = self.budget.levels()
-        return high if self.has_been_short and not self._is_between_graphs() else low
+        return high if self.has_been_short and not self.is_between_graphs() else low
 
     def ran(self, label: str, backward: bool, span: Span) -> None:
         """Tell the observers that a function has run, and how much memory is in use now."""
@@ -322,6 +334,14 @@ class SwapManager:
         for observer in self._observers:
             observer.ran(self.device.name, label, backward, span)
             observer.used(self.device.name, span[1], used)
+
+    def ended(self, backward: bool) -> None:
+        """Note that a function has ended that ran outside of others; warn of a shortage once it is known."""
+        if self.has_been_short:
+            now = time.perf_counter()
+            self.counters.seconds += now - (self._last_end or now)
+            self._last_end = now
+            self.shortages.ended(backward)
 
     def run_plan(self, executor: PlanExecutor[Storage] | None, step: int = 0) -> None:
         """Run the plan's transfers that are due before ``step``; disables on-demand prefetch and write-behind.
@@ -341,9 +361,13 @@ class SwapManager:
 
     def bandwidths(self, otherwise: float) -> tuple[float, float]:
         """Return the measured bytes per second of copies out and of copies in; ``otherwise`` without any copy."""
-        with self._lock:
-            out, back = self._transfers.bandwidth(out=True), self._transfers.bandwidth(out=False)
+        out, back = self.measured_bandwidths()
         return out or back or otherwise, back or out or otherwise
+
+    def measured_bandwidths(self) -> tuple[float | None, float | None]:
+        """Return the bytes per second of copies out and of copies in, each ``None`` without any."""
+        with self._lock:
+            return self._transfers.bandwidth(out=True), self._transfers.bandwidth(out=False)
 
     # Making room.
 
@@ -363,7 +387,7 @@ class SwapManager:
             observer.used(self.device.name, time.perf_counter(), used)
         _, high, low = self.budget.levels()
         if used + nbytes <= low:
-            if self.has_been_short and self._is_between_graphs():
+            if self.has_been_short and self.is_between_graphs():
                 self.device.set_cached_limit(low)
             return True
         self.has_been_short = True
@@ -460,7 +484,7 @@ class SwapManager:
                 self._evictor.discards = True
         self._transfers.mark_dirty(storage)
 
-    def _is_between_graphs(self) -> bool:
+    def is_between_graphs(self) -> bool:
         """Return whether no saved storage is alive."""
         with self._lock:
             self._transfers.run_deferred_frees()
@@ -469,31 +493,27 @@ class SwapManager:
     # When there is no room.
 
     def shortage(self, nbytes: int, what: str) -> OutOfMemoryError | None:
-        """Return the error for ``nbytes`` that do not fit if ``strict``; else warn once about a large shortage."""
-        strict = self.settings().strict
-        over = self.budget.last_used + nbytes - self.limit
-        if not strict and (self._has_warned or over <= self.limit * MARGIN):
-            return None
-        message = self.explain_shortage(nbytes, what)
-        if strict:
-            return OutOfMemoryError(message)
-        self._has_warned = True
-        wording.warn(message, stacklevel=2)
+        """Return the error for ``nbytes`` that do not fit if ``strict``; else note it, for one warning."""
+        if self.settings().strict:
+            return OutOfMemoryError(self.explain_shortage(nbytes, what))
+        need = self.budget.last_used + nbytes
+        if need - self.limit > self.limit * MARGIN and self.shortages.note_need(need):
+            self.shortages.note(self._shortage(nbytes, what))
         return None
 
     def explain_shortage(self, nbytes: int, what: str) -> str:
         """Return a message: what fills the memory when ``nbytes`` for ``what`` do not fit, and what would help."""
+        shortage = self._shortage(nbytes, what)
+        self.shortages.note_need(shortage.need)
+        return self.shortages.explain(shortage)
+
+    def _shortage(self, nbytes: int, what: str) -> Shortage:
         used = self.budget.used_bytes()
         with self._lock:
             resident = [storage for storage in self.storages() if storage.owner is not None]
             saved = sum(storage.nbytes for storage in resident)
             held = sum(storage.nbytes for storage in resident if storage.referenced_externally)
-        return (
-            f"{what} needs {_mib(nbytes)} more, and {_mib(used)} of the limit of {_mib(self.limit)} are in use: "
-            f"{_mib(held)} by saved arrays that something else holds, {_mib(saved - held)} by other saved arrays, "
-            f"{_mib(used - saved)} by parameters, gradients, temporaries and the interpreter. It needs "
-            f"limit={used + nbytes + int(self.limit * MARGIN)} ({_mib(used + nbytes)}) or a smaller batch."
-        )
+        return Shortage(what, nbytes, used, self.limit, saved, held)
 
     # All storages.
 
@@ -505,6 +525,7 @@ class SwapManager:
     def after_fork(self) -> None:
         """Start anew in a forked child: it can read the parent's copies and changes nothing of the parent's."""
         self._lock = native.EngineLock()
+        self.shortages = Shortages(self.device)  # the parent warns
         self.device.after_fork()
 
     def defer_free(self, storage: Storage) -> None:

@@ -31,6 +31,8 @@ class Counters:
     Attributes:
         bytes_out: Bytes copied out of the device's memory.
         bytes_in: Bytes copied back.
+        bytes_out_used: The part of ``bytes_out`` whose arrays backward had used already: written for a second
+            backward. With ``single_backward`` none is.
         storages_out: Allocations copied out.
         storages_in: Allocations copied back.
         hits: Reads that found the array in memory.
@@ -39,6 +41,7 @@ class Counters:
         bytes_discarded: Bytes freed with no copy, to be computed again.
         storages_remade: Allocations that were computed again.
         recompute_seconds: Time spent computing them.
+        seconds: Time from the moment when memory became short to the end of the last function.
         copy_seconds: Time during which at least one copy ran, of those that are known to have ended.
         stall_fetch_seconds: Time that computing threads waited for arrays that nobody prefetched. On a GPU,
             where streams wait, this and the next are the host's waits.
@@ -49,6 +52,7 @@ class Counters:
 
     bytes_out: int = 0
     bytes_in: int = 0
+    bytes_out_used: int = 0
     storages_out: int = 0
     storages_in: int = 0
     hits: int = 0
@@ -57,6 +61,7 @@ class Counters:
     bytes_discarded: int = 0
     storages_remade: int = 0
     recompute_seconds: float = 0.0
+    seconds: float = 0.0
     copy_seconds: float = 0.0
     stall_fetch_seconds: float = 0.0
     stall_late_seconds: float = 0.0
@@ -496,6 +501,8 @@ class Transfers:
         )
         self.counters.bytes_out += storage.nbytes
         self.counters.storages_out += 1
+        if storage.used and not storage.kept:
+            self.counters.bytes_out_used += storage.nbytes
         return transfer
 
     def _join_arrival(self, storage: Storage) -> None:

@@ -1,19 +1,19 @@
 """How this process was started: which MPI rank it is and how many threads it may use.
 
-Only the standard library is imported here, because the number of threads must be in the
-environment before NumPy loads its BLAS.
+Nothing here imports NumPy: the number of threads must be in the environment before it loads its BLAS.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import FrameType
+
+from chainer_ooc.swap.system.ranks import first_number, rank, ranks_of_this_node, world_size
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """Variables by which a user may already have said how many threads to use."""
@@ -26,41 +26,6 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
 
 _CHOSEN = "IMAGENET_CHOSE_THREADS"  # says that limit_threads, not the user, has set them
 
-# Hydra (MPICH, Intel MPI), Open MPI, MVAPICH2, and Slurm's srun.
-_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-_LOCAL_SIZE = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
-
-
-def _first_int(names: Sequence[str], environ: Mapping[str, str]) -> int | None:
-    for name in names:
-        value = environ.get(name, "")
-        if value.isdigit():
-            return int(value)
-    return None
-
-
-def _under_srun(environ: Mapping[str, str]) -> bool:
-    # Inside `sbatch` the SLURM_* variables of the job are set for a plain python as well;
-    # SLURM_PROCID with more than one task in the *step* means that srun started this process.
-    return "SLURM_PROCID" in environ and environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
-
-
-def world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """Returns the number of MPI ranks that were started together (1: no MPI launcher)."""
-    size = _first_int(_SIZE, environ)
-    if size is None and _under_srun(environ):
-        size = _first_int(("SLURM_STEP_NUM_TASKS",), environ)
-    return size or 1
-
-
-def rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Returns this process's MPI rank as the launcher says it (0 without a launcher)."""
-    value = _first_int(_RANK, environ)
-    if value is None and _under_srun(environ):
-        value = _first_int(("SLURM_PROCID",), environ)
-    return value or 0
-
 
 def local_size(environ: Mapping[str, str] = os.environ) -> int:
     """Returns the number of ranks on this machine, as far as the launcher tells.
@@ -68,12 +33,7 @@ def local_size(environ: Mapping[str, str] = os.environ) -> int:
     A launcher that names only the size of the whole world is taken to have started
     everything here: too few threads are slow, too many are slower.
     """
-    value = _first_int(_LOCAL_SIZE, environ)
-    if value is None and _under_srun(environ):
-        # "4(x2),3": nodes with 4, 4 and 3 tasks; which of them this one is does not matter much.
-        counts = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-        value = max((int(count) for count in counts), default=None)
-    return value or world_size(environ)
+    return ranks_of_this_node(environ, unknown=world_size(environ))
 
 
 def usable_cores() -> int:
@@ -93,7 +53,7 @@ def usable_cores() -> int:
 
 def threads(environ: Mapping[str, str] = os.environ) -> int:
     """Returns the number of threads that the environment gives this process's BLAS."""
-    return _first_int(THREAD_VARIABLES, environ) or usable_cores()
+    return first_number(environ, *THREAD_VARIABLES) or usable_cores()
 
 
 def limit_threads(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -101,7 +61,7 @@ def limit_threads(environ: MutableMapping[str, str] = os.environ) -> None:
 
     Must run before NumPy is imported. Oversubscribed BLAS threads are several times slower.
     """
-    if not _first_int(THREAD_VARIABLES, environ):
+    if not first_number(environ, *THREAD_VARIABLES):
         environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // local_size(environ)))
         environ[_CHOSEN] = environ["OMP_NUM_THREADS"]
 
@@ -131,7 +91,7 @@ def exit_on_interrupt(message: str | None) -> None:
 
 def without_mpi(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Returns the environment without what would make a child process join this MPI job."""
-    prefixes = ("PMI_", "PMIX_", "OMPI_", "MV2_", "HYDI_", "HYDRA_", "MPI_LOCAL", "PRTE_")
+    prefixes = ("PMI_", "PMIX_", "OMPI_", "MV2_", "HYDI_", "HYDRA_", "MPI_LOCAL", "PALS_", "PRTE_")
     return {k: v for k, v in environ.items() if not k.startswith(prefixes)}
 
 

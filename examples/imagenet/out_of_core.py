@@ -154,6 +154,11 @@ def figures() -> Figures:
     return Figures(stats.bytes_out, stats.bytes_in)
 
 
+def advice() -> str | None:
+    """Returns what bound this process's training and what to change; None without the engine."""
+    return chainer_ooc.stats().advice if chainer_ooc.is_enabled() else None
+
+
 def limit_bytes() -> int | None:
     """Returns the limit of this process in bytes; None when the engine is not enabled."""
     return chainer_ooc.stats().limit_bytes if chainer_ooc.is_enabled() else None

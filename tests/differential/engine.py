@@ -26,7 +26,7 @@ def prepare(contender: str, constants: dict[str, int]) -> None:
 def be_quiet() -> None:
     """Do without the one warning that the limit is too low."""
     for manager in state.managers():
-        manager._has_warned = True
+        manager.shortages.has_told = True
 
 
 def resident_bytes() -> int:

@@ -1,44 +1,31 @@
 """The command line's names and defaults, and what is read from the launchers' environments."""
 
+from pathlib import Path
+
 import launcher
 import pytest
 from config import parse_args
 
+from tests.swap.test_ranks import LAUNCHERS
 
-@pytest.mark.parametrize(
-    ("environ", "rank", "size", "local"),
-    [
-        ({}, 0, 1, 1),
-        ({"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALNRANKS": "4"}, 3, 8, 4),
-        ({"PMI_RANK": "3", "PMI_SIZE": "8"}, 3, 8, 8),
-        (
-            {
-                "OMPI_COMM_WORLD_RANK": "1",
-                "OMPI_COMM_WORLD_SIZE": "4",
-                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-            },
-            1,
-            4,
-            2,
-        ),
-        (
-            {
-                "SLURM_PROCID": "5",
-                "SLURM_STEP_NUM_TASKS": "11",
-                "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
-            },
-            5,
-            11,
-            4,
-        ),
-        # a batch script that starts python without srun
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, 0, 1, 1),
-    ],
-)
-def test_launchers(environ, rank, size, local):
-    assert launcher.rank(environ) == rank
-    assert launcher.world_size(environ) == size
-    assert launcher.local_size(environ) == local
+
+def test_the_ranks_of_a_launcher_that_tells_only_their_number_are_taken_to_be_here():
+    assert launcher.local_size({"PMI_RANK": "3", "PMI_SIZE": "8"}) == 8
+    assert launcher.local_size({"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALNRANKS": "4"}) == 4
+    assert launcher.local_size({}) == 1
+
+
+@pytest.mark.parametrize("environ", LAUNCHERS)
+def test_a_child_without_mpi_is_no_rank(environ):
+    environ = launcher.without_mpi(environ)
+    assert (launcher.rank(environ), launcher.world_size(environ)) == (0, 1)
+    assert launcher.local_size(environ) == 1
+
+
+def test_the_number_of_threads_is_set_before_numpy_is_loaded(run_python):
+    code = "import sys, launcher; launcher.limit_threads(); print('numpy' in sys.modules)"
+    path = Path(launcher.__file__).parent
+    assert run_python("-c", code, env={"PYTHONPATH": str(path)}).stdout == "False\n"
 
 
 def test_threads_are_the_share_of_the_cores(monkeypatch):

@@ -77,6 +77,7 @@ def main(network, room, *settings):
         warnings.simplefilter("always", RuntimeWarning)
         for _ in range(2):
             optimizer.update(lambda: F.sum(model(images) ** 2))
+        chainer_ooc.disable()  # a shortage is told by now
     digest = hashlib.sha256()
     for parameter in model.params():
         digest.update(parameter.array.tobytes())

@@ -13,6 +13,7 @@ import pytest
 
 import chainer_ooc
 from chainer_ooc import state
+from chainer_ooc.swap.shortages import Shortages
 from chainer_ooc.testing import assert_same_bits
 
 SETTINGS = {
@@ -132,7 +133,7 @@ def test_the_user_is_told_what_stock_chainer_tells(name, how, settings):
     expected, told = watched(program, how)
     gc.collect()
     with chainer_ooc.out_of_core_mode(**SETTINGS[settings]):
-        state.managers()[0]._has_warned = False
+        state.managers()[0].shortages.has_told = False
         actual, told_now = watched(program, how)
     assert_same_bits(actual, expected)
     assert told_now == told
@@ -167,8 +168,10 @@ def test_what_we_say_ends_nothing_and_is_said(capsys):
     """Where the user's filters make errors of warnings, ours go to stderr."""
     x = chainer.Variable(data(-1, 1, 64, 4096))
     with chainer_ooc.out_of_core_mode(limit="1MiB"):
-        state.managers()[0]._has_warned = False
+        (manager,) = state.managers()
+        manager.shortages = Shortages(manager.device)
         result, _ = watched(lambda: F.sum(F.exp(F.exp(x))).backward(), "error")
+        watched(manager.shortages.tell, "error")
     assert result is None
     assert capsys.readouterr().err.count("RuntimeWarning: ") == 1
     with chainer_ooc.out_of_core_mode(**SETTINGS["verify"]):

@@ -76,6 +76,7 @@ def test_what_cannot_fit_is_one_warning_or_with_strict_an_error(run_python):
     last = done.stderr.strip().splitlines()[-1]
     assert "OutOfMemoryError: Convolution2DFunction((1, 3, 192, 192), (16, 3, 3, 3), (16,))" in last
     assert "limit=" in last
+    assert last.endswith("; what runs later may need more.")  # in the first iteration
 
 
 @pytest.mark.parametrize(("limit", "announced"), [(64 << 20, 128 << 10), (16 << 20, 64 << 10)])

@@ -17,7 +17,7 @@ import chainer_ooc
 from chainer_ooc import state
 from chainer_ooc.errors import GraphReleasedError
 from chainer_ooc.graph import hooks
-from chainer_ooc.swap.devices.ram.copy_threads import CopyThreads
+from chainer_ooc.swap.devices.copy_threads import CopyThreads
 from chainer_ooc.swap.storage import PackedArray
 from chainer_ooc.testing import assert_same_bits, force_copies
 

@@ -88,7 +88,7 @@ STATEMENTS = {
 #: Calls of the engine that only count and tell.
 TOLD = ("stalled", "_copied", "ran", "used", "remade")
 #: Functions of the engine that only tell.
-TELLING = ("stalled", "_copied", "ran", "explain_shortage", "__repr__")
+TELLING = ("stalled", "_copied", "ran", "ended", "explain_shortage", "_shortage", "__repr__")
 
 #: Generic mutants in which nothing that can be observed is different, by how their names begin, and why.
 EQUIVALENT = {

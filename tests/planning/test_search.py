@@ -12,6 +12,7 @@ from chainer_ooc.planning.bound import lower_bound
 from chainer_ooc.planning.plan import Choice, Plan
 from chainer_ooc.planning.policies import OnDemand, Planned
 from chainer_ooc.planning.profile import Profile
+from chainer_ooc.planning.schedule import ScheduleBuilder, bytes_for_second_backward
 from chainer_ooc.planning.search import make_plan
 from chainer_ooc.planning.simulator import simulate
 from chainer_ooc.planning.system import System, Tier
@@ -152,3 +153,25 @@ def test_below_the_floor_the_plan_says_by_how_much():
     its = System(int(0.9 * profile.floor_bytes), (Tier("host", 1e9, 1e9),), margin=0.0)
     plan = make_plan(profile, its)
     assert plan.peak_bytes >= profile.floor_bytes
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.6])
+@pytest.mark.parametrize("net", ["googlenet", "resnet50", "vgg16", "lstm"])
+def test_what_need_not_leave_with_single_backward_need_not(net, fraction):
+    """A schedule without it fits, and one that moves less than the rest would not."""
+    profile = recorded(net)
+    limit = int(profile.floor_bytes + fraction * (profile.in_core_bytes - profile.floor_bytes))
+    tiers = (Tier("host", 1e9, 1e9),)
+    twice = ScheduleBuilder(profile, System(limit, tiers, False)).plan((), (), 0)
+    spared = bytes_for_second_backward(profile, twice, limit)
+    once = ScheduleBuilder(profile, System(limit, tiers, True)).plan((), (), 0)
+
+    def leaving(plan):
+        return sum(profile.storages[i].nbytes for _, i in plan.copy_out)
+
+    assert spared == leaving(twice) - leaving(once) > 0
+    system = System(limit, tiers, True)
+    assert simulate(profile, system, Planned(once)).peak_bytes <= limit
+    excess = profile.resident_peak(single_backward=True) - limit
+    largest = max(storage.nbytes for storage in profile.storages)
+    assert leaving(once) >= excess - largest

@@ -68,6 +68,7 @@ def run(tmp_path):
     facts = {
         "settings": {"limit": 100 * MIB, "swap_all": False},
         "stats": {"limit_bytes": 100 * MIB, "peak_bytes": 99 * MIB, "bytes_out": 24 * MIB},
+        "advice": "With <9> MiB nothing moves.",
     }
     (tmp_path / "ooc.json").write_text(json.dumps({"traceEvents": events, "otherData": facts}))
     log = [
@@ -147,6 +148,8 @@ def test_html_is_whole_and_needs_nothing_else(run, capsys):
     assert parser.links == []
     assert "ReLU &lt;b&gt;" in html and "nin &amp; more" in html
     assert "<b>, " not in html
+    assert "<h2>What bound it, and what to change" in html
+    assert "<p>With &lt;9&gt; MiB nothing moves.</p>" in html
     titles = ("Memory", "One iteration", "What became of what was saved", "Waiting, by cause")
     for title in (*titles, "Foreseen and measured", "Log"):
         assert f"<h2>{title}" in html

@@ -420,7 +420,7 @@ def _out_of_core() -> Failing:
     """Turn out-of-core mode on with memory short, and add errors to what it does itself."""
     chainer_ooc.enable(limit="1MiB", swap_dir="/var/tmp")
     for manager in state.managers():
-        manager._has_warned = True
+        manager.shortages.has_told = True
     F.tanh(F.exp(chainer.Variable(np.ones((64, 1024), "f"))))
     failing = Failing(state._before_allocation)
     hook(failing)

@@ -7,8 +7,7 @@ import weakref
 
 import pytest
 
-from chainer_ooc.swap.devices.ram.copy_threads import CopyThreads
-from chainer_ooc.swap.devices.ram.file_copies import FileTransfer
+from chainer_ooc.swap.devices.copy_threads import CopyThreads, FileTransfer
 
 
 def names():
@@ -17,10 +16,11 @@ def names():
 
 def test_close_waits_for_all_jobs():
     threads = CopyThreads(3, "copying")
-    assert len(names()) == 3
+    assert not names()  # they begin with the first job
     done = []
     for number in range(100):
         threads.submit(lambda number=number: done.append(number))
+        assert len(names()) == 3
     threads.close()
     assert sorted(done) == list(range(100))
     assert not names()
@@ -29,6 +29,7 @@ def test_close_waits_for_all_jobs():
 
 def test_threads_end_when_nobody_refers_to_them():
     threads = CopyThreads(2, "copying")
+    threads.submit(int)
     ended = [t for t in threading.enumerate() if t.name in names()]
     del threads
     gc.collect()
@@ -79,6 +80,27 @@ def test_a_transfer_is_done_with_its_last_piece_and_raises_what_one_raised():
     for _ in range(2):
         with pytest.raises(OSError, match="broken"):
             transfer.join()
+
+
+def test_a_failed_transfer_goes_with_its_last_reference():
+    def fail():
+        raise OSError(errno.EIO, "broken")
+
+    class Block:
+        pass
+
+    block = Block()
+    reference = weakref.ref(block)
+    transfer = FileTransfer(block, 1)
+    transfer.run(fail)
+    gc.disable()
+    try:
+        with pytest.raises(OSError, match="broken"):
+            transfer.join()
+        del block, transfer
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_a_transfer_without_pieces_is_done():

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.swap.devices.copy_threads import CopyThreads
 from chainer_ooc.swap.devices.ram import RamDevice
-from chainer_ooc.swap.devices.ram.copy_threads import CopyThreads
 from chainer_ooc.swap.system import forks
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT, EXTENT, SwapFile
 from tests.swap import fork_child
@@ -218,7 +218,7 @@ def test_two_threads_that_take_locks_in_turn_do_not_wait_for_each_other(monkeypa
 def test_ctrl_c_while_a_fork_waits_comes_after_it(run_python, tmp_path):
     (tmp_path / "main.py").write_text(
         "import os, signal, threading, time\n"
-        "from chainer_ooc.swap.devices.ram.copy_threads import CopyThreads\n"
+        "from chainer_ooc.swap.devices.copy_threads import CopyThreads\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "threads, ended = CopyThreads(1, 'copying'), []\n"
         "threads.submit(lambda: (time.sleep(2), ended.append(1)))\n"

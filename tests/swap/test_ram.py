@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from chainer_ooc.references import attribute_is_referenced_externally
 from chainer_ooc.settings import Settings
+from chainer_ooc.swap.devices.copy_threads import PIECE
 from chainer_ooc.swap.devices.ram import RamDevice
-from chainer_ooc.swap.devices.ram.file_copies import PIECE
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import State
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT

@@ -232,3 +232,23 @@ def test_an_address_space_that_is_limited(machine, monkeypatch):
 
 def test_this_machine_has_some():
     assert 0 < memory.attainable_bytes(0.05) <= memory.physical_bytes()
+
+
+@pytest.mark.parametrize(
+    "line, files, limit",
+    [
+        ("0::/a/b", {"a/memory.max": "4096", "a/b/memory.max": "max"}, 4096),
+        ("0::/a/b", {"a/memory.max": "4096", "a/b/memory.max": "1024"}, 1024),
+        ("0::/a", {"a/memory.max": "max"}, None),
+        ("0::/a", {"a/memory.max": "max", "a/memory.high": "2048"}, 2048),
+        ("0::/gone", {"memory.max": "512"}, 512),
+        ("5:memory:/a", {"memory/a/memory.limit_in_bytes": "2048"}, 2048),
+        ("5:cpu:/a", {"a/memory.max": "2048"}, None),
+        ("", {"memory.max": "512"}, None),
+    ],
+)
+def test_the_limit_of_the_cgroups_is_the_least_up_to_the_root(machine, line, files, limit):
+    machine.put("proc/self/cgroup", line)
+    for name, text in files.items():
+        machine.put(f"sys/fs/cgroup/{name}", text)
+    assert memory.cgroup_limit() == limit

@@ -9,6 +9,7 @@ __all__ = [
     "Device",
     "Layout",
     "Location",
+    "PooledDevice",
     "Span",
     "SwappedBlock",
     "Transfer",
@@ -185,6 +186,16 @@ class Device(Protocol):
 
     def close(self) -> None:
         """End the threads and free all space outside of memory."""
+
+
+class PooledDevice(Device, Protocol):
+    """A device whose allocator, a pool, asks the manager for room itself."""
+
+    def taken_bytes(self) -> int:
+        """Return the memory that the pool of the current device holds, free blocks included (bytes). Never wait."""
+
+    def note_allocation(self) -> None:
+        """Note an allocation on the current stream, for the peak and for the order of copies."""
 
 
 def checksum_of_array(

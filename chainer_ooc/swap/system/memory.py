@@ -15,6 +15,7 @@ __all__ = [
     "ResidentMemory",
     "attainable_bytes",
     "available_bytes",
+    "cgroup_limit",
     "keep_less_freed_memory",
     "physical_bytes",
     "trim",
@@ -76,6 +77,11 @@ class ResidentMemory:
 def physical_bytes() -> int:
     """Return the most memory that this process could ever have (bytes): by machine, cgroups and rlimit."""
     return min([psutil.virtual_memory().total, *(group.limit for group in _cgroups()), *_rlimit()])
+
+
+def cgroup_limit() -> int | None:
+    """Return the least limit of the cgroups that hold this process (bytes), ``None`` if there is none."""
+    return min((group.limit for group in _cgroups()), default=None)
 
 
 def available_bytes() -> int:

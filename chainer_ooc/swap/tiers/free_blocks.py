@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 
-__all__ = ["FreeBlocks"]
+__all__ = ["FreeBlocks", "round_up"]
 
 
 class FreeBlocks:
@@ -62,6 +62,11 @@ class FreeBlocks:
         """Return the address and the size (bytes) of each block, in the order of addresses."""
         return [(address, self._size[address]) for address in self._by_address]
 
+    def last(self) -> tuple[int, int]:
+        """Return the address and the size (bytes) of the block with the highest address. There must be one."""
+        address = self._by_address[-1]
+        return address, self._size[address]
+
     def largest(self) -> int:
         """Return the size of the largest block (bytes), 0 if there is none."""
         return self._by_size[-1][0] if self._by_size else 0
@@ -78,3 +83,8 @@ class FreeBlocks:
         del self._by_size[bisect.bisect_left(self._by_size, (nbytes, address))]
         self.nbytes -= nbytes
         return nbytes
+
+
+def round_up(nbytes: int, unit: int) -> int:
+    """Return the least multiple of ``unit``, one at least, that is not below ``nbytes``."""
+    return max(-(-nbytes // unit), 1) * unit

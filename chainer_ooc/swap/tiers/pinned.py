@@ -7,7 +7,7 @@ import mmap
 import threading
 from collections.abc import Callable
 
-from chainer_ooc.swap.tiers.free_blocks import FreeBlocks
+from chainer_ooc.swap.tiers.free_blocks import FreeBlocks, round_up
 
 __all__ = ["ALIGNMENT", "PinnedSlab"]
 
@@ -57,7 +57,7 @@ class PinnedSlab:
 
     def allocate(self, nbytes: int) -> int | None:
         """Return the address of a block of at least ``nbytes`` bytes, ``None`` if the slab is full."""
-        size = _round_up(nbytes)
+        size = round_up(nbytes, ALIGNMENT)
         with self._lock:
             address = self._free.take(size)
         if address is None:
@@ -78,7 +78,7 @@ class PinnedSlab:
         """Take back the block of ``nbytes`` bytes at ``address``."""
         with self._lock:
             if self._chunks:  # else this is a forked child, and the block is the parent's
-                size = _round_up(nbytes)
+                size = round_up(nbytes, ALIGNMENT)
                 self.allocated -= size
                 self._free.insert(address, size)
 
@@ -110,7 +110,7 @@ class PinnedSlab:
         if self._refused:
             return 0
         room = (self.limit - self.size) // mmap.PAGESIZE * mmap.PAGESIZE
-        return max(min(_whole_pages(max(CHUNK, self.size // 4)), room), 0)
+        return max(min(round_up(max(CHUNK, self.size // 4), mmap.PAGESIZE), room), 0)
 
     def _grow_ahead(self) -> None:
         nbytes = self._next_chunk()
@@ -128,7 +128,7 @@ class PinnedSlab:
 
     def _grow(self, nbytes: int) -> None:
         """Add a chunk with a block of ``nbytes``, if the limit allows it."""
-        smallest = _whole_pages(nbytes)
+        smallest = round_up(nbytes, mmap.PAGESIZE)
         for size in sorted({max(smallest, self._next_chunk()), smallest}, reverse=True):
             if size <= self.limit - self.size and not self._refused:
                 self.size += size
@@ -161,11 +161,3 @@ class PinnedSlab:
             memory.close()
             return None
         return address, memory
-
-
-def _round_up(nbytes: int) -> int:
-    return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
-
-
-def _whole_pages(nbytes: int) -> int:
-    return max(-(-nbytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import errno
 import os
@@ -17,6 +16,7 @@ from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.settings import EXTENT
 from chainer_ooc.swap.system import forks
 from chainer_ooc.swap.tiers.forked_readers import Descriptor, ForkedReaders
+from chainer_ooc.swap.tiers.free_blocks import FreeBlocks, round_up
 
 __all__ = ["ALIGNMENT", "SwapFile"]
 
@@ -49,10 +49,8 @@ class SwapFile:
     def _forget(self) -> None:
         self.size = 0
         self.allocated = 0
-        self.direct = False
-        # Free blocks: offset -> size (bytes), and the offsets in order.
-        self._free: dict[int, int] = {}
-        self._offsets: list[int] = []
+        self._is_direct = False
+        self._free = FreeBlocks()
         self._used: set[int] = set()  # the offsets of the blocks in use
         # Groups of forked readers, the newest one while it still grows, and the blocks that
         # were freed since: offset -> size (bytes).
@@ -69,7 +67,7 @@ class SwapFile:
         Raises:
             SwapSpaceError: If the disk is full or the file cannot be made.
         """
-        size = _round_up(nbytes)
+        size = round_up(nbytes, ALIGNMENT)
         with self._lock:
             if self._is_inherited:
                 raise SwapSpaceError(
@@ -79,6 +77,7 @@ class SwapFile:
                 self._file = self._open()
             self._look_after_readers()
             offset = self._find(size)
+            self.allocated += size
             self._used.add(offset)
             return offset
 
@@ -87,7 +86,7 @@ class SwapFile:
         with self._lock:
             if offset not in self._used:  # it was closed
                 return
-            size = _round_up(nbytes)
+            size = round_up(nbytes, ALIGNMENT)
             self.allocated -= size
             self._used.remove(offset)
             if self._is_inherited:
@@ -98,7 +97,7 @@ class SwapFile:
             if any(offset in readers.blocks for readers in self._readers):
                 self._kept[offset] = size
             else:
-                self._insert(offset, size)
+                self._free.insert(offset, size)
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """Write the bytes of a buffer. Direct I/O needs an aligned address, offset and length.
@@ -154,7 +153,7 @@ class SwapFile:
         while done < total:
             with buffer[done:] as rest:  # else an error would refer to it, and so to the memory
                 moved = move(number, rest, offset + done)
-            if self.direct:
+            if self._is_direct:
                 moved -= moved % ALIGNMENT  # go on at a page's start
             if not moved:
                 raise OSError(errno.EIO, stopped)
@@ -181,14 +180,13 @@ class SwapFile:
         try:
             try:
                 fd = os.open(path, flags | os.O_DIRECT, 0o600)
-                self.direct = True
+                self._is_direct = True
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 if os.path.exists(path):  # some file systems make the file before they refuse
                     os.unlink(path)
                 fd = os.open(path, flags, 0o600)
-                self.direct = False
             os.unlink(path)
         except OSError as error:
             raise SwapSpaceError(
@@ -199,23 +197,19 @@ class SwapFile:
         return Descriptor(fd)
 
     def _find(self, size: int) -> int:
-        # Best fit: the smallest free block that is large enough, the lowest of those.
-        fits = [(free, offset) for offset, free in self._free.items() if free >= size]
-        if fits:
-            return self._take(min(fits)[1], size)
-        try:
-            self._grow(size)
-        except SwapSpaceError:
-            if not self._kept:
-                raise
-            # The disk is full: use the blocks that forked processes could still read.
-            for readers in self._readers:
-                readers.refuse()
-                readers.close()
-            self._readers = []
-            self._use_kept()
-            return self._find(size)
-        return self._take(self._offsets[-1], size)
+        while (offset := self._free.take(size)) is None:
+            try:
+                self._grow(size)
+            except SwapSpaceError:
+                if not self._kept:
+                    raise
+                # The disk is full: use the blocks that forked processes could still read.
+                for readers in self._readers:
+                    readers.refuse()
+                    readers.close()
+                self._readers = []
+                self._use_kept()
+        return offset
 
     def _grow(self, size: int) -> None:
         extent = max(size, EXTENT)
@@ -235,7 +229,7 @@ class SwapFile:
                     f"was lost; {remedy}",
                     self.directory,
                 ) from error
-        self._insert(self.size, extent)
+        self._free.insert(self.size, extent)
         self.size += extent
 
     def _reserve(self, extent: int) -> None:
@@ -262,7 +256,7 @@ class SwapFile:
     def _use_kept(self) -> None:
         for offset in tuple(self._kept):
             if not any(offset in readers.blocks for readers in self._readers):
-                self._insert(offset, self._kept.pop(offset))
+                self._free.insert(offset, self._kept.pop(offset))
 
     def _before_fork(self) -> None:
         if self._used and not self._is_inherited and self._newest is None:
@@ -282,33 +276,6 @@ class SwapFile:
         self._is_inherited = True
         if not self._used:  # nothing to read: do not keep its space
             self.close()
-
-    def _take(self, offset: int, size: int) -> int:
-        """Cut ``size`` bytes off the front of the free block at ``offset``."""
-        rest = self._free.pop(offset) - size
-        index = bisect.bisect_left(self._offsets, offset)
-        if rest:
-            self._free[offset + size] = rest
-            self._offsets[index] = offset + size
-        else:
-            del self._offsets[index]
-        self.allocated += size
-        return offset
-
-    def _insert(self, offset: int, size: int) -> None:
-        """Add a free block and merge it with its neighbours."""
-        index = bisect.bisect_left(self._offsets, offset)
-        if index < len(self._offsets) and self._offsets[index] == offset + size:
-            size += self._free.pop(self._offsets.pop(index))
-        if index and self._offsets[index - 1] + self._free[self._offsets[index - 1]] == offset:
-            self._free[self._offsets[index - 1]] += size
-        else:
-            self._offsets.insert(index, offset)
-            self._free[offset] = size
-
-
-def _round_up(nbytes: int) -> int:
-    return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
 
 
 def _read_into(number: int, buffer: memoryview, offset: int) -> int:

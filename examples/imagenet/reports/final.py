@@ -129,6 +129,7 @@ def _out_of_core(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("moved in, all ranks", gibibytes(summary["bytes_in"])),
     ]
     stats = chainer_ooc.stats()
+    rows.append(("advice, rank 0", stats.advice))
     for field in dataclasses.fields(stats):
         value = getattr(stats, field.name)
         # What is above, for all ranks; and what this version or run does not count.
@@ -174,7 +175,7 @@ def _plan(plans: Sequence[chainer_ooc.PlanReport]) -> list[tuple[str, str | None
 
 
 def _quantity(name: str, value: float) -> str:
-    if name.endswith("_seconds"):
+    if name.endswith("seconds"):
         return duration(value)
     if "bytes" in name:
         return gibibytes(value)

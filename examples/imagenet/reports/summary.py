@@ -59,6 +59,8 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
           f"in core {memory('in_core_peak_bytes')}")  # fmt: skip
     print(f"  swapped  {summary['bytes_out'] / GIB:.2f} GiB out, "
           f"{summary['bytes_in'] / GIB:.2f} GiB in (all ranks)")  # fmt: skip
+    if (advice := out_of_core.advice()) is not None:
+        print(f"  rank 0   {advice}")
     print(f"  results  {out}: report.md, its plots, summary.json", flush=True)
 
 

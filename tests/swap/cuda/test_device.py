@@ -9,15 +9,14 @@ import itertools
 import threading
 import time
 import weakref
-from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.swap.devices.copy_threads import THREADS
 from chainer_ooc.swap.devices.cuda.device import CudaDevice, new_slab
 from chainer_ooc.swap.devices.cuda.device import _abandoned as abandoned
-from chainer_ooc.swap.devices.cuda.host import THREADS
 from chainer_ooc.swap.devices.cuda.transfers import DiskTransfer, FailedTransfer
 from chainer_ooc.swap.devices.protocol import Layout
 from chainer_ooc.swap.events import Observer
@@ -577,14 +576,24 @@ def test_when_copies_began_and_ended_is_known_later_and_the_host_waits_for_nothi
         transfer.copy.free()
 
 
-def test_pieces_were_under_way_from_the_first_begin_to_the_last_end():
-    futures = [Future() for _ in range(3)]
-    for future, span in zip(futures, [(2.0, 5.0), (1.0, 3.0), (4.0, 4.5)], strict=True):
-        future.set_result(span)
-    transfer = DiskTransfer(None, futures, None)
-    assert transfer.span() is None
-    transfer.join()
+@pytest.mark.parametrize("end", ["done", "wait", "join"])
+def test_the_memory_stays_until_all_pieces_have_ended(end):
+    class Owner:
+        pass
+
+    owner = Owner()
+    reference = weakref.ref(owner)
+    transfer = DiskTransfer(None, 2, owner)
+    del owner
+    transfer.run(lambda: (2.0, 5.0))
+    assert not transfer.done()
+    assert reference() is not None
+    transfer.run(lambda: (1.0, 3.0))
+    assert reference() is not None  # no copying thread frees a GPU's memory
+    getattr(transfer, end)()
+    assert reference() is None
     assert transfer.span() == (1.0, 5.0)
+    assert transfer.arrival() is None  # the GPU's clock does not know it
 
 
 def test_what_is_computed_is_timed_on_the_gpu(rig):

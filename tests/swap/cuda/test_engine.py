@@ -222,10 +222,17 @@ def test_shortages_are_told_once_or_raised(rig):
     with warnings.catch_warnings(record=True, action="always") as told:
         assert rig.manager.shortage(4 * UNIT, "f") is None  # it fits
     assert not told
-    with pytest.warns(RuntimeWarning, match="f needs"):
-        assert rig.manager.shortage(8 * UNIT, "f") is None
     with warnings.catch_warnings(record=True, action="always") as told:
-        assert rig.manager.shortage(8 * UNIT, "f") is None  # once
+        for nbytes, name in ((8 * UNIT, "f"), (9 * UNIT, "g"), (8 * UNIT, "h")):
+            assert rig.manager.shortage(nbytes, name) is None
+        for backward in (False, True, False, True):
+            rig.manager.shortages.ended(backward)
+    assert not told  # the second iteration is not over
+    with pytest.warns(RuntimeWarning, match=f"g needs.*limit={rig.manager.shortages.least_limit} "):
+        rig.manager.shortages.ended(backward=False)
+    with warnings.catch_warnings(record=True, action="always") as told:
+        assert rig.manager.shortage(10 * UNIT, "f") is None  # once
+        rig.manager.shortages.tell()
     assert not told
     rig.settings = Settings(limit=8 * UNIT, min_bytes=1, strict=True)
     assert isinstance(rig.manager.shortage(8 * UNIT, "f"), errors.OutOfMemoryError)

@@ -80,6 +80,8 @@ def test_free_blocks_against_a_model():
             blocks.insert(address, size)
             model |= set(range(address, address + size))
         assert blocks.nbytes == len(model)
+        if model:
+            assert sum(blocks.last()) == max(model) + 1
     for address, size in taken.items():
         blocks.insert(address, size)
     assert blocks.largest() == 500

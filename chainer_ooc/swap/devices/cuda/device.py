@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.swap.devices.copy_threads import PIECE, THREADS
 from chainer_ooc.swap.devices.cuda.checksum import CudaChecksum
-from chainer_ooc.swap.devices.cuda.host import PIECE, THREADS, DiskCopy, DiskTier, HostTier
+from chainer_ooc.swap.devices.cuda.host import DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
-from chainer_ooc.swap.devices.cuda.transfers import DiskTransfer, FailedTransfer, StreamTransfer
+from chainer_ooc.swap.devices.cuda.transfers import FailedTransfer, StreamTransfer
 from chainer_ooc.swap.devices.protocol import Layout, Location, Transfer, checksum_of_array
 from chainer_ooc.swap.system import memory
 from chainer_ooc.swap.system.ranks import ranks_of_this_node
@@ -162,7 +163,7 @@ class CudaDevice:
                         error.filename,
                     ) from error
                 after = self.streams.computed()
-                return DiskTransfer(on_disk, self.disk.write(on_disk, address, after), owner)
+                return self.disk.write(on_disk, address, after, owner)
             try:
                 after = self.streams.computed()
                 begin, copy.written = self.streams.copy_out(copy.address, address, nbytes, after)
@@ -182,8 +183,7 @@ class CudaDevice:
             address = self.arrays.address(owner) + origin
             after = self.streams.allocated()
             if isinstance(copy, DiskCopy):
-                futures = self.disk.read(copy, address, after)
-                return owner, origin, DiskTransfer(copy, futures, owner)
+                return owner, origin, self.disk.read(copy, address, after, owner)
             after.append(copy.written)
             try:
                 begin, copy.read = self.streams.copy_in(address, copy.address, nbytes, after)

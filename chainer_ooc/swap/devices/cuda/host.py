@@ -10,20 +10,19 @@ import queue
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from chainer_ooc.errors import SwapSpaceError
+from chainer_ooc.swap.devices.copy_threads import THREADS, CopyThreads
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
+from chainer_ooc.swap.devices.cuda.transfers import DiskTransfer
 from chainer_ooc.swap.devices.protocol import Span
+from chainer_ooc.swap.tiers.free_blocks import round_up
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT as PAGE
 from chainer_ooc.swap.tiers.swap_file import SwapFile
 
 __all__ = ["DiskCopy", "DiskTier", "HostTier", "PinnedCopy"]
-
-#: Threads that move bytes between the swap file and staging blocks, and the largest such block (bytes).
-THREADS, PIECE = 4, 16 << 20
 
 
 class PinnedCopy:
@@ -121,7 +120,8 @@ class DiskTier:
         self.piece = piece
         self._streams = streams
         self._blocks: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads = CopyThreads()
+        self._is_open = False
         self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> DiskCopy:
@@ -133,26 +133,25 @@ class DiskTier:
         self._prepare()
         return DiskCopy(self.file, nbytes)
 
-    def write(self, copy: DiskCopy, device: int, after: list[Any]) -> list[Future[Span]]:
-        """Begin to copy a storage at address ``device`` to the file, after some events."""
-        return self._start(self._write_piece, copy, device, after)
+    def write(self, copy: DiskCopy, device: int, after: list[Any], owner: Any) -> DiskTransfer:
+        """Begin to copy a storage at address ``device`` of ``owner`` to the file, after some events."""
+        return self._start(self._write_piece, copy, device, after, owner)
 
-    def read(self, copy: DiskCopy, device: int, after: list[Any]) -> list[Future[Span]]:
-        """Begin to copy a storage from the file to address ``device``, after some events."""
-        return self._start(self._read_piece, copy, device, after)
+    def read(self, copy: DiskCopy, device: int, after: list[Any], owner: Any) -> DiskTransfer:
+        """Begin to copy a storage from the file to address ``device`` of ``owner``, after some events."""
+        return self._start(self._read_piece, copy, device, after, owner)
 
     def close(self) -> None:
         """End the threads; free the file and the staging blocks."""
         with self._lock:
-            pool, self._pool = self._pool, None
-        if pool:
-            pool.shutdown()
+            self._is_open = False
+        self._threads.close()
         self.file.close()
         self.staging.close()
 
     def _prepare(self) -> None:
         with self._lock:
-            if self._pool is not None:
+            if self._is_open:
                 return
             self._blocks = queue.SimpleQueue()
             for _ in range(THREADS):
@@ -165,27 +164,23 @@ class DiskTier:
                         self.file.directory,
                     )
                 self._blocks.put(address)
-            self._pool = ThreadPoolExecutor(THREADS, "chainer_ooc-copy")
+            self._is_open = True
 
     def _start(
-        self, move: Any, copy: DiskCopy, device: int, after: list[Any]
-    ) -> list[Future[Span]]:
-        pool = self._pool
-        if pool is None:
-            raise OSError(errno.EBADF, "the swap file is closed", self.file.directory)
-        return [
-            pool.submit(
-                functools.partial(
-                    move,
-                    copy.file,
-                    copy.offset + start,
-                    device + start,
-                    min(self.piece, copy.nbytes - start),
-                    after,
+        self, move: Any, copy: DiskCopy, device: int, after: list[Any], owner: Any
+    ) -> DiskTransfer:
+        starts = range(0, copy.nbytes, self.piece)
+        transfer = DiskTransfer(copy, len(starts), owner)
+        with self._lock:
+            if not self._is_open:
+                raise OSError(errno.EBADF, "the swap file is closed", self.file.directory)
+            for start in starts:
+                nbytes = min(self.piece, copy.nbytes - start)
+                place = copy.file, copy.offset + start, device + start, nbytes, after
+                self._threads.submit(
+                    functools.partial(transfer.run, functools.partial(move, *place))
                 )
-            )
-            for start in range(0, copy.nbytes, self.piece)
-        ]
+        return transfer
 
     def _write_piece(
         self, file: SwapFile, offset: int, device: int, nbytes: int, after: list[Any]
@@ -194,7 +189,7 @@ class DiskTier:
             begin, end = self._streams.copy_out(host, device, nbytes, after)
             end.synchronize()
             start = self._streams.host_time(begin)
-            file.write(offset, memory[: _whole_pages(nbytes)])
+            file.write(offset, memory[: round_up(nbytes, PAGE)])
         return start, time.perf_counter()
 
     def _read_piece(
@@ -202,7 +197,7 @@ class DiskTier:
     ) -> Span:
         with self._staged() as (host, memory):
             start = time.perf_counter()
-            file.read(offset, memory[: _whole_pages(nbytes)])
+            file.read(offset, memory[: round_up(nbytes, PAGE)])
             self._streams.copy_in(device, host, nbytes, after)[1].synchronize()
         return start, time.perf_counter()
 
@@ -220,7 +215,3 @@ class DiskTier:
 
 def _have_ended(events: list[Any]) -> bool:
     return all(event.done for event in events)
-
-
-def _whole_pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE) * PAGE

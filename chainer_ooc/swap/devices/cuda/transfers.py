@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from typing import Any
 
-from chainer_ooc.swap.devices.cuda.host import DiskCopy
+from chainer_ooc.swap.devices.copy_threads import FileTransfer
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
 from chainer_ooc.swap.devices.protocol import Span, SwappedBlock
 
@@ -53,41 +52,30 @@ class StreamTransfer:
         return self._event
 
 
-class DiskTransfer:
-    """Pieces that threads carry between the GPU and the swap file."""
+class DiskTransfer(FileTransfer):
+    """Pieces that threads carry between the GPU and the swap file.
 
-    def __init__(self, copy: DiskCopy, futures: list[Future[Span]], owner: Any) -> None:
-        self.copy: SwappedBlock = copy
-        self._futures = futures
-        self._span: Span | None = None
+    Args:
+        copy: The block of the file.
+        count: The number of pieces.
+        owner: The owner of the GPU's memory, which is kept until all pieces have ended.
+    """
+
+    def __init__(self, copy: SwappedBlock, count: int, owner: Any) -> None:
+        super().__init__(copy, count)
         self._owner = owner
 
     def done(self) -> bool:
         """Return whether all pieces have ended."""
-        if not all(future.done() for future in self._futures):
+        if not super().done():
             return False
         self._owner = None
         return True
 
-    def join(self) -> None:
-        """Wait for all pieces and raise the first error."""
-        self.wait()
-        # Avoid a cycle: an error refers to the frames it passes, and a future to its error.
-        futures, self._futures = self._futures[::-1], []
-        spans = []
-        while futures:
-            spans.append(futures.pop().result())
-        self._span = min(start for start, _ in spans), max(end for _, end in spans)
-
     def wait(self) -> None:
         """Wait for all pieces. Errors are not raised."""
-        for future in self._futures:
-            future.exception()
+        super().wait()
         self._owner = None
-
-    def span(self) -> Span | None:
-        """Return when the first piece began and the last one ended, after a wait for them."""
-        return self._span
 
     def arrival(self) -> None:
         """Return ``None``: the host has waited for the pieces."""

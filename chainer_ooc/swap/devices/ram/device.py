@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,10 @@ import psutil
 import xxhash
 
 from chainer_ooc import wording
+from chainer_ooc.swap.devices.copy_threads import CopyThreads, FileTransfer
 from chainer_ooc.swap.devices.protocol import Location, Span, checksum_of_array
 from chainer_ooc.swap.devices.ram import native
-from chainer_ooc.swap.devices.ram.copy_threads import CopyThreads
-from chainer_ooc.swap.devices.ram.file_copies import FileCopy, FileTransfer
+from chainer_ooc.swap.devices.ram.file_copies import FileCopy
 from chainer_ooc.swap.system import memory
 from chainer_ooc.swap.system.ranks import ranks_of_this_node
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT, SwapFile
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RamDevice"]
 
-#: Threads that copy.
-THREADS = 4
 #: Freed arrays of this size (bytes) and more go back to the system at once, when memory has become short.
 #: NumPy asks for huge pages from this size on, so that taking them again is cheap.
 RETURNED = 4 << 20
@@ -74,8 +71,7 @@ class RamDevice:
         self.file = SwapFile(directory)
         self.pages: Any = None
         self._resident = memory.ResidentMemory()
-        self._threads: CopyThreads | None = None
-        self._lock = threading.Lock()
+        self._threads = CopyThreads()
         self._memory_is_short = False
         self._cached_limit = 0
         # Running copies in, and the bytes they fill that the kernel does not count yet.
@@ -252,26 +248,20 @@ class RamDevice:
             self.file = SwapFile(directory)
 
     def after_fork(self) -> None:
-        """Start in a forked child without threads and with a file of its own."""
-        self._threads, self._lock, self._arriving = None, threading.Lock(), {}
+        """Start in a forked child with no running copies and a file of its own."""
+        self._arriving = {}
         self.file = SwapFile(self.file.directory)
 
     def close(self) -> None:
         """End the threads and free the file's space."""
-        with self._lock:
-            threads, self._threads = self._threads, None
-        if threads:
-            threads.close()
+        self._threads.close()
         self.set_cached_limit(0)
         self.file.close()
 
     def _start(self, copy: FileCopy, jobs: list[Callable[[], Span]]) -> FileTransfer:
         transfer = FileTransfer(copy, len(jobs))
-        with self._lock:
-            if self._threads is None:
-                self._threads = CopyThreads(THREADS, "chainer_ooc-copy")
-            for job in jobs:
-                self._threads.submit(functools.partial(transfer.run, job))
+        for job in jobs:
+            self._threads.submit(functools.partial(transfer.run, job))
         return transfer
 
 

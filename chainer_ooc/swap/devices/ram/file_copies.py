@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-import math
-import threading
 import time
 from collections.abc import Callable
 
+from chainer_ooc.swap.devices.copy_threads import PIECE
 from chainer_ooc.swap.devices.protocol import Span
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT, SwapFile
 
-__all__ = ["PIECE", "FileCopy", "FileTransfer"]
-
-#: The largest piece of a storage that a thread copies at a time (bytes).
-PIECE = 16 << 20
+__all__ = ["FileCopy"]
 
 _Move = Callable[[int, memoryview], None]
 
@@ -76,60 +72,3 @@ def _timed(move: _Move, offset: int, piece: memoryview) -> Span:
     with piece:
         move(offset, piece)
     return start, time.perf_counter()
-
-
-class FileTransfer:
-    """The pieces of a :class:`FileCopy` that threads are writing or reading.
-
-    Args:
-        copy: The copy.
-        count: The number of pieces. Each goes to :meth:`run` once.
-    """
-
-    def __init__(self, copy: FileCopy, count: int) -> None:
-        self.copy = copy
-        self._left = count
-        self._lock = threading.Lock()
-        self._under_way = threading.Lock()  # held until the last piece has ended
-        self._begin, self._end = math.inf, 0.0
-        self._error: BaseException | None = None
-        if count:
-            self._under_way.acquire()
-
-    def run(self, piece: Callable[[], Span]) -> None:
-        """Write or read one piece, in any thread. Errors are kept for :meth:`join`."""
-        begin, end = math.inf, 0.0
-        try:
-            begin, end = piece()
-        except BaseException as error:
-            self._error = self._error or error
-        with self._lock:
-            self._begin, self._end = min(self._begin, begin), max(self._end, end)
-            self._left -= 1
-            if not self._left:
-                self._under_way.release()
-
-    def done(self) -> bool:
-        """Return whether all pieces have ended."""
-        return not self._left
-
-    def wait(self) -> None:
-        """Wait for all pieces. Errors are not raised."""
-        with self._under_way:
-            pass
-
-    def join(self) -> None:
-        """Wait for all pieces and raise the first error."""
-        self.wait()
-        if self._error is not None:
-            raise self._error
-
-    def span(self) -> Span | None:
-        """Return when the first piece began and the last one ended."""
-        is_over = self._end and not self._left and self._error is None
-        return (self._begin, self._end) if is_over else None
-
-    def arrival(self) -> float | None:
-        """Return when the last piece ended."""
-        span = self.span()
-        return span[1] if span else None

@@ -1,9 +1,10 @@
-"""Threads that run jobs in the order in which they were submitted."""
+"""Threads that copy between memory and the swap file, piece by piece."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -11,33 +12,37 @@ import time
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Any
 
+from chainer_ooc.swap.devices.protocol import Span
 from chainer_ooc.swap.system import forks
 
-__all__ = ["CopyThreads"]
+__all__ = ["PIECE", "THREADS", "CopyThreads", "FileTransfer"]
+
+#: The threads of a device, and the largest piece of a storage that one copies at a time (bytes).
+THREADS, PIECE = 4, 16 << 20
 
 _Jobs = SimpleQueue[Callable[[], object] | None]
 
 
 class CopyThreads:
-    """Run jobs that record their own end and raise nothing.
+    """Run jobs in the order in which they were submitted. They record their own end and raise nothing.
 
     There are no futures: each has a lock and a condition of its own, a cost for many small copies. The
-    threads end before the process forks and begin anew with the next job.
+    threads begin with the first job. They end before the process forks and begin anew with the next job.
 
     Args:
         count: The number of threads.
         name: The prefix of their names.
     """
 
-    def __init__(self, count: int, name: str) -> None:
+    def __init__(self, count: int = THREADS, name: str = "chainer_ooc-copy") -> None:
         self._count = count
         self._name = name
         self._lock = threading.RLock()
         self._jobs: _Jobs
         self._threads: list[threading.Thread] = []
         self._ending: list[threading.Thread] = []
-        self._begin()
         _alive.add(self)
 
     def submit(self, job: Callable[[], object]) -> None:
@@ -106,6 +111,67 @@ def _after_fork() -> None:
 
 
 forks.register(_after_fork, _before_fork)
+
+
+class FileTransfer:
+    """The pieces of a storage that threads carry to the swap file, or back.
+
+    Args:
+        copy: The block that they write or read.
+        count: The number of pieces. Each goes to :meth:`run` once.
+    """
+
+    def __init__(self, copy: Any, count: int) -> None:
+        self.copy = copy
+        self._left = count
+        self._lock = threading.Lock()
+        self._under_way = threading.Lock()  # held until the last piece has ended
+        self._begin, self._end = math.inf, 0.0
+        self._error: BaseException | None = None
+        if count:
+            self._under_way.acquire()
+
+    def run(self, piece: Callable[[], Span]) -> None:
+        """Write or read one piece, in any thread. Errors are kept for :meth:`join`."""
+        begin, end = math.inf, 0.0
+        try:
+            begin, end = piece()
+        except BaseException as error:
+            self._error = self._error or error
+        with self._lock:
+            self._begin, self._end = min(self._begin, begin), max(self._end, end)
+            self._left -= 1
+            if not self._left:
+                self._under_way.release()
+        del self  # else its error refers to this frame, and so to itself
+
+    def done(self) -> bool:
+        """Return whether all pieces have ended."""
+        return not self._left
+
+    def wait(self) -> None:
+        """Wait for all pieces. Errors are not raised."""
+        with self._under_way:
+            pass
+
+    def join(self) -> None:
+        """Wait for all pieces and raise the first error."""
+        self.wait()
+        try:
+            if self._error is not None:
+                raise self._error
+        finally:
+            del self  # likewise
+
+    def span(self) -> Span | None:
+        """Return when the first piece began and the last one ended."""
+        is_over = self._end and not self._left and self._error is None
+        return (self._begin, self._end) if is_over else None
+
+    def arrival(self) -> float | None:
+        """Return when the last piece ended."""
+        span = self.span()
+        return span[1] if span else None
 
 
 def _work(jobs: _Jobs) -> None:

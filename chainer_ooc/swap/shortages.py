@@ -1,0 +1,141 @@
+"""The least limit that suffices, as far as a run has shown it, and the warning when the limit in force does not."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import NamedTuple
+
+from chainer_ooc import wording
+from chainer_ooc.planning.system import MARGIN
+from chainer_ooc.swap.devices.protocol import Device
+
+__all__ = ["Shortage", "Shortages"]
+
+#: The warning waits for the end of the second iteration from the first shortage on: the first has no gradients and no
+#: state of the optimizer when it begins.
+_TURNS = 2
+#: It waits no longer than this (seconds).
+_PATIENCE = 60.0
+#: What needs more than what is known by less than this does not change the description of the largest shortage.
+_LARGER = 1.01
+#: What the process may take for itself later (bytes), if that counts against the limit: modules, plans, fragments.
+_LATER = 8 << 20
+
+
+class Shortage(NamedTuple):
+    """An allocation that does not fit, and what is in memory then (bytes).
+
+    Attributes:
+        what: The name of what runs.
+        nbytes: The size of the allocation.
+        used: The memory in use: nothing more can leave.
+        limit: The limit.
+        saved: The part of ``used`` that saved arrays take.
+        held: The part of ``saved`` that something besides the graph refers to.
+    """
+
+    what: str
+    nbytes: int
+    used: int
+    limit: int
+    saved: int
+    held: int
+
+    @property
+    def need(self) -> int:
+        """The bytes that have to be in memory at one time."""
+        return self.used + self.nbytes
+
+
+class Shortages:
+    """Remember the most memory that was needed at one time, and warn once that the limit is below it.
+
+    The first function that does not fit says little: those after it, gradients and the optimizer's state may
+    need more. So the warning comes when a whole iteration with all of these has ended, and names the limit
+    that it needs. It comes earlier if memory may run out, and at the end of the process at the latest.
+
+    Args:
+        device: The memory.
+
+    Attributes:
+        floor_bytes: The most bytes that had to be in memory at one time, 0 while nothing is known.
+        has_told: There was a warning.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.floor_bytes = 0
+        self._knows_an_iteration = False
+        self._largest: Shortage | None = None
+        self.has_told = self._backward = False
+        self._turns = 0
+        self._start = 0.0
+
+    def note_floor(self, nbytes: int) -> None:
+        """Note the most that a whole iteration needs at one time (bytes)."""
+        self.floor_bytes = max(self.floor_bytes, nbytes)
+        self._knows_an_iteration = True
+
+    @property
+    def exceeds_limit(self) -> bool:
+        """Whether more was needed than the limit."""
+        return self._largest is not None
+
+    @property
+    def least_limit(self) -> int:
+        """The least limit (bytes) that suffices, as far as is known; 0 while nothing is."""
+        return self.limit_for(self.floor_bytes, 1 - MARGIN) if self.floor_bytes else 0
+
+    def limit_for(self, nbytes: int, share: float) -> int:
+        """Return the least limit of which ``nbytes`` in use take no more than ``share``."""
+        later = 0 if self._device.asks_for_room else _LATER
+        return math.ceil((nbytes + later) / share)
+
+    def note_need(self, need: int) -> bool:
+        """Take note of ``need`` bytes beyond the limit. Return whether :meth:`note` should get the details."""
+        self.floor_bytes = max(self.floor_bytes, need)
+        largest = self._largest
+        return not self.has_told and (largest is None or need > _LARGER * largest.need)
+
+    def note(self, shortage: Shortage) -> None:
+        """Remember the largest shortage so far."""
+        if self._largest is None:
+            self._start = time.monotonic()
+        self._largest = shortage
+        if shortage.need > self._device.capacity():
+            self.tell()
+
+    def ended(self, backward: bool) -> None:
+        """Note that a function has ended, and warn if enough is known by now."""
+        if self._largest is None or self.has_told:
+            return
+        self._turns += self._backward and not backward
+        self._backward = backward
+        if self._turns >= _TURNS:
+            self._knows_an_iteration = True
+            self.tell()
+        elif time.monotonic() - self._start > _PATIENCE:
+            self.tell()
+
+    def tell(self) -> None:
+        """Warn of the largest shortage, unless there was none or a warning before."""
+        if self._largest is not None and not self.has_told:
+            self.has_told = True
+            wording.warn(self.explain(self._largest), stacklevel=2)
+
+    def explain(self, shortage: Shortage) -> str:
+        """Return a message: what fills the memory, and what would help."""
+        what, nbytes, used, limit, saved, held = shortage
+        least = self.limit_for(max(shortage.need, self.floor_bytes), 1 - MARGIN)
+        later = "" if self._knows_an_iteration else "; what runs later may need more"
+        return (
+            f"{what} needs {_mib(nbytes)} more, and {_mib(used)} of the limit of {_mib(limit)} are in use: "
+            f"{_mib(held)} by saved arrays that something else holds, {_mib(saved - held)} by other saved arrays, "
+            f"{_mib(used - saved)} by parameters, gradients, temporaries and the interpreter. It needs "
+            f"limit={least} ({_mib(least)}) or a smaller batch{later}."
+        )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 20):,.0f} MiB"
