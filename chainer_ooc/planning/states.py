@@ -55,7 +55,7 @@ class ByState(Generic[T]):
     def add(self, number: int, storage: T, nbytes: int) -> None:
         """Add the storage that was saved as the ``number``-th. It is RESIDENT."""
         self.storages[number] = storage
-        self._numbers[State.RESIDENT].append(number)
+        insort(self._numbers[State.RESIDENT], number)
         self.nbytes[State.RESIDENT] += nbytes
 
     def move(self, number: int, nbytes: int, before: State, after: State) -> None:

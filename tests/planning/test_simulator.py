@@ -1,5 +1,7 @@
 """The simulator against timelines done by hand, and rules that hold for all of them."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks.baselines import BASELINES
@@ -164,3 +166,11 @@ def test_bytes_add_up_whatever_the_policy(name):
         waits = timeline.wait_in_seconds + timeline.wait_out_seconds + timeline.rerun_seconds
         assert timeline.seconds == pytest.approx(profile.compute_seconds + waits)
     assert moved > 0 or name == "vDNN conv"  # there are no convolutions here
+
+
+@pytest.mark.parametrize("limit", [1000, 250])
+def test_storages_may_be_saved_in_another_order_than_they_are_made(limit):
+    """A function saves its input, which an earlier one has made, after others."""
+    profile = three()
+    turned = dataclasses.replace(profile, storages=profile.storages[::-1])
+    Watched(turned, system(limit), OnDemand()).run()
