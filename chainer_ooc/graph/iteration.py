@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from chainer_ooc.graph.recompute import STEP, Recipes
+from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.plan_cache import Conditions, PlanCache, PlanEntry, plan_for
 from chainer_ooc.planning.profile import Profile, describe_input, signature_of
 from chainer_ooc.planning.recorder import Recorder
@@ -19,7 +20,6 @@ from chainer_ooc.planning.steps import BACKWARD, FORWARD, OTHER, key_of
 from chainer_ooc.planning.system import System, Tier
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.ram import native
-from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import PackedArray, State, Storage
 
@@ -105,7 +105,7 @@ class IterationTracker:
         self._texts: dict[Any, tuple[str, tuple[str, ...]]] = {}
         self._recorder: Recorder | None = None
         self._held: list[tuple[weakref.ref[Storage], int]] = []
-        self._executor: PlanExecutor | None = None
+        self._executor: PlanExecutor[Storage] | None = None
         self._guarded = _NOTHING
         self._conditions: Conditions
         self._is_late = False  # functions of the first iteration have run untracked

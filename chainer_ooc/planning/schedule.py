@@ -47,8 +47,6 @@ class ScheduleBuilder:
     def __init__(self, profile: Profile, system: System) -> None:
         self.profile = profile
         self.system = system
-        pairs = zip(profile.workspace, profile.made_bytes, strict=True)
-        self._need_bytes = tuple(workspace + made for workspace, made in pairs)
         # From this step on only the graph refers to the storage and to its re-run's inputs: no code can write to them.
         self._drop_from = {i: self._free_from(i) for i in can_be_made_again(profile)}
         # Backward needs the oldest last: they have the most time to leave and return.
@@ -190,7 +188,6 @@ class ScheduleBuilder:
             earliest=tuple(step for step, _ in arrivals),
             release=tuple(sorted(release)),
             discard=tuple(sorted(drop)),
-            rerun=tuple(needs.reruns),
             evict_after_recompute=tuple(sorted(evict_after_recompute)),
-            need_bytes=self._need_bytes,
+            need_bytes=self.profile.need_bytes,
         )
