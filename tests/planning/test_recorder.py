@@ -36,7 +36,7 @@ def test_records_become_a_profile():
         SavedTensor(40, 0, 2, (), "a"),
         SavedTensor(60, 1, 5, (2,), "b"),
     )
-    assert profile.steps[0].rerun == Rerun(1.0, 25, (), (0, 1))
+    assert profile.steps[0].rerun == Rerun(1.0, 25, (), (0, 1), (0,))
     assert profile.steps[3].function == 0
 
 

@@ -135,7 +135,7 @@ class Engine:
             self.device.compute(rerun.seconds)
             return array
 
-        recipe = Recipe(inputs, run, saved.layout, 0, (0,) * len(inputs), costly=True)
+        recipe = Recipe(inputs, run, saved.layout, 0, (0,) * len(inputs), costly=True, trusted=True)
         manager.give_recipe(saved, recipe)
 
 
