@@ -162,8 +162,8 @@ class IterationTracker:
 
     @property
     def is_guarding(self) -> bool:
-        """Whether the plan discards arrays: it matters who gets one."""
-        return bool(self._guarded.run)
+        """Whether the plan discards arrays, or may do so if it is recorded: it matters who gets one."""
+        return bool(self._guarded.run) or self._recorder is not None
 
     @property
     def is_selective(self) -> bool:
@@ -232,7 +232,10 @@ class IterationTracker:
         steps = [step[1] for step in recipe.functions if step and step[0] == self._iteration]
         if None not in reads and len(steps) == len(recipe.functions):
             known = [read for read in reads if read is not None]
-            self._recorder.can_remake(number, known, steps, not recipe.trusted)
+            closed = set(recipe.storages()).difference(recipe.open_inputs())
+            safe = {self._numbers[one.sequence] for one in closed}
+            unsafe = [one for one in known if one not in safe]
+            self._recorder.can_remake(number, known, steps, unsafe, not recipe.trusted)
 
     def backward(self, func: Any) -> None:
         """Note that a function is about to run backward."""

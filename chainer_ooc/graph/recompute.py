@@ -337,10 +337,8 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
 def expose(node: Any) -> None:
     """Note that other code than Chainer's functions gets a node's array."""
     private = node.__dict__.get(PRIVATE)
-    if private is not None and not private.is_exposed:
-        data = node.__dict__.get("_data")
-        stored = type(data) is PackedArray and data.storage.state.in_memory
-        private.expose(data.storage if stored else None)
+    if private is not None:
+        private.expose()
 
 
 def expose_inputs(inputs: Sequence[Any]) -> None:
@@ -365,7 +363,7 @@ def _offer_node(node: Any) -> None:
         made = _made(node)
         if made is not None and made.layout == _layout_of(saved):
             if type(made.bytes) is PrivateContent:
-                _take_private(made.bytes, saved)
+                _take_private(made.bytes, saved, guarded=False)
             leaves = _Leaves()
             crops = _rules[type(node._creator_node)].crops
             _offer(saved, made, _expression_of(node, leaves, _LONGEST), leaves, crops)
@@ -521,9 +519,9 @@ def _content_of(data: Any, guarded: bool, node: Any = None) -> _Content | None:
         guarded: Find out its bytes.
         node: The node whose array it is, if any.
     """
-    private = None if node is None or not guarded else node.__dict__.get(PRIVATE)
+    private = None if node is None else node.__dict__.get(PRIVATE)
     if type(data) is PackedArray:
-        if private is not None and _take_private(private, data):
+        if private is not None and _take_private(private, data, guarded):
             return _Content(private, _layout_of(data))
         fingerprint = data.storage.manager.fingerprint(data) if guarded else None
         return _Content(fingerprint, _layout_of(data))
@@ -534,21 +532,21 @@ def _content_of(data: Any, guarded: bool, node: Any = None) -> _Content | None:
     owner, start, nbytes, offset = found
     layout = data.dtype, data.shape, data.strides, offset
     if private is not None and private.is_of(data) and not private.is_exposed:
-        private.is_needed = True
+        private.is_needed |= guarded
         return _Content(private, layout)
     return _Content(manager.device.fingerprint(owner, start, nbytes) if guarded else None, layout)
 
 
-def _take_private(private: PrivateContent, saved: PackedArray) -> bool:
+def _take_private(private: PrivateContent, saved: PackedArray, guarded: bool) -> bool:
     """Return whether a saved array still has its private content; the storage knows that from now on."""
     storage = saved.storage
     if storage.content is None and private.is_of(saved.alive()):
         if storage.exposed:  # by another way than this node
             private.expose()
-        storage.content = private
+        private.lies_in(storage)
     if storage.content is not private or private.is_exposed:
         return False
-    private.is_needed = True
+    private.is_needed |= guarded
     return True
 
 
@@ -599,7 +597,8 @@ def _rerun_of(
         attributes[name] = value
     leaves.steps.append(func.__dict__.get(STEP))
     leaves.costly |= rule.costly
-    leaves.trusted &= rule.trusted
+    # cuDNN says so of the algorithms that are run again; BLAS may sum in another order with other threads.
+    leaves.trusted &= rule.trusted or (rule.known and not _on_cpu())
     cls, configuration = type(func), ran.configuration
 
     def run(arrays: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
@@ -712,12 +711,15 @@ def _quiet(expression: _Expression) -> _Expression:
     return run
 
 
+def _on_cpu() -> bool:
+    return state.array_types() == {np.ndarray}
+
+
 def _is_deterministic(func: Any) -> bool:
     """Return whether a product gives the same bits each time. cuDNN's does only on request."""
     import chainer
 
-    on_cpu = state.array_types() == {np.ndarray}
-    return on_cpu or bool(chainer.config.cudnn_deterministic)
+    return _on_cpu() or bool(chainer.config.cudnn_deterministic)
 
 
 def _forward(func: Any, inputs: list[Any]) -> Sequence[Any]:

@@ -62,6 +62,9 @@ class Moves(Protocol[S]):
     def inputs(self, storage: S) -> Sequence[S]:
         """Return the storages from which a storage is computed again; none if it cannot be."""
 
+    def open_inputs(self, storage: S) -> Sequence[S]:
+        """Return those of the inputs to which code may write unnoticed as long as it refers to them."""
+
     def bytes_to_keep(self, storage: S) -> int | None:
         """Return the bytes that a discard takes first; ``None`` if the storage cannot be computed again."""
 

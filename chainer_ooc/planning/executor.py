@@ -162,7 +162,8 @@ class PlanExecutor(Generic[S]):
 
 
 def _is_held(storage: S, moves: Moves[S]) -> bool:
-    """Return whether anything outside the graph refers to a storage or to what it is computed again from."""
+    """Return whether code refers to a storage, or to an input of its re-run to which it could write unnoticed."""
     return storage.referenced_externally or any(
-        one.state is State.RESIDENT and one.referenced_externally for one in moves.inputs(storage)
+        one.state is State.RESIDENT and one.referenced_externally
+        for one in moves.open_inputs(storage)
     )

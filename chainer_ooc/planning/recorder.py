@@ -23,6 +23,7 @@ class _Step:
     saved: tuple[int, ...] = ()
     rerun: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     by: tuple[int, ...] = ()  # the steps to run again
+    open_reads: set[int] = dataclasses.field(default_factory=set)
     checked: bool = False  # fingerprints tell whether the re-run gives the same bits
 
 
@@ -93,7 +94,12 @@ class Recorder:
         self._steps[-1].saved = tuple(sorted(set(storages)))
 
     def can_remake(
-        self, storage: int, reads: Sequence[int], steps: Sequence[int], checked: bool = False
+        self,
+        storage: int,
+        reads: Sequence[int],
+        steps: Sequence[int],
+        open_reads: Sequence[int] = (),
+        checked: bool = False,
     ) -> None:
         """Record that running some steps again makes a storage from other storages.
 
@@ -101,13 +107,15 @@ class Recorder:
             storage: The storage that is made.
             reads: The storages that are read.
             steps: The steps that run. They take the workspace that they took together, without the storage.
+            open_reads: Those of ``reads`` to which code may write unnoticed as long as it refers to them.
             checked: Fingerprints tell whether the result has the same bits.
         """
         maker = self._steps[self.producer(storage)]
         if maker.rerun is None:
             maker.rerun, maker.by = (tuple(sorted(set(reads))), (storage,)), tuple(steps)
-            maker.checked = checked
+            maker.checked, maker.open_reads = checked, set(open_reads)
         elif maker.by == tuple(steps):  # another result of the same steps
+            maker.open_reads |= {*open_reads}
             known, writes = maker.rerun
             maker.rerun = tuple(sorted({*known, *reads})), tuple(sorted({*writes, storage}))
 
@@ -188,6 +196,7 @@ class Recorder:
             guard = 2 * made / self._guard_bandwidth if step.checked else 0.0
             spent = sum(seconds[n] for n in step.by) + guard
             rerun = Rerun(spent, max(0, taken - made), reads, writes, step.by, guard)
+            rerun = dataclasses.replace(rerun, open_reads=tuple(sorted(step.open_reads)))
         return Step(
             step.label,
             step.phase,

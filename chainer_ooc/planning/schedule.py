@@ -47,7 +47,7 @@ class ScheduleBuilder:
     def __init__(self, profile: Profile, system: System) -> None:
         self.profile = profile
         self.system = system
-        # From this step on only the graph refers to the storage and to its re-run's inputs: no code can write to them.
+        # From this step on only the graph refers to the storage, and no code writes to its re-run's inputs unnoticed.
         self._drop_from = {i: self._free_from(i) for i in can_be_made_again(profile)}
         # The largest first: the fewer functions are guarded.
         self._makeable = sorted(self._drop_from, key=lambda i: -profile.storages[i].nbytes)
@@ -110,7 +110,7 @@ class ScheduleBuilder:
     def _free_from(self, i: int) -> int:
         storages = self.profile.storages
         rerun = self.profile.steps[self.profile.makers[i]].rerun
-        reads = () if rerun is None else rerun.reads
+        reads = () if rerun is None else rerun.open_reads
         return max(storages[one].free_from for one in (i, *reads) if storages[one].uses)
 
     def _repair(

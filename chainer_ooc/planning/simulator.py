@@ -52,6 +52,7 @@ class SimulatedStorage:
         used: Nothing needs it any more.
         dirty: The running copy is worthless.
         inputs: The saved storages from which re-runs make it, ``None`` if they cannot.
+        open_inputs: Those of them to which code may write unnoticed as long as it refers to them.
         referenced_externally: The step, its re-runs or the user's code refer to it.
     """
 
@@ -59,6 +60,7 @@ class SimulatedStorage:
     used = dirty = False
     referenced_externally = True
     inputs: Sequence[SimulatedStorage] | None = None
+    open_inputs: Sequence[SimulatedStorage] = ()
 
     def __init__(self, number: int, nbytes: int, uses: int) -> None:
         self.number = number
@@ -183,7 +185,10 @@ class Simulator:
             i: SimulatedStorage(i, saved[i].nbytes, len(saved[i].uses)) for i in self.profile.saved
         }
         for i in found.keys() & sources.keys():
+            rerun = self.profile.steps[self.profile.makers[i]].rerun
+            assert rerun is not None
             found[i].inputs = [found[n] for n in sources[i]]
+            found[i].open_inputs = [found[n] for n in rerun.open_reads if n in found]
         return found
 
     def _fetch(self, group: Sequence[SimulatedStorage]) -> None:
@@ -409,6 +414,10 @@ class Simulator:
         """Return the saved storages from which re-runs make a storage; none if it cannot be made again."""
         return storage.inputs or ()
 
+    def open_inputs(self, storage: SimulatedStorage) -> Sequence[SimulatedStorage]:
+        """Return those of the inputs to which code may write unnoticed as long as it refers to them."""
+        return storage.open_inputs
+
     def bytes_to_keep(self, storage: SimulatedStorage) -> int | None:
         """Return 0: a discard takes no memory here; ``None`` if a storage cannot be made again."""
         return None if storage.inputs is None else 0
@@ -471,9 +480,10 @@ class Simulator:
         """
         if not planned or storage.inputs is None or self._keeps_all:
             return False
-        for one in storage.inputs:
-            open_to_all = one.dirty or (one.state is State.RESIDENT and one.referenced_externally)
-            if open_to_all or one.state is State.DROPPED:
+        if any(one.dirty or one.state is State.DROPPED for one in storage.inputs):
+            return False
+        for one in storage.open_inputs:
+            if one.state is State.RESIDENT and one.referenced_externally:
                 return False
         for needed in storage.inputs:
             self._lingering -= needed.used

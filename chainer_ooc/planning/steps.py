@@ -37,6 +37,7 @@ class Rerun:
         reads: The storages that it reads (indexes): saved ones, or ones that other re-runs make.
         writes: The storages that it makes again (indexes).
         steps: The forward steps that run, in order, if not this step alone.
+        open_reads: Those of ``reads`` to which code may write unnoticed as long as it refers to them.
         guard_seconds: The time of the fingerprints that tell whether anything was written to meanwhile.
     """
 
@@ -46,6 +47,7 @@ class Rerun:
     writes: tuple[int, ...]
     steps: tuple[int, ...] = ()
     guard_seconds: float = 0.0
+    open_reads: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,7 +136,9 @@ def signature_of(keys: Iterable[str]) -> str:
 
 def row_of(step: Step) -> list[Any]:
     """Return a step as a list for JSON."""
-    rerun = step.rerun and dataclasses.astuple(step.rerun)
+    rerun = step.rerun and [*dataclasses.astuple(step.rerun)]
+    while rerun and len(rerun) > 4 and not rerun[-1]:  # as if it were not given
+        rerun.pop()
     return [
         step.label,
         step.phase,
@@ -151,7 +155,6 @@ def step_of(row: list[Any]) -> Step:
     """Return the step that :func:`row_of` turned into a list."""
     label, phase, seconds, workspace, held, inputs, function, rerun = row
     if rerun is not None:
-        again, own, reads, writes, *rest = rerun
-        by, guard = rest or ((), 0.0)
-        rerun = Rerun(again, own, tuple(reads), tuple(writes), tuple(by), guard)
+        parts: list[Any] = [tuple(part) if isinstance(part, list) else part for part in rerun]
+        rerun = Rerun(*parts)
     return Step(label, phase, seconds, workspace, held, tuple(inputs), function, rerun)

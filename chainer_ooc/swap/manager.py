@@ -484,8 +484,15 @@ class SwapManager:
         """Note that code may write to a storage; compute the storages that depend on it first."""
         storage.exposed = True
         if storage.content is not None:
-            storage.content.expose(storage if storage.state.in_memory else None)
-        if storage.dependents:
+            storage.content.expose()
+        self.make_dependents(storage)
+        self._transfers.mark_dirty(storage)
+
+    def make_dependents(self, storage: Storage) -> None:
+        """Compute the discarded storages that depend on this one, and keep those that were to be discarded."""
+        if not storage.dependents:
+            return
+        with self._lock:
             self._evictor.discards = False  # its dependents must not be discarded again
             try:
                 for dependent in sorted(storage.dependents, key=lambda one: one.sequence):
@@ -495,7 +502,6 @@ class SwapManager:
                         self._bring_in(dependent)
             finally:
                 self._evictor.discards = True
-        self._transfers.mark_dirty(storage)
 
     def is_between_graphs(self) -> bool:
         """Return whether no saved storage is alive."""

@@ -44,11 +44,12 @@ class PrivateContent:
         fingerprint: Their fingerprint, if they are exposed and needed.
     """
 
-    __slots__ = ("_array", "_device", "fingerprint", "is_exposed", "is_needed")
+    __slots__ = ("_array", "_device", "_storage", "fingerprint", "is_exposed", "is_needed")
 
     def __init__(self, device: Device, array: Any) -> None:
         self._device = device
         self._array = weakref.ref(array)
+        self._storage: weakref.ref[Storage] | None = None
         self.is_exposed = self.is_needed = False
         self.fingerprint: Any = None
 
@@ -56,20 +57,24 @@ class PrivateContent:
         """Return whether ``array`` is the object that the function has returned."""
         return self._array() is array
 
-    def expose(self, storage: Storage | None = None) -> None:
-        """Note that other code is about to get the array.
+    def lies_in(self, storage: Storage) -> None:
+        """Note the storage in which the array has been saved."""
+        storage.content = self
+        self._storage = weakref.ref(storage)
 
-        Args:
-            storage: Its storage, if it is saved and in memory.
-        """
+    def expose(self) -> None:
+        """Note that other code is about to get the array: compute first what is made again from it."""
         if self.is_exposed:
             return
         self.is_exposed = True
         if not self.is_needed:
             return
-        array = self._array()
+        array, storage = self._array(), None if self._storage is None else self._storage()
         if storage is not None:
-            self.fingerprint = fingerprint_of(self._device, storage)
+            if storage.state.in_memory:
+                self.fingerprint = fingerprint_of(self._device, storage)
+            if storage.dependents:
+                storage.manager.make_dependents(storage)
         elif array is not None:
             found = bytes_of_array(array, self._device.locate)
             self.fingerprint = None if found is None else self._device.fingerprint(*found[:3])
@@ -164,6 +169,14 @@ class Recipe:
         """Return the storages of the inputs, each once."""
         return tuple(dict.fromkeys(saved.storage for saved in self.inputs))
 
+    def open_inputs(self) -> tuple[Storage, ...]:
+        """Return the storages of the inputs to which code may write unnoticed as long as it refers to them."""
+        inputs = zip(self.inputs, self.input_contents, strict=True)
+        found = (
+            saved.storage for saved, content in inputs if not is_private(saved.storage, content)
+        )
+        return tuple(dict.fromkeys(found))
+
     def bytes_to_keep(self) -> int:
         """Return the bytes that copying the constants would still take."""
         return sum(one.array.nbytes for one in self.constants if not one.is_kept)
@@ -172,7 +185,7 @@ class Recipe:
         """Begin to find out whether the recipe would compute exactly what ``storage`` holds now, whenever it runs.
 
         That needs a result and inputs that nobody has written to, and inputs that nobody can write to
-        unnoticed: they have a valid copy, or will have, or only the graph refers to them.
+        unnoticed: they are private, or have a valid copy, or will have, or only the graph refers to them.
 
         Args:
             device: The device of the storage, which is resident.
@@ -192,7 +205,7 @@ class Recipe:
                 assert needed.recipe is not None
                 now = needed.recipe.content if planned else None
             elif needed.state in (State.RESIDENT, State.CHECKING):
-                if needed.referenced_externally:
+                if needed.referenced_externally and not is_known:
                     return None
                 now = before if is_known else fingerprint_of(device, needed)
             elif needed.copy is not None or (needed.state is State.GOING_OUT and not needed.dirty):

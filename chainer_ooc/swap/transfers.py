@@ -216,6 +216,10 @@ class Transfers:
         """Return the storages that a storage's recipe reads; none without a recipe."""
         return () if storage.recipe is None else storage.recipe.storages()
 
+    def open_inputs(self, storage: Storage) -> tuple[Storage, ...]:
+        """Return those of the inputs to which code may write unnoticed as long as it refers to them."""
+        return () if storage.recipe is None else storage.recipe.open_inputs()
+
     def bytes_to_keep(self, storage: Storage) -> int | None:
         """Return the bytes that a discard takes first; ``None`` if the storage has no recipe."""
         return None if storage.recipe is None else storage.recipe.bytes_to_keep()

@@ -96,7 +96,7 @@ def test_after_a_backward_that_may_run_again_room_comes_from_what_left():
 def test_nothing_is_discarded_before_what_it_is_made_from_is_let_go(let_go, discard):
     """Until then somebody may write to that."""
     forward = [Step(f"f{n}", FORWARD, 1.0) for n in range(4)]
-    forward[1] = Step("f1", FORWARD, 1.0, rerun=Rerun(1.0, 0, (0,), (1,)))
+    forward[1] = Step("f1", FORWARD, 1.0, rerun=Rerun(1.0, 0, (0,), (1,), open_reads=(0,)))
     backward = [Step(f"f{n}", BACKWARD, 1.0, function=n) for n in (3, 2, 1, 0)]
     storages = (SavedTensor(100, 0, let_go, (7,)), SavedTensor(100, 1, 2, (6,)))
     profile = Profile("held", "none", True, 0, (*forward, *backward), storages)

@@ -151,7 +151,7 @@ def as_recorded(profile):
             )
             workspace = passing + max(rerun.workspace_bytes for _, rerun in order)
             seconds = sum(rerun.seconds for _, rerun in order)
-            reruns[profile.makers[i]] = Rerun(seconds, workspace, sources, (i,))
+            reruns[profile.makers[i]] = Rerun(seconds, workspace, sources, (i,), open_reads=sources)
     for number, step in enumerate(steps):
         steps[number] = dataclasses.replace(step, rerun=reruns.get(number))
     return dataclasses.replace(profile, steps=tuple(steps))
