@@ -86,10 +86,12 @@ def install(
     raw_array = chainer.Variable.raw_array.fget
 
     def get_raw_array(variable: Any) -> Any:
-        node = getattr(variable, "_node", None)  # one with a ChainerX array has none
+        if variable._has_chainerx_array:
+            return raw_array(variable)
+        node = getattr(variable, "_node", None)  # not yet in its constructor
         if node is not None and PRIVATE in node.__dict__:
             reach(node)
-        return raw_array(variable)
+        return variable._data[0]
 
     chainer.Variable.raw_array = property(get_raw_array, doc=chainer.Variable.raw_array.__doc__)
     variable._peek = peek
