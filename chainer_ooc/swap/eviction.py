@@ -82,9 +82,10 @@ class Evictor:
         Storages with a recipe are discarded, unless the recipe of a discarded storage needs them.
         """
         freed = 0
+        size = self._transfers.nbytes
         used, unused = _used_and_not(self._transfers.members(State.RESIDENT))
         for storage in unused + used:
-            if freed + self._transfers.nbytes[State.GOING_OUT] >= nbytes:
+            if freed + size[State.GOING_OUT] + size[State.CHECKING] >= nbytes:
                 break
             if storage.state is not State.RESIDENT or storage.referenced_externally:
                 continue
@@ -95,7 +96,11 @@ class Evictor:
                 self._transfers.begin_out(storage)
                 if self._transfers.nbytes[State.GOING_OUT] > IN_FLIGHT:
                     freed += self._release_leaving(1)
-        return freed + self._release_leaving(nbytes)
+        checked = size[State.CHECKING]
+        freed += self._release_leaving(nbytes)
+        if checked and freed < nbytes:  # what may not be discarded leaves with a copy
+            freed += self.push_out(nbytes - freed)
+        return freed
 
     def write_behind(self, nbytes: int) -> None:
         """Begin to copy the oldest storages out, until ``nbytes`` could be released without a wait."""

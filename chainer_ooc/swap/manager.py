@@ -492,7 +492,7 @@ class SwapManager:
                 for dependent in tuple(storage.dependents):
                     if dependent.state is State.CHECKING:
                         self._transfers.cancel_discard(dependent)
-                    else:
+                    elif dependent.state is State.DISCARDED:  # else another's re-run has made it
                         self._bring_in(dependent)
             finally:
                 self._evictor.discards = True

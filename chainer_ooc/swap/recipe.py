@@ -86,20 +86,25 @@ class Constant:
         is_kept: Whether it is that copy.
     """
 
-    __slots__ = ("_device", "_fingerprint", "array", "is_kept")
+    __slots__ = ("_device", "_fingerprint", "_of_copy", "array", "is_kept")
 
     def __init__(self, device: Device, array: Any, guarded: bool = True) -> None:
         self.array = array
         self.is_kept = False
         self._device = device
         self._fingerprint = self._look() if guarded else None
+        self._of_copy: Any = None
 
     def pairs(self) -> list[Pair]:
-        """Return the fingerprints that are equal if the array is as it was when this was made."""
-        return [] if self.is_kept else [(self._fingerprint, self._look())]
+        """Return the fingerprints that are equal if the array, or its copy, is as the array was when this was made."""
+        return [(self._fingerprint, self._of_copy if self.is_kept else self._look())]
 
     def keep(self) -> None:
-        """Copy the array before its owner can modify it. The copy has the same page offset."""
+        """Copy the array before its owner can modify it. The copy has the same page offset.
+
+        Whether it was modified before is known only by :meth:`pairs`: on a GPU not yet, and other recipes have this
+        constant, too.
+        """
         if not self.is_kept:
             array, place = self.array, self._place()
             layout = Layout(array.dtype, array.shape, array.strides, 0, True)
@@ -107,6 +112,7 @@ class Constant:
             own = self._device.duplicate(array, layout, array.nbytes, page_offset)
             self.array = self._device.view(*own, layout)
             self.is_kept = True
+            self._of_copy = self._look()
 
     def _look(self) -> Any:
         place = self._place()

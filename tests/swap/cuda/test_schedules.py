@@ -298,7 +298,7 @@ def check_nothing_is_left(rig):
     if (block := rig.device.host.allocate(1)) is not None:  # and take back what was retired
         block.free()
     assert rig.device.host.slab.allocated == 0
-    kept = 0 if rig.device.arrays._checksum._total is None else 512
+    kept = 0 if rig.device.arrays._checksum._slot is None else 512
     assert rig.pool.used_bytes() == kept
 
 
