@@ -171,7 +171,6 @@ class Fingerprints:
             self._compare((1,), (1,), arguments)
         if number is not None:
             host = self._host + number * _FLAG_BYTES
-            _FLAG.from_address(host).value = 0
             try:
                 event = self._streams.copy_flag(host, flag, _FLAG_BYTES)
                 return _Comparison(number, host, event, self._retired)
