@@ -193,7 +193,8 @@ class Recipe:
                 if needed.referenced_externally:
                     return None
                 now = before if is_known else fingerprint_of(device, needed)
-            elif needed.copy is not None or not needed.dirty:  # it has a valid copy, or will have
+            elif needed.copy is not None or (needed.state is State.GOING_OUT and not needed.dirty):
+                # It has a valid copy, or will have.
                 now = before if is_known else needed.fingerprint
             else:
                 return None
