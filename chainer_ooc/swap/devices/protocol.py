@@ -148,6 +148,10 @@ class Device(Protocol):
     asks_for_room: bool  #: its allocator asks the manager for room itself
     runs_behind: bool  #: calls return before what they compute is there
 
+    @property
+    def on_one_stream(self) -> bool:
+        """Whether all work that is known is in the order of one stream."""
+
     def locate(self, array: Any) -> Location | None:
         """Return the place of ``array`` in memory, or ``None`` for an array that must stay as it is."""
 

@@ -230,6 +230,11 @@ class CudaDevice:
             address = self.arrays.address(owner) + origin
             return self.fingerprints.matches(fingerprint, address, nbytes)
 
+    @property
+    def on_one_stream(self) -> bool:
+        """Whether the program has computed on one stream only, as far as is known."""
+        return self.streams.are_one
+
     def fingerprint_bandwidth(self) -> float:
         """Return the bytes per second that any GPU reads at least."""
         return FINGERPRINTED

@@ -142,11 +142,16 @@ class CopyStreams:
             for stream in self._compute.values():
                 stream.wait_event(event)
 
+    @property
+    def are_one(self) -> bool:
+        """Whether there is one computing stream."""
+        return len(self._compute) <= 1 and self._threads <= 1
+
     def order_computing(self) -> None:
         """Make later work of each computing stream wait for the earlier work of all of them."""
         with self.on_device():
             self.note_current()
-            if len(self._compute) + self._threads > 1:
+            if not self.are_one:
                 for event in self.computed():
                     self.let_compute_wait(event)
 

@@ -76,6 +76,7 @@ class RamDevice:
 
     name = "RAM"
     asks_for_room = runs_behind = False
+    on_one_stream = True
     stand_in = np.empty(0, np.uint8)
 
     def __init__(self, directory: str) -> None:
