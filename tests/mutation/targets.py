@@ -84,7 +84,6 @@ EQUIVALENT = {
     "swap.executor.PlanExecutor.step: True for self._come and": "_begin_in() asks again",
     "swap.executor.PlanExecutor.step: no self._come[0][0] <= step": "_begin_in() asks again",
     "swap.eviction.outside: no one.recipe is not None": "what has neither a copy nor a recipe is not out",
-    "swap.recipe.Recipe.fits: no needed.state is State.RESIDENT": "what has no memory counts as held",
     "swap.eviction.Evictor.begin_ahead: True for room < nbytes": "less than nothing is released",
     "swap.manager.SwapManager.prefetch: no storage.state in AWAY": "begin_ahead() finds nothing to fetch",
     "swap.executor.PlanExecutor._begin_in: no storage.state in AWAY": "begin_ahead() finds nothing to fetch",
