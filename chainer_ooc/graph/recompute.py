@@ -305,7 +305,7 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], how:
                 leaves, value = _Leaves(), func.__dict__.get(name)
                 if type(value) is PackedArray:
                     made = _content_of(value, guarded)
-                    _offer(value, made, _attribute(func, name, leaves), leaves)
+                    _offer(value, made, _attribute(func, name, leaves), leaves, func)
             for index in func._output_indexes_to_retain or ():
                 node = func.outputs[index]()
                 if node is not None:
@@ -375,8 +375,9 @@ def _offer_node(node: Any) -> None:
             if type(made.bytes) is PrivateContent:
                 _take_private(made.bytes, saved)
             leaves = _Leaves()
-            crops = _rules[type(node._creator_node)].crops
-            _offer(saved, made, _expression_of(node, leaves, _LONGEST), leaves, crops)
+            func = node._creator_node
+            crops = _rules[type(func)].crops
+            _offer(saved, made, _expression_of(node, leaves, _LONGEST), leaves, func, crops)
 
 
 def _offer(
@@ -384,6 +385,7 @@ def _offer(
     made: _Content | None,
     expression: _Expression | None,
     leaves: _Leaves,
+    func: Any,
     crops: bool = False,
 ) -> None:
     """Give a saved array the recipe that computes ``expression``, if the array can have one.
@@ -393,6 +395,7 @@ def _offer(
         made: Its content when its function made it.
         expression: Computes it.
         leaves: The arrays that the expression reads.
+        func: The function that made the array.
         crops: The array may be a part of its storage, if the expression gives such a part, too.
     """
     if expression is None or made is None:
@@ -416,6 +419,7 @@ def _offer(
             trusted=leaves.trusted,
             conditions=tuple(leaves.conditions),
             crops=crops,
+            maker=type(func).__name__,
         )
         saved.storage.manager.give_recipe(saved, recipe)
 

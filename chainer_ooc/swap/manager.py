@@ -558,6 +558,15 @@ class SwapManager:
         self._low_after_graph = 0
         self.device.set_cached_limit(0)
 
+    def check_remade(self) -> None:
+        """Wait until it is known whether all that was computed again has the bits of what was discarded.
+
+        Raises:
+            CorruptCopyError: If it has not.
+        """
+        with self._lock:
+            self._transfers.check_remade(wait=True)
+
     def settle(self) -> None:
         """Wait for all transfers, and free the blocks of all dead storages."""
         with self._lock:

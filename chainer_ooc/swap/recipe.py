@@ -144,6 +144,7 @@ class Recipe:
         trusted: Its functions are known to give the same bits each time. Else the result is checked.
         conditions: Contents that must be equal: each function has read what the one before it made.
         crops: The result may be a part of a larger array that ``run`` makes, which is the storage.
+        maker: The name of the function that made the result, for messages.
     """
 
     inputs: tuple[PackedArray, ...]
@@ -157,6 +158,7 @@ class Recipe:
     trusted: bool = False
     conditions: tuple[Pair, ...] = ()
     crops: bool = False
+    maker: str = ""
 
     def storages(self) -> tuple[Storage, ...]:
         """Return the storages of the inputs, each once."""

@@ -348,14 +348,14 @@ class Transfers:
         self._need_no_more(storage.recipe, storage)
         self.counters.storages_remade += 1
 
-    def check_remade(self) -> None:
-        """Check what was computed again, as far as the comparisons have ended.
+    def check_remade(self, wait: bool = False) -> None:
+        """Check what was computed again, as far as the comparisons have ended, or wait for all of them.
 
         Raises:
             CorruptCopyError: If something differs from what was discarded. As long as that is alive, the next calls
                 raise, too.
         """
-        while self._remade and self._remade[0][0].done():
+        while self._remade and (wait or self._remade[0][0].done()):
             verdict, error, remade = self._remade[0]
             is_right = verdict.equal()
             if is_right or remade() is None:

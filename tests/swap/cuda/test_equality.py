@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
 
 import chainer
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc
+from chainer_ooc.errors import CorruptCopyError
 from chainer_ooc.swap.devices.cuda.fingerprints import COMPARISON
 from chainer_ooc.testing import assert_same_bits, force_copies
 from tests.conftest import ROOT
@@ -148,3 +151,41 @@ def test_a_network_whose_arrays_are_made_again(seed, looks, tmp_path):
         assert chainer_ooc.stats().storages_remade - before > 10
         assert machine.calls[COMPARISON] > 10
         del ours
+
+
+class Noisy(chainer.FunctionNode):
+    """Never the same bits twice."""
+
+    def forward(self, inputs):
+        return (inputs[0] + np.random.rand(*inputs[0].shape).astype("f"),)
+
+    def backward(self, indexes, grads):
+        return grads
+
+
+@pytest.mark.parametrize("end", ["with", "disable"])
+@pytest.mark.parametrize("seed", range(3))
+def test_other_bits_in_the_last_backward_are_an_error_in_the_end(seed, end, tmp_path):
+    """On a GPU nobody may know before."""
+    chainer_ooc.recomputable(Noisy)
+    mode = {"swap_all": True, "discard_all": True, "min_bytes": 1}
+    raised = pytest.raises(CorruptCopyError, match=r'Noisy was run again: .*recompute="never"')
+    with simulated_gpu(seed, str(tmp_path)):
+        x = chainer.Variable(np.random.rand(50, 50).astype("f"))
+        with raised:
+            if end == "disable":
+                chainer_ooc.enable(**mode)
+            with (
+                chainer_ooc.out_of_core_mode(**mode) if end == "with" else contextlib.nullcontext()
+            ):
+                h = chainer.functions.tanh(x)
+                (y,) = Noisy().apply((h,))
+                loss = chainer.functions.sum(y * y) + chainer.functions.sum(h * h)
+                del y, h
+                chainer.functions.tanh(x)
+                loss.backward()
+                del loss
+                gc.collect()
+            chainer_ooc.disable()
+        with contextlib.suppress(CorruptCopyError):
+            chainer_ooc.disable()

@@ -415,6 +415,21 @@ def test_who_died_with_other_bits_is_reported_once(rig):
     rig.manager.fetch([other], read_only=True)
 
 
+def test_the_last_ones_are_waited_for_in_the_end(rig):
+    x = rig.save(1.0)
+    good = with_recipe(rig, x)
+    give_up(rig, good)
+    y = wrong(rig, x)
+    rig.manager.fetch([good, y], read_only=True)
+    with pytest.raises(CorruptCopyError, match="Noisy was run again"):
+        rig.manager.check_remade()
+    del y
+    gc.collect()
+    with pytest.raises(CorruptCopyError):
+        rig.manager.check_remade()
+    rig.manager.check_remade()
+
+
 def test_readers_of_what_is_made_again_are_told_as_well(rig):
     """They fetch nothing."""
     x = rig.save(1.0)
