@@ -7,14 +7,14 @@ does not fit shows in :attr:`~chainer_ooc.planning.timeline.Timeline.over_bytes`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from chainer_ooc.planning.plan import Choice, Plan
 from chainer_ooc.planning.policies import OnDemand, Planned
 from chainer_ooc.planning.profile import BACKWARD, FORWARD, Profile
 from chainer_ooc.planning.rerun import can_be_made_again
-from chainer_ooc.planning.residency import needs_of
-from chainer_ooc.planning.simulator import Policy, SimulatedState, Simulator, simulate
+from chainer_ooc.planning.simulator import Policy, SimulatedStorage, Simulator, simulate
+from chainer_ooc.planning.states import State
 from chainer_ooc.planning.system import System
 from chainer_ooc.planning.timeline import Timeline
 
@@ -24,15 +24,39 @@ __all__ = ["BASELINES", "compare"]
 class _Waits:
     """Makes room by waiting for what is going out."""
 
-    def make_room(self, simulator: Simulator, nbytes: int) -> None:
-        missing = simulator.used + nbytes - simulator.system.high_bytes
-        if missing > 0:
-            simulator.wait_for_leaving(missing)
-        if simulator.used + nbytes > simulator.system.high_bytes:
-            simulator.wait_for_deferred_frees()
+    def begin(self, simulator: Simulator) -> None:
+        """Do nothing."""
 
-    def evicts_after_recompute(self, simulator: Simulator, i: int) -> bool:
-        return False
+    def fetched(self, simulator: Simulator, group: Sequence[SimulatedStorage]) -> None:
+        """Do nothing."""
+
+    def make_room(self, simulator: Simulator, nbytes: int) -> None:
+        most = simulator.high - nbytes
+        while simulator.used_bytes() > most and (storage := simulator.first_leaving()):
+            simulator.end_out(storage)
+            _release(simulator, storage)
+        if simulator.used_bytes() > most:
+            simulator.wait_for_dead()
+
+    def read_again(self, simulator: Simulator, storage: SimulatedStorage) -> None:
+        """Do nothing."""
+
+
+def _settle(simulator: Simulator) -> None:
+    """Release what has gone out."""
+    while storage := simulator.first_left():
+        simulator.end_out(storage)
+        _release(simulator, storage)
+
+
+def _release(simulator: Simulator, storage: SimulatedStorage) -> None:
+    if storage.state is State.BOTH and not storage.referenced_externally:
+        simulator.release(storage)
+
+
+def _room(simulator: Simulator) -> int:
+    """Return the bytes that are free beside what the step needs."""
+    return simulator.high - simulator.used_bytes() - simulator.profile.need_bytes[simulator.step]
 
 
 class SwapAll(_Waits):
@@ -42,26 +66,25 @@ class SwapAll(_Waits):
     """
 
     def between(self, simulator: Simulator) -> None:
-        for i in simulator.settle():
-            simulator.release(i)
+        _settle(simulator)
         profile, step = simulator.profile, simulator.step
         if profile.steps[step].phase == FORWARD:
-            for i in simulator.members(SimulatedState.RESIDENT):
-                if not simulator.is_held(i):
-                    simulator.begin_out(i)
+            for storage in simulator.members(State.RESIDENT):
+                if not storage.referenced_externally:
+                    simulator.begin_out(storage)
         using = (n for n in range(step, len(profile.steps)) if profile.used[n])
         current = next(using, -1)
         ahead = (current, next(using, -1)) if current == step else (current,)
         for number in ahead:
             for i in profile.used[number] if number >= 0 and step >= _first(profile) else ():
-                if simulator.state[i] is SimulatedState.OUT:
+                storage = simulator.storages[i]
+                if storage.state is State.OUT:
                     if number != step:
-                        room = simulator.system.high_bytes - simulator.used - simulator.need()
-                        if room < simulator.nbytes[i]:
+                        if _room(simulator) < storage.nbytes:
                             continue
                     else:
-                        self.make_room(simulator, simulator.nbytes[i])
-                    simulator.begin_in(i)
+                        self.make_room(simulator, storage.nbytes)
+                    simulator.begin_in(storage)
 
 
 class VdnnConv(_Waits):
@@ -71,41 +94,40 @@ class VdnnConv(_Waits):
     """
 
     def __init__(self) -> None:
-        self._begun_out: list[int] = []
-        self._begun_in: list[int] = []
-        self._left: list[int] = []
+        self._begun_out: list[SimulatedStorage] = []
+        self._begun_in: list[SimulatedStorage] = []
+        self._left: list[SimulatedStorage] = []
 
     def between(self, simulator: Simulator) -> None:
         profile, step = simulator.profile, simulator.step
-        for i in self._begun_out:
-            if simulator.state[i] is SimulatedState.GOING_OUT:
-                simulator.leaving.remove(i)
-                simulator.end_out(i)
-                self._left.append(i)
+        for storage in self._begun_out:
+            if storage.state is State.GOING_OUT:
+                simulator.end_out(storage)
+                self._left.append(storage)
         self._begun_out = []
-        for i in self._left.copy():
-            if not simulator.is_held(i):
-                simulator.release(i)
-                self._left.remove(i)
-        for i in self._begun_in:
-            if simulator.state[i] is SimulatedState.COMING_IN:
-                simulator.end_in(i)
+        for storage in self._left.copy():
+            if not storage.referenced_externally:
+                _release(simulator, storage)
+                self._left.remove(storage)
+        for storage in self._begun_in:
+            if storage.state is State.COMING_IN:
+                simulator.end_in(storage)
         self._begun_in = []
         now = profile.steps[step]
         if now.phase == FORWARD and _is_conv(now.label):
             for i in self._inputs(profile, step):
-                if simulator.state[i] is SimulatedState.RESIDENT:
-                    simulator.begin_out(i)
-                    self._begun_out.append(i)
+                storage = simulator.storages[i]
+                if storage.state is State.RESIDENT:
+                    simulator.begin_out(storage)
+                    self._begun_out.append(storage)
         if now.phase == BACKWARD:
             for number in range(step + 1, len(profile.steps)):
                 if _is_conv(profile.steps[number].label):
                     for i in profile.used[number]:
-                        if simulator.state[i] is SimulatedState.OUT:
-                            room = simulator.system.high_bytes - simulator.used
-                            if room - simulator.need() >= simulator.nbytes[i]:
-                                simulator.begin_in(i)
-                                self._begun_in.append(i)
+                        storage = simulator.storages[i]
+                        if storage.state is State.OUT and _room(simulator) >= storage.nbytes:
+                            simulator.begin_in(storage)
+                            self._begun_in.append(storage)
                     break
 
     @staticmethod
@@ -123,34 +145,33 @@ class Window(_Waits):
     """
 
     def between(self, simulator: Simulator) -> None:
-        profile, system = simulator.profile, simulator.system
-        for i in simulator.settle():
-            simulator.release(i)
+        profile = simulator.profile
+        _settle(simulator)
         most = max(s.held_bytes + s.workspace_bytes for s in profile.steps)
-        budget = max(0, system.high_bytes - profile.fixed_bytes - most)
+        budget = max(0, simulator.high - profile.fixed_bytes - most)
         window: set[int] = set()
         nbytes = 0
         for number in range(simulator.step, len(profile.steps)):
             for i in profile.used[number]:
                 if i not in window:
-                    nbytes += simulator.nbytes[i]
+                    nbytes += profile.storages[i].nbytes
                     window.add(i)
             nbytes += profile.made_bytes[number]
             if nbytes > budget:
                 break
-            for i in profile.used[number]:
-                if simulator.state[i] is SimulatedState.GOING_OUT:
-                    simulator.cancel_out(i)
-                elif simulator.state[i] is SimulatedState.OUT:
-                    room = system.high_bytes - simulator.used - simulator.need()
-                    if room >= simulator.nbytes[i]:
-                        simulator.begin_in(i)
-        for i in simulator.members(SimulatedState.RESIDENT):
-            if i not in window and not simulator.is_held(i):
-                simulator.begin_out(i)
-        for i in simulator.members(SimulatedState.BOTH):
-            if i not in window:
-                simulator.release(i)
+            for storage in (simulator.storages[i] for i in profile.used[number]):
+                if storage is None:  # not made yet
+                    continue
+                if storage.state is State.GOING_OUT:
+                    simulator.cancel_out(storage)
+                elif storage.state is State.OUT and _room(simulator) >= storage.nbytes:
+                    simulator.begin_in(storage)
+        for storage in simulator.members(State.RESIDENT):
+            if storage.number not in window and not storage.referenced_externally:
+                simulator.begin_out(storage)
+        for storage in simulator.members(State.BOTH):
+            if storage.number not in window:
+                _release(simulator, storage)
 
 
 class Lru(_Waits):
@@ -163,17 +184,15 @@ class Lru(_Waits):
         """Do nothing ahead of time."""
 
     def make_room(self, simulator: Simulator, nbytes: int) -> None:
-        high = simulator.system.high_bytes
-        for state in (SimulatedState.BOTH, SimulatedState.RESIDENT):
-            for i in simulator.members(state):
-                if simulator.used + nbytes <= high:
+        for state in (State.BOTH, State.RESIDENT):
+            for storage in simulator.members(state):
+                if simulator.used_bytes() + nbytes <= simulator.high:
                     return
-                if not simulator.is_held(i):
-                    if state is SimulatedState.RESIDENT:
-                        simulator.begin_out(i)
-                        simulator.leaving.remove(i)
-                        simulator.end_out(i)
-                    simulator.release(i)
+                if not storage.referenced_externally:
+                    if state is State.RESIDENT:
+                        simulator.begin_out(storage)
+                        simulator.end_out(storage)
+                    simulator.release(storage)
 
 
 class Checkpoints(Planned):
@@ -192,12 +211,11 @@ def _checkpoints(profile: Profile, system: System) -> Timeline:
         size = math.ceil(len(able) / count)
         # The last segment's backward comes at once: it is kept.
         dropped = [i for n, i in enumerate(able) if n % size and n < len(able) - size]
-        needs = needs_of(profile, system, dropped)
         choices = [Choice.KEEP] * len(profile.storages)
         for i in dropped:
             choices[i] = Choice.RECOMPUTE
         drop = tuple(sorted((profile.storages[i].free_from, i) for i in dropped))
-        plan = Plan(profile.signature, tuple(choices), discard=drop, rerun=tuple(needs.reruns))
+        plan = Plan(profile.signature, tuple(choices), discard=drop)
         found.append(simulate(profile, system, Checkpoints(plan)))
     return min(found, key=lambda timeline: (timeline.over_bytes, timeline.seconds))
 

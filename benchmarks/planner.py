@@ -37,6 +37,7 @@ FRACTIONS = tuple(n / 10 for n in range(9, 0, -1))
 #: The bytes per second of which fingerprints are taken on the CPU: XXH3, about as fast as one core reads memory.
 CHECKSUMS = 10e9
 
+SINGLE = __import__("os").environ.get("SINGLE", "1") == "1"
 POLICIES = ("plan", "on demand", "LRU", "swap-all", "vDNN conv", "window", "recompute")
 
 
@@ -80,7 +81,7 @@ def system_of(profile: Profile, system: str, fraction: float) -> System:
     """Return a system whose limit lies at ``fraction`` between the floor and the peak in memory."""
     floor, peak = profile.floor_bytes, profile.resident_peak(single_backward=True)
     limit = math.ceil(floor + fraction * (peak - floor))
-    return System(limit, (SYSTEMS[system].tier,), margin=0.0)
+    return System(limit, (SYSTEMS[system].tier,), SINGLE, margin=0.0)
 
 
 def run(net: str, system: str, fraction: float) -> dict[str, Any]:

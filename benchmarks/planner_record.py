@@ -76,8 +76,9 @@ class Observer:
     """Sees functions run on NumPy and tells a :class:`Recorder` what they make, retain and take."""
 
     def __init__(self) -> None:
-        self.recorder = Recorder(MIN_BYTES)
+        self.recorder = Recorder()
         self._by_owner: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._sizes: list[int] = []  # of the storages (bytes)
         self._in_backward = False
         self._variables: list[tuple[weakref.ref[Any], int]] = []
 
@@ -113,6 +114,7 @@ class Observer:
         if not make or owner.base is not None:
             return None
         index = self.recorder.made(owner.nbytes)
+        self._sizes.append(owner.nbytes)
         self._by_owner[id(owner)] = (weakref.ref(owner), index)
         return index
 
@@ -140,7 +142,7 @@ class Observer:
         saved += func._retained_output_data or ()
         attributes = [(name, self.storage_of(a, make=True)) for name, a in _attributes(func)]
         found = [self.storage_of(a, make=False) for a in saved] + [i for _, i in attributes]
-        recorder.saved([i for i in found if i is not None])
+        recorder.saved([i for i in found if i is not None and self._sizes[i] >= MIN_BYTES])
         made = [i for i, _ in self._by_owner_of(recorder.step)]
         for i in set(made) - {i for _, i in self._variables}:
             recorder.freed(i)
@@ -148,7 +150,9 @@ class Observer:
             extra = [i for name, i in attributes if name in RERUN[label] and i is not None]
             others = {i for name, i in attributes if name not in MADE}
             writes = [i for i in made if i not in others]
-            recorder.can_rerun([i for i in (*read, *extra) if i is not None], writes)
+            reads = [i for i in (*read, *extra) if i is not None]
+            for i in writes:
+                recorder.can_remake(i, reads, [recorder.step])
         return outputs
 
     def backprop_step(self, stock: Callable[..., Any], func: Any, *arguments: Any) -> None:

@@ -118,7 +118,8 @@ def _apply(self: Any, inputs: Any) -> Any:
         return _run(self, inputs, None, apply, self, inputs)  # nothing is kept
     tracker = _tracker(manager, settings)
     if tracker is not None and _keeps_graph(inputs):
-        tracker.forward(self, inputs, settings)
+        is_fresh = tracker.has_begun or not any(reference() for reference, _ in tuple(_pending))
+        tracker.forward(self, inputs, settings, is_fresh)
     guards = settings.discard_all or (tracker is not None and tracker.is_guarding)
     if guards and not (_is_chainers(self) and recompute.is_unwatched(self)):
         recompute.expose_inputs(inputs)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from chainer_ooc.graph.recompute import STEP, Recipes
+from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.plan_cache import Conditions, PlanCache, PlanEntry, plan_for
 from chainer_ooc.planning.profile import Profile, describe_input, signature_of
 from chainer_ooc.planning.recorder import Recorder
@@ -19,7 +20,6 @@ from chainer_ooc.planning.steps import BACKWARD, FORWARD, OTHER, key_of
 from chainer_ooc.planning.system import System, Tier
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.ram import native
-from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import PackedArray, State, Storage
 
@@ -105,26 +105,42 @@ class IterationTracker:
         self._texts: dict[Any, tuple[str, tuple[str, ...]]] = {}
         self._recorder: Recorder | None = None
         self._held: list[tuple[weakref.ref[Storage], int]] = []
-        self._executor: PlanExecutor | None = None
+        self._executor: PlanExecutor[Storage] | None = None
         self._guarded = _NOTHING
         self._conditions: Conditions
+        self._is_late = False  # functions of the first iteration have run untracked
         self._is_open = False  # functions that run now belong to an iteration that is tracked
         self._start = self._ended_clock = 0.0
         self._ended_used = self._peak = self._out_used = 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether any iteration has begun."""
+        return self._iteration >= 0
 
     @property
     def is_first(self) -> bool:
         """Whether no iteration has ended yet."""
         return self._iteration < 1
 
-    def forward(self, func: Any, inputs: Iterable[Any], settings: Settings) -> None:
-        """Note that a function is about to run forward."""
+    def forward(
+        self, func: Any, inputs: Iterable[Any], settings: Settings, is_fresh: bool = False
+    ) -> None:
+        """Note that a function is about to run forward.
+
+        Args:
+            func: The function.
+            inputs: Its inputs.
+            settings: The settings in force.
+            is_fresh: No earlier function of the graph has run untracked.
+        """
         with self._lock:
             if not self._is_mine():
                 return
             key, described = self._describe(func, inputs)
-            begins = self._backward or self._is_over(key)
-            if begins or (self._iteration < 0 and _is_alone(inputs)):
+            self._is_late |= not (is_fresh or self.has_begun)
+            is_first = not self.has_begun and not self._is_late
+            if is_first or self._backward or self._is_over(key):
                 self._begin(settings)
             if self._number < 0 and not self._is_open:
                 return
@@ -172,7 +188,7 @@ class IterationTracker:
             if step is None or step != (self._iteration, self._number):
                 return
             group = [saved for saved in group if saved.storage.manager is self.manager]
-            if self._saves_selectively:
+            if self.is_selective:
                 numbers = self._saved.get(self._number, ())
                 if len(numbers) == len(group):
                     for number, saved in zip(numbers, group, strict=True):
@@ -470,11 +486,6 @@ class IterationTracker:
     def _step_of(self, func: Any) -> int:
         step = None if func is None else func.__dict__.get(STEP)
         return step[1] if step is not None and step[0] == self._iteration else -1
-
-
-def _is_alone(inputs: Iterable[Any]) -> bool:
-    """Return whether no function has made any input: the function is the first of its graph."""
-    return all(getattr(x, "creator_node", None) is None for x in inputs)
 
 
 def guarded_by(executor: PlanExecutor, entry: PlanEntry) -> Guarded:

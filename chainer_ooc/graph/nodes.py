@@ -86,7 +86,7 @@ def install(
     raw_array = chainer.Variable.raw_array.fget
 
     def get_raw_array(variable: Any) -> Any:
-        node = variable.__dict__.get("_node")
+        node = getattr(variable, "_node", None)  # one with a ChainerX array has none
         if node is not None and PRIVATE in node.__dict__:
             reach(node)
         return raw_array(variable)

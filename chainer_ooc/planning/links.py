@@ -50,10 +50,12 @@ class Link:
         both = tier.both_bandwidth
         self._share = 1.0 if both is None else min(1.0, both / together)
         self._latency_bytes = tuple(tier.latency * rate for rate in self._rates)
+        self._next_end = 0.0  # no copy ends before
 
     def begin(self, storage: int, nbytes: int, inward: bool, now: float) -> SimulatedTransfer:
         """Put a copy into its queue."""
-        self.advance(now)
+        self._go(now)
+        self._next_end = 0.0
         copy = SimulatedTransfer(self, storage, inward, nbytes + self._latency_bytes[inward])
         self._queues[inward].append(copy)
         return copy
@@ -63,13 +65,13 @@ class Link:
         if copy.start >= 0:
             return False
         self._queues[copy.inward].remove(copy)
+        self._next_end = 0.0
         return True
 
     def advance(self, until: float) -> None:
-        """Let time pass up to ``until`` (seconds)."""
-        while self.now < until and self._pass(until):
-            pass
-        self.now = max(self.now, until)
+        """End the copies that end up to ``until`` (seconds)."""
+        if until >= self._next_end:
+            self._go(until)
 
     def wait(self, copy: SimulatedTransfer) -> float:
         """Let time pass until ``copy`` has ended. Return its end (seconds)."""
@@ -81,6 +83,11 @@ class Link:
     def busy(self) -> bool:
         """Whether a copy is running."""
         return bool(self._queues[0] or self._queues[1])
+
+    def _go(self, until: float) -> None:
+        while self.now < until and self._pass(until):
+            pass
+        self.now = max(self.now, until)
 
     def _pass(self, until: float) -> bool:
         """Let time pass until a copy ends or ``until`` is reached. Return whether a copy has ended."""
@@ -100,7 +107,8 @@ class Link:
             needed = copy.left / (self._rates[copy.inward] * share)
             if needed < seconds:
                 first, seconds = copy, needed
-        ends = self.now + seconds <= until
+        self._next_end = self.now + seconds
+        ends = self._next_end <= until
         if not ends:
             seconds = until - self.now
         for copy in heads:
@@ -109,4 +117,5 @@ class Link:
         if ends:
             first.end = self.now
             self._queues[first.inward].popleft()
+            self._next_end = 0.0
         return ends

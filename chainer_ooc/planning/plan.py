@@ -32,8 +32,7 @@ class Plan:
         copy_in: (step, storage): begin to copy it in, as soon as there is room.
         earliest: For each of ``copy_in`` the first step at which there is room for it until its use.
         release: (step, storage): release it again, its copy is valid.
-        discard: (step, storage): discard it. ``rerun`` makes it again.
-        rerun: (step, forward steps): run these again, in this order, before the step.
+        discard: (step, storage): discard it. Re-runs make it again when it is needed.
         evict_after_recompute: (step, storage): only the step's re-runs need it. Evict it when they have
             read it, before the step runs.
         need_bytes: The most bytes that each step takes beyond the memory in use before it. Copies that come
@@ -50,7 +49,6 @@ class Plan:
     earliest: tuple[int, ...] = ()
     release: tuple[tuple[int, int], ...] = ()
     discard: tuple[tuple[int, int], ...] = ()
-    rerun: tuple[tuple[int, tuple[int, ...]], ...] = ()
     evict_after_recompute: tuple[tuple[int, int], ...] = ()
     need_bytes: tuple[int, ...] = ()
     seconds: float = 0.0
@@ -79,7 +77,6 @@ class Plan:
             data["choices"] = tuple(Choice(value) for value in data["choices"])
             for name in ("copy_out", "copy_in", "release", "discard", "evict_after_recompute"):
                 data[name] = tuple((step, storage) for step, storage in data[name])
-            data["rerun"] = tuple((step, tuple(again)) for step, again in data["rerun"])
             for name in ("earliest", "need_bytes"):
                 data[name] = tuple(data[name])
             return cls(**data)

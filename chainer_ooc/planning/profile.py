@@ -5,8 +5,10 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import itertools
 import json
 import math
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -86,6 +88,14 @@ class Profile:
         return self._by_step(lambda storage: storage.uses)
 
     @functools.cached_property
+    def freed(self) -> tuple[tuple[int, ...], ...]:
+        """The saved storages to which only the graph refers from each step on."""
+        count = len(self.steps)
+        return self._by_step(
+            lambda storage: (storage.free_from,) if storage.free_from < count else ()
+        )
+
+    @functools.cached_property
     def makers(self) -> dict[int, int]:
         """For each storage that a re-run can make, the step to run again."""
         found: dict[int, int] = {}
@@ -117,6 +127,18 @@ class Profile:
         return dataclasses.replace(self, steps=tuple(steps))
 
     @functools.cached_property
+    def sources(self) -> dict[int, tuple[int, ...]]:
+        """For each storage that re-runs can make, the saved storages that they read for it."""
+        found: dict[int, tuple[int, ...]] = {}
+        for i in sorted(self.makers):  # a re-run reads only earlier storages
+            rerun = self.steps[self.makers[i]].rerun
+            reads = () if rerun is None else rerun.reads
+            if all(self.storages[read].uses or read in found for read in reads):
+                saved = ((one,) if self.storages[one].uses else found[one] for one in reads)
+                found[i] = tuple(dict.fromkeys(itertools.chain.from_iterable(saved)))
+        return found
+
+    @functools.cached_property
     def use_order(self) -> list[int]:
         """The saved storages in the order of their first use in backward."""
         return sorted(self.saved, key=lambda i: (self.storages[i].uses[0], i))
@@ -146,6 +168,11 @@ class Profile:
     def made_bytes(self) -> list[int]:
         """The size of the saved storages that each step makes (bytes)."""
         return [sum(self.storages[i].nbytes for i in made) for made in self.made]
+
+    @functools.cached_property
+    def need_bytes(self) -> tuple[int, ...]:
+        """The most bytes that each step takes beyond the memory in use before it."""
+        return tuple(map(operator.add, self.workspace, self.made_bytes))
 
     @property
     def compute_seconds(self) -> float:

@@ -19,11 +19,10 @@ class _Step:
     function: int
     time: float
     used_bytes: int
-    absent_bytes: int
     peak_bytes: int = 0
     saved: tuple[int, ...] = ()
     rerun: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    by: tuple[int, ...] = ()  # the steps to run again, if not this one alone
+    by: tuple[int, ...] = ()  # the steps to run again
     checked: bool = False  # fingerprints tell whether the re-run gives the same bits
 
 
@@ -36,14 +35,9 @@ class _Storage:
 
 
 class Recorder:
-    """Record one iteration. Storages are numbers that :meth:`made` returns, not arrays.
+    """Record one iteration. Storages are numbers that :meth:`made` returns, not arrays."""
 
-    Args:
-        min_bytes: Smaller storages (bytes) never move: they do not count as saved.
-    """
-
-    def __init__(self, min_bytes: int = 0) -> None:
-        self.min_bytes = min_bytes
+    def __init__(self) -> None:
         self._steps: list[_Step] = []
         self._storages: list[_Storage] = []
         self._guard_bandwidth = math.inf
@@ -59,7 +53,6 @@ class Recorder:
         phase: str,
         time: float,
         used_bytes: int,
-        absent_bytes: int = 0,
         inputs: tuple[str, ...] = (),
         function: int = -1,
     ) -> int:
@@ -69,12 +62,11 @@ class Recorder:
             label: The name of the function.
             phase: ``FORWARD``, ``BACKWARD`` or ``OTHER``.
             time: The present time (seconds) of any clock.
-            used_bytes: The memory in use now.
-            absent_bytes: The size of saved storages that exist but are not in memory.
+            used_bytes: The memory that would be in use now if nothing had ever left.
             inputs: Descriptions by :func:`~chainer_ooc.planning.profile.describe_input`.
             function: For backward, the index of the function's forward step.
         """
-        self._steps.append(_Step(label, phase, inputs, function, time, used_bytes, absent_bytes))
+        self._steps.append(_Step(label, phase, inputs, function, time, used_bytes))
         return self.step
 
     def end(self, peak_bytes: int) -> None:
@@ -99,10 +91,6 @@ class Recorder:
     def saved(self, storages: Sequence[int]) -> None:
         """Record the storages that the running step keeps for backward."""
         self._steps[-1].saved = tuple(sorted(set(storages)))
-
-    def can_rerun(self, reads: Sequence[int], writes: Sequence[int]) -> None:
-        """Record that the running step can run again bit for bit, and the storages it then reads and makes."""
-        self._steps[-1].rerun = tuple(sorted(set(reads))), tuple(sorted(set(writes)))
 
     def can_remake(
         self, storage: int, reads: Sequence[int], steps: Sequence[int], checked: bool = False
@@ -153,8 +141,7 @@ class Recorder:
         for number, step in enumerate(self._steps):
             if step.phase == BACKWARD and step.function >= 0:
                 for i in self._steps[step.function].saved:
-                    if self._storages[i].nbytes >= self.min_bytes:
-                        uses[i].append(number)
+                    uses[i].append(number)
         storages = tuple(
             SavedTensor(
                 s.nbytes,
@@ -172,7 +159,7 @@ class Recorder:
         beside = []
         saved = 0
         for step, nbytes in zip(self._steps, made, strict=True):
-            beside.append(step.used_bytes + step.absent_bytes - saved)
+            beside.append(step.used_bytes - saved)
             saved += nbytes
         fixed = max(0, min(beside, default=0))
         steps = tuple(
@@ -192,23 +179,15 @@ class Recorder:
         step = self._steps[number]
         workspace = max(0, step.peak_bytes - step.used_bytes - made)
         rerun = None
-        if step.rerun and step.rerun[1]:
+        if step.rerun:
             reads, writes = step.rerun
-            spent = sum(seconds[n] for n in step.by or (number,))
-            taken = apart = 0
-            if step.by:
-                again = [self._steps[n] for n in step.by]
-                taken = sum(max(0, one.peak_bytes - one.used_bytes) for one in again)
-                apart = sum(storages[i].nbytes for i in writes)
-            else:
-                # Unsaved storages are part of the step's workspace; a re-run counts them separately.
-                taken = workspace
-                apart = sum(storages[i].nbytes for i in {*reads, *writes} if not storages[i].uses)
+            again = [self._steps[n] for n in step.by]
+            taken = sum(max(0, one.peak_bytes - one.used_bytes) for one in again)
+            made = sum(storages[i].nbytes for i in writes)
             # A result that is checked gets a fingerprint before it is discarded and after the re-run.
-            nbytes = 2 * sum(storages[i].nbytes for i in writes) if step.checked else 0
-            guard = nbytes / self._guard_bandwidth
-            own = max(0, taken - apart)
-            rerun = Rerun(spent + guard, own, reads, writes, step.by, guard)
+            guard = 2 * made / self._guard_bandwidth if step.checked else 0.0
+            spent = sum(seconds[n] for n in step.by) + guard
+            rerun = Rerun(spent, max(0, taken - made), reads, writes, step.by, guard)
         return Step(
             step.label,
             step.phase,

@@ -50,15 +50,4 @@ def chain(
 
 def can_be_made_again(profile: Profile) -> tuple[int, ...]:
     """Return the saved storages (indexes) that re-runs can make from saved storages and leaves."""
-    makeable: dict[int, bool] = {}
-    result = []
-    for i in range(len(profile.storages)):
-        number = profile.makers.get(i, -1)
-        rerun = profile.steps[number].rerun if number >= 0 else None
-        # A re-run reads only earlier storages, so their answers exist.
-        makeable[i] = rerun is not None and all(
-            bool(profile.storages[read].uses) or makeable.get(read, False) for read in rerun.reads
-        )
-        if makeable[i] and profile.storages[i].uses:
-            result.append(i)
-    return tuple(result)
+    return tuple(i for i in profile.sources if profile.storages[i].uses)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -129,6 +129,7 @@ class Residency:
         self.nbytes = [s.nbytes for s in profile.storages]
         self.leave = [s.free_from for s in profile.storages]
         self._single = system.single_backward
+        self._spent: set[int] = set()
         count = len(profile.steps)
         change = np.zeros(count + 1, np.int64)
         for i in profile.saved:
@@ -158,10 +159,34 @@ class Residency:
     def spans(self, i: int) -> list[tuple[int, int]]:
         """Return the spans of steps at which a swapped storage is absent: before backward uses it, and after."""
         spans = [self.gap(i)]
-        if not self._single:
-            last = self.needs[i][-1]
-            spans.append((max(last + 1, self.leave[i]), len(self.room)))
+        if not self._single and i not in self._spent:
+            spans.append(self._rest(i))
         return [(first, end) for first, end in spans if first < end]
+
+    def _rest(self, i: int) -> tuple[int, int]:
+        """Return the span after the last step that needs a storage."""
+        return max(self.needs[i][-1] + 1, self.leave[i]), len(self.room)
+
+    def spend(self, candidates: Iterable[int], headroom: int) -> list[int]:
+        """Choose storages to remove after their last use, so that ``headroom`` bytes are free, as far as that helps.
+
+        Args:
+            candidates: Storages that can be made again, should backward run twice; in the order of preference.
+            headroom: Bytes.
+
+        Returns:
+            The chosen storages. They are removed for that span.
+        """
+        missing = np.flatnonzero(self.room < headroom)
+        for i in candidates if len(missing) else ():
+            first, end = self._rest(i)
+            if first < end and np.searchsorted(missing, end) > np.searchsorted(missing, first):
+                self._spent.add(i)
+                self.room[first:end] += self.nbytes[i]
+                missing = missing[self.room[missing] < headroom]
+                if not len(missing):
+                    break
+        return sorted(self._spent)
 
     def remove(self, i: int) -> None:
         """Remove a storage from memory for all of its spans."""

@@ -47,10 +47,10 @@ class ScheduleBuilder:
     def __init__(self, profile: Profile, system: System) -> None:
         self.profile = profile
         self.system = system
-        pairs = zip(profile.workspace, profile.made_bytes, strict=True)
-        self._need_bytes = tuple(workspace + made for workspace, made in pairs)
         # From this step on only the graph refers to the storage and to its re-run's inputs: no code can write to them.
         self._drop_from = {i: self._free_from(i) for i in can_be_made_again(profile)}
+        # The largest first: the fewer functions are guarded.
+        self._makeable = sorted(self._drop_from, key=lambda i: -profile.storages[i].nbytes)
         # Backward needs the oldest last: they have the most time to leave and return.
         self.by_age = sorted(
             profile.saved,
@@ -78,11 +78,14 @@ class ScheduleBuilder:
             for i, after in evicted:
                 if after in needs.steps[i]:
                     memory.remove_after(i, after)
+            spent: list[int] = []
+            if not system.single_backward:
+                spent = memory.spend((i for i in self._makeable if i not in gone), headroom)
             movable = [i for i in self.by_age if i not in gone and i not in kept]
             swapped = memory.cover(movable, headroom)
             if not self._repair(memory, needs, gone, set(swapped), evicted):
                 break
-        return self._plan_of(memory, needs, gone, swapped, evicted)
+        return self._plan_of(memory, needs, gone, swapped, evicted, spent)
 
     def _keep_what_is_made_from_nothing(self, gone: set[int]) -> None:
         """Keep storages that could not be made again, as ``single_backward`` drops inputs of their re-runs first."""
@@ -156,6 +159,7 @@ class ScheduleBuilder:
         gone: set[int],
         swapped: list[int],
         evicted: set[Eviction],
+        spent: list[int],
     ) -> Plan:
         storages = self.profile.storages
         choices = [Choice.KEEP] * len(storages)
@@ -182,6 +186,8 @@ class ScheduleBuilder:
             # Backward may run again: used storages leave as well, and keep their copy or their re-run.
             release += [(storages[i].uses[-1] + 1, i) for i in swapped]
             drop += [(storages[i].uses[-1] + 1, i) for i in gone]
+            rest = ((needs.steps[i][-1] + 1, i) for i in spent if choices[i] is Choice.KEEP)
+            drop += [(step, i) for step, i in rest if step < len(self.profile.steps)]
         return Plan(
             self.profile.signature,
             tuple(choices),
@@ -190,7 +196,6 @@ class ScheduleBuilder:
             earliest=tuple(step for step, _ in arrivals),
             release=tuple(sorted(release)),
             discard=tuple(sorted(drop)),
-            rerun=tuple(needs.reruns),
             evict_after_recompute=tuple(sorted(evict_after_recompute)),
-            need_bytes=self._need_bytes,
+            need_bytes=self.profile.need_bytes,
         )

@@ -1,65 +1,88 @@
 """Simulate an iteration: computation, copies in two directions, and memory under the limit.
 
 The simulation goes from step to step as the engine does. A policy (:mod:`chainer_ooc.planning.policies`)
-decides between two functions, as the engine does. This module computes the times.
+decides between two functions: the engine's own one, or prior art's. This module computes the times.
 """
 
 from __future__ import annotations
 
-import enum
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+from chainer_ooc.planning.eviction import outside
 from chainer_ooc.planning.links import Link, SimulatedTransfer
-from chainer_ooc.planning.profile import Profile
+from chainer_ooc.planning.profile import Profile, Rerun
 from chainer_ooc.planning.rerun import chain
-from chainer_ooc.planning.system import System
+from chainer_ooc.planning.states import AWAY, ByState, State
+from chainer_ooc.planning.system import LOW_WATER, REMEMBERED_GROWTH, System
 from chainer_ooc.planning.timeline import Interval, Timeline
+from chainer_ooc.planning.use_order import UpcomingUses
 
-__all__ = ["Policy", "SimulatedState", "Simulator", "simulate"]
+__all__ = ["Policy", "SimulatedStorage", "Simulator", "simulate"]
 
 
 class Policy(Protocol):
     """The decisions in a simulated iteration."""
 
+    def begin(self, simulator: Simulator) -> None:
+        """Begin an iteration."""
+
     def between(self, simulator: Simulator) -> None:
         """Act before a step."""
+
+    def fetched(self, simulator: Simulator, group: Sequence[SimulatedStorage]) -> None:
+        """Act when all storages that a backward step needs are in memory."""
 
     def make_room(self, simulator: Simulator, nbytes: int) -> None:
         """Make room under the limit for an allocation of ``nbytes``."""
 
-    def evicts_after_recompute(self, simulator: Simulator, i: int) -> bool:
-        """Return whether to evict a storage once the re-runs before the step have read it."""
+    def read_again(self, simulator: Simulator, storage: SimulatedStorage) -> None:
+        """Act when the re-runs before a step need a storage no more."""
 
 
-class SimulatedState(enum.IntEnum):
-    """The states of a simulated storage."""
+class SimulatedStorage:
+    """A saved storage in a simulation: see :class:`~chainer_ooc.planning.eviction.Stored`.
 
-    UNMADE = 0
-    RESIDENT = 1
-    GOING_OUT = 2
-    BOTH = 3
-    OUT = 4
-    COMING_IN = 5
-    DISCARDED = 6  #: to be made again
-    DEAD = 7
+    Attributes:
+        number: Its index in the profile.
+        nbytes: Its size (bytes).
+        state: Where its bytes are.
+        remaining_uses: The number of backward steps, and of discarded storages, that still need it.
+        used: Nothing needs it any more.
+        dirty: The running copy is worthless.
+        inputs: The saved storages from which re-runs make it, ``None`` if they cannot.
+        referenced_externally: The step, its re-runs or the user's code refer to it.
+    """
+
+    state = State.RESIDENT
+    used = dirty = False
+    referenced_externally = True
+    inputs: Sequence[SimulatedStorage] | None = None
+
+    def __init__(self, number: int, nbytes: int, uses: int) -> None:
+        self.number = number
+        self.nbytes = nbytes
+        self.remaining_uses = uses
 
 
 class Simulator:
     """Simulate one iteration. Policies read its state and call its methods. Waits let time pass.
+
+    It is to the policy what the engine's ``Transfers`` and ``MemoryBudget`` are: see
+    :class:`~chainer_ooc.planning.eviction.Moves` and :class:`~chainer_ooc.planning.eviction.Budget`.
 
     Attributes:
         profile: The iteration.
         system: The memory and the links.
         now: The seconds since the iteration began.
         step: The step that is about to run or runs (index).
-        state: The state of each storage.
+        storages: The saved storages that have been made so far, ``None`` for all others.
+        nbytes: The size of all storages in each state (bytes).
         resident: The memory of saved storages, and of dead ones whose copies are running (bytes).
         leaving: The storages whose copies out are running, in the order in which they began.
-        uses_left: The number of backward steps that still need each storage.
-        arriving: The storages whose copies in are running.
-        pinned: The storages that the step or its re-runs need.
+        high: The high watermark (bytes).
+        low: The low watermark (bytes).
     """
 
     def __init__(
@@ -75,24 +98,25 @@ class Simulator:
         self.policy = policy
         self.now = 0.0
         self.step = 0
-        count = len(profile.storages)
-        self.nbytes = [storage.nbytes for storage in profile.storages]
-        self.free_from = [storage.free_from for storage in profile.storages]
-        self.state = [SimulatedState.UNMADE] * count
-        self.uses_left = [len(storage.uses) for storage in profile.storages]
+        self.storages: list[SimulatedStorage | None] = [None] * len(profile.storages)
+        self._by_state: ByState[SimulatedStorage] = ByState()
+        self.nbytes = self._by_state.nbytes
         self.resident = 0
-        self.leaving: deque[int] = deque()
-        self.arriving: dict[int, SimulatedTransfer] = {}
-        self.outs: dict[int, SimulatedTransfer] = {}
+        self.leaving: deque[SimulatedStorage] = deque()
         self.reruns: list[tuple[int, tuple[int, ...]]] = []
-        self.pinned: set[int] = set()
+        self.high = system.high_bytes
+        self.low = int(system.limit_bytes * LOW_WATER)
+        self._growth: deque[int] = deque([0], REMEMBERED_GROWTH)
+        self._upcoming = UpcomingUses(profile.use_order)
+        self._lingering = 0  # used storages that were not dropped
+        self._keeps_all = False  # nothing is discarded now
+        self._copying: dict[int, SimulatedTransfer] = {}
         self._links = [Link(tier) for tier in system.tiers]
         self._room = [tier.capacity for tier in system.tiers]
         self._tier: dict[int, int] = {}
         self._deferred_frees: list[tuple[SimulatedTransfer, int]] = []
         self._seconds = seconds
         self._held = [profile.fixed_bytes + held for held in profile.held]
-        self._high = system.high_bytes
         self._peak = self._unplaced = 0
         self._bytes = [0, 0]
         self._wait_in = self._wait_out = self._rerun = 0.0
@@ -106,99 +130,172 @@ class Simulator:
 
     def run(self) -> Timeline:
         """Run the simulation and return its timeline."""
-        profile, policy, held, high = self.profile, self.policy, self._held, self._high
-        used, made, made_bytes = profile.used, profile.made, profile.made_bytes
-        workspace = profile.workspace
-        between, state, uses_left = policy.between, self.state, self.uses_left
-        for number, seconds in enumerate(self._seconds or profile.seconds):
+        profile, policy, held, high = self.profile, self.policy, self._held, self.high
+        between, storages, starts, grow = (
+            policy.between,
+            self.storages,
+            self._starts,
+            self._growth.append,
+        )
+        unmade = self._unmade()
+        policy.begin(self)
+        steps = zip(
+            self._seconds or profile.seconds,
+            *(profile.freed, profile.used, profile.made, profile.made_bytes, profile.need_bytes),
+            strict=True,
+        )
+        for number, (seconds, freed, used, made, made_bytes, need) in enumerate(steps):
             self.step = number
             if self._deferred_frees:
                 self._run_deferred_frees()
+            for i in freed:
+                unmade[i].referenced_externally = False
             between(self)
-            if used[number]:
-                self.pinned.update(used[number])
-                self._bring(used[number])
-            need = workspace[number] + made_bytes[number]
-            if held[number] + self.resident + need > high:
-                policy.make_room(self, need)
+            if used:
+                group = [unmade[i] for i in used]
+                self._fetch(group)
+                policy.fetched(self, group)
             peak = held[number] + self.resident + need
+            if peak > high:
+                policy.make_room(self, need)
+                peak = held[number] + self.resident + need
             if peak > self._peak:
                 self._peak = peak
-            self._starts.append(self.now)
+            starts.append(self.now)
             if self._detailed:
                 self._note_step(number, seconds, peak)
             self.now += seconds
-            self.resident += made_bytes[number]
-            for i in made[number]:
-                state[i] = SimulatedState.RESIDENT
-            if used[number]:
-                self.pinned.clear()
-                for i in used[number]:
-                    uses_left[i] -= 1
-                    if not uses_left[i]:
-                        self._finish(i)
+            self.resident += made_bytes
+            for i in made:
+                storages[i] = storage = unmade[i]
+                self._by_state.add(i, storage, storage.nbytes)
+            grow(need)
+            if used:
+                self._release(group)
         for link in self._links:
             link.advance(self.now)
         return self._result()
 
-    def _bring(self, needed: Iterable[int]) -> None:
-        """Bring storages into memory: wait for their copies, or make them again."""
-        dropped = []
-        for i in needed:
-            state = self.state[i]
-            if state is SimulatedState.DISCARDED:
-                dropped.append(i)
-            elif state is SimulatedState.OUT:
-                self.policy.make_room(self, self.nbytes[i])
-                self.begin_in(i)
-        if dropped:
-            self._run_again(dropped)
-        for i in needed:
-            if self.state[i] is SimulatedState.COMING_IN:
-                self.end_in(i)
-
-    def _run_again(self, dropped: Iterable[int]) -> None:
-        order, reads = chain(self.profile, dropped, self._is_there)
-        self.pinned.update(reads)
-        self._bring(reads)
-        last = {i: number for number, rerun in order for i in rerun.reads}
-        using = self.profile.used[self.step]
-        evict_after_recompute = {
-            i for i in reads if i not in using and self.policy.evicts_after_recompute(self, i)
+    def _unmade(self) -> dict[int, SimulatedStorage]:
+        """Return the saved storages as they are when they have been made."""
+        saved, sources = self.profile.storages, self.profile.sources
+        found = {
+            i: SimulatedStorage(i, saved[i].nbytes, len(saved[i].uses)) for i in self.profile.saved
         }
+        for i in found.keys() & sources.keys():
+            found[i].inputs = [found[n] for n in sources[i]]
+        return found
+
+    def _fetch(self, group: Sequence[SimulatedStorage]) -> None:
+        """Bring the storages that the step needs into memory: wait for their copies, or make them again."""
+        away = []
+        for storage in group:
+            storage.referenced_externally = True
+            if not storage.state.in_memory:
+                away.append(storage)
+        if not away:
+            return
+        begun: list[SimulatedStorage] = []
+        for storage in away:
+            if storage.state in AWAY:
+                for one in self._begin(storage):
+                    if not one.referenced_externally:
+                        one.referenced_externally = True
+                        begun.append(one)
+        for storage in begun:
+            storage.referenced_externally = False
+        discarded = [storage for storage in away if storage.state is State.DISCARDED]
+        if discarded:
+            self._run_again(discarded)
+        for storage in away:
+            if not storage.state.in_memory:
+                self._bring_in(storage)
+
+    def _begin(self, storage: SimulatedStorage) -> list[SimulatedStorage]:
+        """Begin to fetch a storage that is out, or what it is made again from. Return what was begun."""
+        wanted = outside(self, storage)
+        for needed in wanted:
+            if self.used_bytes() + needed.nbytes > self.high:
+                self.policy.make_room(self, needed.nbytes)
+            self.begin_in(needed)
+        return wanted
+
+    def _bring_in(self, storage: SimulatedStorage) -> None:
+        """Bring a storage into memory that is not there."""
+        if storage.state in AWAY:
+            self._begin(storage)
+        if storage.state is State.DISCARDED:
+            self._run_again([storage])
+        elif storage.state is State.COMING_IN:
+            self.end_in(storage)
+
+    def _run_again(self, wanted: Sequence[SimulatedStorage]) -> None:
+        storages = self.storages
+        order, reads = chain(self.profile, [storage.number for storage in wanted], self._is_there)
+        last = {i: n for n, rerun in order for i in (*rerun.writes, *rerun.reads)}
+        held = []  # so that making one storage again cannot evict another
+        for storage in [*wanted, *(one for i in reads if (one := storages[i]) is not None)]:
+            leaves = storage.state in (State.RESIDENT, State.GOING_OUT, State.OUT)
+            if not leaves and not storage.referenced_externally:
+                storage.referenced_externally = True
+                held.append(storage)
         temporary: dict[int, int] = {}
-        for number, rerun in order:
-            back = []
-            for i in rerun.writes:
-                keep = self.state[i] is SimulatedState.DISCARDED
-                if keep and (i in using or not self.policy.evicts_after_recompute(self, i)):
-                    back.append(i)
-                else:
-                    temporary[i] = self.nbytes[i]
-            nbytes = sum(self.nbytes[i] for i in back)
-            beside = rerun.workspace_bytes + sum(temporary.values())
+        for n, rerun in order:
+            read = [one for i in rerun.reads if (one := storages[i]) is not None]
+            arrays = []
+            for one in read:
+                if not one.state.in_memory:
+                    self._bring_in(one)
+                if not one.referenced_externally:
+                    one.referenced_externally = True
+                    arrays.append(one)
+            made = self._make_again(n, rerun, temporary)
+            for one in arrays:
+                one.referenced_externally = False
+            if temporary:
+                temporary = {i: nbytes for i, nbytes in temporary.items() if last[i] != n}
+            for one in (*read, *made):
+                if last[one.number] == n and one not in wanted:
+                    if one in held:
+                        one.referenced_externally = False
+                    self.policy.read_again(self, one)
+        for storage in held:
+            storage.referenced_externally = False
+        self.reruns.append((self.step, tuple(n for n, _ in order)))
+
+    def _make_again(
+        self, number: int, rerun: Rerun, temporary: dict[int, int]
+    ) -> list[SimulatedStorage]:
+        """Run one function again. What it makes besides discarded storages is added to ``temporary``."""
+        back = []
+        for i in rerun.writes:
+            storage = self.storages[i]
+            if storage is not None and storage.state is State.DISCARDED:
+                back.append(storage)
+            else:
+                temporary[i] = self.profile.storages[i].nbytes
+        nbytes = sum(storage.nbytes for storage in back)
+        beside = rerun.workspace_bytes + sum(temporary.values())
+        if self.used_bytes() + nbytes + beside > self.high:
             self.policy.make_room(self, nbytes + beside)
-            for i in back:
-                self.state[i] = SimulatedState.RESIDENT
-                self.pinned.add(i)
-            self._take(nbytes)
-            self._note_peak(self.used + beside)
-            self._spend("rerun", number, rerun.seconds)
-            self._rerun += rerun.seconds
-            for i in [i for i in temporary if last.get(i, -1) <= number]:
-                del temporary[i]
-            for i in [i for i in evict_after_recompute if last[i] <= number]:
-                evict_after_recompute.remove(i)
-                self.pinned.discard(i)
-                self.release(i)
-        self.reruns.append((self.step, tuple(number for number, _ in order)))
+        self._take(nbytes)
+        self._note_peak(self.used_bytes() + beside)
+        if self._detailed:
+            self._intervals.append(Interval("rerun", number, self.now, self.now + rerun.seconds))
+        self.now += rerun.seconds
+        self._rerun += rerun.seconds
+        for storage in back:
+            self._move(storage, State.RESIDENT)
+            for needed in storage.inputs or ():
+                needed.remaining_uses -= 1
+                if not needed.remaining_uses:
+                    needed.used = True
+                    self._lingering += 1
+        return back
 
     def _is_there(self, i: int) -> bool:
-        return self.state[i] not in (
-            SimulatedState.DISCARDED,
-            SimulatedState.DEAD,
-            SimulatedState.UNMADE,
-        )
+        storage = self.storages[i]
+        return storage is not None and storage.state not in (State.DISCARDED, State.DROPPED)
 
     def _note_step(self, number: int, seconds: float, peak: int) -> None:
         phase = self.profile.steps[number].phase
@@ -215,7 +312,7 @@ class Simulator:
         return Timeline(
             self.now,
             self._peak,
-            max(0, self._peak - self._high),
+            max(0, self._peak - self.high),
             self._bytes[0],
             self._bytes[1],
             self._wait_in,
@@ -230,180 +327,253 @@ class Simulator:
             self._unplaced,
         )
 
-    # Queries of policies.
+    def _release(self, group: Sequence[SimulatedStorage]) -> None:
+        """Count a use of each storage; drop those that nothing needs any more."""
+        single_backward, saved, step = self.system.single_backward, self.profile.storages, self.step
+        for storage in group:
+            free_from = saved[storage.number].free_from
+            storage.referenced_externally = free_from > step
+            storage.remaining_uses -= 1
+            if not storage.remaining_uses:
+                storage.used = True
+                self._lingering += 1
+        for storage in group:
+            if storage.state is State.GOING_OUT and not (single_backward and storage.used):
+                self._note_who_holds(storage)
+        if single_backward:
+            for storage in group:
+                if storage.used:
+                    self._drop(storage)
 
-    @property
-    def used(self) -> int:
-        """The bytes in use between two functions."""
+    def _note_who_holds(self, storage: SimulatedStorage) -> None:
+        """Mark a storage as dirty if it is still being copied out, and make again what depends on it.
+
+        The engine cannot tell who refers to it: the copy, or code that may write to it.
+        """
+        copy = self._copying[storage.number]
+        copy.link.advance(self.now)
+        if copy.end < 0:
+            self._keeps_all = True
+            for one in self.storages:
+                if one and one.state is State.DISCARDED and storage in (one.inputs or ()):
+                    self._bring_in(one)
+            self._keeps_all = False
+            if storage.state is State.BOTH:  # the copy has ended meanwhile
+                self._forget_copy(storage)
+                self._move(storage, State.RESIDENT)
+            else:
+                storage.dirty = storage.state is State.GOING_OUT
+
+    # Asked by policies.
+
+    def used_bytes(self) -> int:
+        """Return the bytes in use now, between two functions."""
+        if self._deferred_frees:
+            self._run_deferred_frees()
         return self._held[self.step] + self.resident
 
-    def need(self) -> int:
-        """Return the most bytes that the step takes beyond :attr:`used`."""
-        return self.profile.workspace[self.step] + self.profile.made_bytes[self.step]
+    def high_beside_growth(self) -> int:
+        """Return the high watermark less the most that recent functions took for themselves."""
+        return self.high - max(self._growth)
 
-    def is_held(self, i: int) -> bool:
-        """Return whether anything besides the graph needs or refers to a storage."""
-        return self.free_from[i] > self.step or i in self.pinned
+    def members(self, state: State, used: bool | None = None) -> Iterable[SimulatedStorage]:
+        """Return the storages in a state, the used ones or the others, in the order in which they were made."""
+        if used and not self._lingering:
+            return ()
+        found = self._by_state.members(state)
+        if used is None or not self._lingering:
+            return found
+        return (storage for storage in found if storage.used is used)
 
-    def members(self, state: SimulatedState) -> list[int]:
-        """Return the saved storages in a state, in the order in which they were made."""
-        return [i for i in self.profile.saved if self.state[i] is state]
+    def first_leaving(self) -> SimulatedStorage | None:
+        """Return the storage whose copy out began first of those that are running, or ``None``."""
+        while self.leaving:
+            if self.leaving[0].state is State.GOING_OUT:
+                return self.leaving[0]
+            self.leaving.popleft()
+        return None
 
-    # Actions of policies.
+    def first_left(self) -> SimulatedStorage | None:
+        """Return the same if its copy has ended, else ``None``."""
+        leaving = self.leaving
+        while leaving:
+            storage = leaving[0]
+            if storage.state is State.GOING_OUT:
+                copy = self._copying[storage.number]
+                copy.link.advance(self.now)
+                return storage if copy.end >= 0 else None
+            leaving.popleft()
+        return None
 
-    def begin_out(self, i: int) -> None:
+    def inputs(self, storage: SimulatedStorage) -> Sequence[SimulatedStorage]:
+        """Return the saved storages from which re-runs make a storage; none if it cannot be made again."""
+        return storage.inputs or ()
+
+    def bytes_to_keep(self, storage: SimulatedStorage) -> int | None:
+        """Return 0: a discard takes no memory here; ``None`` if a storage cannot be made again."""
+        return None if storage.inputs is None else 0
+
+    def following(self, group: Iterable[SimulatedStorage]) -> Iterator[SimulatedStorage]:
+        """Yield the storages that backward uses after these and that are not being fetched yet, nearest first."""
+        for i in self._upcoming.after([storage.number for storage in group]):
+            storage = self.storages[i]
+            if storage is not None:
+                yield storage
+
+    # Done by policies.
+
+    def begin_out(self, storage: SimulatedStorage) -> None:
         """RESIDENT -> GOING_OUT. Begin to copy a storage out."""
-        assert self.state[i] is SimulatedState.RESIDENT
-        tier = self._tier_for(i)
-        self._tier[i] = tier
-        copy = self._links[tier].begin(i, self.nbytes[i], False, self.now)
-        self.outs[i] = copy
-        self._note_copy(copy)
-        self.state[i] = SimulatedState.GOING_OUT
-        self.leaving.append(i)
+        tier = self._tier[storage.number] = self._tier_for(storage)
+        copy = self._links[tier].begin(storage.number, storage.nbytes, False, self.now)
+        self._copying[storage.number] = copy
+        self._note_copy(copy, storage.nbytes)
+        self._move(storage, State.GOING_OUT)
+        self.leaving.append(storage)
 
-    def end_out(self, i: int) -> None:
-        """GOING_OUT -> BOTH. Wait for the copy."""
-        copy = self.outs.pop(i)
-        self._wait(copy, "wait out")
-        self.state[i] = SimulatedState.BOTH
+    def end_out(self, storage: SimulatedStorage) -> None:
+        """GOING_OUT -> BOTH, or -> RESIDENT if the copy is worthless. Wait for the copy."""
+        self._wait(self._copying.pop(storage.number), "wait out")
+        if storage.dirty:
+            storage.dirty = False
+            self._forget_copy(storage)
+            self._move(storage, State.RESIDENT)
+        else:
+            self._move(storage, State.BOTH)
 
-    def cancel_out(self, i: int) -> bool:
+    def end_leaving(self, storage: SimulatedStorage) -> int:
+        """GOING_OUT -> BOTH, or -> RESIDENT. Wait for the copy. No memory is freed: discards end at once here."""
+        self.end_out(storage)
+        return 0
+
+    def cancel_out(self, storage: SimulatedStorage) -> bool:
         """GOING_OUT -> RESIDENT, if the copy has not moved a byte yet. Return whether it was canceled."""
-        copy = self.outs[i]
+        copy = self._copying[storage.number]
         copy.link.advance(self.now)
         if not copy.link.cancel(copy):
             return False
-        self._bytes[0] -= self.nbytes[i]
-        del self.outs[i]
-        self.leaving.remove(i)
-        self._forget_copy(i)
-        self.state[i] = SimulatedState.RESIDENT
+        self._bytes[0] -= storage.nbytes
+        del self._copying[storage.number]
+        self.leaving.remove(storage)
+        self._forget_copy(storage)
+        self._move(storage, State.RESIDENT)
         return True
 
-    def settle(self) -> list[int]:
-        """Note the copies out that have ended, and return their storages."""
-        ended = []
-        for link in self._links:
-            link.advance(self.now)
-        while self.leaving:
-            i = self.leaving[0]
-            if self.state[i] is SimulatedState.GOING_OUT:
-                if self.outs[i].end < 0:
-                    break
-                del self.outs[i]
-                self.state[i] = SimulatedState.BOTH
-                ended.append(i)
-            self.leaving.popleft()
-        return ended
+    def release(self, storage: SimulatedStorage) -> None:
+        """BOTH -> OUT. Free the memory."""
+        self._give_up(storage, State.OUT)
 
-    def release(self, i: int) -> int:
-        """BOTH -> OUT, unless anything besides the graph refers to the storage. Return the bytes freed."""
-        if self.state[i] is not SimulatedState.BOTH or self.is_held(i):
-            return 0
-        self.state[i] = SimulatedState.OUT
-        self._free(self.nbytes[i])
-        return self.nbytes[i]
+    def begin_discard(self, storage: SimulatedStorage, planned: bool) -> bool:
+        """RESIDENT -> DISCARDED, if a plan says so and nobody can write to what the storage is made from.
 
-    def begin_in(self, i: int) -> None:
+        Free the memory; what it is made from gets one more use. Which re-runs are cheap enough without a plan is not
+        recorded.
+        """
+        if not planned or storage.inputs is None or self._keeps_all:
+            return False
+        for one in storage.inputs:
+            open_to_all = one.dirty or (one.state is State.RESIDENT and one.referenced_externally)
+            if open_to_all or one.state is State.DROPPED:
+                return False
+        for needed in storage.inputs:
+            self._lingering -= needed.used
+            needed.remaining_uses += 1
+            needed.used = False
+        self._give_up(storage, State.DISCARDED)
+        return True
+
+    def begin_in(self, storage: SimulatedStorage, ahead: bool = False) -> None:
         """OUT -> COMING_IN. Begin to copy a storage in."""
-        assert self.state[i] is SimulatedState.OUT
-        copy = self._links[self._tier[i]].begin(i, self.nbytes[i], True, self.now)
-        self.arriving[i] = copy
-        self._note_copy(copy)
-        self.state[i] = SimulatedState.COMING_IN
-        self._take(self.nbytes[i])
+        link = self._links[self._tier[storage.number]]
+        copy = link.begin(storage.number, storage.nbytes, True, self.now)
+        self._copying[storage.number] = copy
+        self._note_copy(copy, storage.nbytes)
+        self._move(storage, State.COMING_IN)
+        self._take(storage.nbytes)
 
-    def end_in(self, i: int) -> None:
+    def end_in(self, storage: SimulatedStorage) -> None:
         """COMING_IN -> BOTH. Wait for the copy."""
-        copy = self.arriving.pop(i)
-        before = self.now
+        i, before = storage.number, self.now
+        copy = self._copying.pop(i)
         self._wait(copy, "wait in")
         self._waits[i] = self._waits.get(i, 0.0) + self.now - before
         self._slack.setdefault(i, self.now - copy.end)
-        self.state[i] = SimulatedState.BOTH
+        self._move(storage, State.BOTH)
 
-    def discard(self, i: int) -> None:
-        """RESIDENT or BOTH -> DISCARDED. Free the memory; the storage is made again later."""
-        assert self.state[i] in (SimulatedState.RESIDENT, SimulatedState.BOTH)
-        self._forget_copy(i)
-        self.state[i] = SimulatedState.DISCARDED
-        self._free(self.nbytes[i])
+    def wait_for_dead(self) -> bool:
+        """Wait for the copies of dead storages. Return whether there were any."""
+        if not self._deferred_frees:
+            return False
+        for copy, _ in self._deferred_frees:
+            self._wait(copy, "wait out")
+        self._run_deferred_frees()
+        return True
 
-    def wait_for_leaving(self, nbytes: int) -> int:
-        """Wait for pending copies out, oldest first; release until ``nbytes`` are free."""
-        freed = 0
-        while self.leaving and freed < nbytes:
-            i = self.leaving.popleft()
-            if self.state[i] is SimulatedState.GOING_OUT:
-                self.end_out(i)
-                freed += self.release(i)
-        return freed
+    def trim(self, desperate: bool = False) -> None:
+        """Do nothing: freed memory is free."""
 
-    def _finish(self, i: int) -> None:
-        """Free a storage that backward has used for the last time."""
-        if not self.system.single_backward:
-            return
-        if self.state[i] is SimulatedState.GOING_OUT:
+    # States.
+
+    def _move(self, storage: SimulatedStorage, state: State) -> None:
+        self._by_state.move(storage.number, storage.nbytes, storage.state, state)
+        storage.state = state
+
+    def _give_up(self, storage: SimulatedStorage, state: State) -> None:
+        self._move(storage, state)
+        if not storage.used:
+            self._upcoming.requeue(storage.number)
+        self._take(-storage.nbytes)
+
+    def _drop(self, storage: SimulatedStorage) -> None:
+        """Any state -> DROPPED. Free the memory and the copy."""
+        if storage.state is State.GOING_OUT:
             # The running copy keeps the memory until it ends.
-            self._deferred_frees.append((self.outs.pop(i), self.nbytes[i]))
+            self._deferred_frees.append((self._copying.pop(storage.number), storage.nbytes))
         else:
-            self._free(self.nbytes[i])
-        self._forget_copy(i)
-        self.state[i] = SimulatedState.DEAD
+            self._take(-storage.nbytes)
+        if storage.number in self._tier:
+            self._forget_copy(storage)
+        self._by_state.remove(storage.number, storage.nbytes, storage.state)
+        storage.state = State.DROPPED
+        self._lingering -= 1
 
     def _run_deferred_frees(self) -> None:
-        if not self._deferred_frees:
-            return
         for link in self._links:
             link.advance(self.now)
-        alive = [(copy, nbytes) for copy, nbytes in self._deferred_frees if copy.end < 0]
-        self._free(sum(n for _, n in self._deferred_frees) - sum(n for _, n in alive))
-        self._deferred_frees = alive
-
-    def wait_for_deferred_frees(self) -> None:
-        """Wait for the copies of dead storages."""
-        for copy, nbytes in self._deferred_frees:
-            self._wait(copy, "wait out")
-            self._free(nbytes)
-        self._deferred_frees = []
+        running = [one for one in self._deferred_frees if one[0].end < 0]
+        ended = sum(nbytes for copy, nbytes in self._deferred_frees if copy.end >= 0)
+        self._deferred_frees = running
+        if ended:
+            self._take(-ended)
 
     # Time and memory.
 
-    def _tier_for(self, i: int) -> int:
+    def _tier_for(self, storage: SimulatedStorage) -> int:
         for tier, room in enumerate(self._room):
             if room is None:
                 return tier
-            if room >= self.nbytes[i]:
-                self._room[tier] = room - self.nbytes[i]
+            if room >= storage.nbytes:
+                self._room[tier] = room - storage.nbytes
                 return tier
         # The engine could not make this copy: count it, and use the last tier.
-        self._unplaced += self.nbytes[i]
+        self._unplaced += storage.nbytes
         return len(self._room) - 1
 
-    def _forget_copy(self, i: int) -> None:
-        tier = self._tier.pop(i, None)
-        if tier is not None:
-            room = self._room[tier]
-            if room is not None:
-                self._room[tier] = room + self.nbytes[i]
+    def _forget_copy(self, storage: SimulatedStorage) -> None:
+        tier = self._tier.pop(storage.number)
+        room = self._room[tier]
+        if room is not None:
+            self._room[tier] = room + storage.nbytes
 
-    def _note_copy(self, copy: SimulatedTransfer) -> None:
-        self._bytes[copy.inward] += self.nbytes[copy.storage]
+    def _note_copy(self, copy: SimulatedTransfer, nbytes: int) -> None:
+        self._bytes[copy.inward] += nbytes
         if self._detailed:
             self._copies.append(copy)
 
     def _take(self, nbytes: int) -> None:
         self.resident += nbytes
-        self._note_memory()
-
-    def _free(self, nbytes: int) -> None:
-        self.resident -= nbytes
-        self._note_memory()
-
-    def _note_memory(self) -> None:
         if self._detailed:
-            self._memory.append((self.now, self.used))
+            self._memory.append((self.now, self._held[self.step] + self.resident))
 
     def _note_peak(self, nbytes: int) -> None:
         self._peak = max(self._peak, nbytes)
@@ -421,11 +591,6 @@ class Simulator:
             else:
                 self._wait_out += max(0.0, end - self.now)
             self.now = max(self.now, end)
-
-    def _spend(self, kind: str, number: int, seconds: float) -> None:
-        if self._detailed:
-            self._intervals.append(Interval(kind, number, self.now, self.now + seconds))
-        self.now += seconds
 
 
 def simulate(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
+from chainer_ooc.planning.eviction import EVERYTHING, Evictor, outside
+from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.system import MARGIN
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap import checksums
@@ -16,10 +18,8 @@ from chainer_ooc.swap.budget import MemoryBudget
 from chainer_ooc.swap.devices.protocol import Device, Layout, Span
 from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.events import Observer
-from chainer_ooc.swap.eviction import EVERYTHING, Evictor, outside, to_be_made
-from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.prefetch import UseOrder
-from chainer_ooc.swap.recipe import Recipe, fingerprint_of
+from chainer_ooc.swap.recipe import Recipe, fingerprint_of, to_be_made
 from chainer_ooc.swap.shortages import Shortage, Shortages
 from chainer_ooc.swap.storage import AWAY, PackedArray, State, Storage
 from chainer_ooc.swap.system import forks
@@ -50,7 +50,6 @@ class SwapManager:
     Attributes:
         budget: The limit, the watermarks and the memory in use.
         has_been_short: Memory has passed the low watermark before, or everything was forced out.
-        follows_plan: A plan decides what moves ahead of need.
         counters: The counts of transfers so far.
         shortages: What did not fit, and the least limit that suffices.
         peak_without_offload: The most that would have been in use (bytes) if nothing had ever moved, since
@@ -77,7 +76,7 @@ class SwapManager:
         self._observers = [] if observers is None else observers
         self._transfers = self._transfers_type(device, self.reclaim, self._observers)
         self.counters: Counters = self._transfers.counters
-        self._evictor = Evictor(self._transfers, self.budget)
+        self._evictor: Evictor[Storage] = Evictor(self._transfers, self.budget)
         self._order = UseOrder()
         self._lock = native.EngineLock()
         self._sequence = 0
@@ -85,7 +84,6 @@ class SwapManager:
         self._last_end = 0.0  # when the last function ended
         self.has_been_short = False
         self.peak_without_offload = 0
-        self.follows_plan = False
         self.tracker: Any = None
         # The low watermark, if cached free memory may reach the high one; else 0.
         self._low_after_graph = 0
@@ -97,6 +95,11 @@ class SwapManager:
     def limit(self) -> int:
         """The limit in force (bytes)."""
         return self.budget.limit
+
+    @property
+    def follows_plan(self) -> bool:
+        """Whether a plan decides what moves ahead of need."""
+        return self._evictor.follows_plan
 
     @property
     def busy(self) -> bool:
@@ -235,14 +238,18 @@ class SwapManager:
         """Return the arrays of ``group``. All transfers begin before the first wait."""
         with self._lock:
             self._transfers.check_remade()
-            # What is resident first: held by this list, it cannot be released for the others.
+            # What is there first: held by these lists, it cannot be released for the others.
             arrays = {id(s): self.read(s, read_only) for s in group if s.storage.state.in_memory}
+            owners = [saved.storage.owner for saved in group]
+            begun = []
             for saved in group:
                 if id(saved) not in arrays:
-                    self._begin_in(saved.storage)
+                    begun += [one.owner for one in self._begin_in(saved.storage)]
+                    owners.append(saved.storage.owner)
                 elif saved.storage.checksum is not None:
                     checksums.check_unchanged(self.device, saved.storage)
             discarded = [saved.storage for saved in group if saved.storage.state is State.DISCARDED]
+            begun.clear()
             if discarded:
                 self._make_again(discarded)
             return [
@@ -256,15 +263,8 @@ class SwapManager:
         evict what was just fetched.
         """
         with self._lock:
-            following = self._order.use({saved.storage for saved in group})
-            size = self._transfers.nbytes
-            if self.follows_plan or not (size[State.OUT] or size[State.DISCARDED]):
-                return
-            most = self.budget.high_beside_growth()
-            for storage in following:
-                wanted = storage.state in AWAY and not storage.used
-                if wanted and not self._evictor.begin_ahead(storage, most):
-                    return
+            storages = dict.fromkeys(saved.storage for saved in group)
+            self._evictor.prefetch(self._order.use(storages.keys()))
 
     def release_use(self, group: Iterable[PackedArray], drop: bool) -> None:
         """Count a function whose backward has used ``group``.
@@ -275,11 +275,11 @@ class SwapManager:
         """
         with self._lock:
             self._transfers.run_deferred_frees()  # dead storages no longer use others
-            storages = {saved.storage for saved in group}
+            storages = dict.fromkeys(saved.storage for saved in group)  # in order
             for storage in storages:
                 storage.remaining_uses -= 1
             over = {s for s in storages if drop and s.used and not (s.kept or s.dependents)}
-            self._note_who_holds(storages - over)
+            self._note_who_holds([storage for storage in storages if storage not in over])
             for storage in storages:  # marking one dirty may have computed its dependents
                 if drop and storage.used and not (storage.kept or storage.dependents):
                     self._transfers.drop(storage)
@@ -350,7 +350,7 @@ class SwapManager:
             self._last_end = now
             self.shortages.ended(backward)
 
-    def run_plan(self, executor: PlanExecutor | None, step: int = 0) -> None:
+    def run_plan(self, executor: PlanExecutor[Storage] | None, step: int = 0) -> None:
         """Run the plan's transfers that are due before ``step``; disables on-demand prefetch and write-behind.
 
         Args:
@@ -358,13 +358,13 @@ class SwapManager:
             step: The number of the step.
         """
         with self._lock:
-            self.follows_plan = self._evictor.leaving_first = executor is not None
+            self._evictor.follows_plan = executor is not None
             evict_after_recompute = () if executor is None else executor.evict_after_recompute(step)
             if evict_after_recompute or self._evict_after_recompute:
                 self._evict_after_recompute = weakref.WeakSet(evict_after_recompute)
             if executor is not None:
                 self._transfers.run_deferred_frees()
-                executor.step(step, self._transfers, self._evictor, self.budget)
+                executor.step(step, self._transfers, self._evictor, self.budget.high)
 
     def bandwidths(self, otherwise: float) -> tuple[float, float]:
         """Return the measured bytes per second of copies out and of copies in; ``otherwise`` without any copy."""
@@ -404,12 +404,7 @@ class SwapManager:
             if not self.follows_plan or used + nbytes > high:  # a plan ignores what it keeps
                 self.save_pending()
             self._transfers.run_deferred_frees()
-            if used + nbytes > high:
-                self._evictor.reclaim(nbytes)
-                used = self.budget.used_bytes()
-            if not nbytes and used > low and not self.follows_plan:
-                self._evictor.write_behind(used - low)
-            return used + nbytes <= high
+            return self._evictor.make_room(nbytes) + nbytes <= high
 
     def move_all_out(self) -> None:
         """Move out every storage that only the graph refers to, except those that were prefetched."""
@@ -436,13 +431,13 @@ class SwapManager:
                 self._transfers.wait_for_deferred_frees()  # copies may still use dead memory
             return max(used - self.device.used_bytes(), 0)
 
-    def _begin_in(self, storage: Storage) -> None:
-        """Begin to fetch a storage that is out, or what it is made again from."""
-        if storage.state not in AWAY:
-            return
-        for needed in (storage,) if storage.state is State.OUT else outside(storage):
+    def _begin_in(self, storage: Storage) -> list[Storage]:
+        """Begin to fetch a storage that is out, or what it is made again from. Return what was begun."""
+        wanted = outside(self._transfers, storage) if storage.state in AWAY else []
+        for needed in wanted:
             self._evictor.reclaim(needed.nbytes)
             self._transfers.begin_in(needed)
+        return wanted
 
     def _bring_in(self, storage: Storage) -> None:
         """Make a storage resident: wait for its copy, or compute it."""
@@ -456,14 +451,18 @@ class SwapManager:
         """Compute storages again, and first the discarded ones that their recipes need."""
         order = to_be_made(wanted)
         last = {needed: storage for storage, recipe in order for needed in recipe.storages()}
-        owners = []  # referred to, so that computing the next cannot evict them
+        # Referred to, so that computing one cannot evict another. What has no copy may leave: while it is
+        # referred to, nothing that depends on it could be discarded.
+        owners = {needed: needed.owner for needed in last if needed.copy is not None}
         for storage, recipe in order:
             self._run_again(storage, recipe)
             if storage in wanted:
-                owners.append(storage.owner)
+                owners[storage] = storage.owner
             for needed in recipe.storages():
-                if needed in self._evict_after_recompute and last[needed] is storage:
-                    self._evictor.give_up(needed)
+                if last[needed] is storage and needed not in wanted:
+                    owners.pop(needed, None)
+                    if needed in self._evict_after_recompute:
+                        self._evictor.give_up(needed)
 
     def _run_again(self, storage: Storage, recipe: Recipe) -> None:
         if native.allocator is None and not self.device.asks_for_room:
@@ -489,7 +488,7 @@ class SwapManager:
         if storage.dependents:
             self._evictor.discards = False  # its dependents must not be discarded again
             try:
-                for dependent in tuple(storage.dependents):
+                for dependent in sorted(storage.dependents, key=lambda one: one.sequence):
                     if dependent.state is State.CHECKING:
                         self._transfers.cancel_discard(dependent)
                     elif dependent.state is State.DISCARDED:  # else another's re-run has made it
@@ -574,10 +573,8 @@ class SwapManager:
             self._transfers.wait_for_deferred_frees()
 
     def _end_transfers(self) -> None:
-        for storage in self._transfers.members(State.CHECKING):
-            self._transfers.end_discard(storage)
-        for storage in self._transfers.members(State.GOING_OUT):
-            self._transfers.end_out(storage)
+        while (storage := self._transfers.first_leaving()) is not None:
+            self._transfers.end_leaving(storage)
         for storage in self._transfers.members(State.COMING_IN):
             self._transfers.end_in(storage)
 

@@ -6,6 +6,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 
+from chainer_ooc.planning.use_order import UpcomingUses
 from chainer_ooc.swap.storage import Storage
 
 __all__ = ["SavedSequence", "UseOrder"]
@@ -24,15 +25,13 @@ class SavedSequence:
         living: The number of storages that are alive.
     """
 
-    __slots__ = ("_hash", "_next", "_order", "_places", "_storages", "living", "used")
+    __slots__ = ("_hash", "_storages", "_upcoming", "living", "used")
 
     def __init__(self) -> None:
         self.living = 0
         self._storages: list[weakref.ref[Storage]] = []
         self._hash = 0
-        self._order: list[int] = []  # numbers in the expected order of use
-        self._places: dict[int, int] = {}
-        self._next = 0  # index into _order: fetches before it have begun
+        self._upcoming = UpcomingUses()
         self.used: dict[int, None] = {}
 
     @property
@@ -67,23 +66,21 @@ class SavedSequence:
             storage = reference()
             if storage is not None:
                 ranks[number] = (-storage.rank, -number)
-        self._order = list(learned)
-        self._order += sorted(ranks.keys() - set(self._order), key=ranks.__getitem__)
-        self._places = {number: place for place, number in enumerate(self._order)}
+        order = list(learned)
+        order += sorted(ranks.keys() - set(order), key=ranks.__getitem__)
+        self._upcoming = UpcomingUses(order)
 
     def after(self, storages: Iterable[Storage]) -> Iterator[Storage]:
         """Yield storages used after these that are not being fetched yet, nearest first."""
-        places = [self._places.get(s.number, -1) for s in storages if s.saved_sequence is self]
-        self._next = max(self._next, 1 + max(places, default=-1))
-        for place in range(self._next, len(self._order)):
-            storage = self._storages[self._order[place]]()
+        numbers = [storage.number for storage in storages if storage.saved_sequence is self]
+        for number in self._upcoming.after(numbers):
+            storage = self._storages[number]()
             if storage is not None:
                 yield storage
-            self._next = place + 1
 
     def requeue(self, storage: Storage) -> None:
         """Note that a storage left memory again before it was used."""
-        self._next = min(self._next, self._places.get(storage.number, self._next))
+        self._upcoming.requeue(storage.number)
 
 
 class UseOrder:

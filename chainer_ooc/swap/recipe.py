@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from chainer_ooc.swap.devices.protocol import Known, Layout, bytes_of_array
@@ -13,7 +13,15 @@ from chainer_ooc.swap.storage import PackedArray, State, Storage
 if TYPE_CHECKING:
     from chainer_ooc.swap.devices.protocol import Device, Location, Verdict
 
-__all__ = ["PRIVATE", "Constant", "PrivateContent", "Recipe", "fingerprint_of", "known"]
+__all__ = [
+    "PRIVATE",
+    "Constant",
+    "PrivateContent",
+    "Recipe",
+    "fingerprint_of",
+    "known",
+    "to_be_made",
+]
 
 #: The attribute of a graph's node with its array's :class:`PrivateContent`.
 PRIVATE = "_ooc_private"
@@ -226,3 +234,26 @@ def known(content: Any) -> Any:
 def fingerprint_of(device: Device, storage: Storage) -> Any:
     """Return the fingerprint of a resident storage's bytes as they are now."""
     return device.fingerprint(storage.owner, storage.origin, storage.nbytes)
+
+
+def to_be_made(wanted: Iterable[Storage]) -> list[tuple[Storage, Recipe]]:
+    """Return the discarded storages to compute for ``wanted``, with their recipes, inputs first.
+
+    Otherwise they are in the order of saving: what lies between two that are far apart need not be kept meanwhile.
+    """
+    order: dict[Storage, Recipe] = {}
+    todo = [*wanted][::-1]
+    while todo:
+        recipe = todo[-1].recipe
+        assert recipe is not None
+        first = [
+            one for one in recipe.storages() if one.state is State.DISCARDED and one not in order
+        ]
+        if not first:
+            order.setdefault(todo.pop(), recipe)
+        todo += first[::-1]
+    place: dict[Storage, int] = {}
+    for storage, recipe in order.items():
+        inputs = (place[one] for one in recipe.storages() if one in place)
+        place[storage] = max(storage.sequence, *inputs, 0)
+    return sorted(order.items(), key=lambda item: place[item[0]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 import weakref
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from chainer_ooc import references
 from chainer_ooc.errors import OutOfCoreError
+from chainer_ooc.planning.states import AWAY, State
 from chainer_ooc.swap.devices.protocol import Layout, SwappedBlock, Transfer, Verdict
 from chainer_ooc.swap.devices.ram import native
 
@@ -19,31 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AWAY", "PackedArray", "State", "Storage"]
 
-
-class State(enum.Enum):
-    """Where the bytes of a storage are."""
-
-    __hash__ = object.__hash__  # Enum's is a slow Python function
-
-    RESIDENT = "resident"  #: in the device's memory alone
-    GOING_OUT = "going out"  #: resident, and a copy is being written
-    CHECKING = (
-        "checking"  #: resident, and to be discarded if nobody has written to it: being found out
-    )
-    BOTH = "both"  #: resident and clean: a valid copy is outside
-    OUT = "out"  #: outside alone
-    DISCARDED = "discarded"  #: nowhere: its recipe computes it again
-    COMING_IN = "coming in"  #: outside, and being read into memory
-    DROPPED = "dropped"  #: nowhere: its last use is over
-
-    in_memory: bool  #: whether they are in the device's memory, ready to be used
-
-
-for _state in State:  # an attribute is read faster than a property
-    _state.in_memory = _state in (State.RESIDENT, State.GOING_OUT, State.CHECKING, State.BOTH)
-
-#: Not in memory, and not coming in.
-AWAY = (State.OUT, State.DISCARDED)
 
 _LEGAL = {
     State.RESIDENT: {State.GOING_OUT, State.CHECKING, State.DISCARDED, State.DROPPED},

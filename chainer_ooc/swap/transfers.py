@@ -6,10 +6,11 @@ import dataclasses
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from chainer_ooc.errors import CorruptCopyError, SwapSpaceError
+from chainer_ooc.planning.states import ByState
 from chainer_ooc.swap import checksums
 from chainer_ooc.swap.devices.protocol import (
     Both,
@@ -141,9 +142,8 @@ class Transfers:
         )  # copies whose times are not known yet
         # Resident storages by the id of their owner, which lives as long as its entry.
         self._by_owner: dict[int, weakref.ref[Storage]] = {}
-        # Living storages by state and sequence number, and their bytes by state.
-        self._members: dict[State, dict[int, weakref.ref[Storage]]] = {state: {} for state in State}
-        self.nbytes = dict.fromkeys(State, 0)
+        self._by_state: ByState[weakref.ref[Storage]] = ByState()
+        self.nbytes = self._by_state.nbytes
         # Dead storages and their blocks: any thread appends at any time.
         self._dead: deque[tuple[State, int, int, SavedSequence]] = deque()
         self._known = 0  # storages alive, or dead and still in _dead
@@ -176,8 +176,7 @@ class Transfers:
         """Add a new storage, which is RESIDENT."""
         reference = weakref.ref(storage)
         self._by_owner[id(storage.owner)] = reference
-        self._members[storage.state][storage.sequence] = reference
-        self.nbytes[storage.state] += storage.nbytes
+        self._by_state.add(storage.sequence, reference, storage.nbytes)
         self._known += 1
 
     @property
@@ -185,19 +184,55 @@ class Transfers:
         """Whether a storage is alive. Safe at any time in any thread."""
         return self._known > len(self._dead)
 
-    def members(self, state: State) -> list[Storage]:
-        """Return the storages that are in a state now, in the order of saving."""
-        found, storages = self._members[state], []
-        for number in sorted(found):
-            storage = found[number]()
-            if storage is not None:
-                storages.append(storage)
-        return storages
+    # Asked by the policy.
+
+    def members(self, state: State, used: bool | None = None) -> Iterator[Storage]:
+        """Yield the storages in a state, in the order of saving. They may change their states meanwhile.
+
+        Args:
+            state: RESIDENT, BOTH or COMING_IN.
+            used: Yield those that backward has used, or those that it has not; ``None`` for all.
+        """
+        for reference in self._by_state.members(state):
+            storage = reference()
+            if storage is not None and used in (None, storage.used):
+                yield storage
+
+    def first_leaving(self) -> Storage | None:
+        """Return the storage whose copy out or check began first of those that are running, or ``None``."""
+        while self.leaving:
+            storage = self.leaving[0]()
+            if storage is not None and storage.state in (State.GOING_OUT, State.CHECKING):
+                return storage
+            self.leaving.popleft()
+        return None
+
+    def first_left(self) -> Storage | None:
+        """Return the same if its copy or check has ended, else ``None``, without waiting."""
+        storage = self.first_leaving()
+        running = None if storage is None else storage.verdict or storage.transfer
+        return storage if running is not None and running.done() else None
+
+    def end_leaving(self, storage: Storage) -> int:
+        """GOING_OUT -> BOTH, CHECKING -> DISCARDED, or -> RESIDENT. Wait for that. Return the bytes freed."""
+        if storage.state is State.CHECKING:
+            return self.end_discard(storage)
+        self.end_out(storage)
+        return 0
+
+    def inputs(self, storage: Storage) -> tuple[Storage, ...]:
+        """Return the storages that a storage's recipe reads; none without a recipe."""
+        return () if storage.recipe is None else storage.recipe.storages()
+
+    def bytes_to_keep(self, storage: Storage) -> int | None:
+        """Return the bytes that a discard takes first; ``None`` if the storage has no recipe."""
+        return None if storage.recipe is None else storage.recipe.bytes_to_keep()
 
     def everything(self) -> list[Storage]:
         """Return all storages, in the order of saving."""
-        found = [storage for state in State for storage in self.members(state)]
-        return sorted(found, key=lambda storage: storage.sequence)
+        references = self._by_state.storages
+        found = (references[number]() for number in sorted(references))
+        return [storage for storage in found if storage is not None]
 
     def begin_out(self, storage: Storage) -> None:
         """RESIDENT -> GOING_OUT. Begin to copy the storage out.
@@ -268,19 +303,32 @@ class Transfers:
         """Return the bytes that have come into memory less those that were freed."""
         return self._landed - self._released
 
-    def begin_discard(self, storage: Storage, verdict: Verdict) -> None:
-        """RESIDENT -> CHECKING, and on to DISCARDED if the verdict is known. The recipe's inputs get one more use.
+    def begin_discard(self, storage: Storage, planned: bool) -> bool:
+        """RESIDENT -> CHECKING or DISCARDED, if its recipe computes just these bytes. Return whether it needs no copy.
 
-        Raises:
-            MemoryError: If there is no memory to copy the recipe's constants. The storage stays RESIDENT.
+        A plan may use more recipes than are used without one.
         """
-        assert storage.recipe is not None
-        new = [constant for constant in storage.recipe.constants if not constant.is_kept]
-        for constant in new:
-            constant.keep()
+        recipe = storage.recipe
+        if recipe is None or (storage.dependents and not planned):
+            return False
+        verdict = recipe.check(self.device, storage, planned)
+        if verdict is None or (verdict.done() and not verdict.equal()):
+            return False
+        new = [constant for constant in recipe.constants if not constant.is_kept]
+        try:
+            for constant in new:
+                constant.keep()
+        except MemoryError:  # it stays
+            return False
         if new:  # another thread may have written to them since the recipe was checked
             pairs = [pair for constant in new for pair in constant.pairs()]
             verdict = Both(verdict, self.device.compare(pairs))
+        self._check(storage, verdict)
+        return True
+
+    def _check(self, storage: Storage, verdict: Verdict) -> None:
+        """RESIDENT -> CHECKING, and on to DISCARDED if the verdict is known. The recipe's inputs get one more use."""
+        assert storage.recipe is not None
         for needed in storage.recipe.storages():
             needed.remaining_uses += 1
             if needed.dependents is None:
@@ -363,8 +411,12 @@ class Transfers:
             if not is_right:
                 raise CorruptCopyError(*error)
 
-    def begin_in(self, storage: Storage) -> None:
-        """OUT -> COMING_IN. Allocate memory and begin to copy the storage in."""
+    def begin_in(self, storage: Storage, ahead: bool = False) -> None:
+        """OUT -> COMING_IN. Allocate memory and begin to copy the storage in, ahead of need or not.
+
+        Raises:
+            MemoryError: If there is no memory for the storage.
+        """
         copy = storage.copy
         assert copy is not None
         owner, origin, transfer = self._again_with_room(
@@ -376,6 +428,9 @@ class Transfers:
         self._landed += storage.nbytes
         self.counters.bytes_in += storage.nbytes
         self.counters.storages_in += 1
+        if ahead:
+            storage.ahead = True
+            self.counters.prefetched += 1
 
     def end_in(self, storage: Storage) -> None:
         """COMING_IN -> BOTH. Wait for the copy.
@@ -451,8 +506,7 @@ class Transfers:
             state, number, nbytes, saved_sequence = self._dead.popleft()
             saved_sequence.living -= 1
             self._known -= 1
-            del self._members[state][number]
-            self.nbytes[state] -= nbytes
+            self._by_state.remove(number, nbytes, state)
             # Without moves its death would free its memory now.
             if state in (State.OUT, State.DISCARDED, State.DROPPED):
                 self._released -= nbytes
@@ -480,6 +534,24 @@ class Transfers:
                 transfer.wait()
         self.run_deferred_frees()
 
+    def wait_for_dead(self) -> bool:
+        """Wait for those copies of dead storages that still hold memory. Return whether there were any.
+
+        Where calls return before what they compute is there, memory is used again in that order.
+        """
+        if self.device.runs_behind or not self._deferred_frees:
+            return False
+        start = time.perf_counter()
+        self.wait_for_deferred_frees()
+        self.stalled("room", start)
+        return True
+
+    def trim(self, desperate: bool = False) -> None:
+        """Give the allocator's free memory back to the system; ``desperate`` if nothing else is left to do."""
+        start = time.perf_counter()
+        self.device.trim(desperate)
+        self.stalled("trim", start)
+
     @staticmethod
     def _need_no_more(recipe: Recipe, dependent: Storage | None = None) -> None:
         for storage in recipe.storages():
@@ -491,9 +563,7 @@ class Transfers:
     def _move(self, storage: Storage, state: State) -> None:
         before = storage.state
         storage.move_to(state)
-        self._members[state][storage.sequence] = self._members[before].pop(storage.sequence)
-        self.nbytes[before] -= storage.nbytes
-        self.nbytes[state] += storage.nbytes
+        self._by_state.move(storage.sequence, storage.nbytes, before, state)
 
     def _copied(self, storage: Storage, transfer: Transfer, out: bool) -> None:
         name, sequence = self.device.name, storage.sequence

@@ -308,7 +308,7 @@ def test_a_plan_is_made_again_from_the_times_of_the_iterations(device, monkeypat
                 pacers[id(entry.tuner)] = entry.tuner
                 seconds.append(entry.profile.compute_seconds)
     assert len(pacers) >= 3  # made of the first iteration, of the second, of the least times
-    assert seconds[-1] == min(seconds) > 0
+    assert seconds[-1] == pytest.approx(min(seconds)) and min(seconds) > 0
 
 
 def with_a_plan_that_is_slower(monkeypatch):
@@ -578,9 +578,9 @@ def test_where_the_way_out_is_slow_chains_with_products_run_again_as_planned(
     tier = Tier("slow", 1e7, 1e7, one_queue=True)
     system = System(OTHER + 4 * MIB, (tier,), single_backward)
     foreseen = simulate(entry.profile, system, Planned(entry.plan))
-    labels = {entry.profile.steps[n].label for _, again in entry.plan.rerun for n in again}
+    labels = {entry.profile.steps[n].label for _, again in foreseen.reruns for n in again}
     assert "Convolution2DFunction" in labels
-    assert any(len(again) > 1 for _, again in entry.plan.rerun)
+    assert any(len(again) > 1 for _, again in foreseen.reruns)
     remade = sum(len(again) for _, again in foreseen.reruns)
     out, back, again = per_step[-1]
     if single_backward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import chainer
@@ -363,6 +364,24 @@ def test_what_is_no_function_is_refused(cls):
         chainer_ooc.recomputable(cls)
 
 
+class Writer(chainer.FunctionNode):
+    """Writes to its input, as no function should."""
+
+    def forward(self, inputs):
+        inputs[0][...] *= 1.25
+        return (inputs[0] * 2,)
+
+
+class Writes(chainer.FunctionHook):
+    """Writes to what a function has used."""
+
+    name = "writes"
+
+    def forward_postprocess(self, function, in_data):
+        for array in in_data:
+            array[...] *= 0.5
+
+
 def edited(v, how):
     """Write to the array of a variable, or give it another one, between two functions."""
     if how == "in place":
@@ -377,6 +396,31 @@ def edited(v, how):
         v.array = np.asfortranarray(v.array)
     elif how == "of a node":
         v.node.data = v._data[0] = v.array - 0.25
+    elif how == "a reshaped variable":
+        F.reshape(v, (-1,)).array[::2] += 0.25
+    elif how == "a slice":
+        v[2:9].array[...] -= 0.25
+    elif how == "a transposed variable's data":
+        F.transpose(v).data[3] *= 2
+    elif how == "a copied variable":
+        copy.copy(v).raw_array[1] = 0.5
+    elif how == "what Identity returned":
+        F.identity(v).array[...] *= 0.75
+    elif how == "not Chainer's function":
+        Writer().apply((v,))
+    elif how == "a view for not Chainer's function":
+        Writer().apply((F.reshape(v, (-1, 10)),))
+    elif how == "what a function keeps":
+        for reference in v.creator_node.outputs:
+            if reference().data is not None:
+                reference().data[::3] -= 0.125
+    elif how == "a hook":
+        with Writes():
+            F.absolute(v)
+    elif how == "and undone":
+        v.array[...] *= 2
+        F.sum(F.tanh(v))
+        v.array[...] /= 2
     elif how == "the mask":
         v.creator_node.mask[::2] *= 0.5
     elif how == "a number":
@@ -398,6 +442,16 @@ CHAINS = {
     "sums": (F.tanh, lambda x: F.add(x, x, F.sigmoid(x)), lambda x: x - F.relu(x), F.absolute),
 }
 EDITS = (
+    "a reshaped variable",
+    "a slice",
+    "a transposed variable's data",
+    "a copied variable",
+    "what Identity returned",
+    "not Chainer's function",
+    "a view for not Chainer's function",
+    "what a function keeps",
+    "a hook",
+    "and undone",
     "in place",
     "a part of a view",
     "anew",
@@ -505,16 +559,6 @@ def test_edits_of_small_arrays_that_are_not_saved(what):
     both(program, min_bytes=100_000)
 
 
-class Writes(chainer.FunctionHook):
-    """Writes to what a function has used."""
-
-    name = "writes"
-
-    def forward_postprocess(self, function, in_data):
-        for array in in_data:
-            array[...] *= 0.5
-
-
 @pytest.mark.parametrize("of_one", [False, True])
 def test_hooks_that_write_to_inputs(of_one, remade):
     def program():
@@ -606,7 +650,6 @@ def test_edits_while_memory_is_plenty_and_short_later(limit):
 
 
 def test_a_copy_of_a_function_has_not_run():
-    import copy
     import pickle
 
     with chainer_ooc.out_of_core_mode(**ON):

@@ -20,9 +20,9 @@ import chainer_ooc
 from chainer_ooc import state
 from chainer_ooc.graph.iteration import IterationTracker, tracker_of
 from chainer_ooc.planning import plan_cache, search
+from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.plan_cache import PlanCache
 from chainer_ooc.planning.recorder import Recorder
-from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.prefetch import UseOrder
 from chainer_ooc.swap.storage import Storage
 from chainer_ooc.swap.transfers import Transfers

@@ -20,7 +20,7 @@ SAMPLE = (
     "swap.devices.cuda.transfers.StreamTransfer.__init__: self._owner = None",
     "swap.devices.cuda.transfers.StreamTransfer.join: no self._streams.let_compute_wait",
     "swap.storage.Storage.move_to: no raise",
-    "swap.eviction.Evictor.release_unless_held: no storage.referenced_externally",
+    "planning.eviction.Evictor.release_unless_held: no storage.referenced_externally",
     "graph.attributes.PackedTuple.get: ",
     "graph.nodes._get_data: turn around",
 )

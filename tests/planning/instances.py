@@ -72,5 +72,6 @@ def everything(profile, system):
             copy_out=tuple((free_from[i], i) for i in swapped),
             copy_in=tuple((begin, i) for begin, _, i in arrivals),
             discard=tuple((free_from[i], i) for i in dropped),
+            need_bytes=profile.need_bytes,
         )
         yield simulate(profile, system, Planned(plan))

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from chainer_ooc.planning.plan import Plan
-from chainer_ooc.planning.plan_cache import PlanCache
+from chainer_ooc.planning.plan_cache import Conditions, PlanCache
 from chainer_ooc.planning.policies import Planned
 from chainer_ooc.planning.search import make_plan
 from chainer_ooc.planning.simulator import simulate
@@ -126,7 +126,7 @@ def test_a_plan_is_made_again_for_the_fastest_iteration_as_a_whole():
     for turn in range(3):
         times = [3 * least if n % 3 == turn else least for n in range(len(profile.steps))]
         run(plan_cache, profile)
-        plan_cache.finish(Took(sum(times)), 0, times, its)
+        plan_cache.finish(Took(sum(times)), 0, times, Conditions(its))
     (entry,) = plan_cache.entries.values()
     fastest = min(sum(3 if n % 3 == turn else 1 for n in range(len(times))) for turn in range(3))
     assert sum(entry.profile.seconds) == pytest.approx(fastest * least)

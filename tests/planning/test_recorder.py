@@ -1,26 +1,21 @@
-import pytest
-
 from chainer_ooc.planning.profile import BACKWARD, FORWARD, OTHER, Rerun, SavedTensor
 from chainer_ooc.planning.recorder import Recorder
 
 PARAMETERS = 1000
 
 
-def record(out_of_core=False):
-    """Two functions: a makes 100 saved bytes and 40 that nobody saves, b makes 60 saved ones from them.
-
-    Out of core, a's 100 bytes are not in memory while b runs forward.
-    """
-    recorder = Recorder(min_bytes=50)
-    absent = 100 if out_of_core else 0
+def test_records_become_a_profile():
+    """Two functions: a makes 100 saved bytes and 40 that nobody saves, b makes 60 saved ones from them."""
+    recorder = Recorder()
     recorder.begin("a", FORWARD, 0.0, PARAMETERS, inputs=("float32[5]",))
     recorder.end(PARAMETERS + 100 + 40 + 25)
     first, unsaved = recorder.made(100), recorder.made(40)
-    recorder.saved([first, unsaved])
-    recorder.can_rerun([], [first, unsaved])
+    recorder.saved([first])
+    for storage in (first, unsaved):
+        recorder.can_remake(storage, [], [0])
     recorder.freed(first)
-    recorder.begin("b", FORWARD, 1.0, PARAMETERS + 140 - absent, absent, inputs=("float32[5]@0",))
-    recorder.end(PARAMETERS + 140 - absent + 60 + 5)
+    recorder.begin("b", FORWARD, 1.0, PARAMETERS + 140, inputs=("float32[5]@0",))
+    recorder.end(PARAMETERS + 140 + 60 + 5)
     second = recorder.made(60)
     recorder.saved([second])
     recorder.begin("b", BACKWARD, 3.0, PARAMETERS + 200, function=1)
@@ -30,37 +25,19 @@ def record(out_of_core=False):
     recorder.end(PARAMETERS + 160 + 70)
     recorder.begin("update", OTHER, 7.0, PARAMETERS + 160)
     recorder.end(PARAMETERS + 160)
-    return recorder.profile("two", "clock", recorder.seconds(7.5))
-
-
-def test_records_become_a_profile():
-    profile = record()
+    profile = recorder.profile("two", "clock", recorder.seconds(7.5))
     assert profile.fixed_bytes == PARAMETERS
     assert profile.seconds == [1.0, 2.0, 1.5, 2.5, 0.5]
     assert profile.held == [0, 40, 40, 70, 0]
-    # The 40 bytes that are too small to be saved are part of a's workspace when it makes them.
+    # The 40 bytes that are not saved are part of a's workspace when it makes them.
     assert profile.workspace == [65, 5, 30, 0, 0]
     assert profile.storages == (
         SavedTensor(100, 0, 1, (3,), "a"),
         SavedTensor(40, 0, 2, (), "a"),
         SavedTensor(60, 1, 5, (2,), "b"),
     )
-    assert profile.steps[0].rerun == Rerun(1.0, 25, (), (0, 1))
+    assert profile.steps[0].rerun == Rerun(1.0, 25, (), (0, 1), (0,))
     assert profile.steps[3].function == 0
-
-
-def test_what_was_out_of_memory_does_not_change_the_profile():
-    assert record(out_of_core=True) == record()
-
-
-@pytest.mark.parametrize("min_bytes", [0, 101])
-def test_smallest_storages_stay_where_they_are(min_bytes):
-    recorder = Recorder(min_bytes)
-    recorder.begin("a", FORWARD, 0.0, 0)
-    recorder.saved([recorder.made(100)])
-    recorder.begin("a", BACKWARD, 1.0, 100, function=0)
-    profile = recorder.profile("one", "clock", recorder.seconds(2.0))
-    assert len(profile.saved) == (min_bytes == 0)
 
 
 def test_running_again_a_chain_takes_what_its_steps_took():

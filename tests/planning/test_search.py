@@ -119,14 +119,6 @@ def test_recorded_networks_are_planned_near_the_bound(net, rate, single_backward
     assert sum(counts) > 0
 
 
-def test_rerun_of_a_plan_is_what_the_simulation_did():
-    profile = recorded("resnet50")
-    its = limited(profile, 0.2, 3e7)
-    plan = make_plan(profile, its)
-    assert plan.chosen(Choice.RECOMPUTE)
-    assert tuple(simulate(profile, its, Planned(plan)).reruns) == plan.rerun
-
-
 def test_effort_is_bounded(monkeypatch):
     """A second for 1,000 storages: the planner's time is the steps that it simulates, some 8 us each."""
     profile = chain_of(random.Random(1), 1000)

@@ -1,5 +1,7 @@
 """The simulator against timelines done by hand, and rules that hold for all of them."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks.baselines import BASELINES
@@ -7,7 +9,8 @@ from chainer_ooc.planning.plan import Choice, Plan
 from chainer_ooc.planning.policies import OnDemand, Planned
 from chainer_ooc.planning.profile import BACKWARD, FORWARD, Profile, Rerun, SavedTensor, Step
 from chainer_ooc.planning.search import make_plan
-from chainer_ooc.planning.simulator import SimulatedState, Simulator, simulate
+from chainer_ooc.planning.simulator import Simulator, simulate
+from chainer_ooc.planning.states import State
 from chainer_ooc.planning.system import System, Tier
 
 from .instances import random_case
@@ -24,6 +27,9 @@ def three(rerun=None):
     return Profile("three", "none", True, 0, (*forward, *backward), storages)
 
 
+NEEDS = three().need_bytes
+
+
 def system(limit, out=100.0, back=100.0, **more):
     return System(limit, (Tier("host", out, back),), margin=0.0, **more)
 
@@ -36,7 +42,7 @@ def test_with_room_for_all_nothing_moves():
 
 
 def test_plan_hides_copies_behind_compute():
-    plan = Plan("", (SWAP, KEEP, KEEP), copy_out=((1, 0),), copy_in=((4, 0),))
+    plan = Plan("", (SWAP, KEEP, KEEP), copy_out=((1, 0),), copy_in=((4, 0),), need_bytes=NEEDS)
     timeline = simulate(three(), system(200), Planned(plan), detailed=True)
     # Out in second 1 to 2, released before c needs the room; in from 5 to 6, needed at 7.
     assert timeline.seconds == 9.0
@@ -47,7 +53,7 @@ def test_plan_hides_copies_behind_compute():
 
 
 def test_slow_links_stall_compute_both_ways():
-    plan = Plan("", (SWAP, KEEP, KEEP), copy_out=((1, 0),), copy_in=((4, 0),))
+    plan = Plan("", (SWAP, KEEP, KEEP), copy_out=((1, 0),), copy_in=((4, 0),), need_bytes=NEEDS)
     timeline = simulate(three(), system(200, out=40.0, back=25.0), Planned(plan))
     # Out takes 2.5 s from second 1, c waits from 2 to 3.5; in takes 4 s from 6.5, a waits from 8.5.
     assert timeline.wait_out_seconds == pytest.approx(1.5)
@@ -57,7 +63,7 @@ def test_slow_links_stall_compute_both_ways():
 
 
 def test_copy_in_waits_for_room():
-    plan = Plan("", (SWAP, KEEP, KEEP), copy_out=((1, 0),), copy_in=((2, 0),))
+    plan = Plan("", (SWAP, KEEP, KEEP), copy_out=((1, 0),), copy_in=((2, 0),), need_bytes=NEEDS)
     timeline = simulate(three(), system(200), Planned(plan))
     # Due at step 2, but there is room only when c's storage is dead, at step 4.
     assert timeline.peak_bytes == 200
@@ -100,7 +106,13 @@ def test_double_backward_keeps_used_storages():
 
 def test_full_tier_overflows_into_the_next():
     tiers = (Tier("host", 100.0, 100.0, capacity=100), Tier("disk", 50.0, 50.0))
-    plan = Plan("", (SWAP, SWAP, KEEP), copy_out=((1, 0), (2, 1)), copy_in=((4, 1), (5, 0)))
+    plan = Plan(
+        "",
+        (SWAP, SWAP, KEEP),
+        copy_out=((1, 0), (2, 1)),
+        copy_in=((4, 1), (5, 0)),
+        need_bytes=NEEDS,
+    )
     its = System(200, tiers, margin=0.0)
     timeline = simulate(three(), its, Planned(plan), detailed=True)
     took = [i.end - i.start for i in timeline.intervals if i.kind == "out"]
@@ -109,8 +121,11 @@ def test_full_tier_overflows_into_the_next():
 
 def test_what_no_tier_has_room_for_is_counted():
     its = System(200, (Tier("host", 100.0, 100.0, capacity=50),), margin=0.0)
-    plan = Plan("", (SWAP, KEEP, KEEP), copy_out=((1, 0),), copy_in=((4, 0),))
+    plan = Plan("", (SWAP, KEEP, KEEP), copy_out=((1, 0),), copy_in=((4, 0),), need_bytes=NEEDS)
     assert simulate(three(), its, Planned(plan)).unplaced_bytes == 100
+
+
+IN_MEMORY = State.RESIDENT, State.GOING_OUT, State.BOTH
 
 
 class Watched(Simulator):
@@ -122,27 +137,22 @@ class Watched(Simulator):
 
         def check(simulator):
             between(simulator)
-            here = (
-                SimulatedState.RESIDENT,
-                SimulatedState.GOING_OUT,
-                SimulatedState.BOTH,
-                SimulatedState.COMING_IN,
-            )
-            alive = sum(self.nbytes[i] for i in self.profile.saved if self.state[i] in here)
+            here = (*IN_MEMORY, State.COMING_IN)
+            alive = sum(one.nbytes for one in self.storages if one and one.state in here)
             assert self.resident == alive + sum(nbytes for _, nbytes in self._deferred_frees)
+            for state in (State.RESIDENT, State.BOTH, State.COMING_IN):
+                members = [*self.members(state)]
+                assert {one.state for one in members} <= {state}
+                assert self.nbytes[state] == sum(one.nbytes for one in members)
 
         policy.between = check
         timeline = super().run()
-        assert all(self.state[i] is SimulatedState.DEAD for i in self.profile.saved)
+        assert all(self.storages[i].state is State.DROPPED for i in self.profile.saved)
         return timeline
 
-    def _finish(self, i):
-        assert self.state[i] in (
-            SimulatedState.RESIDENT,
-            SimulatedState.GOING_OUT,
-            SimulatedState.BOTH,
-        )
-        super()._finish(i)
+    def _drop(self, storage):
+        assert storage.state in IN_MEMORY
+        super()._drop(storage)
 
 
 @pytest.mark.parametrize("name", [*BASELINES, "plan"])
@@ -156,3 +166,11 @@ def test_bytes_add_up_whatever_the_policy(name):
         waits = timeline.wait_in_seconds + timeline.wait_out_seconds + timeline.rerun_seconds
         assert timeline.seconds == pytest.approx(profile.compute_seconds + waits)
     assert moved > 0 or name == "vDNN conv"  # there are no convolutions here
+
+
+@pytest.mark.parametrize("limit", [1000, 250])
+def test_storages_may_be_saved_in_another_order_than_they_are_made(limit):
+    """A function saves its input, which an earlier one has made, after others."""
+    profile = three()
+    turned = dataclasses.replace(profile, storages=profile.storages[::-1])
+    Watched(turned, system(limit), OnDemand()).run()

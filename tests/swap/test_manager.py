@@ -312,3 +312,11 @@ def test_between_graphs_free_memory_is_kept_up_to_the_low_mark_only(machine):
     saved.clear()
     gc.collect()
     assert held[-1] == 0
+
+
+def test_what_is_fetched_together_comes_in_once_even_where_it_does_not_fit(machine):
+    saved = save(machine, 3, 30 * MIB)
+    machine.manager.move_all_out()
+    arrays = machine.manager.fetch(saved, read_only=True)
+    assert [array[0] for array in arrays] == [0, 1, 2]
+    assert machine.manager.counters.storages_in == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chainer_ooc.swap import eviction
+from chainer_ooc.planning import eviction
 from chainer_ooc.swap.storage import State
 from tests.swap.test_manager import MIB, machine, save, states
 
@@ -101,7 +101,7 @@ def test_nothing_is_kept_of_what_died(machine):
     del saved
     machine.manager.settle()
     assert set(transfers.nbytes.values()) == {0}
-    assert not any(transfers._members.values())
+    assert not transfers._by_state.storages
 
 
 def test_the_order_of_what_died_unused_is_forgotten(machine):

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from chainer_ooc import errors
+from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.plan import Plan
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.events import Observer
-from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT, host_bytes, states, values
@@ -72,7 +72,7 @@ def test_space_of_the_dead_is_given_back_at_the_next_save(rig):
     assert len(rig.manager.storages()) == 1
     transfers = rig.manager._transfers
     assert {state: n for state, n in transfers.nbytes.items() if n} == {State.RESIDENT: UNIT}
-    assert [len(transfers._members[state]) for state in State] == [1, *[0] * (len(State) - 1)]
+    assert len(transfers._by_state.storages) == len([*transfers.members(State.RESIDENT)]) == 1
 
 
 def test_graphs_that_are_never_used_are_forgotten(rig):
@@ -348,7 +348,7 @@ def test_a_storage_may_be_dropped_in_any_state(rig, state):
     if state in (State.CHECKING, State.DISCARDED):
         source = saved
         saved = with_recipe(rig, source)
-        transfers.begin_discard(saved.storage, Later(state is State.DISCARDED))
+        transfers._check(saved.storage, Later(state is State.DISCARDED))
         rig.manager.release_use([source], drop=True)  # needed until the other is dropped
         assert source.storage.state is State.RESIDENT
         del source

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from chainer_ooc.planning.eviction import outside
+from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.plan import Plan
-from chainer_ooc.swap.eviction import outside
-from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.recipe import Constant, Recipe
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT, give_up, states
@@ -57,7 +57,7 @@ def test_what_a_plan_sends_out_goes_before_what_has_a_copy(rig, chosen):
     rig.manager.settle()
     rig.cupy.eagerness = 0
     rig.manager._transfers.begin_out(leaving.storage)
-    rig.manager._evictor.leaving_first = chosen
+    rig.manager._evictor.follows_plan = chosen
     assert rig.manager.make_room(6 * UNIT)
     goes, stays = (leaving, clean) if chosen else (clean, leaving)
     assert goes.storage.state is State.OUT
@@ -171,7 +171,7 @@ def test_a_plan_gives_up_what_others_are_made_again_from(rig, first):
         assert give_up(rig, one) == UNIT
     rig.manager.move_all_out()
     assert states([x, y, z]) == [State.OUT, State.DISCARDED, State.DISCARDED]
-    assert outside(z.storage) == [x.storage]
+    assert outside(rig.manager._transfers, z.storage) == [x.storage]
     assert value(z) == 3
     assert states([y, z]) == [State.RESIDENT] * 2
     assert [len(one.storage.dependents or ()) for one in (x, y)] == [0, 0]
@@ -461,5 +461,5 @@ def test_what_several_are_made_from_is_fetched_once(rig):
     for one in (both, y):
         give_up(rig, one)
     rig.manager.move_all_out()
-    assert outside(both.storage) == [x.storage]
+    assert outside(rig.manager._transfers, both.storage) == [x.storage]
     assert value(both) == 3

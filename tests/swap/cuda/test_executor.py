@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.plan import Plan
-from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT, states
 from tests.swap.cuda.test_eviction import value, with_recipe

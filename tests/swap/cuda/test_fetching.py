@@ -92,10 +92,10 @@ def test_prefetching_goes_as_far_as_there_is_room(rig):
 def test_where_a_plan_decides_nothing_else_is_fetched_ahead(rig):
     saved = [rig.save(float(i)) for i in range(3)]
     rig.manager.move_all_out()
-    rig.manager.follows_plan = True
+    rig.manager._evictor.follows_plan = True
     rig.manager.prefetch(saved[2:])
     assert states(saved) == [State.OUT] * 3
-    rig.manager.follows_plan = False
+    rig.manager._evictor.follows_plan = False
     rig.manager.prefetch(saved[2:])
     assert states(saved[:2]) == [State.COMING_IN] * 2
 

@@ -7,8 +7,8 @@ import gc
 import pytest
 
 from chainer_ooc.errors import CorruptCopyError
+from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.plan import Plan
-from chainer_ooc.swap.executor import PlanExecutor
 from chainer_ooc.swap.recipe import Constant, Recipe
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT, give_up, states

@@ -6,8 +6,8 @@ import gc
 
 import pytest
 
+from chainer_ooc.planning import eviction
 from chainer_ooc.settings import Settings
-from chainer_ooc.swap import eviction
 from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT, states, values
 
@@ -189,7 +189,7 @@ def test_what_has_changed_its_state_meanwhile_is_passed_over(rig, monkeypatch, w
     monkeypatch.setattr(transfers, "begin_out", begin)
     getattr(rig.manager._evictor, way)(3 * UNIT)
     assert rig.manager.counters.storages_out == 3
-    assert not transfers.members(State.RESIDENT)
+    assert not [*transfers.members(State.RESIDENT)]
     assert values(saved) == [0, 1, 2]
 
 

@@ -1,24 +1,20 @@
-"""The executor makes the moves of a plan, between two functions, where they are possible."""
+"""The executor makes the moves of a plan, between two functions, where they are possible: see ``eviction.py``."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Generic
 
+from chainer_ooc.planning.eviction import Evictor, Moves, S
 from chainer_ooc.planning.plan import Plan
-from chainer_ooc.swap.storage import AWAY, State, Storage
-
-if TYPE_CHECKING:
-    from chainer_ooc.swap.budget import MemoryBudget
-    from chainer_ooc.swap.eviction import Evictor
-    from chainer_ooc.swap.transfers import Transfers
+from chainer_ooc.planning.states import AWAY, State
 
 __all__ = ["PlanExecutor"]
 
 
-class PlanExecutor:
-    """Follow one plan through one iteration. Its caller holds the manager's lock.
+class PlanExecutor(Generic[S]):
+    """Follow one plan through one iteration, in the engine or in a simulation. It is not thread-safe.
 
     A move is left out if the storage is not where the plan expects it, because other code refers to the
     array or wanted it earlier. Such arrays move on demand. So a plan decides about time, never about
@@ -33,7 +29,7 @@ class PlanExecutor:
         refused: The numbers of those that could not be discarded.
     """
 
-    def __init__(self, plan: Plan, find: Callable[[int], Storage | None]) -> None:
+    def __init__(self, plan: Plan, find: Callable[[int], S | None]) -> None:
         self.plan = plan
         self._find = find
         self._out = deque(plan.copy_out)
@@ -53,22 +49,28 @@ class PlanExecutor:
         self.moved = frozenset(number for due in moves for _, number in due)
         self.refused: set[int] = set()
         self._steps = frozenset(step for due in moves for step, _ in due)
-        # To copy out or to discard once nothing else refers to them; to release once their copy is complete.
-        self._waiting: list[Storage] = []
-        self._staying: list[tuple[int, Storage]] = []
-        self._checking: list[tuple[int, Storage]] = []
-        self._leaving: list[Storage] = []
+        # To copy out or to discard once nothing else refers to them.
+        self._waiting: list[S] = []
+        self._staying: list[tuple[int, S]] = []
+        self._checking: list[tuple[int, S]] = []
+        # To release once their copy is complete: in the order in which this began the copies, and others.
+        self._leaving: deque[S] = deque()
+        self._left: list[S] = []
 
-    def step(self, step: int, transfers: Transfers, evictor: Evictor, budget: MemoryBudget) -> None:
-        """Make the moves that are due before a step."""
+    def step(self, step: int, moves: Moves[S], evictor: Evictor[S], high: int) -> None:
+        """Make the moves that are due before a step. ``high`` is the high watermark (bytes)."""
         evictor.settle()
-        self._leaving = [one for one in self._leaving if not _has_left(one, evictor)]
-        for _, storage in self._due(self._release, step):
+        if self._leaving or self._left:
+            self._release_left(evictor)
+        if self._checking:
+            self._note_refused(moves)
+        for _, storage in self._due(self._release, step) if self._release else ():
             evictor.release_unless_held(storage)
-        self._note_refused()
-        staying, self._staying = self._staying + self._due(self._discard, step), []
+        staying = self._due(self._discard, step) if self._discard else ()
+        if self._staying:
+            staying, self._staying = [*self._staying, *staying], []
         for number, storage in staying:
-            if storage.state.in_memory and not storage.used and _is_held(storage):
+            if storage.state.in_memory and not storage.used and _is_held(storage, moves):
                 self._staying.append((number, storage))
             else:
                 evictor.give_up(storage)
@@ -76,18 +78,20 @@ class PlanExecutor:
                     self._checking.append((number, storage))
                 elif storage.state is State.RESIDENT and not storage.used:
                     self.refused.add(number)
-        due = [storage for _, storage in self._due(self._out, step)]
-        waiting, self._waiting = self._waiting + due, []
+        waiting = [storage for _, storage in self._due(self._out, step)] if self._out else []
+        if self._waiting:
+            waiting, self._waiting = [*self._waiting, *waiting], []
         for storage in waiting:
             if storage.state is State.RESIDENT and not storage.used:
                 if storage.referenced_externally:
                     self._waiting.append(storage)
-                    continue
-                transfers.begin_out(storage)
-            if storage.state in (State.GOING_OUT, State.BOTH):
-                self._leaving.append(storage)
+                else:
+                    moves.begin_out(storage)
+                    self._leaving.append(storage)
+            elif storage.state in (State.GOING_OUT, State.BOTH):
+                self._left.append(storage)
         if self._come and self._come[0][0] <= step:
-            self._begin_in(step, evictor, budget.high - self.plan.need_bytes[step])
+            self._begin_in(step, evictor, high - self.plan.need_bytes[step])
 
     def is_idle(self, step: int) -> bool:
         """Return whether nothing is due before a step that follows the last one."""
@@ -95,6 +99,7 @@ class PlanExecutor:
             step in self._steps
             or step - 1 in self._evict_after_recompute  # storages evicted in the last step
             or self._leaving
+            or self._left
             or self._waiting
             or self._staying
             or self._checking
@@ -106,22 +111,36 @@ class PlanExecutor:
         """The numbers of the storages that the plan discards at some time."""
         return frozenset(number for _, number in self.plan.discard)
 
-    def evict_after_recompute(self, step: int) -> list[Storage]:
+    def evict_after_recompute(self, step: int) -> list[S]:
         """Return the storages that a step needs only for its re-runs, to be evicted after those."""
-        found = (self._find(number) for number in self._evict_after_recompute.get(step, ()))
+        if step not in self._evict_after_recompute:
+            return []
+        found = map(self._find, self._evict_after_recompute[step])
         return [storage for storage in found if storage is not None]
 
-    def _note_refused(self) -> None:
+    def _note_refused(self, moves: Moves[S]) -> None:
         """Note the storages that were to be discarded and are not being checked any more."""
         checking = []
         for number, storage in self._checking:
             if storage.state is State.CHECKING:
                 checking.append((number, storage))
-            elif storage.recipe is None and not storage.used:
+            elif not storage.used and moves.bytes_to_keep(storage) is None:
                 self.refused.add(number)
         self._checking = checking
 
-    def _due(self, moves: deque[tuple[int, int]], step: int) -> list[tuple[int, Storage]]:
+    def _release_left(self, evictor: Evictor[S]) -> None:
+        leaving, left = self._leaving, self._left
+        if left:
+            self._left = [storage for storage in left if storage.state is State.GOING_OUT]
+            for storage in left:
+                if storage.state is not State.GOING_OUT:
+                    evictor.release_unless_held(storage)
+        while leaving and leaving[0].state is not State.GOING_OUT:
+            evictor.release_unless_held(leaving.popleft())
+
+    def _due(self, moves: deque[tuple[int, int]], step: int) -> Sequence[tuple[int, S]]:
+        if not moves or moves[0][0] > step:
+            return ()
         due = []
         while moves and moves[0][0] <= step:
             number = moves.popleft()[1]
@@ -130,7 +149,7 @@ class PlanExecutor:
                 due.append((number, storage))
         return due
 
-    def _begin_in(self, step: int, evictor: Evictor, most: int) -> None:
+    def _begin_in(self, step: int, evictor: Evictor[S], most: int) -> None:
         """Begin the due copies in, in order, until ``most`` bytes would be exceeded."""
         while self._come and self._come[0][0] <= step:
             storage = self._find(self._come[0][1])
@@ -142,17 +161,8 @@ class PlanExecutor:
             self._come.popleft()
 
 
-def _is_held(storage: Storage) -> bool:
-    """Return whether anything outside the graph refers to a storage or to an input of its recipe."""
-    inputs = () if storage.recipe is None else storage.recipe.storages()
+def _is_held(storage: S, moves: Moves[S]) -> bool:
+    """Return whether anything outside the graph refers to a storage or to what it is computed again from."""
     return storage.referenced_externally or any(
-        one.state is State.RESIDENT and one.referenced_externally for one in inputs
+        one.state is State.RESIDENT and one.referenced_externally for one in moves.inputs(storage)
     )
-
-
-def _has_left(storage: Storage, evictor: Evictor) -> bool:
-    """Release a storage if its copy out is complete. Return whether there is nothing left to wait for."""
-    if storage.state is State.GOING_OUT:
-        return False
-    evictor.release_unless_held(storage)
-    return True
