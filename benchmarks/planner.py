@@ -6,9 +6,9 @@ Everything is simulated. The iterations in benchmarks/profiles were recorded by 
 storages and sizes are Chainer's own. On ``disk`` their times are those measured on the CPU; for the other systems they
 are modelled from a GPU's data sheet (``planner_devices.py``) at 16 times the recorded batch (lstm: the recorded one).
 
-Settings are the defaults: functions may run again, and backward may run twice. Limits lie between the floor, under which
-some function does not have what it needs, and the peak with everything in memory: ``floor + fraction x (peak - floor)``. "bound" is what no schedule can go below
-(``chainer_ooc/planning/bound.py``).
+Settings are the defaults: functions may run again, and backward may run twice. Limits lie between the floor, under
+which some function does not have what it needs, and the peak with everything in memory:
+``floor + fraction x (peak - floor)``. "bound" is what no schedule can go below (``chainer_ooc/planning/bound.py``).
 """
 
 from __future__ import annotations

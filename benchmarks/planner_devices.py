@@ -88,11 +88,8 @@ def _arithmetic(step: Step, made: int) -> float:
     return made / 4 * 4
 
 
-def modelled(profile: Profile, device: Device, scale: int = 1) -> Profile:
-    """Return a profile with the times of a GPU and a batch ``scale`` times as large.
-
-    Parameters and their gradients keep their size, all else grows with the batch.
-    """
+def _sizes(profile: Profile) -> tuple[list[int], list[int]]:
+    """Return the bytes that each step makes, and those of the parameters that it reads."""
     made = [0] * len(profile.steps)
     for storage in profile.storages:
         made[storage.producer] += storage.nbytes
@@ -104,6 +101,37 @@ def modelled(profile: Profile, device: Device, scale: int = 1) -> Profile:
         )
         for step in profile.steps
     ]
+    return made, parameters
+
+
+def traffic(profile: Profile, scale: int = 1) -> list[int]:
+    """Return the bytes that each step reads and writes with a batch ``scale`` times as large."""
+    made, parameters = _sizes(profile)
+    moved = []
+    for number, step in enumerate(profile.steps):
+        if step.phase == OTHER:
+            moved.append(5 * sum(parameters))
+            continue
+        source = step.function if step.phase == BACKWARD else number
+        read = sum(nbytes for nbytes, _, _ in map(_parse, profile.steps[source].inputs))
+        activations = read - parameters[source] + made[source]
+        twice = 2 if step.phase == BACKWARD else 1
+        moved.append(twice * (scale * activations + parameters[source]))
+    return moved
+
+
+def parameter_bytes(profile: Profile) -> list[int]:
+    """Return the bytes of the parameters that each step reads."""
+    return _sizes(profile)[1]
+
+
+def modelled(profile: Profile, device: Device, scale: int = 1) -> Profile:
+    """Return a profile with the times of a GPU and a batch ``scale`` times as large.
+
+    Parameters and their gradients keep their size, all else grows with the batch.
+    """
+    made, parameters = _sizes(profile)
+    moved = traffic(profile, scale)
     # Gradients of parameters live through forward, are cleared, and come one by one in backward.
     all_gradients = sum(parameters) if scale > 1 else 0
     gradients = 0
@@ -111,17 +139,11 @@ def modelled(profile: Profile, device: Device, scale: int = 1) -> Profile:
     for number, step in enumerate(profile.steps):
         forward = profile.steps[step.function] if step.phase == BACKWARD else step
         source = step.function if step.phase == BACKWARD else number
-        read = sum(nbytes for nbytes, _, _ in map(_parse, forward.inputs))
         heavy = forward.label.startswith(("Convolution", "Linear"))
-        if step.phase == OTHER:
-            flops, traffic = 0.0, 5.0 * sum(parameters)
-        else:
-            twice = 2 if step.phase == BACKWARD else 1
-            activations = read - parameters[source] + made[source]
-            flops = twice * scale * _arithmetic(forward, made[source])
-            traffic = twice * (scale * activations + parameters[source])
+        twice = {FORWARD: 1, BACKWARD: 2, OTHER: 0}[step.phase]
+        flops = twice * scale * _arithmetic(forward, made[source])
         seconds = LAUNCH + max(
-            flops / (ARITHMETIC * device.flops), traffic / (TRAFFIC * device.bandwidth)
+            flops / (ARITHMETIC * device.flops), moved[number] / (TRAFFIC * device.bandwidth)
         )
         fixed = all_gradients if step.phase == FORWARD else gradients
         held = fixed + scale * max(0, step.held_bytes - fixed)

@@ -51,6 +51,7 @@ def disable() -> None:
         state.process.gpus.disable()
     _tell_shortages()
     _write_traces()
+    _check_remade()
 
 
 @contextlib.contextmanager
@@ -78,6 +79,7 @@ def out_of_core_mode(on: bool, given: dict[str, Any]) -> Iterator[None]:
         if settings is None and all(m.is_between_graphs() for m in state.managers()):
             _tell_shortages()
         _write_traces()
+    _check_remade()
 
 
 def _leave(entry: Any) -> None:
@@ -183,6 +185,13 @@ def _tell_shortages() -> None:
     """Warn of shortages of which there was no warning yet."""
     for manager in state.managers():
         manager.shortages.tell()
+
+
+@atexit.register
+def _check_remade() -> None:
+    """Raise an error if the last arrays that were computed again turn out to have other bits."""
+    for manager in state.managers():
+        manager.check_remade()
 
 
 @atexit.register

@@ -231,8 +231,8 @@ class Settings:
     plan: bool = _setting(
         True,
         _parse_flag,
-        """Record the first iteration, plan it, and from the next one on move ahead of need by the plan that takes the least
-        time, as long as that is faster than on demand.""",
+        """Record the first iteration, plan it, and from the next one on move ahead of need by the plan that takes the
+        least time, as long as that is faster than on demand.""",
     )
     verify: bool = _setting(
         False,

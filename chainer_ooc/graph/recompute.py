@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import enum
 import math
+import os
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -45,6 +47,12 @@ _SMALLER = 4
 _CONFIGURATION = ("use_cudnn", "use_ideep", "autotune")
 #: The attribute with a function's :class:`_Run`; ``None`` in a copy of the function.
 _RUN = "_ooc_run"
+#: The module that chooses cuDNN's algorithms, if it is in use, and the attribute of a function with that of its run.
+_CUDNN, _ALGORITHM = "chainer_ooc.compat.cudnn.algorithms", "_ooc_algorithm"
+#: Run products again on a GPU where cuDNN calls the algorithm deterministic, or cuBLAS has one of these workspaces and
+#: one stream: NVIDIA promises the same bits then. Off until they have been seen on hardware.
+_TRUSTS_LIBRARIES = False
+_FIXED_WORKSPACES = (":16:8", ":4096:8")
 #: The attribute with a function's step, if iterations are tracked: (iteration, number).
 STEP = "_ooc_step"
 #: A function's attributes that belong to the graph.
@@ -160,7 +168,7 @@ def install() -> None:
         *(convolution_2d.Convolution2DFunction, deconvolution_2d.Deconvolution2DFunction),
         *(convolution_nd.ConvolutionND, deconvolution_nd.DeconvolutionND, linear.LinearFunction),
     ):
-        recomputable(cls, when=_is_deterministic, costly=True)
+        recomputable(cls, _product, _is_deterministic, costly=True)
     for cls in (  # col2im adds patches up in an array of zeros, with the padding around the result
         *(unpooling_2d.Unpooling2D, unpooling_nd.UnpoolingND),
         *(deconvolution_2d.Deconvolution2DFunction, deconvolution_nd.DeconvolutionND),
@@ -297,7 +305,7 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], how:
                 leaves, value = _Leaves(), func.__dict__.get(name)
                 if type(value) is PackedArray:
                     made = _content_of(value, guarded)
-                    _offer(value, made, _attribute(func, name, leaves), leaves)
+                    _offer(value, made, _attribute(func, name, leaves), leaves, func)
             for index in func._output_indexes_to_retain or ():
                 node = func.outputs[index]()
                 if node is not None:
@@ -365,8 +373,9 @@ def _offer_node(node: Any) -> None:
             if type(made.bytes) is PrivateContent:
                 _take_private(made.bytes, saved, guarded=False)
             leaves = _Leaves()
-            crops = _rules[type(node._creator_node)].crops
-            _offer(saved, made, _expression_of(node, leaves, _LONGEST), leaves, crops)
+            func = node._creator_node
+            crops = _rules[type(func)].crops
+            _offer(saved, made, _expression_of(node, leaves, _LONGEST), leaves, func, crops)
 
 
 def _offer(
@@ -374,6 +383,7 @@ def _offer(
     made: _Content | None,
     expression: _Expression | None,
     leaves: _Leaves,
+    func: Any,
     crops: bool = False,
 ) -> None:
     """Give a saved array the recipe that computes ``expression``, if the array can have one.
@@ -383,6 +393,7 @@ def _offer(
         made: Its content when its function made it.
         expression: Computes it.
         leaves: The arrays that the expression reads.
+        func: The function that made the array.
         crops: The array may be a part of its storage, if the expression gives such a part, too.
     """
     if expression is None or made is None:
@@ -406,6 +417,7 @@ def _offer(
             trusted=leaves.trusted,
             conditions=tuple(leaves.conditions),
             crops=crops,
+            maker=type(func).__name__,
         )
         saved.storage.manager.give_recipe(saved, recipe)
 
@@ -716,10 +728,38 @@ def _on_cpu() -> bool:
 
 
 def _is_deterministic(func: Any) -> bool:
-    """Return whether a product gives the same bits each time. cuDNN's does only on request."""
-    import chainer
+    """Return whether a product gives the same bits each time. On a GPU it does on request.
 
-    return _on_cpu() or bool(chainer.config.cudnn_deterministic)
+    cuDNN's runs again with the algorithm of the first run, whatever memory there is then.
+    """
+    import chainer
+    from chainer.functions.connection import linear
+
+    if _on_cpu():
+        return True
+    output = func.outputs[0]()
+    variable = None if output is None else output.get_variable_or_none()
+    array = None if variable is None else variable._data[0]
+    algorithms = sys.modules.get(_CUDNN)
+    algorithm = None if algorithms is None else algorithms.that_made(array)
+    func.__dict__[_ALGORITHM] = algorithm
+    if chainer.config.cudnn_deterministic:
+        return True
+    if not _TRUSTS_LIBRARIES:
+        return False
+    if type(func) is linear.LinearFunction:
+        manager = state.manager_for(array)
+        on_one_stream = manager is not None and manager.device.on_one_stream
+        return on_one_stream and os.environ.get("CUBLAS_WORKSPACE_CONFIG") in _FIXED_WORKSPACES
+    return algorithm is not None and algorithm.deterministic
+
+
+def _product(func: Any, inputs: list[Any]) -> Sequence[Any]:
+    algorithm = func.__dict__.get(_ALGORITHM)
+    if algorithm is None:
+        return _forward(func, inputs)
+    with sys.modules[_CUDNN].pinned(algorithm):
+        return _forward(func, inputs)
 
 
 def _forward(func: Any, inputs: list[Any]) -> Sequence[Any]:

@@ -203,7 +203,7 @@ class Evictor(Generic[S]):
         freed = 0
         unused, used = (moves.members(State.RESIDENT, used) for used in (False, True))
         for storage in itertools.chain(unused, used):
-            if freed + size[State.GOING_OUT] >= nbytes:
+            if freed + size[State.GOING_OUT] + size[State.CHECKING] >= nbytes:
                 break
             if storage.referenced_externally:
                 continue
@@ -214,7 +214,11 @@ class Evictor(Generic[S]):
                 moves.begin_out(storage)
                 if size[State.GOING_OUT] > IN_FLIGHT:
                     freed += self._release_leaving(1)
-        return freed + self._release_leaving(nbytes)
+        checked = size[State.CHECKING]
+        freed += self._release_leaving(nbytes)
+        if checked and freed < nbytes:  # what may not be discarded leaves with a copy
+            freed += self.push_out(nbytes - freed)
+        return freed
 
     def write_behind(self, nbytes: int) -> None:
         """Begin to copy the oldest storages out, until ``nbytes`` could be released without a wait."""

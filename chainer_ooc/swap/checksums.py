@@ -52,9 +52,10 @@ def check_arrival(device: Device, storage: Storage) -> None:
 
 def not_remade(storage: Storage) -> CorruptCopyError:
     """Return the error for a storage that has other bytes after its function was run again."""
+    maker = storage.label if storage.recipe is None else storage.recipe.maker or storage.label
     return CorruptCopyError(
         errno.EIO,
-        f"{storage!r} has other bits after {storage.label} was run again: it is not deterministic, or not what "
+        f"{storage!r} has other bits after {maker} was run again: it is not deterministic, or not what "
         'chainer_ooc.recomputable() was told; set recompute="never"',
     )
 

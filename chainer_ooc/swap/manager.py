@@ -498,7 +498,7 @@ class SwapManager:
                 for dependent in sorted(storage.dependents, key=lambda one: one.sequence):
                     if dependent.state is State.CHECKING:
                         self._transfers.cancel_discard(dependent)
-                    else:
+                    elif dependent.state is State.DISCARDED:  # else another's re-run has made it
                         self._bring_in(dependent)
             finally:
                 self._evictor.discards = True
@@ -562,6 +562,15 @@ class SwapManager:
         """Give cached free memory back to the system, now and whenever memory becomes free."""
         self._low_after_graph = 0
         self.device.set_cached_limit(0)
+
+    def check_remade(self) -> None:
+        """Wait until it is known whether all that was computed again has the bits of what was discarded.
+
+        Raises:
+            CorruptCopyError: If it has not.
+        """
+        with self._lock:
+            self._transfers.check_remade(wait=True)
 
     def settle(self) -> None:
         """Wait for all transfers, and free the blocks of all dead storages."""

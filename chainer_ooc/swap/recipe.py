@@ -99,20 +99,25 @@ class Constant:
         is_kept: Whether it is that copy.
     """
 
-    __slots__ = ("_device", "_fingerprint", "array", "is_kept")
+    __slots__ = ("_device", "_fingerprint", "_of_copy", "array", "is_kept")
 
     def __init__(self, device: Device, array: Any, guarded: bool = True) -> None:
         self.array = array
         self.is_kept = False
         self._device = device
         self._fingerprint = self._look() if guarded else None
+        self._of_copy: Any = None
 
     def pairs(self) -> list[Pair]:
-        """Return the fingerprints that are equal if the array is as it was when this was made."""
-        return [] if self.is_kept else [(self._fingerprint, self._look())]
+        """Return the fingerprints that are equal if the array, or its copy, is as the array was when this was made."""
+        return [(self._fingerprint, self._of_copy if self.is_kept else self._look())]
 
     def keep(self) -> None:
-        """Copy the array before its owner can modify it. The copy has the same page offset."""
+        """Copy the array before its owner can modify it. The copy has the same page offset.
+
+        Whether it was modified before is known only by :meth:`pairs`: on a GPU not yet, and other recipes have this
+        constant, too.
+        """
         if not self.is_kept:
             array, place = self.array, self._place()
             layout = Layout(array.dtype, array.shape, array.strides, 0, True)
@@ -120,6 +125,7 @@ class Constant:
             own = self._device.duplicate(array, layout, array.nbytes, page_offset)
             self.array = self._device.view(*own, layout)
             self.is_kept = True
+            self._of_copy = self._look()
 
     def _look(self) -> Any:
         place = self._place()
@@ -151,6 +157,7 @@ class Recipe:
         trusted: Its functions are known to give the same bits each time. Else the result is checked.
         conditions: Contents that must be equal: each function has read what the one before it made.
         crops: The result may be a part of a larger array that ``run`` makes, which is the storage.
+        maker: The name of the function that made the result, for messages.
     """
 
     inputs: tuple[PackedArray, ...]
@@ -164,6 +171,7 @@ class Recipe:
     trusted: bool = False
     conditions: tuple[Pair, ...] = ()
     crops: bool = False
+    maker: str = ""
 
     def storages(self) -> tuple[Storage, ...]:
         """Return the storages of the inputs, each once."""
@@ -209,6 +217,7 @@ class Recipe:
                     return None
                 now = before if is_known else fingerprint_of(device, needed)
             elif needed.copy is not None or (needed.state is State.GOING_OUT and not needed.dirty):
+                # It has a valid copy, or will have.
                 now = before if is_known else needed.fingerprint
             else:
                 return None

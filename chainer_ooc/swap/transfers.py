@@ -12,7 +12,15 @@ from typing import Any
 from chainer_ooc.errors import CorruptCopyError, SwapSpaceError
 from chainer_ooc.planning.states import ByState
 from chainer_ooc.swap import checksums
-from chainer_ooc.swap.devices.protocol import Device, Span, SwappedBlock, Transfer, Verdict
+from chainer_ooc.swap.devices.protocol import (
+    Both,
+    Device,
+    Known,
+    Span,
+    SwappedBlock,
+    Transfer,
+    Verdict,
+)
 from chainer_ooc.swap.events import Copied, Observer
 from chainer_ooc.swap.prefetch import SavedSequence
 from chainer_ooc.swap.recipe import Recipe, fingerprint_of, known
@@ -141,8 +149,8 @@ class Transfers:
         self._known = 0  # storages alive, or dead and still in _dead
         self._deferred_frees: deque[tuple[SwappedBlock | None, Transfer | None, int]] = deque()
         self._recipes: deque[Recipe] = deque()
-        # What was computed again and is being compared, with the error if it differs.
-        self._remade: deque[tuple[Verdict, CorruptCopyError]] = deque()
+        # What was computed again and is being compared, with the arguments of the error if it differs.
+        self._remade: deque[tuple[Verdict, tuple[Any, ...], weakref.ref[Storage]]] = deque()
 
     def find(self, owner: Any) -> Storage | None:
         """Return the resident storage in the memory of ``owner``, or ``None``."""
@@ -310,11 +318,15 @@ class Transfers:
         verdict = recipe.check(self.device, storage, planned)
         if verdict is None or (verdict.done() and not verdict.equal()):
             return False
+        new = [constant for constant in recipe.constants if not constant.is_kept]
         try:
-            for constant in recipe.constants:
+            for constant in new:
                 constant.keep()
         except MemoryError:  # it stays
             return False
+        if new:  # another thread may have written to them since the recipe was checked
+            pairs = [pair for constant in new for pair in constant.pairs()]
+            verdict = Both(verdict, self.device.compare(pairs))
         self._check(storage, verdict)
         return True
 
@@ -329,6 +341,8 @@ class Transfers:
         storage.fingerprint = known(storage.recipe.content)
         if storage.fingerprint is None and not storage.recipe.trusted:
             storage.fingerprint = fingerprint_of(self.device, storage)
+            if storage.fingerprint is None:  # the result could not be checked
+                verdict = Known(False)
         storage.verdict = verdict
         self._move(storage, State.CHECKING)
         if verdict.done():
@@ -365,17 +379,18 @@ class Transfers:
 
         Raises:
             CorruptCopyError: If they are known to differ from the discarded bytes. The storage stays DISCARDED. On a
-                GPU that is known later: see :meth:`check_remade`.
+                GPU that is known later: see :meth:`check_remade`, which is called first.
         """
         assert storage.recipe is not None
+        self.check_remade()
         layout = storage.recipe.layout
         owner, origin = self.device.take_buffer(array, layout, storage.nbytes, storage.page_offset)
         del array
         if storage.fingerprint is not None:
-            made = self.device.fingerprint(owner, origin, storage.nbytes)
-            verdict = self.device.compare([(storage.fingerprint, made)])
+            verdict = self.device.matches(storage.fingerprint, owner, origin, storage.nbytes)
             if not verdict.done():
-                self._remade.append((verdict, checksums.not_remade(storage)))
+                error = checksums.not_remade(storage).args
+                self._remade.append((verdict, error, weakref.ref(storage)))
             elif not verdict.equal():
                 raise checksums.not_remade(storage)
         storage.owner, storage.origin = owner, origin
@@ -385,16 +400,20 @@ class Transfers:
         self._need_no_more(storage.recipe, storage)
         self.counters.storages_remade += 1
 
-    def check_remade(self) -> None:
-        """Check what was computed again, as far as the comparisons have ended.
+    def check_remade(self, wait: bool = False) -> None:
+        """Check what was computed again, as far as the comparisons have ended, or wait for all of them.
 
         Raises:
-            CorruptCopyError: If something differs from what was discarded.
+            CorruptCopyError: If something differs from what was discarded. As long as that is alive, the next calls
+                raise, too.
         """
-        while self._remade and self._remade[0][0].done():
-            verdict, error = self._remade.popleft()
-            if not verdict.equal():
-                raise error
+        while self._remade and (wait or self._remade[0][0].done()):
+            verdict, error, remade = self._remade[0]
+            is_right = verdict.equal()
+            if is_right or remade() is None:
+                self._remade.popleft()
+            if not is_right:
+                raise CorruptCopyError(*error)
 
     def begin_in(self, storage: Storage, ahead: bool = False) -> None:
         """OUT -> COMING_IN. Allocate memory and begin to copy the storage in, ahead of need or not.

@@ -42,7 +42,8 @@ class AdoptedArrays:
         self._nbytes = other
         machine.eager = True
         machine.adopted_bytes = lambda: self._nbytes
-        machine.is_device_memory = self._is_adopted
+        of_a_gpu = machine.is_device_memory
+        machine.is_device_memory = lambda address: self._is_adopted(address) or of_a_gpu(address)
 
     def locate(self, array: Any) -> Location | None:
         """Return where a NumPy array lies; its memory is the GPU's from now on."""

@@ -55,7 +55,8 @@ from typing import Any
 
 import numpy as np
 
-from chainer_ooc.swap.devices.cuda.checksum import NAME, checksum_on_host
+from chainer_ooc.swap.devices.cuda.checksum import NAME, SLOT, checksum_on_host
+from chainer_ooc.swap.devices.cuda.fingerprints import COMPARISON
 from tests.doubles.simulated_memory import (
     POISON,
     Array,
@@ -72,6 +73,7 @@ from tests.doubles.vector_clocks import Access
 __all__ = ["POISON", "CUDARuntimeError", "OutOfMemoryError", "SimulatedCuda"]
 
 _HOST = "the host"
+_WORDS = ctypes.c_uint64 * (SLOT // 8)
 
 
 class SimulatedCuda(Schedule):
@@ -126,6 +128,7 @@ class SimulatedCuda(Schedule):
             memory=memory,
             MemoryPointer=MemoryPointer,
             MemoryPool=self._pool_type,
+            Memory=lambda nbytes: Memory(nbytes, self),
             Stream=self.new_stream,
             Event=lambda disable_timing=False: Event(self, disable_timing),
             get_elapsed_time=lambda start, end: start.milliseconds_to(end),
@@ -150,22 +153,37 @@ class SimulatedCuda(Schedule):
         return array if isinstance(array, np.ndarray) else array.get()
 
     def RawKernel(self, code: str, name: str) -> Callable[..., None]:
-        """Return the one kernel that there is, of which NumPy computes the result."""
-        assert name == NAME and f"void {name}(" in code
+        """Return one of the two kernels that there are, of which NumPy computes the results."""
+        assert f"void {name}(" in code
+        kernel = {NAME: self._sum, COMPARISON: self._compare}[name]
 
         def launch(grid: tuple[int], block: tuple[int], arguments: Any) -> None:
-            address, nbytes = (int(argument) for argument in arguments[:2])
-            total = arguments[2].view()
-
-            def run() -> None:
-                memory: Any = (ctypes.c_char * nbytes).from_address(address)
-                total()[0] += np.uint64(
-                    (checksum_on_host(np.frombuffer(memory, np.uint8)) - nbytes) % (1 << 64)
-                )
-
-            self.kernel("a checksum", [(address, nbytes)], [arguments[2].span], run)
+            self.count(name)
+            kernel(*map(int, arguments))
 
         return launch
+
+    def _sum(self, address: int, nbytes: int, slot: int) -> None:
+        def run() -> None:
+            memory: Any = (ctypes.c_char * nbytes).from_address(address)
+            assert not any(_WORDS.from_address(slot)[1:]), (
+                "the slot was not filled with zeros, or two kernels use it"
+            )
+            found = checksum_on_host(np.frombuffer(memory, np.uint8)) - nbytes
+            _WORDS.from_address(slot)[0] = found % (1 << 64)
+
+        self.kernel("a checksum", [(address, nbytes)] * (nbytes > 0), [(slot, SLOT)], run)
+
+    def _compare(self, *arguments: int) -> None:
+        *slots, flag, goes_on = arguments
+
+        def run() -> None:
+            words = [ctypes.c_uint64.from_address(slot).value for slot in slots]
+            before = ctypes.c_uint32.from_address(flag).value if goes_on else 1
+            ctypes.c_uint32.from_address(flag).value = before and words[::2] == words[1::2]
+
+        reads = [(slot, 8) for slot in dict.fromkeys(slots)] + [(flag, 4)] * goes_on
+        self.kernel("a comparison", reads, [(flag, 4)], run)
 
     # Allocators.
 

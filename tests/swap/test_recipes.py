@@ -258,6 +258,19 @@ def test_an_input_that_is_written_to_as_it_goes_out_is_no_input(manager):
     manager.settle()
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_what_was_dropped_is_no_input(manager, held):
+    x, y = save_pair(manager)
+    array = x.alive() if held else None
+    manager.release_use([x], drop=True)
+    assert x.storage.state is State.DROPPED
+    assert not fits(manager, y, planned=True)
+    manager.move_all_out()
+    assert y.storage.state is State.OUT
+    assert manager.read(y)[10] == 11
+    assert (array is not None) is held
+
+
 def test_what_is_dropped_as_it_is_here_needs_nothing_and_holds_nothing(manager):
     x, y = save_pair(manager)
     manager.release_use([y], drop=True)

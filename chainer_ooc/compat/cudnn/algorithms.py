@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy
 
@@ -24,7 +28,10 @@ __all__ = [
     "Algorithm",
     "Direction",
     "Plan",
+    "note",
+    "pinned",
     "run",
+    "that_made",
 ]
 
 #: More than cuDNN has algorithms times math types for one direction.
@@ -74,11 +81,54 @@ BACKWARD_FILTER = _direction("backward filter", "BackwardFilter", (1, 5, 2, 6), 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One way to compute: cuDNN's number, its workspace (bytes), the math type to run it with."""
+    """One way to compute.
+
+    Attributes:
+        number: cuDNN's number of it.
+        memory: Its workspace (bytes).
+        math_type: The math type to run it with.
+        deterministic: Whether cuDNN says that it gives the same bits at every run.
+    """
 
     number: int
     memory: int
     math_type: int
+    deterministic: bool = field(default=False, compare=False)
+
+
+class _Thread(threading.local):
+    """What the calling thread's last convolution ran with, and what its convolutions have to run with."""
+
+    last: tuple[weakref.ref[Any], Algorithm] | None = None
+    pinned: Algorithm | None = None
+
+
+_thread = _Thread()
+
+
+def note(output: Any, algorithm: Algorithm) -> None:
+    """Note what has computed an array, for :func:`that_made`."""
+    _thread.last = weakref.ref(output), algorithm
+
+
+def that_made(array: Any) -> Algorithm | None:
+    """Return what has computed an array, if the calling thread's last convolution did, else ``None``."""
+    last = _thread.last
+    return last[1] if last is not None and array is not None and last[0]() is array else None
+
+
+@contextlib.contextmanager
+def pinned(algorithm: Algorithm) -> Iterator[None]:
+    """Let the calling thread's convolutions run with one algorithm and no other.
+
+    Without it the choice may be another one at the next run: when there is no memory for the workspace, or when the
+    timed search is made only then.
+    """
+    before, _thread.pinned = _thread.pinned, algorithm
+    try:
+        yield
+    finally:
+        _thread.pinned = before
 
 
 @dataclass
@@ -118,7 +168,9 @@ class Plan:
     refused: set[Algorithm] = field(default_factory=set)
     announced: bool = False
 
-    def _sized(self, handle: int, number: int, math_type: int) -> Algorithm | None:
+    def _sized(
+        self, handle: int, number: int, math_type: int, deterministic: bool
+    ) -> Algorithm | None:
         """Return an algorithm with its workspace, ``None`` if it does not accept the shapes.
 
         The size is for the very descriptors that it will run with; the heuristics and the search
@@ -138,7 +190,7 @@ class Plan:
             raise
         except CuDNNError:
             return None
-        return Algorithm(number, memory, math_type)
+        return Algorithm(number, memory, math_type, deterministic)
 
     def _usable(self, handle: int, found: Iterable[AlgorithmPerformance]) -> list[Algorithm]:
         """Return the algorithms that may serve, in the order found; last those above the limit."""
@@ -146,10 +198,11 @@ class Plan:
         for entry in found:
             if entry.status or not math_mode.allowed(self.math_type, entry.mathType, self.dtype):
                 continue
-            if self.deterministic and entry.determinism != CUDNN_DETERMINISTIC:
+            deterministic = entry.determinism == CUDNN_DETERMINISTIC
+            if self.deterministic and not deterministic:
                 continue
             math_type = math_mode.to_run(self.math_type, entry.mathType)
-            algorithm = self._sized(handle, entry.algo, math_type)
+            algorithm = self._sized(handle, entry.algo, math_type, deterministic)
             if algorithm is not None:
                 usable[algorithm] = None
         return self._within_first(usable)
@@ -166,10 +219,10 @@ class Plan:
         cuDNN may recommend only algorithms of a math type that is not allowed, or none at all.
         """
         if self.spare is None:
-            numbers = self.direction.deterministic
+            numbers = [(number, True) for number in self.direction.deterministic]
             if not self.deterministic:
-                numbers += self.direction.others
-            sized = (self._sized(handle, number, self.math_type) for number in numbers)
+                numbers += [(number, False) for number in self.direction.others]
+            sized = (self._sized(handle, n, self.math_type, same) for n, same in numbers)
             self.spare = self._within_first(algorithm for algorithm in sized if algorithm)
         yield from self.spare
 
@@ -244,8 +297,8 @@ def run(
     second: int,
     output: int,
     auto_tune: bool,
-) -> None:
-    """Compute: the first algorithm whose workspace can be had and that cuDNN can run.
+) -> Algorithm:
+    """Compute with the first algorithm whose workspace can be had and that cuDNN can run. Return it.
 
     Args:
         plan: The shapes and the choice.
@@ -262,14 +315,19 @@ def run(
         CuDNNError: If cuDNN has no algorithm for this, or it fails.
     """
     compute = getattr(loaded(), plan.direction.compute)
-    algorithms = plan.search(handle, first, second, output) if auto_tune else plan.heuristic(handle)
+    algorithms: Iterable[Algorithm]
+    if _thread.pinned is not None:
+        algorithms = (_thread.pinned,)
+    else:
+        found = plan.search(handle, first, second, output) if auto_tune else plan.heuristic(handle)
+        algorithms = itertools.chain(found, plan.rest(handle))
     shortage: BaseException | None = None
     failure: CuDNNError | None = None
     refused_size = None
     reason = ""
     tried: set[Algorithm] = set()
     made_room = False
-    for algorithm in itertools.chain(algorithms, plan.rest(handle)):
+    for algorithm in algorithms:
         if algorithm in plan.refused or algorithm in tried:
             continue
         if refused_size is not None and algorithm.memory >= refused_size:
@@ -320,7 +378,7 @@ def run(
         if reason and not plan.announced:
             plan.announced = True
             _announce(plan, reason, algorithm)
-        return
+        return algorithm
     try:
         raise (
             shortage

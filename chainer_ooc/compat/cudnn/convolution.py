@@ -122,7 +122,7 @@ def _compute(
         algorithms.BACKWARD_FILTER: (x, y, w),
     }[direction]
     handle = get_handle()
-    algorithms.run(
+    algorithm = algorithms.run(
         plan,
         handle,
         descriptors.one(dtype),
@@ -133,6 +133,7 @@ def _compute(
         # What runs fastest differs from run to run, so a deterministic run asks the heuristics.
         bool(auto_tune) and not deterministic,
     )
+    algorithms.note(output, algorithm)
     return handle
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 __all__ = [
+    "Both",
     "Device",
     "Known",
     "Layout",
@@ -124,6 +125,21 @@ class Known(NamedTuple):
         return self.is_equal
 
 
+class Both(NamedTuple):
+    """The verdict that two others are "equal"."""
+
+    first: Verdict
+    second: Verdict
+
+    def done(self) -> bool:
+        """Return, without waiting, whether both are known."""
+        return self.first.done() and self.second.done()
+
+    def equal(self) -> bool:
+        """Return whether all pairs of both were equal."""
+        return self.first.equal() and self.second.equal()
+
+
 class Device(Protocol):
     """The memory of one device, and the way out of it and back."""
 
@@ -131,6 +147,10 @@ class Device(Protocol):
     stand_in: Any  #: an array of the device without elements
     asks_for_room: bool  #: its allocator asks the manager for room itself
     runs_behind: bool  #: calls return before what they compute is there
+
+    @property
+    def on_one_stream(self) -> bool:
+        """Whether all work that is known is in the order of one stream."""
 
     def locate(self, array: Any) -> Location | None:
         """Return the place of ``array`` in memory, or ``None`` for an array that must stay as it is."""
@@ -170,10 +190,19 @@ class Device(Protocol):
         """Return a checksum of a resident storage's bytes. Wait until they are computed."""
 
     def fingerprint(self, owner: Any, origin: int, nbytes: int) -> Any:
-        """Return a fingerprint of a resident storage's bytes, as they are in the order of computation. Never wait."""
+        """Return a fingerprint of a resident storage's bytes, as they are in the order of computation. Never wait.
+
+        ``None`` if it cannot be taken.
+        """
 
     def compare(self, pairs: Sequence[tuple[Any, Any]]) -> Verdict:
-        """Begin to find out whether the two fingerprints of each pair are equal. Never wait."""
+        """Begin to find out whether the two fingerprints of each pair are equal. Never wait.
+
+        ``None`` is equal to nothing. What cannot be compared counts as not equal.
+        """
+
+    def matches(self, fingerprint: Any, owner: Any, origin: int, nbytes: int) -> Verdict:
+        """Begin to find out whether a resident storage's bytes have a fingerprint. Wait if there is no other way."""
 
     def fingerprint_bandwidth(self) -> float:
         """Return about how many bytes per second fingerprints are taken of."""

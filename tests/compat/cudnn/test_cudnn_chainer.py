@@ -45,7 +45,7 @@ CALLS = {
 }
 
 
-def _run(*names: str, **environment: str) -> dict[str, dict]:
+def _print(program: str, *names: str, **environment: str) -> list[dict]:
     path = [str(FOLDER.parents[2]), str(FOLDER), os.environ.get("PYTHONPATH", "")]
     variables = {
         **{k: v for k, v in os.environ.items() if not k.startswith("CHAINER_OOC_")},
@@ -54,11 +54,15 @@ def _run(*names: str, **environment: str) -> dict[str, dict]:
         **environment,
     }
     result = subprocess.run(
-        [sys.executable, str(FOLDER / "chainer_on_stand_ins.py"), *names],
+        [sys.executable, str(FOLDER / program), *names],
         env=variables, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    cases = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def _run(*names: str, **environment: str) -> dict[str, dict]:
+    cases = _print("chainer_on_stand_ins.py", *names, **environment)
     return {case["case"]: case for case in cases}
 
 
@@ -91,3 +95,24 @@ def test_recurrent_networks_leave_cudnn_alone_by_default():
     assert len(cases) == 6
     for name, case in cases.items():
         assert not any("RNN" in function for function in case["called"]), name
+
+
+def test_products_run_again_with_the_algorithm_of_the_first_run():
+    """Where cuDNN calls that deterministic, and recomputation trusts it."""
+    cases = {tuple(case["case"]): case for case in _print("reruns_on_stand_ins.py")}
+    names = {name for name, *_ in cases} - {"linear", "before another"}
+    assert len(names) == 6
+    for name in names:
+        for deterministic in (False, True):
+            for trusts in (False, True):
+                case = cases[name, deterministic, trusts]
+                may = deterministic and trusts
+                assert (case["may"], case["ran"]) == (may, [6, 6] if may else [6]), case
+    on_request = cases["convolution_2d", True, False, "cudnn_deterministic"]
+    assert (on_request["may"], on_request["ran"]) == (True, [6, 6])
+    unknown = cases["before another", True, True]
+    assert (unknown["may"], unknown["ran"]) == (False, [6, 6])
+    for workspace in (None, ":4096:8", ":16:8", ":0:0"):
+        for one_stream in (True, False):
+            may = workspace in (":4096:8", ":16:8") and one_stream
+            assert cases["linear", workspace, one_stream]["may"] is may

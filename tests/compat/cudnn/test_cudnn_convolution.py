@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import weakref
 
 import numpy
@@ -481,3 +482,88 @@ def test_workspace_setting_is_checked(cudnn, monkeypatch):
         cudnn.workspace._from_environment()
     monkeypatch.setenv("CHAINER_OOC_CUDNN_WORKSPACE", str(8 << 20))
     assert cudnn.workspace._from_environment() == 8 << 20
+
+
+# The same again
+
+
+def test_what_made_an_array_is_known_to_its_thread_until_the_next(cudnn):
+    cudnn.fake.offers["Forward"] = [Offer(6, 64, deterministic=False), Offer(1, 0)]
+    case, that_made = Case(cudnn), cudnn.algorithms.that_made
+    y = case.run()
+    assert (that_made(y).number, that_made(y).memory, that_made(y).deterministic) == (6, 64, False)
+    assert that_made(y.copy()) is None
+    found = []
+    thread = threading.Thread(target=lambda: found.append(that_made(y)))
+    thread.start()
+    thread.join()
+    assert found == [None]
+    z = case.run()
+    assert (that_made(y), that_made(z).number) == (None, 6)
+    del z
+    gc.collect()
+    assert that_made(None) is None
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_cudnn_calls_deterministic_is(cudnn, direction):
+    for same in (True, False):
+        cudnn.convolution._plan.cache_clear()
+        cudnn.fake.offers[OFFERS[direction]] = [Offer(1, 64, deterministic=same)]
+        assert cudnn.algorithms.that_made(Case(cudnn).run(direction)).deterministic is same
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_cudnn_does_not_recommend_is_as_its_headers_say(cudnn, monkeypatch, direction):
+    """Number 0 adds up atomically, but forward."""
+
+    def refuse(self, **_given):
+        raise Refused(3000, "no heuristics")
+
+    name = f"do_GetConvolution{OFFERS[direction]}Algorithm_v7"
+    monkeypatch.setattr(type(cudnn.fake), name, refuse)
+    for number in (1, 0):
+        cudnn.convolution._plan.cache_clear()
+        cudnn.fake.offers[OFFERS[direction]] = [Offer(number, 0)]
+        found = cudnn.algorithms.that_made(Case(cudnn).run(direction))
+        assert (found.number, found.deterministic) == (
+            number,
+            number == 1 or direction == "forward",
+        )
+
+
+CHANGES = {
+    "a lower limit": lambda cudnn: cudnn.cupy_cudnn.set_max_workspace_size(100),
+    "other advice": lambda cudnn: (
+        cudnn.convolution._plan.cache_clear(),
+        cudnn.fake.offers["Forward"].reverse(),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("auto_tune", [False, True])
+def test_a_pinned_algorithm_runs_whatever_has_changed(cudnn, change, auto_tune):
+    cudnn.fake.offers["Forward"] = [Offer(6, 4000), Offer(1, 5000), Offer(0, 0)]
+    case = Case(cudnn)
+    first = cudnn.algorithms.that_made(case.run(auto_tune=auto_tune))
+    CHANGES[change](cudnn)
+    for pinned in (True, False):
+        with cudnn.algorithms.pinned(first) if pinned else contextlib.nullcontext():
+            case.check(auto_tune=auto_tune)
+    algos = [c.arguments["algo"] for c in cudnn.fake.named("cudnnConvolutionForward")]
+    assert algos[:2] == [6, 6]
+    assert algos[2] == 0
+
+
+def test_without_memory_for_a_pinned_algorithm_no_other_runs(cudnn):
+    cudnn.fake.offers["Forward"] = [Offer(6, 4000), Offer(0, 0)]
+    case = Case(cudnn)
+    first = cudnn.algorithms.that_made(case.run())
+    memory.refuse_above = 100
+    with cudnn.algorithms.pinned(first), pytest.raises(OutOfMemoryError):
+        case.run()
+    with pytest.warns(RuntimeWarning, match="no memory for a workspace"):
+        case.check()
+    algos = [c.arguments["algo"] for c in cudnn.fake.named("cudnnConvolutionForward")]
+    assert algos == [6, 0]

@@ -9,6 +9,7 @@ from chainer_ooc.settings import Settings
 from chainer_ooc.swap.cupy_allocator import CupyAllocator
 from chainer_ooc.swap.devices.cuda.device import CudaDevice
 from chainer_ooc.swap.manager import SwapManager
+from chainer_ooc.swap.storage import State
 from tests.doubles.adopted_arrays import storage_at
 from tests.doubles.simulated_cuda import SimulatedCuda
 
@@ -24,6 +25,14 @@ def states(saved):
 def values(saved):
     """Return the first element of each saved array."""
     return [float(one.get().get()[0]) for one in saved]
+
+
+def give_up(rig, saved):
+    """Evict an array as a plan does, and wait for the verdict if it is to be discarded. Return the bytes freed."""
+    freed = rig.manager._evictor.give_up(saved.storage)
+    if saved.storage.state is State.CHECKING:
+        freed += rig.manager._transfers.end_discard(saved.storage)
+    return freed
 
 
 def host_bytes(rig):

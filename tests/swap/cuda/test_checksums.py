@@ -8,7 +8,6 @@ import pytest
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap import checksums
 from chainer_ooc.swap.devices.cuda.checksum import checksum_on_host
-from chainer_ooc.swap.storage import State
 from tests.swap.cuda.conftest import UNIT
 
 ON = Settings(limit=8 * UNIT, min_bytes=1, verify=True)
@@ -61,33 +60,6 @@ def test_after_its_last_use_anybody_may_write(rig):
     write(rig, saved)
     rig.manager.move_all_out()
     assert float(saved.get().get()[0]) == 2
-
-
-def test_a_look_without_verify_is_no_check(rig, looks):
-    saved = rig.save(1.0)
-    before = rig.manager.fingerprint(saved)
-    write(rig, saved)
-    assert rig.manager.fingerprint(saved) != before
-    write(rig, saved)
-    rig.manager.fetch([saved], read_only=True)
-    assert len(looks) == 2
-
-
-def test_a_look_at_what_is_known_and_has_a_copy_or_at_what_is_out_takes_none(rig, looks):
-    known, unknown = rig.save(1.0), rig.save(2.0)
-    found = rig.manager.fingerprint(known)
-    looks.clear()
-    for one in (known, unknown):
-        rig.manager._transfers.begin_out(one.storage)
-    rig.manager.settle()
-    went_out = len(looks)  # the one that is known is looked at once more as it goes
-    assert known.storage.state is State.BOTH
-    assert rig.manager.fingerprint(known) == found
-    rig.manager.move_all_out()
-    rig.manager._evictor.release_clean(2 * UNIT)
-    assert unknown.storage.state is State.OUT
-    assert (rig.manager.fingerprint(known), rig.manager.fingerprint(unknown)) == (found, None)
-    assert len(looks) == went_out == 1
 
 
 def test_a_storage_without_a_checksum_gets_none_by_being_checked(rig, looks):

@@ -365,9 +365,7 @@ def test_a_storage_may_be_dropped_in_any_state(rig, state):
     assert saved.storage.state is State.DROPPED
     rig.manager.settle()
     assert host_bytes(rig) == 0
-    assert rig.pool.used_bytes() == (
-        512 if state in (State.CHECKING, State.DISCARDED) else 0
-    )  # what sums are made in
+    assert rig.pool.used_bytes() == 0
 
 
 def test_what_was_dropped_with_a_copy_leaves_that_once(rig):

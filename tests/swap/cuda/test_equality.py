@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
 
 import chainer
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 
 import chainer_ooc
+from chainer_ooc.errors import CorruptCopyError
+from chainer_ooc.swap.devices.cuda.fingerprints import COMPARISON
 from chainer_ooc.testing import assert_same_bits, force_copies
 from tests.conftest import ROOT
 from tests.doubles.adopted_arrays import simulated_gpu
@@ -78,9 +82,12 @@ def test_a_network_moved_out_whole(tmp_path):
             assert machine.calls["memcpyAsync"] > 500
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_network_under_a_limit(seed, tmp_path):
-    """On demand: writes behind, reclaims, prefetches."""
+def three_steps(looks=False):
+    """Train a small network; return losses and parameters.
+
+    Args:
+        looks: Look at each array as it is made.
+    """
 
     class Net(chainer.Chain):
         def __init__(self):
@@ -95,32 +102,90 @@ def test_a_network_under_a_limit(seed, tmp_path):
             h = x
             for block in self.blocks:
                 h = chainer.functions.relu(block(h)) + chainer.functions.dropout(h, 0.2)
+                assert not looks or h.array.dtype == "f"
             return chainer.functions.softmax_cross_entropy(self.last(h), t)
 
-    def steps():
-        np.random.seed(0)
-        net = Net()
-        optimizer = chainer.optimizers.SGD(0.01).setup(net)
-        x = np.random.rand(4, 8, 32, 32).astype("f")
-        losses = []
-        for _ in range(3):
-            loss = net(x, np.array([0, 1, 2, 0], "i"))
-            net.cleargrads()
-            loss.backward()
-            optimizer.update()
-            losses.append(loss.array.copy())
-            del loss
-        return losses + [p.array for p in net.params()]
+    np.random.seed(0)
+    net = Net()
+    optimizer = chainer.optimizers.SGD(0.01).setup(net)
+    x = np.random.rand(4, 8, 32, 32).astype("f")
+    losses = []
+    for _ in range(3):
+        loss = net(x, np.array([0, 1, 2, 0], "i"))
+        net.cleargrads()
+        loss.backward()
+        optimizer.update()
+        losses.append(loss.array.copy())
+        del loss
+    return losses + [p.array for p in net.params()]
 
-    stock = steps()
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_network_under_a_limit(seed, tmp_path):
+    """On demand: writes behind, reclaims, prefetches."""
+    stock = three_steps()
     limit = 100 * MIB
     # All but 3 MiB of the limit are somebody else's.
     with simulated_gpu(seed, str(tmp_path), 2 * MIB if seed % 2 else 64 * MIB, 97 * MIB):
         before = chainer_ooc.stats()
         with chainer_ooc.out_of_core_mode(limit=limit, min_bytes=1):
-            ours = steps()
+            ours = three_steps()
         after = chainer_ooc.stats()
         assert_same_bits(ours, stock)
         assert after.bytes_in - before.bytes_in > MIB
         assert after.prefetched > before.prefetched
         del ours
+
+
+@pytest.mark.parametrize("looks", [False, True], ids=["private", "exposed"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_network_whose_arrays_are_made_again(seed, looks, tmp_path):
+    """What other code has had gets fingerprints, and is discarded once they are known to be equal."""
+    stock = three_steps()
+    with simulated_gpu(seed, str(tmp_path), 64 * MIB, 97 * MIB) as machine:
+        before = chainer_ooc.stats().storages_remade
+        mode = {"swap_all": True, "discard_all": True, "single_backward": seed == 0}
+        with chainer_ooc.out_of_core_mode(min_bytes=1, **mode):
+            ours = three_steps(looks)
+        assert_same_bits(ours, stock)
+        assert chainer_ooc.stats().storages_remade - before > 10
+        assert machine.calls[COMPARISON] > 10
+        del ours
+
+
+class Noisy(chainer.FunctionNode):
+    """Never the same bits twice."""
+
+    def forward(self, inputs):
+        return (inputs[0] + np.random.rand(*inputs[0].shape).astype("f"),)
+
+    def backward(self, indexes, grads):
+        return grads
+
+
+@pytest.mark.parametrize("end", ["with", "disable"])
+@pytest.mark.parametrize("seed", range(3))
+def test_other_bits_in_the_last_backward_are_an_error_in_the_end(seed, end, tmp_path):
+    """On a GPU nobody may know before."""
+    chainer_ooc.recomputable(Noisy)
+    mode = {"swap_all": True, "discard_all": True, "min_bytes": 1}
+    raised = pytest.raises(CorruptCopyError, match=r'Noisy was run again: .*recompute="never"')
+    with simulated_gpu(seed, str(tmp_path)):
+        x = chainer.Variable(np.random.rand(50, 50).astype("f"))
+        with raised:
+            if end == "disable":
+                chainer_ooc.enable(**mode)
+            with (
+                chainer_ooc.out_of_core_mode(**mode) if end == "with" else contextlib.nullcontext()
+            ):
+                h = chainer.functions.tanh(x)
+                (y,) = Noisy().apply((h,))
+                loss = chainer.functions.sum(y * y) + chainer.functions.sum(h * h)
+                del y, h
+                chainer.functions.tanh(x)
+                loss.backward()
+                del loss
+                gc.collect()
+            chainer_ooc.disable()
+        with contextlib.suppress(CorruptCopyError):
+            chainer_ooc.disable()

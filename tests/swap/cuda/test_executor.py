@@ -148,6 +148,8 @@ def test_what_is_held_is_given_up_once_it_is_let_go(rig, staying, what):
     y, executor, held = staying(what)
     held.clear()
     rig.manager.run_plan(executor, 1)
+    rig.cupy.synchronize()
+    rig.manager.run_plan(executor, 2)
     assert y.storage.state is State.DISCARDED
     assert value(y) == 2
 

@@ -36,6 +36,8 @@ steps = st.lists(
             st.tuples(st.just("use"), indexes),
             st.tuples(st.just("use some"), indexes),
             st.tuples(st.just("write"), indexes),
+            st.tuples(st.just("keep"), indexes),
+            st.tuples(st.just("scribble"), st.none()),
             st.tuples(st.just("set_cached_limit"), indexes),
             st.tuples(st.just("let go"), st.none()),
             st.tuples(st.just("die"), indexes),
@@ -65,6 +67,7 @@ OFTEN = {
     "use": 4,
     "make room": 3,
     **dict.fromkeys(["write", "set_cached_limit", "let go", "finish", "prefetch", "temporary"], 2),
+    **dict.fromkeys(["keep", "scribble"], 1),
     **dict.fromkeys(["move all out", "fail", "pass by", "weigh"], 2),
     **dict.fromkeys(["die", "drop", "limit", "disk full"], 1),
     "graph dies": 0.3,
@@ -76,7 +79,7 @@ def long_program(seed, length=150):
     rng = random.Random(seed)
     values = {
         **dict.fromkeys(["save", "temporary"], (512, 4 * KIB, 64 * KIB, 100 * KIB, 256 * KIB)),
-        **dict.fromkeys(["let go", "move all out", "weigh"], (None,)),
+        **dict.fromkeys(["let go", "move all out", "weigh", "scribble"], (None,)),
         "make room": [0, 64 * KIB, MIB],
         "limit": LIMITS,
         "fail": failures,
@@ -95,6 +98,7 @@ class Program:
         self.saved = []
         self.values = []
         self.referenced_externally = []
+        self.kept = []  # what may be written to without a word, as long as it is held
         self.weights = []
         self.streams = [rig.cupy.get_current_stream()]
         self.streams += [rig.cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
@@ -179,6 +183,12 @@ class Program:
         elif what == "let go":
             self.order_streams()
             self.referenced_externally.clear()
+            self.kept.clear()
+        elif what == "scribble":
+            self.order_streams()
+            for index, array in self.kept:
+                array.add(1000)
+                self.values[index] += 1000
         elif what == "weigh":
             self.order_streams()
             for weight in self.weights:
@@ -233,6 +243,9 @@ class Program:
             for index, one in zip(chosen, group, strict=True):
                 manager.read(one, read_only=False).add(1000)
                 self.values[index] += 1000
+        elif what == "keep":
+            for index, one in zip(chosen, group, strict=True):
+                self.kept.append((index, manager.read(one, read_only=False)))
         elif what == "set_cached_limit":
             self.referenced_externally += [one.get() for one in group]
 
@@ -273,6 +286,7 @@ class Program:
             if saved is not None:
                 assert set(saved.get().get()) == {self.values[index]}
         self.referenced_externally.clear()
+        self.kept.clear()
         self.weights.clear()
         self.saved.clear()
         del saved
@@ -298,7 +312,7 @@ def check_nothing_is_left(rig):
     if (block := rig.device.host.allocate(1)) is not None:  # and take back what was retired
         block.free()
     assert rig.device.host.slab.allocated == 0
-    kept = 0 if rig.device.arrays._checksum._total is None else 512
+    kept = 0 if rig.device.arrays._checksum._slot is None else 512
     assert rig.pool.used_bytes() == kept
 
 

@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["NAME", "CudaChecksum", "checksum_on_host"]
+__all__ = ["NAME", "SLOT", "CudaChecksum", "SumKernel", "checksum_on_host"]
 
 NAME = "chainer_ooc_checksum"
 THREADS, MOST_BLOCKS = 256, 1024
+#: The size of a slot (bytes): the sum of the hashes, the sum so far, and the number of blocks that have added to that.
+#: The last two are 0 before and after each run, so that nothing has to be filled in between.
+SLOT = 3 * 8
 
 _CODE = """
 extern "C" __global__ void chainer_ooc_checksum(
-        unsigned long long address, unsigned long long nbytes, unsigned long long* total) {
+        unsigned long long address, unsigned long long nbytes, unsigned long long* slot) {
     const unsigned char* bytes = (const unsigned char*)address;
     const unsigned long long* words = (const unsigned long long*)address;
     const bool aligned = address % 8 == 0;
@@ -43,10 +46,34 @@ extern "C" __global__ void chainer_ooc_checksum(
         sum += __shfl_down_sync(0xffffffff, sum, offset);
     }
     if (threadIdx.x % 32 == 0) {
-        atomicAdd(total, sum);
+        atomicAdd(slot + 1, sum);
+        __threadfence();
+    }
+    __syncthreads();
+    // atomicInc() returns to 0 after the last block.
+    if (threadIdx.x == 0 && atomicInc((unsigned int*)(slot + 2), gridDim.x - 1) == gridDim.x - 1) {
+        __threadfence();
+        slot[0] = atomicExch(slot + 1, 0ULL);
     }
 }
 """
+
+
+class SumKernel:
+    """Compute the sum of the hashes of some bytes into a slot, on the current GPU and stream.
+
+    Args:
+        cupy: CuPy, or a double of it.
+    """
+
+    def __init__(self, cupy: Any) -> None:
+        self._kernel = cupy.RawKernel(_CODE, NAME)  # compiled when it is called first
+
+    def __call__(self, address: int, nbytes: int, slot: int) -> None:
+        """Queue the kernel for ``nbytes`` bytes and the slot at an address. The host does not wait."""
+        blocks = min(max(nbytes // (8 * THREADS), 1), MOST_BLOCKS)
+        arguments = np.uint64(address), np.uint64(nbytes), np.uint64(slot)
+        self._kernel((blocks,), (THREADS,), arguments)
 
 
 class CudaChecksum:
@@ -58,18 +85,16 @@ class CudaChecksum:
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
-        self._kernel = cupy.RawKernel(_CODE, NAME)  # compiled when it is called first
-        self._total: Any = None
+        self._sum = SumKernel(cupy)
+        self._slot: Any = None
 
     def __call__(self, address: int, nbytes: int) -> int:
         """Return the checksum of ``nbytes`` bytes of the GPU's memory. The host waits for it."""
-        if self._total is None:  # allocated once: later memory may be short
-            self._total = self._cupy.ndarray((1,), np.uint64)
-        total = self._total
-        total.fill(0)
-        blocks = min(max(nbytes // (8 * THREADS), 1), MOST_BLOCKS)
-        self._kernel((blocks,), (THREADS,), (np.uint64(address), np.uint64(nbytes), total))
-        return (int(self._cupy.asnumpy(total)[0]) + nbytes) % (1 << 64)
+        if self._slot is None:  # allocated once: later memory may be short
+            self._slot = self._cupy.ndarray((SLOT // 8,), np.uint64)
+            self._slot.fill(0)
+        self._sum(address, nbytes, self._slot.data.ptr)
+        return (int(self._cupy.asnumpy(self._slot)[0]) + nbytes) % (1 << 64)
 
 
 def checksum_on_host(data: np.ndarray) -> int:

@@ -9,10 +9,11 @@ from typing import Any
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap.devices.copy_threads import PIECE, THREADS
 from chainer_ooc.swap.devices.cuda.checksum import CudaChecksum
+from chainer_ooc.swap.devices.cuda.fingerprints import PINNED, Fingerprint, Fingerprints
 from chainer_ooc.swap.devices.cuda.host import DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
 from chainer_ooc.swap.devices.cuda.transfers import FailedTransfer, StreamTransfer
-from chainer_ooc.swap.devices.protocol import Known, Layout, Location, Transfer, lies_alike
+from chainer_ooc.swap.devices.protocol import Layout, Location, Transfer, Verdict, lies_alike
 from chainer_ooc.swap.system import memory
 from chainer_ooc.swap.system.ranks import ranks_of_this_node
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
@@ -130,6 +131,7 @@ class CudaDevice:
         #: Pinned memory for pieces on their way to the swap file or back (bytes).
         self.staging_bytes = THREADS * piece
         slab.limit = max(slab.limit - self.staging_bytes, 0)
+        self.fingerprints = Fingerprints(cupy, self.streams, new_slab(cupy, PINNED))
         self.disk = DiskTier(self.streams, new_slab(cupy, self.staging_bytes), piece, directory)
         self.host = HostTier(slab)
 
@@ -212,11 +214,26 @@ class CudaDevice:
         with self.streams.on_device():
             return self.arrays.checksum(owner, origin, nbytes)
 
-    fingerprint = checksum
+    def fingerprint(self, owner: Any, origin: int, nbytes: int) -> Fingerprint | None:
+        """Begin to take a fingerprint of a storage's bytes; ``None`` if there is no memory for it."""
+        with self.streams.on_device():
+            return self.fingerprints.take(self.arrays.address(owner) + origin, nbytes)
 
-    def compare(self, pairs: Sequence[tuple[Any, Any]]) -> Known:
-        """Return whether the two fingerprints of each pair are equal."""
-        return Known(all(first == second for first, second in pairs))
+    def compare(self, pairs: Sequence[tuple[Any, Any]]) -> Verdict:
+        """Begin to compare pairs of fingerprints."""
+        with self.streams.on_device():
+            return self.fingerprints.compare(pairs)
+
+    def matches(self, fingerprint: Fingerprint, owner: Any, origin: int, nbytes: int) -> Verdict:
+        """Begin to find out whether a storage's bytes have a fingerprint."""
+        with self.streams.on_device():
+            address = self.arrays.address(owner) + origin
+            return self.fingerprints.matches(fingerprint, address, nbytes)
+
+    @property
+    def on_one_stream(self) -> bool:
+        """Whether the program has computed on one stream only, as far as is known."""
+        return self.streams.are_one
 
     def fingerprint_bandwidth(self) -> float:
         """Return the bytes per second that any GPU reads at least."""
@@ -283,7 +300,8 @@ class CudaDevice:
 
     def after_fork(self) -> None:
         """Destroy nothing of the parent's in a forked child, which has no GPU."""
-        _abandoned.append((self.streams, self.host, self.disk))
+        _abandoned.append((self.streams, self.host, self.disk, self.fingerprints))
+        self.fingerprints.after_fork()
         self.host.slab.after_fork()
         self.disk.staging.after_fork()
 
@@ -291,6 +309,7 @@ class CudaDevice:
         """Wait for the copies, end the threads and free all space outside the GPU."""
         self.streams.synchronize()
         self.disk.close()
+        self.fingerprints.close()
         if self._owns_slab:
             self.host.slab.close()
 

@@ -37,7 +37,7 @@ _RENEWED = 300
 
 
 class CopyStreams:
-    """Two non-blocking streams, one for each direction.
+    """Two non-blocking streams that copy, one for each direction, and one for the flags of comparisons.
 
     Args:
         cupy: CuPy, or a double of it.
@@ -55,6 +55,7 @@ class CopyStreams:
         with self.on_device():
             self._out = self._cuda.Stream(non_blocking=True)
             self._back = self._cuda.Stream(non_blocking=True)
+            self._flags = self._cuda.Stream(non_blocking=True)
             self._origin = self._new_origin()  # an event and its host time
             self.note_current()
 
@@ -118,6 +119,17 @@ class CopyStreams:
         kind = self._runtime.memcpyHostToDevice
         return self._copy(self._back, device, host, nbytes, kind, after)
 
+    def copy_flag(self, host: int, device: int, nbytes: int) -> Any:
+        """Begin to copy a few bytes to the host after the current stream's work. Return the event of the end.
+
+        They wait for no copy of an array, and no computing stream waits for them.
+
+        Raises:
+            OSError: If the driver refuses.
+        """
+        kind = self._runtime.memcpyDeviceToHost
+        return self._copy(self._flags, host, device, nbytes, kind, self.allocated())[1]
+
     def let_compute_wait(self, event: Any) -> None:
         """Make later work of the computing streams wait for an event. The host does not wait.
 
@@ -130,18 +142,23 @@ class CopyStreams:
             for stream in self._compute.values():
                 stream.wait_event(event)
 
+    @property
+    def are_one(self) -> bool:
+        """Whether there is one computing stream."""
+        return len(self._compute) <= 1 and self._threads <= 1
+
     def order_computing(self) -> None:
         """Make later work of each computing stream wait for the earlier work of all of them."""
         with self.on_device():
             self.note_current()
-            if len(self._compute) + self._threads > 1:
+            if not self.are_one:
                 for event in self.computed():
                     self.let_compute_wait(event)
 
     def synchronize(self) -> None:
         """Wait until all copies have ended."""
-        self._out.synchronize()
-        self._back.synchronize()
+        for stream in (self._out, self._back, self._flags):
+            stream.synchronize()
 
     def _copy(
         self, stream: Any, target: int, source: int, nbytes: int, kind: int, after: Iterable[Any]
