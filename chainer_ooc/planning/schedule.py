@@ -8,7 +8,7 @@ from collections.abc import Collection
 import numpy as np
 
 from chainer_ooc.planning.plan import Choice, Plan
-from chainer_ooc.planning.profile import Profile
+from chainer_ooc.planning.profile import Profile, Rerun
 from chainer_ooc.planning.rerun import can_be_made_again
 from chainer_ooc.planning.residency import Eviction, Needs, Residency, needs_of
 from chainer_ooc.planning.system import System, Tier
@@ -49,8 +49,9 @@ class ScheduleBuilder:
         self.system = system
         # From this step on only the graph refers to the storage, and no code writes to its re-run's inputs unnoticed.
         self._drop_from = {i: self._free_from(i) for i in can_be_made_again(profile)}
-        # The largest first: the fewer functions are guarded.
-        self._makeable = sorted(self._drop_from, key=lambda i: -profile.storages[i].nbytes)
+        # To be given up after their last use at no cost, the largest first: the fewer functions are guarded.
+        free = (i for i in self._drop_from if not self._rerun_of(i).guard_seconds)
+        self._given_up = sorted(free, key=lambda i: -profile.storages[i].nbytes)
         # Backward needs the oldest last: they have the most time to leave and return.
         self.by_age = sorted(
             profile.saved,
@@ -80,7 +81,7 @@ class ScheduleBuilder:
                     memory.remove_after(i, after)
             spent: list[int] = []
             if not system.single_backward:
-                spent = memory.spend((i for i in self._makeable if i not in gone), headroom)
+                spent = memory.spend((i for i in self._given_up if i not in gone), headroom)
             movable = [i for i in self.by_age if i not in gone and i not in kept]
             swapped = memory.cover(movable, headroom)
             if not self._repair(memory, needs, gone, set(swapped), evicted):
@@ -109,9 +110,13 @@ class ScheduleBuilder:
 
     def _free_from(self, i: int) -> int:
         storages = self.profile.storages
+        found = (i, *self._rerun_of(i).open_reads)
+        return max(storages[one].free_from for one in found if storages[one].uses)
+
+    def _rerun_of(self, i: int) -> Rerun:
         rerun = self.profile.steps[self.profile.makers[i]].rerun
-        reads = () if rerun is None else rerun.open_reads
-        return max(storages[one].free_from for one in (i, *reads) if storages[one].uses)
+        assert rerun is not None
+        return rerun
 
     def _repair(
         self,

@@ -588,3 +588,116 @@ def test_where_the_way_out_is_slow_chains_with_products_run_again_as_planned(
         assert (out, back, again) == (foreseen.bytes_out, foreseen.bytes_in, remade)
     assert again >= remade
     assert out < per_step[-6][0]  # on demand, which runs nothing again
+
+
+def moved_in(device, training, steps, **batch):
+    """Train; return the bytes that went out, and were discarded, in each step."""
+    found = []
+    for _ in range(steps):
+        before = device.counters.bytes_out, device.counters.bytes_discarded
+        training.step(**batch)
+        after = device.counters.bytes_out, device.counters.bytes_discarded
+        found.append((after[0] - before[0], after[1] - before[1]))
+    return found
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("how", ["mode left and entered", "inner mode", "never"])
+def test_a_plan_does_not_outlive_what_it_was_made_for(device, monkeypatch, how):
+    monkeypatch.setattr(SwapManager, "bandwidths", lambda self, otherwise: (1e8, 1e8))
+    small = {"limit": OTHER + 700 * KIB, "min_bytes": 1}
+    large = {"limit": OTHER + 64 * MIB, "min_bytes": 1}
+    training = Training()
+    with contextlib.ExitStack() as stack:
+        if how == "inner mode":
+            stack.enter_context(chainer_ooc.out_of_core_mode(**small))
+            first = moved_in(device, training, 5)
+            stack.enter_context(chainer_ooc.out_of_core_mode(**large))
+        else:
+            with chainer_ooc.out_of_core_mode(**small):
+                first = moved_in(device, training, 5)
+            settings = {**small, "recompute": "never"} if how == "never" else large
+            stack.enter_context(chainer_ooc.out_of_core_mode(**settings))
+        gc.collect()
+        second = moved_in(device, training, 4)
+    assert all(sum(moved) for moved in first)
+    if how == "never":
+        assert all(out and not discarded for out, discarded in second)
+    else:
+        assert second[1:] == [(0, 0)] * 3
+        with chainer_ooc.out_of_core_mode(**small):
+            assert all(sum(moved) for moved in moved_in(device, training, 3))
+
+
+@pytest.mark.extension
+def test_a_plan_is_made_again_when_more_lives_beside_the_saved_arrays(device):
+    limit = OTHER + 900 * KIB
+    with chainer_ooc.out_of_core_mode(limit=limit, min_bytes=1):
+        training = Training()
+        moved_in(device, training, 6)
+        (entry,) = entries().values()
+        before = sum(entry.profile.storages[i].nbytes for _, i in entry.plan.copy_out)
+        held = [chainer.as_variable(np.zeros(300 * KIB, "u1"))]
+        used = device.device.used_bytes
+        device.device.used_bytes = lambda: used() + held[0].array.nbytes  # somebody's array
+        try:
+            moved_in(device, training, 3)
+        finally:
+            device.device.used_bytes = used
+        after = sum(entry.profile.storages[i].nbytes for _, i in entry.plan.copy_out)
+        assert after > before
+        assert entry.conditions.beside_bytes > 0
+
+
+def looks(device, monkeypatch):
+    """Return the sizes of all fingerprints that are taken from now on."""
+    sizes, real = [], device.device.fingerprint
+
+    def fingerprint(owner, origin, nbytes):
+        sizes.append(nbytes)
+        return real(owner, origin, nbytes)
+
+    monkeypatch.setattr(device.device, "fingerprint", fingerprint)
+    return sizes
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("bandwidth", [1e6, 1e12])
+def test_what_nobody_can_have_written_to_is_not_looked_at(device, monkeypatch, bandwidth):
+    """On a fast link nothing runs again, and nothing is looked at; on a slow one only parameters are."""
+    monkeypatch.setattr(SwapManager, "bandwidths", lambda self, otherwise: (bandwidth, bandwidth))
+    sizes = looks(device, monkeypatch)
+    training = Training()
+    with chainer_ooc.out_of_core_mode(limit=OTHER + 3 * MIB, min_bytes=1):
+        moved_in(device, training, 6, size=8)
+    (entry,) = entries().values()
+    dropped = entry.plan.chosen(Choice.RECOMPUTE)
+    assert bool(dropped) == (bandwidth == 1e6)
+    if not dropped:
+        assert sizes == []
+    else:
+        products = {s.nbytes for s in entry.profile.storages if s.label == "Convolution2DFunction"}
+        largest = max(param.nbytes for param in (p.array for p in training.net.params()))
+        assert all(nbytes <= largest or nbytes in products for nbytes in sizes)
+
+
+@pytest.mark.extension
+def test_what_somebody_has_had_is_looked_at_and_planned_all_the_same(device, monkeypatch):
+    monkeypatch.setattr(SwapManager, "bandwidths", lambda self, otherwise: (1e6, 1e6))
+    discarded = []
+
+    def program(training):
+        apply = training.net.norms[2].forward
+
+        def forward(x):
+            y = apply(x)
+            y.array[0, 0, 0, 0] += 1.0  # an edit in each iteration
+            return y
+
+        training.net.norms[2].forward = forward
+        results = [training.step(size=4) for _ in range(6)]
+        discarded.append(device.counters.bytes_discarded)
+        return [results, training.state()]
+
+    both(program, OTHER + 1500 * KIB)
+    assert discarded[1] > discarded[0] == 0
