@@ -235,12 +235,14 @@ class _Run:
         made: The contents of its outputs, ``None`` if unknown.
         attributes: The attributes that a re-run needs, with :class:`_Seen` for arrays.
         configuration: The values of :data:`_CONFIGURATION`.
+        guarded: Everything is known that a re-run needs; else recipes only tell what could be run again.
     """
 
     inputs: list[_Seen]
     made: list[_Content | None]
     attributes: dict[str, Any]
     configuration: dict[str, Any]
+    guarded: bool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Return ``None``: a copy of a function owns its arrays and has not run."""
@@ -259,7 +261,7 @@ class _Leaves:
         self.constants: dict[int, Constant] = {}
         self.steps: list[Any] = []
         self.costly = False
-        self.trusted = True
+        self.trusted = self.guarded = True
 
     def add(self, saved: PackedArray, content: Any) -> _Leaf:
         """Add a saved array and the content that its storage had. Return the expression that reads it."""
@@ -295,7 +297,7 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], how:
     if rule is not None and rule.when(func) and is_unwatched(func):
         most = max((_nbytes(y) for y in outputs), default=0) // _SMALLER
         seen = [
-            _see(node, getattr(x, "raw_array", x), most, guarded)
+            _see(node, _array_of(x), most, guarded)
             for node, x in zip(func.inputs, inputs, strict=True)
         ]
         run = _note_run(func, rule, seen, outputs, guarded)
@@ -324,20 +326,18 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
     arrays = None
     for y in outputs:
         array = y._data[0]
-        if array.base is None and not any(array is getattr(x, "_data", (x,))[0] for x in inputs):
+        if array.base is None and not any(array is _array_of(x) for x in inputs):
             if fresh and (manager := state.manager_for(array)) is not None:
                 y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
             continue
         if arrays is None:
-            arrays = [
-                (_owner_of(getattr(x, "_data", (x,))[0]), getattr(x, "_node", None)) for x in inputs
-            ]
+            arrays = [(_owner_of(_array_of(x)), getattr(x, "_node", None)) for x in inputs]
         owner = _owner_of(array)
         shared = [node for one, node in arrays if one is owner]
         if shared:
-            private = None if shared[0] is None else shared[0].__dict__.get(PRIVATE)
-            if private is not None:
-                y.node.__dict__[PRIVATE] = private
+            for node in shared:
+                if node is not None and PRIVATE in node.__dict__:
+                    y.node.__dict__[PRIVATE] = node.__dict__[PRIVATE]
         elif fresh and (manager := state.manager_for(array)) is not None:
             y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
 
@@ -355,6 +355,11 @@ def expose_inputs(inputs: Sequence[Any]) -> None:
         node = getattr(x, "_node", None)
         if node is not None:
             expose(node)
+
+
+def _array_of(x: Any) -> Any:
+    """Return the array of a variable, without exposing it, or ``x`` itself."""
+    return x._data[0] if hasattr(x, "_node") else x
 
 
 def _owner_of(array: Any) -> Any:
@@ -409,7 +414,7 @@ def _offer(
             inputs=tuple(leaves.saved),
             run=_quiet(expression),
             layout=saved.layout,
-            content=made.bytes,
+            content=made.bytes if leaves.guarded else None,
             input_contents=tuple(leaves.contents),
             functions=tuple(leaves.steps),
             constants=constants,
@@ -452,7 +457,8 @@ def _note_run(
         return None
     config = chainer.config
     made = [_made_now(y, guarded) for y in outputs]
-    return _Run(known, made, attributes, {name: getattr(config, name) for name in _CONFIGURATION})
+    configuration = {name: getattr(config, name) for name in _CONFIGURATION}
+    return _Run(known, made, attributes, configuration, guarded)
 
 
 def _is_array(value: Any) -> bool:
@@ -462,7 +468,7 @@ def _is_array(value: Any) -> bool:
 
 def _made_now(y: Any, guarded: bool) -> _Content | None:
     """Return the present content of an output."""
-    saved, array = y.node.__dict__.get("_data"), y.raw_array
+    saved, array = y.node.__dict__.get("_data"), y._data[0]
     is_saved = type(saved) is PackedArray and saved.alive() is array
     return _content_of(saved if is_saved else array, guarded, y.node)
 
@@ -510,6 +516,13 @@ def _see(node: Any, array: Any, most: int, guarded: bool) -> _Seen | None:
 def _see_attribute(value: Any, guarded: bool) -> _Seen | None:
     """Return the present state of an array attribute, ``None`` if it is too large to copy."""
     if type(value) is PackedArray:
+        storage = value.storage
+        if storage.content is None and not (storage.exposed or storage.referenced_externally):
+            PrivateContent(storage.manager.device).lies_in(storage)  # only the function has it
+        private = storage.content
+        if private is not None and not private.is_exposed:
+            private.is_needed |= guarded
+            return _Seen(_Content(private, _layout_of(value)), value)
         content = _content_of(value, guarded)
         return None if content is None else _Seen(content, value)
     return _small(value, guarded) if value.nbytes <= _SMALL else None
@@ -609,6 +622,7 @@ def _rerun_of(
         attributes[name] = value
     leaves.steps.append(func.__dict__.get(STEP))
     leaves.costly |= rule.costly
+    leaves.guarded &= ran.guarded
     # cuDNN says so of the algorithms that are run again; BLAS may sum in another order with other threads.
     leaves.trusted &= rule.trusted or (rule.known and not _on_cpu())
     cls, configuration = type(func), ran.configuration
@@ -684,7 +698,7 @@ def _data_of(node: Any) -> Any:
     data = node.__dict__.get("_data")
     if data is None and node._creator_node is None:
         variable = node.get_variable_or_none()
-        data = None if variable is None else variable.raw_array
+        data = None if variable is None else variable._data[0]
     return data
 
 

@@ -36,7 +36,7 @@ class PrivateContent:
 
     Args:
         device: The device of the array.
-        array: The array that the function has returned.
+        array: The array that the function has returned; ``None`` if nothing but its storage has it.
 
     Attributes:
         is_exposed: Other code has had the array.
@@ -46,16 +46,16 @@ class PrivateContent:
 
     __slots__ = ("_array", "_device", "_storage", "fingerprint", "is_exposed", "is_needed")
 
-    def __init__(self, device: Device, array: Any) -> None:
+    def __init__(self, device: Device, array: Any = None) -> None:
         self._device = device
-        self._array = weakref.ref(array)
+        self._array: Callable[[], Any] = (lambda: None) if array is None else weakref.ref(array)
         self._storage: weakref.ref[Storage] | None = None
         self.is_exposed = self.is_needed = False
         self.fingerprint: Any = None
 
     def is_of(self, array: Any) -> bool:
         """Return whether ``array`` is the object that the function has returned."""
-        return self._array() is array
+        return array is not None and self._array() is array
 
     def lies_in(self, storage: Storage) -> None:
         """Note the storage in which the array has been saved."""

@@ -58,6 +58,12 @@ class AdoptedArrays:
         self._note("what was computed before", True, address, owner.nbytes)
         return address
 
+    def address_to_read(self, owner: Any) -> int:
+        """Return the first address of the memory, to be read."""
+        address = _address(owner)
+        self._note("what is computed next", False, address, owner.nbytes)
+        return address
+
     def allocate(self, nbytes: int, page_offset: int) -> tuple[np.ndarray, int]:
         """Return new memory, at the same place in a page as before: NumPy's rounding depends on it."""
         machine = self._machine

@@ -80,4 +80,14 @@ EDITS = (
             ),
         ),
     ),
+    Edit(
+        "chainer.functions.noise.dropout",
+        "the mask is read only for a caller who asks for it",
+        (
+            Replace(
+                "        mask = func.mask\n    else:\n",
+                "        mask = func.mask if return_mask else None\n    else:\n",
+            ),
+        ),
+    ),
 )

@@ -58,6 +58,10 @@ class CupyArrays:
         """Return the first address of an owner's memory."""
         return int(owner.ptr)
 
+    def address_to_read(self, owner: Any) -> int:
+        """Return the first address of an owner's memory, for the computing stream."""
+        return int(owner.ptr)
+
     def allocate(self, nbytes: int, page_offset: int) -> tuple[Any, int]:
         """Return the owner of new memory and the offset of its beginning. All of it is aligned alike.
 
@@ -217,7 +221,7 @@ class CudaDevice:
     def fingerprint(self, owner: Any, origin: int, nbytes: int) -> Fingerprint | None:
         """Begin to take a fingerprint of a storage's bytes; ``None`` if there is no memory for it."""
         with self.streams.on_device():
-            return self.fingerprints.take(self.arrays.address(owner) + origin, nbytes)
+            return self.fingerprints.take(self.arrays.address_to_read(owner) + origin, nbytes)
 
     def compare(self, pairs: Sequence[tuple[Any, Any]]) -> Verdict:
         """Begin to compare pairs of fingerprints."""
@@ -227,7 +231,7 @@ class CudaDevice:
     def matches(self, fingerprint: Fingerprint, owner: Any, origin: int, nbytes: int) -> Verdict:
         """Begin to find out whether a storage's bytes have a fingerprint."""
         with self.streams.on_device():
-            address = self.arrays.address(owner) + origin
+            address = self.arrays.address_to_read(owner) + origin
             return self.fingerprints.matches(fingerprint, address, nbytes)
 
     @property
