@@ -297,9 +297,9 @@ class SwapManager:
 
     def _note_who_holds(self, storages: Iterable[Storage]) -> None:
         for storage in storages:
-            if storage.transfer is not None and storage.state is State.GOING_OUT:
-                if storage.transfer.done():  # its copy does not refer to it any more
-                    self._transfers.end_out(storage)
+            copy = storage.transfer if storage.state is State.GOING_OUT else None
+            if copy is not None and copy.done():  # it does not refer to the memory any more
+                self._transfers.end_out(storage)
             if storage.state.in_memory and storage.referenced_externally:
                 # Backward gave it to somebody, a gradient say, who may write to it.
                 self._mark_dirty(storage)
