@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from baselines import compare
-from planner_devices import DEVICES, guarded, modelled
+from planner_devices import DEVICES, PRODUCTS, guarded, modelled
 from training import print_table, write
 
 from chainer_ooc.planning.plan import Choice
@@ -67,10 +67,20 @@ SYSTEMS = {
 }
 
 
-def profile_of(net: str, system: str) -> Profile:
-    """Return the recorded iteration of a network with the times of a system's device."""
+def profile_of(net: str, system: str, products: bool = True) -> Profile:
+    """Return the recorded iteration of a network with the times of a system's device.
+
+    Args:
+        net: The network.
+        system: The system.
+        products: Convolutions and other products may run again on a GPU.
+    """
     profile = Profile.from_json((PROFILES / f"{net}.json").read_text())
     device = SYSTEMS[system].device
+    if device is not None and not products:
+        labels = (profile.steps[maker].label for maker in profile.makers.values())
+        made = zip(profile.makers, labels, strict=True)
+        profile = profile.without_reruns([i for i, label in made if label.startswith(PRODUCTS)])
     if device is None:
         return guarded(profile, CHECKSUMS)
     return modelled(profile, DEVICES[device], 1 if net == "lstm" else 16)
@@ -83,9 +93,9 @@ def system_of(profile: Profile, system: str, fraction: float) -> System:
     return System(limit, (SYSTEMS[system].tier,), single_backward=False, margin=0.0)
 
 
-def run(net: str, system: str, fraction: float) -> dict[str, Any]:
+def run(net: str, system: str, fraction: float, products: bool = True) -> dict[str, Any]:
     """Plan and compare one case."""
-    profile = profile_of(net, system)
+    profile = profile_of(net, system, products)
     its = system_of(profile, system, fraction)
     start = time.process_time()
     plan = make_plan(profile, its)
@@ -168,6 +178,11 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--fractions", nargs="+", type=float, default=list(FRACTIONS))
+    parser.add_argument(
+        "--no-products",
+        action="store_true",
+        help="on GPUs no convolution or other product runs again, as without cudnn_deterministic",
+    )
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     for name in options.systems:
@@ -175,7 +190,8 @@ def main() -> None:
     results = []
     for system in options.systems:
         for net in options.nets:
-            results += [run(net, system, fraction) for fraction in options.fractions]
+            products = not options.no_products
+            results += [run(net, system, fraction, products) for fraction in options.fractions]
     print_planner(results, options.fractions)
     print_policies(
         results, [f for f in options.fractions if f in (0.9, 0.5, 0.1)] or options.fractions

@@ -50,8 +50,8 @@ DEVICES = {
     ),
 }
 
-#: Functions whose re-runs are checked.
-CHECKED = ("Convolution", "Deconvolution", "Linear")
+#: Functions whose re-runs are checked on a CPU, and need a deterministic library on a GPU.
+PRODUCTS = ("Convolution", "Deconvolution", "Linear")
 _INPUT = re.compile(r"(\w+)\[([\d,]*)\](?:@(\d+))?")
 
 
@@ -66,7 +66,7 @@ def guarded(profile: Profile, bandwidth: float) -> Profile:
     steps = []
     for step in profile.steps:
         rerun = step.rerun
-        if rerun is not None and step.label.startswith(CHECKED):
+        if rerun is not None and step.label.startswith(PRODUCTS):
             guard = 2 * sum(size[i] for i in rerun.writes) / bandwidth
             rerun = dataclasses.replace(rerun, seconds=rerun.seconds + guard, guard_seconds=guard)
         steps.append(dataclasses.replace(step, rerun=rerun))
