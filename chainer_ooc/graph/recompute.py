@@ -287,7 +287,7 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], how:
     if rule is not None and rule.when(func) and is_unwatched(func):
         most = max((_nbytes(y) for y in outputs), default=0) // _SMALLER
         seen = [
-            _see(node, getattr(x, "raw_array", x), most, guarded)
+            _see(node, _array_of(x), most, guarded)
             for node, x in zip(func.inputs, inputs, strict=True)
         ]
         run = _note_run(func, rule, seen, outputs, guarded)
@@ -315,14 +315,14 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
     fresh = rule is not None and rule.known and is_unwatched(func)
     arrays = None
     for y in outputs:
-        array = y._data[0]
-        if array.base is None and not any(array is getattr(x, "_data", (x,))[0] for x in inputs):
+        array = _array_of(y)
+        if array.base is None and not any(array is _array_of(x) for x in inputs):
             if fresh and (manager := state.manager_for(array)) is not None:
                 y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
             continue
         if arrays is None:
             arrays = [
-                (_owner_of(getattr(x, "_data", (x,))[0]), getattr(x, "_node", None)) for x in inputs
+                (_owner_of(_array_of(x)), getattr(x, "_node", None)) for x in inputs
             ]
         owner = _owner_of(array)
         shared = [node for one, node in arrays if one is owner]
@@ -334,13 +334,24 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
             y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
 
 
+def are_private(inputs: Sequence[Any]) -> bool:
+    """Return whether nobody but Chainer's functions has had the array of one of these variables."""
+    for x in inputs:
+        node = getattr(x, "_node", None)
+        if node is not None and PRIVATE in node.__dict__:
+            return True
+    return False
+
+
 def expose(node: Any) -> None:
     """Note that other code than Chainer's functions gets a node's array."""
     private = node.__dict__.get(PRIVATE)
     if private is not None and not private.is_exposed:
         data = node.__dict__.get("_data")
-        stored = type(data) is PackedArray and data.storage.state.in_memory
-        private.expose(data.storage if stored else None)
+        if type(data) is PackedArray:
+            data.storage.manager.expose(private, data.storage)
+        else:
+            private.expose()
 
 
 def expose_inputs(inputs: Sequence[Any]) -> None:
@@ -349,6 +360,11 @@ def expose_inputs(inputs: Sequence[Any]) -> None:
         node = getattr(x, "_node", None)
         if node is not None:
             expose(node)
+
+
+def _array_of(x: Any) -> Any:
+    """Return the array of a variable, or an array itself, without exposing it as the public properties do."""
+    return getattr(x, "_data", (x,))[0]
 
 
 def _owner_of(array: Any) -> Any:
@@ -452,7 +468,7 @@ def _is_array(value: Any) -> bool:
 
 def _made_now(y: Any, guarded: bool) -> _Content | None:
     """Return the present content of an output."""
-    saved, array = y.node.__dict__.get("_data"), y.raw_array
+    saved, array = y.node.__dict__.get("_data"), _array_of(y)
     is_saved = type(saved) is PackedArray and saved.alive() is array
     return _content_of(saved if is_saved else array, guarded, y.node)
 
@@ -673,7 +689,7 @@ def _data_of(node: Any) -> Any:
     data = node.__dict__.get("_data")
     if data is None and node._creator_node is None:
         variable = node.get_variable_or_none()
-        data = None if variable is None else variable.raw_array
+        data = None if variable is None else _array_of(variable)
     return data
 
 
