@@ -321,9 +321,7 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
                 y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
             continue
         if arrays is None:
-            arrays = [
-                (_owner_of(_array_of(x)), getattr(x, "_node", None)) for x in inputs
-            ]
+            arrays = [(_owner_of(_array_of(x)), getattr(x, "_node", None)) for x in inputs]
         owner = _owner_of(array)
         shared = [node for one, node in arrays if one is owner]
         if shared:
