@@ -134,7 +134,7 @@ def make_manager(device: Device) -> SwapManager:
         device,
         state.current_or_last,
         hooks.save_pending,
-        lambda: state.local.read_only,
+        hooks.is_read_only,
         state.observers,
     )
 

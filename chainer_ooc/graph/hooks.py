@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import threading
 import time
 import weakref
 from collections import deque
+from types import FrameType
 from typing import Any
 
 from numpy import ndarray
@@ -21,7 +23,7 @@ from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.observed_growth import ObservedGrowth
 from chainer_ooc.swap.storage import PackedArray
 
-__all__ = ["describe", "install", "save_pending"]
+__all__ = ["describe", "install", "is_read_only", "save_pending"]
 
 _RECORD = "_ooc_record"
 _USED = "_ooc_used"
@@ -114,13 +116,15 @@ def _apply(self: Any, inputs: Any) -> Any:
     if manager is None or _config("schedule_func") is not None:
         return apply(self, inputs)
     inside = state.local.running is not None
-    if inside and not settings.verify and not _config("enable_backprop"):
+    # Whoever gets such an array, or a view of it, is to be noted: also without a plan, or where another mode is on.
+    guards = recompute.are_private(inputs)
+    if inside and not (guards or settings.verify or _config("enable_backprop")):
         return _run(self, inputs, None, apply, self, inputs)  # nothing is kept
     tracker = _tracker(manager, settings)
     if tracker is not None and _keeps_graph(inputs):
         is_fresh = tracker.has_begun or not any(reference() for reference, _ in tuple(_pending))
         tracker.forward(self, inputs, settings, is_fresh)
-    guards = settings.discard_all or (tracker is not None and tracker.is_guarding)
+    guards |= settings.discard_all or (tracker is not None and tracker.is_guarding)
     if guards and not (_is_chainers(self) and recompute.is_unwatched(self)):
         recompute.expose_inputs(inputs)
     run = _run_verified if settings.verify else _run
@@ -458,11 +462,36 @@ def _is_chainers(func: Any) -> bool:
     return module.startswith(("chainer.", "chainermn.")) and module not in _WRITERS
 
 
+#: The code that calls a function of the graph, forward or backward.
+_OF_A_FUNCTION = (_run.__code__, _backprop_step.__code__)
+#: The beginnings of the names of modules that write to no array which a function of Chainer has made.
+_CHAINERS = ("chainer.", "chainermn.", "chainer_ooc.")
+
+
 def _reach(node: Any) -> None:
     """Note that code has asked for a node's array, unless a function of Chainer has."""
     running = state.local.running
-    if not state.local.read_only and not (running is not None and _is_chainers(running[0])):
+    is_chainers = state.local.read_only or (running is not None and _is_chainers(running[0]))
+    if not (is_chainers and _is_asked_by_the_function()):
         recompute.expose(node)
+
+
+def is_read_only() -> bool:
+    """Return whether the thread runs a function's backward that never writes to the arrays it reads."""
+    return state.local.read_only and _is_asked_by_the_function()
+
+
+def _is_asked_by_the_function() -> bool:
+    """Return whether only Chainer's code has run since the running function was called.
+
+    While it runs, hooks, handlers of signals, finalizers, and callbacks of NumPy may call other code.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code not in _OF_A_FUNCTION:
+        if not frame.f_globals.get("__name__", "").startswith(_CHAINERS):
+            return False
+        frame = frame.f_back
+    return True
 
 
 def _stand_in(saved: PackedArray) -> Any:

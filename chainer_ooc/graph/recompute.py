@@ -325,7 +325,7 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
     fresh = rule is not None and rule.known and is_unwatched(func)
     arrays = None
     for y in outputs:
-        array = y._data[0]
+        array = _array_of(y)
         if array.base is None and not any(array is _array_of(x) for x in inputs):
             if fresh and (manager := state.manager_for(array)) is not None:
                 y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
@@ -342,11 +342,24 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
             y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
 
 
+def are_private(inputs: Sequence[Any]) -> bool:
+    """Return whether nobody but Chainer's functions has had the array of one of these variables."""
+    for x in inputs:
+        node = getattr(x, "_node", None)
+        if node is not None and PRIVATE in node.__dict__:
+            return True
+    return False
+
+
 def expose(node: Any) -> None:
     """Note that other code than Chainer's functions gets a node's array."""
     private = node.__dict__.get(PRIVATE)
-    if private is not None:
-        private.expose()
+    if private is not None and not private.is_exposed:
+        data = node.__dict__.get("_data")
+        if type(data) is PackedArray:
+            data.storage.manager.expose(private)
+        else:
+            private.expose()
 
 
 def expose_inputs(inputs: Sequence[Any]) -> None:
@@ -358,8 +371,8 @@ def expose_inputs(inputs: Sequence[Any]) -> None:
 
 
 def _array_of(x: Any) -> Any:
-    """Return the array of a variable, without exposing it, or ``x`` itself."""
-    return x._data[0] if hasattr(x, "_node") else x
+    """Return the array of a variable, or an array itself, without exposing it as the public properties do."""
+    return getattr(x, "_data", (x,))[0]
 
 
 def _owner_of(array: Any) -> Any:
@@ -468,7 +481,7 @@ def _is_array(value: Any) -> bool:
 
 def _made_now(y: Any, guarded: bool) -> _Content | None:
     """Return the present content of an output."""
-    saved, array = y.node.__dict__.get("_data"), y._data[0]
+    saved, array = y.node.__dict__.get("_data"), _array_of(y)
     is_saved = type(saved) is PackedArray and saved.alive() is array
     return _content_of(saved if is_saved else array, guarded, y.node)
 
@@ -698,7 +711,7 @@ def _data_of(node: Any) -> Any:
     data = node.__dict__.get("_data")
     if data is None and node._creator_node is None:
         variable = node.get_variable_or_none()
-        data = None if variable is None else variable._data[0]
+        data = None if variable is None else _array_of(variable)
     return data
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic
 
 from chainer_ooc.planning.eviction import Evictor, Moves, S
@@ -49,13 +49,13 @@ class PlanExecutor(Generic[S]):
         self.moved = frozenset(number for due in moves for _, number in due)
         self.refused: set[int] = set()
         self._steps = frozenset(step for due in moves for step, _ in due)
-        # To copy out or to discard once nothing else refers to them.
-        self._waiting: list[S] = []
-        self._staying: list[tuple[int, S]] = []
-        self._checking: list[tuple[int, S]] = []
+        # Numbers, as a graph may die whenever it likes. To copy out or to discard once nothing else refers to them:
+        self._waiting: list[int] = []
+        self._staying: list[int] = []
+        self._checking: list[int] = []
         # To release once their copy is complete: in the order in which this began the copies, and others.
-        self._leaving: deque[S] = deque()
-        self._left: list[S] = []
+        self._leaving: deque[int] = deque()
+        self._left: list[int] = []
 
     def step(self, step: int, moves: Moves[S], evictor: Evictor[S], high: int) -> None:
         """Make the moves that are due before a step. ``high`` is the high watermark (bytes)."""
@@ -68,28 +68,30 @@ class PlanExecutor(Generic[S]):
             evictor.release_unless_held(storage)
         staying = self._due(self._discard, step) if self._discard else ()
         if self._staying:
-            staying, self._staying = [*self._staying, *staying], []
+            before, self._staying = self._staying, []
+            staying = [*self._living(before), *staying]
         for number, storage in staying:
             if storage.state.in_memory and not storage.used and _is_held(storage, moves):
-                self._staying.append((number, storage))
+                self._staying.append(number)
             else:
                 evictor.give_up(storage)
                 if storage.state is State.CHECKING:
-                    self._checking.append((number, storage))
+                    self._checking.append(number)
                 elif storage.state is State.RESIDENT and not storage.used:
                     self.refused.add(number)
-        waiting = [storage for _, storage in self._due(self._out, step)] if self._out else []
+        waiting = self._due(self._out, step) if self._out else ()
         if self._waiting:
-            waiting, self._waiting = [*self._waiting, *waiting], []
-        for storage in waiting:
+            before, self._waiting = self._waiting, []
+            waiting = [*self._living(before), *waiting]
+        for number, storage in waiting:
             if storage.state is State.RESIDENT and not storage.used:
                 if storage.referenced_externally:
-                    self._waiting.append(storage)
+                    self._waiting.append(number)
                 else:
                     moves.begin_out(storage)
-                    self._leaving.append(storage)
+                    self._leaving.append(number)
             elif storage.state in (State.GOING_OUT, State.BOTH):
-                self._left.append(storage)
+                self._left.append(number)
         if self._come and self._come[0][0] <= step:
             self._begin_in(step, evictor, high - self.plan.need_bytes[step])
 
@@ -121,33 +123,41 @@ class PlanExecutor(Generic[S]):
     def _note_refused(self, moves: Moves[S]) -> None:
         """Note the storages that were to be discarded and are not being checked any more."""
         checking = []
-        for number, storage in self._checking:
+        for number, storage in self._living(self._checking):
             if storage.state is State.CHECKING:
-                checking.append((number, storage))
+                checking.append(number)
             elif not storage.used and moves.bytes_to_keep(storage) is None:
                 self.refused.add(number)
         self._checking = checking
 
     def _release_left(self, evictor: Evictor[S]) -> None:
-        leaving, left = self._leaving, self._left
-        if left:
-            self._left = [storage for storage in left if storage.state is State.GOING_OUT]
-            for storage in left:
-                if storage.state is not State.GOING_OUT:
+        if self._left:
+            left, self._left = self._left, []
+            for number, storage in self._living(left):
+                if storage.state is State.GOING_OUT:
+                    self._left.append(number)
+                else:
                     evictor.release_unless_held(storage)
-        while leaving and leaving[0].state is not State.GOING_OUT:
-            evictor.release_unless_held(leaving.popleft())
+        while self._leaving:
+            first = self._find(self._leaving[0])
+            if first is not None and first.state is State.GOING_OUT:
+                return
+            self._leaving.popleft()
+            if first is not None:
+                evictor.release_unless_held(first)
 
     def _due(self, moves: deque[tuple[int, int]], step: int) -> Sequence[tuple[int, S]]:
         if not moves or moves[0][0] > step:
             return ()
         due = []
         while moves and moves[0][0] <= step:
-            number = moves.popleft()[1]
-            storage = self._find(number)
-            if storage is not None:
-                due.append((number, storage))
-        return due
+            due.append(moves.popleft()[1])
+        return self._living(due)
+
+    def _living(self, numbers: Iterable[int]) -> list[tuple[int, S]]:
+        """Return the storages with these numbers that are alive."""
+        found = ((number, self._find(number)) for number in numbers)
+        return [(number, storage) for number, storage in found if storage is not None]
 
     def _begin_in(self, step: int, evictor: Evictor[S], most: int) -> None:
         """Begin the due copies in, in order, until ``most`` bytes would be exceeded."""

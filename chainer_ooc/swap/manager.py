@@ -19,7 +19,7 @@ from chainer_ooc.swap.devices.protocol import Device, Layout, Span
 from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.events import Observer
 from chainer_ooc.swap.prefetch import UseOrder
-from chainer_ooc.swap.recipe import Recipe, fingerprint_of, to_be_made
+from chainer_ooc.swap.recipe import PrivateContent, Recipe, fingerprint_of, to_be_made
 from chainer_ooc.swap.shortages import Shortage, Shortages
 from chainer_ooc.swap.storage import AWAY, PackedArray, State, Storage
 from chainer_ooc.swap.system import forks
@@ -159,6 +159,11 @@ class SwapManager:
             if storage.state.in_memory and (storage.copy is None or storage.fingerprint is None):
                 storage.fingerprint = fingerprint_of(self.device, storage)
             return storage.fingerprint
+
+    def expose(self, private: PrivateContent) -> None:
+        """Note that other code than Chainer's functions is about to get a saved array."""
+        with self._lock:  # no other thread moves it meanwhile
+            private.expose()
 
     def check_unchanged(self, array: Any) -> None:
         """With ``verify``, warn if a saved array has been modified since it was saved."""

@@ -568,6 +568,57 @@ def once(names: Names) -> str:
     )
 
 
+def planned(names: Names) -> str:
+    """Training by a plan that runs functions again; something is done to arrays in some of the steps."""
+    rng = names.rng
+    reach = rng.choice(
+        [
+            "v.array",
+            "v.node.data",
+            "copy.copy(v).array",
+            "F.reshape(v, (-1,)).array.reshape(v.shape)",
+            "F.identity(v).array",
+            "v.creator_node.get_retained_outputs()[0].array",
+            "inner(v, 2)",
+            "F.split_axis(v, 2, 1)[1].array",
+        ]
+    )
+    change = rng.choice([text for text in EDITS if "ij->ij" not in text]).format(a="a")
+    wrapped = rng.choice(
+        [
+            "{0}",
+            "{0}",
+            "F.sqrt(F.absolute(v))\n        {0}",
+            "with mode({1}):\n            {0}",
+            "with Calls(lambda: kept):\n            F.sum(v)\n        {0}",
+            "with np.errstate(all='call'), np.errstate(call=lambda *_: [k.array.fill(0.5) for k in kept]):\n"
+            "            F.exp(v * 1000)\n        {0}",
+            "with chainer.no_backprop_mode():\n            {0}",
+        ]
+    ).format(
+        f"a = {reach}; {change}; del a",
+        rng.choice(["False", "plan=False", "recompute='never'", "swap_all=True"]),
+    )
+    first, place = rng.randint(2, 6), rng.randint(0, 27)
+    steps = rng.choice([f"n == {first}", f"n >= {first}", f"n % 3 == {first % 3}", "True"])
+    end = rng.choice(
+        [
+            "",
+            "",
+            "v = F.sqrt(F.absolute(v) + 1)",
+            "v = Own().apply((v, v))[0]",
+            "v.array = v.array * 0.5",
+        ]
+    )
+    early = f"i == {max(place - rng.randint(1, 4), 0)}"
+    return (
+        f"kept = []\ndef act(n, i, v):\n    if {early} and {steps} and i < {place}:\n        kept.append(v)\n"
+        f"    if i == {place} and {steps}:\n        {wrapped}\n        kept.clear()\n        {end or 'pass'}\n"
+        f"    return v\nwith slow_copies({rng.choice([1200, 1400, 1700])} << 10):\n"
+        f"    see(iterate(8, act, {names.seed()}))\ndel act, kept"
+    )
+
+
 def strict(names: Names) -> str:
     limit = names.rng.choice(["limit='1MiB'", "above=100000", "above=3000000", "limit=1"])
     function = names.function()
@@ -687,6 +738,7 @@ KINDS: tuple[tuple[Callable[[Names], str], int], ...] = (
     (floating, 4),
     (settings, 8),
     (once, 4),
+    (planned, 2),
     (strict, 3),
     (signals, 5),
     (threads, 4),

@@ -10,6 +10,7 @@ import functools
 import gc
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import re
@@ -32,6 +33,7 @@ import numpy as np
 __all__ = [
     "Alarm",
     "Budget",
+    "Calls",
     "F",
     "Finalizer",
     "Hook",
@@ -54,6 +56,7 @@ __all__ = [
     "inner",
     "interrupt",
     "io",
+    "iterate",
     "kill",
     "net",
     "np",
@@ -264,6 +267,19 @@ class Hook(chainer.FunctionHook):
         self._reached("backward_postprocess", function, in_data, out_grad)
 
 
+class Calls(chainer.FunctionHook):
+    """Writes to the arrays of all variables that ``kept`` returns, after each function."""
+
+    name = "Calls"
+
+    def __init__(self, kept: Callable[[], list[chainer.Variable]]) -> None:
+        self.kept = kept
+
+    def forward_postprocess(self, function: Any, in_data: Any) -> None:
+        for v in self.kept():
+            v.array *= 0.75
+
+
 class LinkHook(chainer.LinkHook):
     """Fails before or after the ``number``-th call of a link."""
 
@@ -344,6 +360,42 @@ def train(model: Any, optimizer: Any, x: np.ndarray, steps: int) -> Any:
         loss.backward()
         optimizer.update()
     return loss
+
+
+def iterate(count: int, act: Callable[[int, int, Any], Any], seed: int) -> Any:
+    """Train a deep network for ``count`` steps. Returns the losses and what has been trained.
+
+    Args:
+        count: The number of steps.
+        act: Called with the step, the place in the network (0 to 27), and the variable there; may return another.
+        seed: Of the parameters and the data.
+    """
+    np.random.seed(seed)
+    layers = [L.Convolution2D(12, 12, 1) for _ in range(4)]
+    norms = [L.BatchNormalization(12) for _ in range(4)]
+    model = chainer.Sequential(*layers, *norms, L.Linear(12, 5))
+    optimizer = chainer.optimizers.MomentumSGD(0.01).setup(model)
+    losses = []
+    for step in range(count):
+        place = itertools.count()
+
+        def at(v: Any, step: int = step, place: Any = place) -> Any:
+            other = act(step, next(place), v)
+            return v if other is None else other
+
+        h = chainer.Variable(rand((4, 12, 16, 16), seed=step))
+        for conv, norm in zip(layers, norms, strict=True):
+            r = at(F.relu(at(norm(at(conv(h))))))
+            h = at(r * at(F.tanh(at(F.dropout(h, 0.2)) * 0.7)) + r)
+        del r
+        loss = F.softmax_cross_entropy(model[-1](F.average(h, axis=(2, 3))), np.arange(4) % 5)
+        del h
+        model.cleargrads()
+        loss.backward()
+        optimizer.update()
+        losses.append(loss.array)
+    params = [p for _, p in sorted(model.namedparams())]
+    return losses, params, [norm.avg_mean for norm in norms]
 
 
 def kill(number: int = signal.SIGUSR1, error: type[BaseException] = Alarm) -> None:

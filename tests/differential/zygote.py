@@ -96,6 +96,10 @@ class Modes:
             engine.be_quiet()
             yield
 
+    def slow_copies(self, above: int) -> Any:
+        """Return a mode in which plans run functions again; ``above`` bytes of saved arrays may be in memory."""
+        return engine.slow_copies(self.directory, above) if self.is_on else contextlib.nullcontext()
+
     def strictly(self, function: Any, **settings: Any) -> Any:
         """Call ``function``; where it does not fit under a limit that is strict, call it again without."""
         if not self.is_on:
@@ -130,7 +134,7 @@ def run(request: dict[str, Any]) -> None:
     sys.modules["__main__"] = module
     names = vars(module)
     names.update({name: getattr(tools, name) for name in tools.__all__})
-    for name in ("enable", "disable", "mode", "strictly"):
+    for name in ("enable", "disable", "mode", "slow_copies", "strictly"):
         names[name] = getattr(modes, name)
     given = set(names)
     np.random.seed(0)
