@@ -85,6 +85,9 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
         "--single-backward", action="store_true", help="backward runs once per graph, as usual"
     )
     parser.add_argument(
+        "--recompute", default="auto", help="auto, or never: plans only move (auto)"
+    )
+    parser.add_argument(
         "--no-search", action="store_true", help="do not look for the largest batchsize and insize"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -103,6 +106,7 @@ def _estimate(options: argparse.Namespace) -> int:
             device=options.device,
             optimizer=options.optimizer,
             single_backward=options.single_backward,
+            recompute=options.recompute,
             search=not options.no_search,
         )
     except OutOfCoreError as error:

@@ -36,6 +36,7 @@ __all__ = [
     "note_used",
     "observers",
     "process",
+    "register_arrays",
     "unhook_allocations",
     "void_levels",
 ]
@@ -50,7 +51,9 @@ _UNLIMITED = (1 << 63) - 1
 
 #: An entry of a thread's stack of modes that means "off".
 OFF = object()
-_ON_CPU: frozenset[type] = frozenset({np.ndarray})
+# The types of arrays besides CuPy's, and what finds the manager of those that are not NumPy's either.
+_types: frozenset[type] = frozenset({np.ndarray})
+_finders: dict[type, Callable[[Any], SwapManager | None]] = {}
 
 
 @dataclasses.dataclass
@@ -88,6 +91,7 @@ class _Local(threading.local):
         read_only: The running code does not write to the arrays that it reads.
         hooked: The thread's large NumPy allocations ask for room.
         growth: The memory that functions took, if allocations cannot ask for room.
+        manager: The manager of the functions that the thread runs on NumPy's arrays, if not that of the RAM.
         peak: The highest ``SwapManager.usage_without_offload()`` while the function ran (bytes).
         uninterrupted: A lock. While the main thread has it, no signal handler runs.
     """
@@ -101,6 +105,7 @@ class _Local(threading.local):
         self.read_only = False
         self.hooked = False
         self.growth: ObservedGrowth | None = None
+        self.manager: SwapManager | None = None
         self.peak = 0
         self.uninterrupted = native.EngineLock()
 
@@ -131,16 +136,24 @@ def note_used(nbytes: int) -> None:
 
 def array_types() -> frozenset[type]:
     """Return the types of the arrays of all devices."""
-    return _ON_CPU if process.gpus is None else _ON_CPU | {process.gpus.array_type}
+    return _types if process.gpus is None else _types | {process.gpus.array_type}
+
+
+def register_arrays(cls: type, find: Callable[[Any], SwapManager | None]) -> None:
+    """Save also arrays of class ``cls``; ``find`` returns the manager of one."""
+    global _types
+    _finders[cls] = find
+    _types |= {cls}
 
 
 def manager_for(array: Any) -> SwapManager | None:
     """Return the manager of the device that holds ``array``; ``None`` if the array must stay as it is."""
     if type(array) is np.ndarray:
-        return process.managers.get("ram")
+        return local.manager or process.managers.get("ram")
     if process.gpus is not None and type(array) is process.gpus.array_type:
         return process.gpus.manager_for(array)
-    return None
+    find = _finders.get(type(array))
+    return None if find is None else find(array)
 
 
 def manager_of_ram() -> SwapManager | None:

@@ -17,16 +17,16 @@ from chainer_ooc.estimating.inputs import Inputs
 from chainer_ooc.estimating.result import Estimate
 from chainer_ooc.estimating.search import Fits, largest
 from chainer_ooc.estimating.step import Recording, record
-from chainer_ooc.planning.policies import OnDemand
+from chainer_ooc.planning.plan_cache import Conditions, plan_for
+from chainer_ooc.planning.policies import OnDemand, Planned
 from chainer_ooc.planning.profile import Profile
-from chainer_ooc.planning.search import make_plan
 from chainer_ooc.planning.simulator import simulate
 from chainer_ooc.planning.system import System, Tier
 from chainer_ooc.planning.timeline import Timeline
-from chainer_ooc.settings import parse_limit
+from chainer_ooc.settings import Settings, parse_limit
 from chainer_ooc.tables import format_bytes
 
-__all__ = ["estimate"]
+__all__ = ["bytes_again", "estimate"]
 
 
 def estimate(
@@ -37,6 +37,7 @@ def estimate(
     device: str = "cpu",
     optimizer: Any = "momentum_sgd",
     single_backward: bool = False,
+    recompute: str = "auto",
     search: bool = True,
 ) -> Estimate:
     """Estimate a training step of a model: memory, traffic, time, and the largest sizes that fit.
@@ -58,6 +59,7 @@ def estimate(
         optimizer: The name of one of ``chainer.optimizers`` (``"momentum_sgd"``, ``"adam"``), its class, or
             ``None``: no update.
         single_backward: As in :func:`chainer_ooc.enable`.
+        recompute: As in :func:`chainer_ooc.enable`.
         search: Search for the largest batchsize and insize that fit. It takes a few times longer.
 
     Returns:
@@ -66,10 +68,11 @@ def estimate(
     Raises:
         EstimateError: If the device, the network or the optimizer is unknown, the network does not accept
             the insize, the limit is below the floor, or a function has no rule.
-        SettingError: If the limit is not allowed.
+        SettingError: If the limit, ``single_backward`` or ``recompute`` is not allowed.
     """
     gpu = devices.find(device)
-    settings = (gpu, limit, optimizer, single_backward)
+    how = Settings.resolve({"single_backward": single_backward, "recompute": recompute}, Settings())
+    settings = (gpu, limit, optimizer, how)
     given = inputs_module.parse(inputs)
     if isinstance(model, str):
         net = nets.find(model)
@@ -97,7 +100,8 @@ class _Point:
     """The step of one batch size and insize."""
 
     recording: Recording
-    profile: Profile
+    recorded: Profile  # as the engine records it, and plans from it
+    profile: Profile  # without the graph of the step before
     in_core_bytes: int
 
 
@@ -108,7 +112,7 @@ class _Estimator:
         gpu: devices.Gpu | None,
         limit: Any,
         optimizer: Any,
-        single_backward: bool,
+        settings: Settings,
         model: Any = None,
         asked: tuple[int, int] = (0, 0),
     ) -> None:
@@ -120,14 +124,14 @@ class _Estimator:
         self.optimizer_name = (
             optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", optimizer)
         )
-        self.single_backward = single_backward
+        self.settings = settings
         self.process_bytes = 0 if gpu else _process_bytes(model)
         self.limit = self._limit(limit)
         if gpu is None:
             rates = calibration.calibrate()
             self.cost = profiles.on_cpu(rates)
             out, back = calibration.disk_rates()
-            self.tier = Tier("disk", out, back, min(out, back), one_queue=True)
+            self.tier = Tier("disk", out, back, one_queue=True)
         else:
             self.cost = profiles.on_gpu_seconds(gpu)
             link = gpu.link * devices.LINK_SHARE
@@ -153,26 +157,25 @@ class _Estimator:
             # A network with its own inputs may ignore these sizes: they are scaled below.
             model, inputs = self.net.build(insize or self.asked[0], batchsize or self.asked[1])
         recording = self._record(model, inputs, batchsize, insize)
-        profile = profiles.make_profile(
-            recording,
-            self.cost,
-            name=self.net.name,
-            device=self.gpu.name if self.gpu else "cpu",
-            gpu=self.gpu is not None,
-            process_bytes=self.process_bytes,
-        )
+        device = self.gpu.name if self.gpu else "cpu"
+        recorded = profiles.make_profile(recording, self.cost, self.net.name, device)
+        profile = profiles.without_left_over(recorded, recording)
         if self.gpu is None:
             in_core = self.process_bytes + heap.resident_peak(recording.ledger.events)
         else:
             in_core = profile.in_core_bytes
-        return _Point(recording, profile, in_core)
+        return _Point(recording, recorded, profile, in_core)
 
     def _record(
         self, model: Any, inputs: Inputs, batchsize: int | None, insize: int | None
     ) -> Recording:
         try:
             return record(
-                model, inputs.make(batchsize, insize), self.optimizer, self.gpu is not None
+                model,
+                inputs.make(batchsize, insize),
+                self.optimizer,
+                self.gpu is not None,
+                self.process_bytes,
             )
         except EstimateError:
             raise
@@ -192,10 +195,14 @@ class _Estimator:
         floor = profile.floor_bytes
         if not in_core and floor > self.limit:
             raise EstimateError(self._below_floor(profile))
-        system = System(self.limit, (self.tier,), self.single_backward)
-        timeline = None if in_core else simulate(profile, system, OnDemand(), detailed=True)
+        system = System(self.limit, (self.tier,), self.settings.single_backward)
+        timeline = plan = planned = None
+        if not in_core:
+            timeline = simulate(profile, system, OnDemand(), detailed=True)
+            now = Conditions(system, self.settings.recompute != "never")
+            plan = plan_for(point.recorded, now)
+            planned = simulate(point.recorded, system, Planned(plan))
         seconds = timeline.seconds if timeline else profile.compute_seconds
-        plan = make_plan(profile, system) if timeline else None
         found = self._search(given, point) if search else {}
         return Estimate(
             name=self.net.name,
@@ -217,6 +224,9 @@ class _Estimator:
             in_core_step_seconds=profile.compute_seconds,
             step_seconds=seconds,
             planned_step_seconds=min(plan.seconds, seconds) if plan else seconds,
+            planned_bytes_out=planned.bytes_out if planned else 0,
+            planned_bytes_in=planned.bytes_in if planned else 0,
+            planned_bytes_again=bytes_again(profile, planned) if planned else 0,
             bound_step_seconds=min(plan.bound_seconds, seconds) if plan else seconds,
             stall_out_seconds=timeline.wait_out_seconds if timeline else 0.0,
             stall_in_seconds=timeline.wait_in_seconds if timeline else 0.0,
@@ -293,9 +303,10 @@ class _Estimator:
         name = self.optimizer_name or "none"
         lines = [
             f"optimizer {name}; training mode; the second iteration (later ones are alike)",
-            "copies move on demand, as in the first iteration; the plan keeps and swaps, and recomputes nothing",
+            "moves, step and bottleneck: on demand, as in the first iteration; by a plan: as from the third one on, "
+            f"with recompute={self.settings.recompute!r}",
         ]
-        if not self.single_backward:
+        if not self.settings.single_backward:
             lines.append("copies are kept for a second backward; single_backward=True moves less")
         if self.gpu is None:
             out, back = self.tier.out_bandwidth / 1e9, self.tier.in_bandwidth / 1e9
@@ -403,3 +414,10 @@ def _functions(profile: Profile, most: int = 8) -> tuple[tuple[str, int, float, 
 def _room_outside(timeline: Timeline, profile: Profile) -> int:
     """Return the most space that copies take at one time (bytes)."""
     return min(timeline.bytes_out, profile.saved_bytes)
+
+
+def bytes_again(profile: Profile, timeline: Timeline) -> int:
+    """Return the size of what the functions make that run again in a simulated iteration (bytes)."""
+    reruns = (profile.steps[number].rerun for _, again in timeline.reruns for number in again)
+    writes = (i for rerun in reruns if rerun is not None for i in rerun.writes)
+    return sum(profile.storages[i].nbytes for i in writes)

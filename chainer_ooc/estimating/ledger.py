@@ -6,10 +6,15 @@ import dataclasses
 import mmap
 import threading
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING
 
-__all__ = ["Ledger", "Memory", "Segment", "active_ledger", "running"]
+if TYPE_CHECKING:
+    from chainer_ooc.swap.manager import SwapManager
 
+__all__ = ["BETWEEN", "Ledger", "Memory", "Segment", "active_ledger", "running"]
+
+#: The phase between two functions.
+BETWEEN = "between"
 #: Address space is taken, memory is not: its pages are never touched, or read as zeros.
 _NORESERVE = getattr(
     mmap, "MAP_NORESERVE", 0x4000
@@ -57,27 +62,20 @@ class Segment:
     Attributes:
         name: The function's label; ``""`` between functions.
         phase: ``"forward"``, ``"backward"`` or ``"between"``.
-        begin: The first event of the segment. Events count allocations and releases.
-        start_bytes: The bytes that were allocated when it began.
-        peak_bytes: The most bytes that were allocated during it.
         work: NumPy's work by kind: elements or bytes touched, see :mod:`.calibration`.
         gemms: Matrix products: (m, n, k, item size), and their number.
-        used: The allocations (numbers) of the function's inputs, outputs, retained arrays and gradients.
         flops: The floating-point operations of its matrix products and convolutions.
-        io_bytes: The bytes of its inputs and outputs.
+        in_bytes: The bytes of the function's inputs, parameters included.
+        out_bytes: The bytes of its outputs.
     """
 
     name: str
     phase: str
-    begin: int
-    start_bytes: int
-    peak_bytes: int
-    node: Any = None
     work: Counter[str] = dataclasses.field(default_factory=Counter)
     gemms: Counter[tuple[int, int, int, int]] = dataclasses.field(default_factory=Counter)
-    used: set[int] = dataclasses.field(default_factory=set)
     flops: float = 0.0
-    io_bytes: int = 0
+    in_bytes: int = 0
+    out_bytes: int = 0
 
 
 class Ledger:
@@ -86,6 +84,8 @@ class Ledger:
     Attributes:
         live_bytes: The bytes that are allocated now.
         peak_bytes: The most bytes that were ever allocated.
+        high_bytes: The most bytes that were allocated since somebody last set it.
+        manager: The manager of the arrays that it counts, if the engine runs on them.
         events: (number, bytes) of each allocation, (number, -bytes) of each release.
         segments: The segments so far. The last one is running.
         notes: The assumptions about values that are not computed.
@@ -94,23 +94,33 @@ class Ledger:
     def __init__(self) -> None:
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.high_bytes = 0
+        self.manager: SwapManager | None = None
         self.events: list[tuple[int, int]] = []
         self.segments: list[Segment] = []
         self.notes: dict[str, None] = {}
         self._count = 0
-        self.begin("", "between")
+        self.begin("", BETWEEN)
 
     @property
     def segment(self) -> Segment:
         """The running segment."""
         return self.segments[-1]
 
-    def begin(self, name: str, phase: str, node: Any = None) -> Segment:
+    def begin(self, name: str, phase: str) -> Segment:
         """Begin a segment."""
-        self.segments.append(
-            Segment(name, phase, len(self.events), self.live_bytes, self.live_bytes, node)
-        )
+        self.segments.append(Segment(name, phase))
         return self.segments[-1]
+
+    def survivors(self, first: int) -> int:
+        """Return the size (bytes) of what was allocated from event ``first`` on, and lives."""
+        living: dict[int, int] = {}
+        for number, nbytes in self.events[first:]:
+            if nbytes > 0:
+                living[number] = nbytes
+            else:
+                living.pop(number, None)
+        return sum(living.values())
 
     def allocate(self, nbytes: int) -> Memory:
         """Return an allocation of ``nbytes`` > 0 bytes, which takes no memory."""
@@ -121,10 +131,9 @@ class Ledger:
         self.events.append((memory.number, nbytes))
         self.live_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        segment = self.segment
-        segment.peak_bytes = max(segment.peak_bytes, self.live_bytes)
+        self.high_bytes = max(self.high_bytes, self.live_bytes)
         if nbytes > _MAPPED:
-            segment.work["fresh"] += nbytes
+            self.segment.work["fresh"] += nbytes
         return memory
 
     def release(self, memory: Memory) -> None:

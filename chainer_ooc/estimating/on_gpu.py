@@ -8,7 +8,7 @@ import numpy as np
 
 from chainer_ooc.estimating import shape_array
 
-__all__ = ["WORKSPACE", "keep_as_cudnn", "takes_workspace"]
+__all__ = ["WORKSPACE", "keep_as_cudnn", "runs_again", "takes_workspace"]
 
 #: cuDNN's workspace for a convolution (bytes): the most that Chainer lets it take by default.
 WORKSPACE = 8 << 20
@@ -35,3 +35,28 @@ def keep_as_cudnn(function: Any) -> None:
 def takes_workspace(label: str) -> bool:
     """Return whether cuDNN takes a workspace for a function."""
     return "onvolution" in label or "RNN" in label or "LSTM" in label or "GRU" in label
+
+
+def runs_again(function: Any) -> bool:
+    """Return whether a function that can run again on NumPy's code can do so with cuDNN and cuBLAS, too.
+
+    Their products may have other bits each time, unless ``chainer.config.cudnn_deterministic``. cuDNN's batch
+    normalization has no statistics to normalize with once more.
+    """
+    import chainer
+    from chainer.functions.connection import (
+        convolution_2d,
+        convolution_nd,
+        deconvolution_2d,
+        deconvolution_nd,
+        linear,
+    )
+    from chainer.functions.normalization import batch_normalization
+
+    products = (
+        *(convolution_2d.Convolution2DFunction, deconvolution_2d.Deconvolution2DFunction),
+        *(convolution_nd.ConvolutionND, deconvolution_nd.DeconvolutionND, linear.LinearFunction),
+    )
+    if isinstance(function, products):
+        return bool(chainer.config.cudnn_deterministic)
+    return not isinstance(function, batch_normalization.BatchNormalization)

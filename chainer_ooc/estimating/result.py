@@ -39,7 +39,10 @@ class Estimate(Shown):
         swap_bytes: The most space that copies take at one time (bytes).
         in_core_step_seconds: The time of a step with everything in memory (seconds).
         step_seconds: The time of a step under the limit (seconds).
-        planned_step_seconds: The same with copies by a plan made from this estimate (seconds).
+        planned_step_seconds: The time of a step by the plan that the engine would make (seconds).
+        planned_bytes_out: The bytes moved out of memory per step by that plan.
+        planned_bytes_in: The bytes moved back per step by that plan.
+        planned_bytes_again: The size of what functions that run again make per step by that plan (bytes).
         bound_step_seconds: The lower bound of the step time for any schedule of copies (seconds).
         stall_out_seconds: The part of ``step_seconds`` spent waiting for copies out (seconds).
         stall_in_seconds: The part spent waiting for copies back (seconds).
@@ -70,6 +73,9 @@ class Estimate(Shown):
     in_core_step_seconds: float
     step_seconds: float
     planned_step_seconds: float
+    planned_bytes_out: int
+    planned_bytes_in: int
+    planned_bytes_again: int
     bound_step_seconds: float
     stall_out_seconds: float
     stall_in_seconds: float
@@ -94,8 +100,12 @@ class Estimate(Shown):
         moved = (
             f"{format_bytes(self.bytes_out)} out and {format_bytes(self.bytes_in)} back per step"
         )
+        by_plan = (
+            f"{format_bytes(self.planned_bytes_out)} out, {format_bytes(self.planned_bytes_in)} back, "
+            f"{format_bytes(self.planned_bytes_again)} run again"
+        )
         if self.fits_in_core:
-            moved = "nothing: it fits in core"
+            moved = by_plan = "nothing: it fits in core"
         images_per_second = (
             f", {self.batchsize / self.step_seconds:.3g} items/s" if self.batchsize else ""
         )
@@ -116,7 +126,8 @@ class Estimate(Shown):
             ("room outside", format_bytes(self.swap_bytes)),
             ("step", f"{self.step_seconds:.3g} s{images_per_second}; in core {self.in_core_step_seconds:.3g} s "
              f"({self.flops / 1e12:.3g} TFLOP)"),
-            ("by a plan", f"{self.planned_step_seconds:.3g} s; no schedule is below {self.bound_step_seconds:.3g} s"),
+            ("by a plan", f"{self.planned_step_seconds:.3g} s; {by_plan}; no schedule is below "
+             f"{self.bound_step_seconds:.3g} s"),
             ("bottleneck", self.bottleneck),
         ]  # fmt: skip
         for what_largest, found in self.largest.items():

@@ -266,7 +266,7 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     """
     # Every function passes here: few calls, and not the property raw_array.
     variable, closely = _stock["variable"], state.local.hooked or settings.swap_all
-    in_ram, manager, nbytes = state.process.managers.get("ram"), None, 0
+    in_ram, manager, nbytes = state.local.manager or state.process.managers.get("ram"), None, 0
     for x in inputs:
         array = x._data[0] if isinstance(x, variable) else x
         owner = in_ram if type(array) is ndarray else state.manager_for(array)

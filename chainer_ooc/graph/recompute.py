@@ -720,7 +720,7 @@ def is_unwatched(func: Any) -> bool:
     import chainer
 
     hooks = [*chainer.get_function_hooks().values(), *(func._local_function_hooks or {}).values()]
-    return all(type(hook).__module__.startswith("chainer.") for hook in hooks)
+    return all(type(hook).__module__.startswith(("chainer.", "chainer_ooc.")) for hook in hooks)
 
 
 @contextlib.contextmanager
@@ -751,7 +751,7 @@ def _quiet(expression: _Expression) -> _Expression:
 
 
 def _on_cpu() -> bool:
-    return state.array_types() == {np.ndarray}
+    return state.process.gpus is None
 
 
 def _is_deterministic(func: Any) -> bool:
