@@ -331,7 +331,10 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
                 y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
             continue
         if arrays is None:
-            arrays = [(_owner_of(_array_of(x)), getattr(x, "_node", None)) for x in inputs]
+            given = [
+                x for x in inputs if _array_of(x) is not None
+            ]  # not all functions need all inputs
+            arrays = [(_owner_of(_array_of(x)), getattr(x, "_node", None)) for x in given]
         owner = _owner_of(array)
         shared = [node for one, node in arrays if one is owner]
         if shared:

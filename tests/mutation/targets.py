@@ -318,14 +318,14 @@ PLANTED = (
     Planted(
         "go on checking what is made from what is written to",
         "swap.manager",
-        "SwapManager._mark_dirty",
+        "SwapManager.make_dependents",
         "dependent.state is State.CHECKING",
         "False",
     ),
     Planted(
         "fetch what another re-run has made",
         "swap.manager",
-        "SwapManager._mark_dirty",
+        "SwapManager.make_dependents",
         "dependent.state is State.DISCARDED",
         "True",
     ),

@@ -88,6 +88,7 @@ def linear(workspace, one_stream):
 
 def main():
     recompute.state.array_types = lambda: {numpy.ndarray, cupy.ndarray}
+    recompute.state.process.gpus = types.SimpleNamespace(array_type=cupy.ndarray, managers={})
     recompute.install()
     for name in FUNCTIONS:
         for deterministic in (False, True):

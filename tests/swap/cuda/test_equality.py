@@ -149,7 +149,7 @@ def test_a_network_whose_arrays_are_made_again(seed, looks, tmp_path):
             ours = three_steps(looks)
         assert_same_bits(ours, stock)
         assert chainer_ooc.stats().storages_remade - before > 10
-        assert machine.calls[COMPARISON] > 10
+        assert machine.calls[COMPARISON] > (10 if looks else 0)
         del ours
 
 
