@@ -19,6 +19,7 @@ TESTS = {
         "tests/graph/test_single_backward.py",
         "tests/graph/test_random_programs.py",
         "tests/equality/test_programs.py",
+        "tests/graph/test_recompute.py",
     ),
     "swap.devices.ram": (
         "tests/swap/test_ram.py",
