@@ -124,6 +124,9 @@ EQUIVALENT = {
     "swap.tiers.pinned.PinnedSlab.close: no memory.close()": "it is unmapped when the list of chunks goes",
     "swap.tiers.pinned.PinnedSlab._make: no memory.close()": "it is unmapped when the function returns",
     "graph.nodes._save_node: leave out 'if data is None:'": "of nothing nothing is saved",
+    "graph.nodes._get_data: leave out 'if PRIVATE in node.__dict__:'": "of what is not private nothing is noted",
+    "graph.nodes._get_data: turn around 'PRIVATE in node.__dict__'": "a saved array is exposed "
+    "when it is read; no re-run reads the array of a node that is not saved",
     "swap.devices.ram.device._is_dense: turn around": "the other branch gives the same, more slowly",
 }  # fmt: skip
 
