@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import threading
@@ -27,7 +28,8 @@ __all__ = ["IterationTracker", "tracker_of"]
 
 #: The assumed bandwidth of a link before the first copy over it (bytes per second).
 ASSUMED_BANDWIDTH = 1e9
-#: After this many known iterations the next ones are not recorded.
+#: After this many known iterations the next ones are not recorded, and after this many unknown ones not what could
+#: be run again.
 WARY = 4
 #: The number of functions whose keys are cached.
 _MOST_TEXTS = 1 << 14
@@ -88,6 +90,7 @@ class IterationTracker:
         self._iteration = self._number = -1  # no function of an iteration has run yet
         # Whether backward has run: the next function that runs forward begins an iteration.
         self._backward = False
+        self._strangers = 0  # the number of last iterations that no plan fitted
         self._to_record = WARY  # the number of iterations still to record, at most
         self._keys: list[str] = []
         self._clocks: list[float] = []
@@ -162,8 +165,18 @@ class IterationTracker:
 
     @property
     def is_guarding(self) -> bool:
-        """Whether the plan discards arrays, or may do so if it is recorded: it matters who gets one."""
-        return bool(self._guarded.run) or self._recorder is not None
+        """Whether a plan discards arrays, or may do so once it is made: it matters who gets one."""
+        return bool(self._guarded.run) or self._outlines
+
+    @property
+    def _outlines(self) -> bool:
+        """Whether to record what can be run again.
+
+        For graphs that never come again that is in vain. If one does after many others, its next iterations are
+        recorded, and its plan is made again from these.
+        """
+        is_known = self._strangers < WARY or self._executor is not None
+        return self._recorder is not None and is_known
 
     @property
     def is_selective(self) -> bool:
@@ -177,7 +190,7 @@ class IterationTracker:
                 return None
             if self._number in self._guarded.run:
                 return Recipes.GUARDED
-            if self._recorder is not None:
+            if self._outlines:
                 return Recipes.OUTLINED
             return Recipes.OF_SAVED if self._number in self._guarded.save else None
 
@@ -334,30 +347,27 @@ class IterationTracker:
         """End an iteration: correct its plan, or make one."""
         self.plan_cache.advance(key_of(OTHER, BETWEEN, ()))
         step_seconds, measured = self._times(seconds)
-        profile = None
-        if self._recorder is not None:
-            profile = self._profile(self._recorder, step_seconds)
-            # What the first iteration has allocated for all, such as the optimizer's state, counts from now on.
-            more = now.beside_bytes - self._conditions.beside_bytes
-            fixed = max(0, profile.fixed_bytes + more)
-            profile = dataclasses.replace(profile, fixed_bytes=fixed)
-            self.manager.shortages.note_floor(profile.floor_bytes)
+        record = None
+        if (recorder := self._recorder) is not None:
+            record = functools.partial(self._profile_for, now, recorder, step_seconds)
         refused = () if self._executor is None else self._executor.refused
-        known = self.plan_cache.finish(measured, self._peak, step_seconds, now, refused, profile)
+        known = self.plan_cache.finish(measured, self._peak, step_seconds, now, refused, record)
         if known is not None:
+            self._strangers = 0
             used = self._counters.bytes_out_used - self._out_used
             self.plan_cache.entries[known].bytes_out_used.append(used)
             self._to_record = max(self._to_record - 1, 0)
             if not self._saves_selectively:
                 self.plan_cache.entries[known].saved = self._saved
             return
+        self._strangers += 1
         signature = signature_of(key for key in self._keys if key.startswith(FORWARD))
         entry = self.plan_cache.entries.get(signature)
         if entry is not None and entry.is_probed:
             entry.note_on_demand(seconds)
         else:
             self._to_record = 0 if entry is not None and entry.disabled else WARY
-        if profile is not None and self.plan_cache.wants(signature) and profile.saved:
+        if record is not None and self.plan_cache.wants(signature) and (profile := record()).saved:
             plan = plan_for(profile, now)
             # The first iteration is slow: much is loaded, allocated and compiled in it.
             on_demand = math.inf if self._iteration == 0 else seconds
@@ -396,6 +406,19 @@ class IterationTracker:
         seconds = step_seconds if known else recorder.seconds(self._clock())
         device = self.manager.device
         return recorder.profile("recorded", device.name, seconds, device.fingerprint_bandwidth())
+
+    def _profile_for(
+        self, now: Conditions, recorder: Recorder, step_seconds: list[float]
+    ) -> Profile:
+        """Return the profile of the iteration that ends, with the memory beside saved arrays as it is now.
+
+        What the iteration has allocated for later ones, too, such as the optimizer's state, counts from now on.
+        """
+        profile = self._profile(recorder, step_seconds)
+        more = now.beside_bytes - self._conditions.beside_bytes
+        profile = dataclasses.replace(profile, fixed_bytes=max(0, profile.fixed_bytes + more))
+        self.manager.shortages.note_floor(profile.floor_bytes)
+        return profile
 
     def _system(self, settings: Settings) -> System:
         out, back = self.manager.bandwidths(ASSUMED_BANDWIDTH)

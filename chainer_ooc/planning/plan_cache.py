@@ -7,7 +7,7 @@ import functools
 import hashlib
 import math
 from collections import OrderedDict, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from chainer_ooc.planning.plan import Plan
@@ -196,8 +196,12 @@ class PlanEntry:
             if self._drifts > _MOST_DRIFTS:
                 return False
             now = now._replace(system=before.system)  # with the speeds that are known
-        else:
-            self.demand_seconds = math.inf  # of other conditions
+        else:  # what was measured was measured under others
+            self.iterations = self._drifts = 0
+            self.seconds.clear()
+            self.peak_bytes.clear()
+            self.bytes_out_used.clear()
+            self.demand_seconds, self.is_probed = math.inf, False
         self._plan_for(now)
         return True
 
@@ -357,7 +361,7 @@ class PlanCache:
         step_seconds: Sequence[float] = (),
         now: Conditions | None = None,
         refused: Collection[int] = (),
-        profile: Profile | None = None,
+        record: Callable[[], Profile] | None = None,
     ) -> str | None:
         """End an iteration, and tune its plan by what was measured.
 
@@ -367,7 +371,7 @@ class PlanCache:
             step_seconds: The time of each step without waits.
             now: The conditions of the next iteration. After a few iterations the plan is made again for them.
             refused: The storages that could not be discarded: then the plan is made again without re-runs of them.
-            profile: The iteration, if it was recorded.
+            record: Makes the profile of the iteration, if it was recorded.
 
         Returns:
             The signature of the plan that was followed to its end, or ``None``: then the iteration should
@@ -383,8 +387,8 @@ class PlanCache:
             entry.finish(measured, peak_bytes, step_seconds)
             # The first iteration of all tells little about the memory and the times of later ones.
             is_rough = entry.iterations == 1 and entry.demand_seconds == math.inf
-            if profile is not None and now is not None:
-                entry.take_record(profile, now)
+            if record is not None and now is not None:
+                entry.take_record(record(), now)
             if now is not None and (entry.iterations == _TRIED or is_rough or refused):
                 entry.plan_again(now, refused)
         return done[0]

@@ -182,3 +182,58 @@ def test_plans_are_for_a_graph_and_its_storages():
     nbytes = profile.storages[0].nbytes + 1
     assert identity(profile) != identity(with_storage(nbytes=nbytes))
     assert identity(profile) != identity(with_storage(label="other", uses=()))
+
+
+def under(plan_cache, profile, now, seconds=1.0):
+    """Run an iteration under some conditions; return the entry."""
+    plan_cache.begin(now)
+    entry = plan_cache.entries[profile.signature]
+    if [*map(plan_cache.advance, profile.steps)][-1] is not None:
+        entry.adapt(now)
+        plan_cache.finish(Took(seconds), 0, [1.0] * len(profile.steps), now)
+    return entry
+
+
+def test_under_another_limit_a_plan_is_judged_anew():
+    profile = graph("float32[8]")
+    plan, its = planned(profile)
+    now, other = Conditions(its), Conditions(dataclasses.replace(its, limit_bytes=2**40))
+    plan_cache = PlanCache()
+    plan_cache.add(profile, plan, 1.0, now)
+    for _ in range(4):
+        entry = under(plan_cache, profile, now, seconds=2.0)
+    assert entry.disabled and entry.iterations == 3
+    for number in range(2):
+        assert under(plan_cache, profile, other).iterations == number + 1
+        assert list(entry.seconds) == [1.0] * (number + 1)
+        assert not entry.disabled and not entry.plan.copy_out
+    again = entry.tuner
+    under(plan_cache, profile, other)
+    assert entry.tuner is not again  # from the least times, as after the first plan
+
+
+def test_memory_that_goes_up_and_down_is_planned_for_a_few_times():
+    profile = graph("float32[8]")
+    plan, its = planned(profile)
+    more = its.limit_bytes // 8
+    plan_cache = PlanCache()
+    plan_cache.add(profile, plan, 1.0, Conditions(its))
+    tuners = set()
+    for number in range(20):
+        entry = under(plan_cache, profile, Conditions(its, True, more * (number % 2)), 0.5)
+        tuners.add(entry.tuner)
+    assert 3 < len(tuners) < 8
+
+
+def test_an_iteration_is_made_a_profile_only_if_a_plan_gets_it():
+    profile = graph("float32[8]")
+    plan, its = planned(profile)
+    made = []
+    plan_cache = PlanCache()
+    plan_cache.add(profile, plan, 1.0, Conditions(its))
+    run(plan_cache, graph("float32[9]"))
+    plan_cache.finish(Took(1.0), 0, (), Conditions(its), record=lambda: made.append(1))
+    assert made == []
+    run(plan_cache, profile)
+    plan_cache.finish(Took(1.0), 0, (), Conditions(its), record=lambda: made.append(1) or profile)
+    assert made == [1]
