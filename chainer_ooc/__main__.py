@@ -177,9 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.run is not _run:
                 return options.run(options)
         finally:
-            print(
-                end="", flush=True
-            )  # here, not when the interpreter ends: it would tell of a broken pipe
+            # Here, not when the interpreter ends: that would tell of a broken pipe.
+            print(end="", flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -7,15 +7,13 @@ import sys
 import warnings
 from typing import Any
 
-__all__ = ["label_of", "repr_of", "shape_of", "warn"]
+__all__ = ["label_of", "mib", "repr_of", "shape_of", "warn"]
 
 
 def label_of(func: Any) -> str:
     """Return the label of a function of the graph, or the name of its class if the label raises."""
-    for name in (
-        "label",
-        "_impl_name",
-    ):  # _impl_name is the class's name, even for old-style functions
+    # _impl_name is the class's name, even for old-style functions.
+    for name in ("label", "_impl_name"):
         with contextlib.suppress(Exception):  # both may be the user's properties
             return str(getattr(func, name))
     return type(func).__name__
@@ -27,6 +25,11 @@ def shape_of(x: Any) -> str:
         return "None" if x is None else str(x.shape)
     except Exception:
         return f"a {type(x).__name__}"
+
+
+def mib(nbytes: int) -> str:
+    """Return a number of bytes in whole mebibytes."""
+    return f"{nbytes / (1 << 20):,.0f} MiB"
 
 
 def repr_of(value: Any) -> str:

@@ -84,7 +84,7 @@ class Ledger:
     Attributes:
         live_bytes: The bytes that are allocated now.
         peak_bytes: The most bytes that were ever allocated.
-        high_bytes: The most bytes that were allocated since somebody last set it.
+        high_bytes: The most bytes that were allocated since it was last set.
         manager: The manager of the arrays that it counts, if the engine runs on them.
         events: (number, bytes) of each allocation, (number, -bytes) of each release.
         segments: The segments so far. The last one is running.

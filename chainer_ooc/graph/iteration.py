@@ -51,7 +51,7 @@ class Guarded(NamedTuple):
     """What a plan with re-runs has to look at while functions run forward.
 
     Attributes:
-        run: The steps that run again: what they read and make gets fingerprints.
+        run: The steps that run again: it matters who gets what they read and make.
         save: The steps that save what the plan discards: its recipe is written then.
         storages: The numbers of the storages that move, are discarded, or are read by re-runs.
     """

@@ -68,16 +68,22 @@ RerunFunction = Callable[[Any, list[Any]], Sequence[Any]]
 
 
 class _Rule(NamedTuple):
+    """How functions of a class run again: see :func:`recomputable`.
+
+    Attributes:
+        is_chainers: The class is Chainer's: it keeps no reference to its output, nor lets others have it.
+        trusted: Each run gives the same bits, whatever threads compute them.
+        crops: The output may be a part of a larger array that it has made, all bytes of which it sets.
+    """
+
     rerun: RerunFunction
     when: Callable[[Any], bool]
     unused: Collection[str]
     costly: bool
     makes: Collection[str]
-    known: bool = (
-        False  # Chainer's own, which keeps no reference to its output, nor lets others have it
-    )
-    trusted: bool = False  # it gives the same bits each time, whatever threads compute them
-    crops: bool = False  # its output may be a part of a larger array that it has made, all bytes of which it sets
+    is_chainers: bool = False
+    trusted: bool = False
+    crops: bool = False
 
 
 _rules: dict[type, _Rule] = {}
@@ -184,17 +190,18 @@ def install() -> None:
     )
     for cls, rule in _rules.items():
         if cls.__module__.startswith("chainer."):
-            _rules[cls] = rule._replace(known=True, trusted=not rule.costly)
+            _rules[cls] = rule._replace(is_chainers=True, trusted=not rule.costly)
 
 
 class Recipes(enum.Enum):
     """Which recipes :func:`offer_recipes` writes."""
 
-    OUTLINED = (
-        "outlined"  #: They tell a plan what can be computed again, from what, and may not be used.
-    )
-    GUARDED = "guarded"  #: With fingerprints of what the function reads and makes, so that they may be used.
-    OF_SAVED = "of saved"  #: Only for what the function saves, not for what is made from it.
+    #: They tell a plan what can be computed again, from what, and may not be used.
+    OUTLINED = "outlined"
+    #: It is known whether what the function reads and makes is unchanged: they may be used.
+    GUARDED = "guarded"
+    #: Only for what the function saves, not for what is made from it.
+    OF_SAVED = "of saved"
 
 
 class _Content(NamedTuple):
@@ -322,7 +329,7 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
     They are what functions known to :func:`install` have made, and views of such arrays by any function.
     """
     rule = _rules.get(type(func))
-    fresh = rule is not None and rule.known and is_unwatched(func)
+    fresh = rule is not None and rule.is_chainers and is_unwatched(func)
     arrays = None
     for y in outputs:
         array = _array_of(y)
@@ -331,9 +338,8 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
                 y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
             continue
         if arrays is None:
-            given = [
-                x for x in inputs if _array_of(x) is not None
-            ]  # not all functions need all inputs
+            # Not all functions need all inputs.
+            given = [x for x in inputs if _array_of(x) is not None]
             arrays = [(_owner_of(_array_of(x)), getattr(x, "_node", None)) for x in given]
         owner = _owner_of(array)
         shared = [node for one, node in arrays if one is owner]
@@ -640,7 +646,7 @@ def _rerun_of(
     leaves.costly |= rule.costly
     leaves.guarded &= ran.guarded
     # cuDNN says so of the algorithms that are run again; BLAS may sum in another order with other threads.
-    leaves.trusted &= rule.trusted or (rule.known and not _on_cpu())
+    leaves.trusted &= rule.trusted or (rule.is_chainers and not _on_cpu())
     cls, configuration = type(func), ran.configuration
 
     def run(arrays: Sequence[Any]) -> tuple[Any, Sequence[Any]]:

@@ -72,7 +72,7 @@ class Moves(Protocol[S]):
         """RESIDENT -> GOING_OUT. Begin to copy the storage out."""
 
     def end_leaving(self, storage: S) -> int:
-        """GOING_OUT -> BOTH, CHECKING -> DISCARDED, or -> RESIDENT if somebody may have written to it. Wait for that.
+        """GOING_OUT -> BOTH, CHECKING -> DISCARDED, or -> RESIDENT if code may have written to it. Wait for that.
 
         Returns:
             The bytes freed.

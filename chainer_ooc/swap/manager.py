@@ -24,6 +24,7 @@ from chainer_ooc.swap.shortages import Shortage, Shortages
 from chainer_ooc.swap.storage import AWAY, PackedArray, State, Storage
 from chainer_ooc.swap.system import forks
 from chainer_ooc.swap.transfers import Counters, Transfers
+from chainer_ooc.wording import mib
 
 __all__ = ["SwapManager"]
 
@@ -319,7 +320,8 @@ class SwapManager:
             with self._lock:
                 self._transfers.run_deferred_frees()
         used -= self._transfers.moved_bytes()
-        self.note_peak_without_offload(used)
+        if used > self.peak_without_offload:
+            self.peak_without_offload = used
         return used
 
     def note_peak_without_offload(self, nbytes: int) -> None:
@@ -598,11 +600,11 @@ class SwapManager:
             size, counters = dict(self._transfers.nbytes), self.counters
         resident = sum(nbytes for state, nbytes in size.items() if state.in_memory)
         return (
-            f"<SwapManager of {self.device.name}: {_mib(self.device.used_bytes())} of {_mib(self.limit)} used; "
-            f"saved: {_mib(resident)} resident, {_mib(size[State.OUT])} out, "
-            f"{_mib(size[State.DISCARDED])} discarded, {_mib(size[State.GOING_OUT])} going out, "
-            f"{_mib(size[State.COMING_IN])} coming in; so far {_mib(counters.bytes_out)} out, "
-            f"{_mib(counters.bytes_in)} in>"
+            f"<SwapManager of {self.device.name}: {mib(self.device.used_bytes())} of {mib(self.limit)} used; "
+            f"saved: {mib(resident)} resident, {mib(size[State.OUT])} out, "
+            f"{mib(size[State.DISCARDED])} discarded, {mib(size[State.GOING_OUT])} going out, "
+            f"{mib(size[State.COMING_IN])} coming in; so far {mib(counters.bytes_out)} out, "
+            f"{mib(counters.bytes_in)} in>"
         )
 
 
@@ -625,7 +627,3 @@ def _is_writeable(array: Any) -> bool:
     """Return whether an array is writeable, without NumPy's warning about results of ``broadcast_arrays``."""
     bits = getattr(array.flags, "num", None)
     return getattr(array.flags, "writeable", True) if bits is None else bool(bits & _WRITEABLE)
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / (1 << 20):,.0f} MiB"

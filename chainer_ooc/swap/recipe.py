@@ -18,8 +18,8 @@ __all__ = [
     "Constant",
     "PrivateContent",
     "Recipe",
+    "fingerprint_if_taken",
     "fingerprint_of",
-    "known",
     "to_be_made",
 ]
 
@@ -227,7 +227,11 @@ class Recipe:
         pairs.append((self.content, now))
         for constant in self.constants:
             pairs += constant.pairs()
-        found = [(known(a), known(b)) for a, b in pairs if a is not b or a is None]
+        found = [
+            (fingerprint_if_taken(a), fingerprint_if_taken(b))
+            for a, b in pairs
+            if a is not b or a is None
+        ]
         if any(None in pair for pair in found):
             return None
         return device.compare(found) if found else Known(True)
@@ -239,7 +243,7 @@ def is_private(storage: Storage, content: Any) -> bool:
     return own is not None and own is content and not own.is_exposed
 
 
-def known(content: Any) -> Any:
+def fingerprint_if_taken(content: Any) -> Any:
     """Return the fingerprint of a content, ``None`` if nobody has taken it."""
     return content.fingerprint if type(content) is PrivateContent else content
 

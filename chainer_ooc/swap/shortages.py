@@ -9,6 +9,7 @@ from typing import NamedTuple
 from chainer_ooc import wording
 from chainer_ooc.planning.system import MARGIN
 from chainer_ooc.swap.devices.protocol import Device
+from chainer_ooc.wording import mib
 
 __all__ = ["Shortage", "Shortages"]
 
@@ -130,12 +131,8 @@ class Shortages:
         least = self.limit_for(max(shortage.need, self.floor_bytes), 1 - MARGIN)
         later = "" if self._knows_an_iteration else "; what runs later may need more"
         return (
-            f"{what} needs {_mib(nbytes)} more, and {_mib(used)} of the limit of {_mib(limit)} are in use: "
-            f"{_mib(held)} by saved arrays that something else holds, {_mib(saved - held)} by other saved arrays, "
-            f"{_mib(used - saved)} by parameters, gradients, temporaries and the interpreter. It needs "
-            f"limit={least} ({_mib(least)}) or a smaller batch{later}."
+            f"{what} needs {mib(nbytes)} more, and {mib(used)} of the limit of {mib(limit)} are in use: "
+            f"{mib(held)} by saved arrays that something else holds, {mib(saved - held)} by other saved arrays, "
+            f"{mib(used - saved)} by parameters, gradients, temporaries and the interpreter. It needs "
+            f"limit={least} ({mib(least)}) or a smaller batch{later}."
         )
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / (1 << 20):,.0f} MiB"

@@ -23,7 +23,7 @@ from chainer_ooc.swap.devices.protocol import (
 )
 from chainer_ooc.swap.events import Copied, Observer
 from chainer_ooc.swap.prefetch import SavedSequence
-from chainer_ooc.swap.recipe import Recipe, fingerprint_of, known
+from chainer_ooc.swap.recipe import Recipe, fingerprint_if_taken, fingerprint_of
 from chainer_ooc.swap.storage import State, Storage
 
 __all__ = ["Counters", "Transfers"]
@@ -338,7 +338,7 @@ class Transfers:
             if needed.dependents is None:
                 needed.dependents = weakref.WeakSet()
             needed.dependents.add(storage)
-        storage.fingerprint = known(storage.recipe.content)
+        storage.fingerprint = fingerprint_if_taken(storage.recipe.content)
         if storage.fingerprint is None and not storage.recipe.trusted:
             storage.fingerprint = fingerprint_of(self.device, storage)
             if storage.fingerprint is None:  # the result could not be checked
@@ -351,7 +351,7 @@ class Transfers:
             self.leaving.append(weakref.ref(storage))
 
     def end_discard(self, storage: Storage) -> int:
-        """CHECKING -> DISCARDED, and free the memory; -> RESIDENT if somebody has written, or refers to it.
+        """CHECKING -> DISCARDED, and free the memory; -> RESIDENT if code has written or refers to it.
 
         Wait for the verdict. Return the bytes freed.
         """
@@ -594,7 +594,7 @@ class Transfers:
 
     def _copy_out(self, storage: Storage) -> Transfer:
         checksums.check_unchanged(self.device, storage)
-        if storage.fingerprint is not None or known(storage.content) is not None:
+        if storage.fingerprint is not None or fingerprint_if_taken(storage.content) is not None:
             storage.fingerprint = fingerprint_of(self.device, storage)
         transfer: Transfer = self._again_with_room(
             storage.nbytes,

@@ -104,7 +104,6 @@ class CudaDevice:
     """
 
     runs_behind = True
-    copy_signs = None
 
     def __init__(
         self,
