@@ -108,15 +108,13 @@ def test_what_is_written_for_a_second_backward_is_told(train, in_core, plan):
     assert "Written for a second backward: " in twice["advice"]
     assert "single_backward=True" in twice["advice"]
     assert "second backward" not in once["advice"]
-    plans = {one["signature"]: one for one in once["plans"]}
-    for mine in twice["plans"]:
-        others = plans[mine["signature"]]
+    for mine, others in zip(twice["plans"], once["plans"], strict=True):
         assert sum(mine["measured_bytes_out_used"]) <= twice["bytes_out_used"]
         assert mine["bytes_out_spared"] >= ARRAY
         # That is what has to leave. To save time the plan may move more.
         assert mine["bytes_out"] - mine["bytes_out_spared"] <= others["bytes_out"] + ARRAY
         assert others["bytes_out_spared"] == sum(others["measured_bytes_out_used"]) == 0
-    assert bool(twice["plans"]) == (plan == "plan=1")
+    assert len(twice["plans"]) == (plan == "plan=1")
 
 
 def test_a_slow_disk_is_named_with_its_rate(train, in_core):

@@ -159,8 +159,8 @@ def test_what_moves_is_what_was_planned(device):
     (entry,) = entries().values()
     nbytes = sum(entry.profile.storages[i].nbytes for _, i in entry.plan.copy_out)
     # What is needed again before it has left does not come back.
-    assert moved[-1][0] == nbytes
-    assert moved[-1][1] > 0
+    # What is needed again before it has left does not come back.
+    assert moved[-1][0] == nbytes >= moved[-1][1] > 0
     assert moved[-1][0] <= moved[1][0]  # on demand it was more, or the same
 
 
@@ -308,7 +308,8 @@ def test_a_plan_is_made_again_from_the_times_of_the_iterations(device, monkeypat
             for entry in entries().values():
                 pacers[id(entry.tuner)] = entry.tuner
                 seconds.append(entry.profile.compute_seconds)
-    assert len(pacers) >= 3  # made of the first iteration, of the second, of the least times
+    # Made of the first iteration, of the second, of the least times, and for memory that went up or down.
+    assert 3 <= len(pacers) <= 3 + plan_cache._MOST_DRIFTS
     assert seconds[-1] == pytest.approx(min(seconds)) and min(seconds) > 0
 
 
@@ -355,7 +356,9 @@ def test_where_copies_cannot_hide_what_can_be_made_again_is(prompt, monkeypatch)
     (entry,) = entries().values()
     dropped = entry.plan.chosen(Choice.RECOMPUTE)
     assert len(dropped) >= 4
-    assert remade[-1] >= len(dropped)
+    system = System(OTHER + 700 * KIB, (Tier("slow", 1e6, 1e6, one_queue=True),), True)
+    foreseen = simulate(entry.profile, system, Planned(entry.plan))
+    assert remade[-1] == sum(len(again) for _, again in foreseen.reruns) >= len(dropped)
     (report,) = chainer_ooc.plans()
     assert (report.storages_recomputed, report.followed) == (len(dropped), True)
     assert report.bytes_recomputed == sum(entry.profile.storages[i].nbytes for i in dropped)
@@ -375,7 +378,8 @@ def test_what_is_reported_of_plans(device):
     saved = report.storages_kept + report.storages_swapped + report.storages_recomputed
     assert saved == len(entry.profile.saved) > 20
     assert report.bytes_out >= report.bytes_swapped > 0
-    assert len(report.measured_seconds) == len(report.measured_peak_bytes) >= 3
+    probed = report.on_demand_seconds < float("inf")  # one iteration ran on demand
+    assert len(report.measured_seconds) == len(report.measured_peak_bytes) == 4 - probed
     assert OTHER < report.peak_bytes <= OTHER + 700 * KIB
     assert max(report.measured_peak_bytes) <= OTHER + 700 * KIB
 

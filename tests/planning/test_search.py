@@ -176,3 +176,33 @@ def test_what_need_not_leave_with_single_backward_need_not(net, fraction):
     excess = profile.resident_peak(single_backward=True) - limit
     largest = max(storage.nbytes for storage in profile.storages)
     assert leaving(once) >= excess - largest
+
+
+@pytest.mark.parametrize("net", ["resnet50", "unet3d", "lstm"])
+@pytest.mark.parametrize("fraction", [0.2, 0.6])
+def test_what_backward_has_used_and_can_be_made_again_is_given_up(net, fraction):
+    """Not before its last use, only where it is in the way, and then less has to leave with a copy."""
+    profile = recorded(net)
+    floor, peak = profile.floor_bytes, profile.resident_peak(single_backward=True)
+    limit = int(floor + fraction * (peak - floor))
+    system = System(limit, (Tier("host", 1e9, 1e9),), single_backward=False, margin=0.0)
+    plan = ScheduleBuilder(profile, system).plan((), (), 0)
+    given_up = {i: step for step, i in plan.discard}
+    assert given_up
+    for i, step in given_up.items():
+        assert plan.choices[i] is Choice.KEEP
+        assert i in profile.makers
+        assert step > profile.storages[i].uses[-1]
+    moves_only = profile.without_reruns(range(len(profile.storages)))
+    without = ScheduleBuilder(moves_only, system).plan((), (), 0)
+    assert not without.discard
+
+    def leaving(plan):
+        return sum(profile.storages[i].nbytes for _, i in plan.copy_out)
+
+    assert leaving(plan) < leaving(without)
+    timeline = simulate(profile, system, Planned(plan))
+    assert timeline.peak_bytes <= limit
+    assert not timeline.reruns  # backward runs once here
+    roomy = dataclasses.replace(system, limit_bytes=profile.in_core_bytes)
+    assert not ScheduleBuilder(profile, roomy).plan((), (), 0).discard

@@ -231,7 +231,12 @@ def test_arguments_of_ibms_mode(capsys):
     ):
         assert chainer_ooc.is_enabled()
         assert chainer.out_of_core_mode is chainer_ooc.out_of_core_mode
-    assert capsys.readouterr().out.startswith("limit ")
+    told, table = (
+        [line.split("  ")[0] for line in text.partition("\n\n")[0].splitlines()]
+        for text in (capsys.readouterr().out, str(chainer_ooc.stats()))
+    )
+    assert told == table
+    assert told[:2] == ["limit", "peak"]
     with pytest.raises(TypeError, match="'sync'"):
         chainer_ooc.out_of_core_mode(sync=True)
     with pytest.raises(SettingError, match="enabled=3"):

@@ -148,8 +148,12 @@ def test_a_network_whose_arrays_are_made_again(seed, looks, tmp_path):
         with chainer_ooc.out_of_core_mode(min_bytes=1, **mode):
             ours = three_steps(looks)
         assert_same_bits(ours, stock)
-        assert chainer_ooc.stats().storages_remade - before > 10
-        assert machine.calls[COMPARISON] > (10 if looks else 0)
+        remade = chainer_ooc.stats().storages_remade - before
+        assert remade > 10
+        if looks:
+            assert machine.calls[COMPARISON] > 10
+        else:  # only parameters, and products, are compared
+            assert 0 < machine.calls[COMPARISON] < remade
         del ours
 
 
