@@ -128,9 +128,9 @@ class ShapeTracker(IterationTracker):
             sizes = (math.prod(y.shape) * y.dtype.itemsize for y in outputs if y is not None)
             self._segment.out_bytes = sum(sizes)
 
-    def wants_recipes(self, func: Any) -> Recipes | None:
-        """Return which recipes to write for the function that has just run forward."""
-        recipes = super().wants_recipes(func)
+    def wants_recipes(self, func: Any, settings: Settings) -> Recipes | None:
+        """Return which recipes to write for the function that has just run forward, ``None`` for none."""
+        recipes = super().wants_recipes(func, settings)
         if recipes is not None and self._device.is_gpu and not on_gpu.runs_again(func):
             return Recipes.OF_SAVED
         return recipes

@@ -115,56 +115,70 @@ def _apply(self: Any, inputs: Any) -> Any:
         return outputs
     if manager is None or _config("schedule_func") is not None:
         return apply(self, inputs)
-    inside = state.local.running is not None
     # Whoever gets such an array, or a view of it, is to be noted: also without a plan, or where another mode is on.
-    guards = recompute.are_private(inputs)
-    if inside and not (guards or settings.verify or _config("enable_backprop")):
-        return _run(self, inputs, None, apply, self, inputs)  # nothing is kept
-    tracker = _tracker(manager, settings)
-    if tracker is not None and _keeps_graph(inputs):
-        is_fresh = tracker.has_begun or not any(reference() for reference, _ in tuple(_pending))
-        tracker.forward(self, inputs, settings, is_fresh)
-    guards |= settings.discard_all or (tracker is not None and tracker.is_guarding)
-    if guards and not (_is_chainers(self) and recompute.is_unwatched(self)):
+    guards = recompute.are_private(inputs) or settings.discard_all
+    local, keeps_graph, tracker = state.local, _config("enable_backprop"), None
+    if (outer := local.running) is not None:
+        if not (keeps_graph or guards or settings.verify):  # nothing is kept
+            local.running = self, inputs
+            try:
+                return apply(self, inputs)
+            finally:
+                local.running = outer
+    elif (tracker := _tracker(manager, settings)) is not None:
+        if keeps_graph and _requires_grad(inputs):
+            is_fresh = tracker.has_begun or not any(reference() for reference, _ in tuple(_pending))
+            tracker.forward(self, inputs, settings, is_fresh)
+        guards = guards or tracker.is_guarding
+    is_safe = not guards or (_is_chainers(self) and recompute.is_unwatched(self))
+    if not is_safe:
         recompute.expose_inputs(inputs)
     run = _run_verified if settings.verify else _run
     outputs = run(self, inputs, manager, apply, self, inputs)
     if guards:
-        recompute.note_private(self, inputs, outputs)
-    if self.inputs is not None and not self._is_chainerx_fallback_mode:
-        if tracker is not None and tracker.is_selective and tracker.moves(self):
-            with state.local.uninterrupted:
-                _save(self, settings.single_backward)
-        else:
+        recompute.note_private(self, inputs, outputs, is_safe)
+    is_kept = self.inputs is not None and not self._is_chainerx_fallback_mode
+    if tracker is None:
+        if is_kept:
             _note(self, settings)
-        recipes = _recipes_for(self, manager, tracker, settings)
-        if recipes is not None:
-            if tracker is None or not tracker.is_selective:
+            if recompute.discards_all(settings) and manager.has_been_short:
                 save_pending()
-            # Now, while its inputs and outputs are unmodified.
-            recompute.offer_recipes(self, inputs, outputs, recipes)
-    if tracker is not None:
-        if not tracker.is_selective:
-            save_pending()
-        record = self.__dict__.get(_RECORD)
-        if record is not None:
-            tracker.saved(self, record.group)
-        elif not tracker.is_selective:
-            tracker.saved(self, ())
-        tracker.ran(state.local.peak)
+                recompute.offer_recipes(self, inputs, outputs, recompute.Recipes.GUARDED)
+    else:
+        _save_tracked(self, inputs, outputs, settings, tracker, is_kept)
     _after(manager, settings, backward=False)
     return outputs
 
 
-def _recipes_for(
-    func: Any, manager: SwapManager, tracker: IterationTracker | None, settings: Settings
-) -> recompute.Recipes | None:
-    """Return which recipes to write for a function that has run forward, ``None`` for none."""
-    if settings.recompute == "never":
-        return None
-    if settings.discard_all and manager.has_been_short:
-        return recompute.Recipes.GUARDED
-    return None if tracker is None else tracker.wants_recipes(func)
+def _save_tracked(
+    func: Any,
+    inputs: Any,
+    outputs: Any,
+    settings: Settings,
+    tracker: IterationTracker,
+    is_kept: bool,
+) -> None:
+    """Save what the tracked iteration needs of a function that has run forward, and write its recipes."""
+    if tracker.is_selective:
+        if is_kept and not tracker.moves(func):
+            _note(func, settings)
+        elif is_kept:
+            with state.local.uninterrupted:
+                _save(func, settings.single_backward)
+    else:
+        if is_kept:
+            _note(func, settings)
+        save_pending()
+    if is_kept:
+        recipes = tracker.wants_recipes(func, settings)
+        if recipes is not None:  # now, while its inputs and outputs are unmodified
+            recompute.offer_recipes(func, inputs, outputs, recipes)
+    record = func.__dict__.get(_RECORD)
+    if record is not None:
+        tracker.saved(func, record.group)
+    elif not tracker.is_selective:
+        tracker.saved(func, ())
+    tracker.ran(state.local.peak)
 
 
 def _is_foreign(func: Any) -> bool:
@@ -194,7 +208,8 @@ def _backprop_step(
     arguments = (func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
     tracker = None
     if manager is not None and settings is not None:
-        tracker = _tracker(manager, settings)
+        if state.local.running is None:
+            tracker = _tracker(manager, settings)
         if tracker is not None:
             tracker.backward(func)
     outer = state.local.read_only
@@ -265,46 +280,43 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     If memory is short, the thread's allocations ask for room from now on.
     """
     # Every function passes here: few calls, and not the property raw_array.
-    variable, closely = _stock["variable"], state.local.hooked or settings.swap_all
-    in_ram, manager, nbytes = state.local.manager or state.process.managers.get("ram"), None, 0
+    variable, local = _stock["variable"], state.local
+    in_ram, manager, nbytes = local.manager or state.process.managers.get("ram"), None, 0
     for x in inputs:
         array = x._data[0] if isinstance(x, variable) else x
         owner = in_ram if type(array) is ndarray else state.manager_for(array)
         if owner is not None:  # Chainer itself raises the error for inputs that are no arrays
             if manager is None:
-                if closely:
+                if local.hooked or settings.swap_all:
                     return owner, False
                 manager = owner
+                if manager.has_been_short:  # plans and recipes begin then
+                    break
             nbytes += array.nbytes
     if manager is None:
         return None, True
-    if manager.budget.are_far(_EXPANSION * nbytes, settings):
-        looks = settings.verify or state.observers
-        # Plans and recipes begin when memory is short for the first time.
-        if not looks and not (manager.has_been_short and (settings.plan or settings.recompute)):
-            return manager, True
+    looks = settings.verify or state.observers or manager.has_been_short
+    if not looks and manager.budget.are_far(_EXPANSION * nbytes, settings):
+        return manager, True
     if not manager.device.asks_for_room:
         state.hook_allocations()
     return manager, False
 
 
 def _tracker(manager: SwapManager, settings: Settings) -> IterationTracker | None:
-    """Return the tracker of iterations; ``None`` inside another function, whose step this one belongs to.
+    """Return the tracker of the iterations that a function begins, or belongs to.
 
     Iterations are recorded once memory has been short for the first time, and the first one if it may get short.
     """
-    inside = state.local.running is not None
-    if inside or not settings.plan or settings.swap_all:
+    if not settings.plan or settings.swap_all:
         return None
-    tracker = tracker_of(manager)
+    tracker = manager.tracker or tracker_of(manager)
     return tracker if manager.has_been_short or tracker.is_first else None
 
 
-def _keeps_graph(inputs: Any) -> bool:
-    for x in inputs:
-        if getattr(x, "requires_grad", False):
-            return bool(_config("enable_backprop"))
-    return False
+def _requires_grad(inputs: Any) -> bool:
+    """Return whether Chainer makes a graph of a function with these inputs, if it makes any."""
+    return any(getattr(x, "_requires_grad", False) for x in inputs)  # faster than the property
 
 
 def _after(manager: SwapManager, settings: Settings, backward: bool) -> None:
@@ -329,7 +341,7 @@ def _run(func: Any, inputs: Any, manager: SwapManager | None, call: Any, *args: 
     try:  # a signal's handler may raise anywhere
         local.running = (func, inputs)
         if manager is not None:
-            local.peak = start = manager.usage_without_offload(manager.budget.last_used)
+            start = local.peak = manager.usage_without_offload(manager.budget.last_used)
             if local.hooked:
                 state.begin_peak(manager)
             begun = time.perf_counter() if state.observers else 0.0
@@ -463,7 +475,7 @@ def _is_chainers(func: Any) -> bool:
 
 
 #: The code that calls a function of the graph, forward or backward.
-_OF_A_FUNCTION = (_run.__code__, _backprop_step.__code__)
+_OF_A_FUNCTION = (_run.__code__, _apply.__code__, _backprop_step.__code__)
 #: The beginnings of the names of modules that write to no array which a function of Chainer has made.
 _CHAINERS = ("chainer.", "chainermn.", "chainer_ooc.")
 

@@ -51,14 +51,16 @@ class Guarded(NamedTuple):
     """What a plan with re-runs has to look at while functions run forward.
 
     Attributes:
-        run: The steps that run again: it matters who gets what they read and make.
+        run: The steps that run again: what they read must be unchanged then.
         save: The steps that save what the plan discards: its recipe is written then.
-        storages: The numbers of the storages that move, are discarded, or are read by re-runs.
+        moves: The steps that save what moves, is discarded, or is read by re-runs.
+        make: The steps that make any of that, or run again: it matters who gets what they make.
     """
 
+    make: frozenset[int] = frozenset()
     run: frozenset[int] = frozenset()
     save: frozenset[int] = frozenset()
-    storages: frozenset[int] = frozenset()
+    moves: frozenset[int] = frozenset()
 
 
 _NOTHING = Guarded()
@@ -79,6 +81,8 @@ class IterationTracker:
 
     Attributes:
         plan_cache: The plans of the device's graphs.
+        is_selective: Only the arrays that the plan moves are saved now.
+        is_guarding: A plan discards arrays, or may do so once it is made: it matters who gets one.
     """
 
     def __init__(self, manager: SwapManager) -> None:
@@ -88,6 +92,7 @@ class IterationTracker:
         self._lock = native.EngineLock()
         self._thread = 0
         self._iteration = self._number = -1  # no function of an iteration has run yet
+        self._at = (-1, -1)  # the two, one object for each step
         # Whether backward has run: the next function that runs forward begins an iteration.
         self._backward = False
         self._strangers = 0  # the number of last iterations that no plan fitted
@@ -110,11 +115,24 @@ class IterationTracker:
         self._held: list[tuple[weakref.ref[Storage], int]] = []
         self._executor: PlanExecutor[Storage] | None = None
         self._guarded = _NOTHING
+        # Asked for every function, so computed when what they depend on changes.
+        self.is_selective = self.is_guarding = self._outlines = False
         self._conditions: Conditions
         self._is_late = False  # functions of the first iteration have run untracked
         self._is_open = False  # functions that run now belong to an iteration that is tracked
         self._start = self._ended_clock = 0.0
         self._ended_used = self._peak = self._out_used = 0
+
+    def _follow(self, executor: PlanExecutor[Storage] | None, guarded: Guarded = _NOTHING) -> None:
+        """Follow a plan from now on, or none."""
+        self._executor, self._guarded = executor, guarded
+        self.is_selective = self._saves_selectively and executor is not None
+        # For graphs that never come again outlines are in vain. If one does after many others, its next iterations are
+        # recorded, and its plan is made again from these.
+        self._outlines = self._recorder is not None and (
+            self._strangers < WARY or executor is not None
+        )
+        self.is_guarding = self._outlines or self._number in guarded.make
 
     @property
     def has_begun(self) -> bool:
@@ -138,17 +156,19 @@ class IterationTracker:
             is_fresh: No earlier function of the graph has run untracked.
         """
         with self._lock:
-            if not self._is_mine():
+            if threading.get_ident() != self._thread and not self._is_mine():
                 return
             key, described = self._describe(func, inputs)
-            self._is_late |= not (is_fresh or self.has_begun)
-            is_first = not self.has_begun and not self._is_late
+            is_first = False
+            if self._iteration < 0:
+                self._is_late |= not is_fresh
+                is_first = not self._is_late
             if is_first or self._backward or self._is_over(key):
                 self._begin(settings)
             if self._number < 0 and not self._is_open:
                 return
             self._step(key, func._impl_name, FORWARD, described)
-            func.__dict__[STEP] = self._iteration, self._number
+            func.__dict__[STEP] = self._at
 
     def moves(self, func: Any) -> bool:
         """Return whether the plan moves or needs any array of the function that has just run forward.
@@ -156,37 +176,21 @@ class IterationTracker:
         If not, its arrays need no saving, unless memory gets short all the same or the plan is left.
         """
         with self._lock:
-            if self._executor is None or func.__dict__.get(STEP) != (self._iteration, self._number):
+            if self._executor is None or func.__dict__.get(STEP) is not self._at:
                 return False
-            if not self._guarded.storages.isdisjoint(self._saved.get(self._number, ())):
+            if self._number in self._guarded.moves:
                 return True
             self._unsaved.append(weakref.ref(func))
             return False
 
-    @property
-    def is_guarding(self) -> bool:
-        """Whether a plan discards arrays, or may do so once it is made: it matters who gets one."""
-        return bool(self._guarded.run) or self._outlines
-
-    @property
-    def _outlines(self) -> bool:
-        """Whether to record what can be run again.
-
-        For graphs that never come again that is in vain. If one does after many others, its next iterations are
-        recorded, and its plan is made again from these.
-        """
-        is_known = self._strangers < WARY or self._executor is not None
-        return self._recorder is not None and is_known
-
-    @property
-    def is_selective(self) -> bool:
-        """Whether only the arrays that the plan moves are saved now."""
-        return self._saves_selectively and self._executor is not None
-
-    def wants_recipes(self, func: Any) -> Recipes | None:
-        """Return which recipes to write for the function that has just run forward."""
+    def wants_recipes(self, func: Any, settings: Settings) -> Recipes | None:
+        """Return which recipes to write for the function that has just run forward, ``None`` for none."""
+        if settings.recompute == "never":
+            return None
+        if settings.discard_all and self.manager.has_been_short:
+            return Recipes.GUARDED
         with self._lock:
-            if func.__dict__.get(STEP) != (self._iteration, self._number):
+            if func.__dict__.get(STEP) is not self._at:
                 return None
             if self._number in self._guarded.run:
                 return Recipes.GUARDED
@@ -197,8 +201,7 @@ class IterationTracker:
     def saved(self, func: Any, group: Iterable[PackedArray]) -> None:
         """Note the arrays that were saved for the function that has just run forward."""
         with self._lock:
-            step = func.__dict__.get(STEP)
-            if step is None or step != (self._iteration, self._number):
+            if func.__dict__.get(STEP) is not self._at:
                 return
             group = [saved for saved in group if saved.storage.manager is self.manager]
             if self.is_selective:
@@ -253,7 +256,7 @@ class IterationTracker:
     def backward(self, func: Any) -> None:
         """Note that a function is about to run backward."""
         with self._lock:
-            if not self._is_mine():
+            if threading.get_ident() != self._thread and not self._is_mine():
                 return
             self._backward = True
             if self._number < 0:  # the iteration began before tracking did
@@ -285,7 +288,7 @@ class IterationTracker:
                 run (bytes).
         """
         with self._lock:
-            if not self._is_mine():
+            if threading.get_ident() != self._thread and not self._is_mine():
                 return
             self._peak = max(self._peak, self.manager.budget.last_used)
             if self._marks is None:
@@ -304,8 +307,9 @@ class IterationTracker:
             self._thread = thread
         if thread == self._thread:
             return True
-        self._leave_the_plan()
         self._recorder, self._backward, self._number, self._thread = None, False, -1, thread
+        self._at = (self._iteration, -1)
+        self._leave_the_plan()
         return False
 
     def _is_over(self, key: str) -> bool:
@@ -322,6 +326,7 @@ class IterationTracker:
             self._end(now - self._start, conditions)
         self._iteration += 1
         self._number = -1
+        self._at = (self._iteration, -1)
         self._backward = False
         self._start, self._peak = time.perf_counter(), 0
         self._out_used = self._counters.bytes_out_used
@@ -329,12 +334,12 @@ class IterationTracker:
         self._storages, self._numbers = {}, {}
         self._saved, self._unsaved = {}, []
         self._arrivals = {}
-        self._executor, self._guarded = None, _NOTHING
         self._conditions = conditions
         # Until memory is short only the first iteration is recorded.
         self._is_open = self.manager.has_been_short or self._iteration == 0
         if not self._is_open:
             self._marks = self._recorder = None
+            self._follow(None)
             return
         self._marks = [] if self.plan_cache.is_settling or self._to_record else None
         self.plan_cache.begin(conditions)
@@ -342,6 +347,7 @@ class IterationTracker:
         # Dropping and checksums need every array to be saved.
         in_full = settings.single_backward or settings.verify or settings.discard_all
         self._saves_selectively = not (in_full or self._to_record)
+        self._follow(None)
 
     def _end(self, seconds: float, now: Conditions) -> None:
         """End an iteration: correct its plan, or make one."""
@@ -434,6 +440,7 @@ class IterationTracker:
         """Begin a step: record it, and make the plan's moves that are due."""
         self._keys.append(key)
         self._number += 1
+        self._at = (self._iteration, self._number)
         if self._marks is not None:
             self._clocks.append(self._clock())
         found = self.plan_cache.advance(key)
@@ -447,13 +454,14 @@ class IterationTracker:
                 entry = self.plan_cache.entries[plan.signature]
                 if entry.adapt(self._conditions):
                     plan = entry.plan
-                executor = self._executor = PlanExecutor(plan, self._find)
+                executor = PlanExecutor(plan, self._find)
                 if self._saves_selectively:
                     self._saved = entry.saved
-                self._guarded = guarded_by(executor, entry)
+                self._follow(executor, guarded_by(executor, entry))
                 self.manager.run_plan(executor, number)
             elif not executor.is_idle(number):
                 self.manager.run_plan(executor, number)
+            self.is_guarding = self._outlines or number in self._guarded.make
         if self._recorder is not None:
             used = self.manager.usage_without_offload(self.manager.budget.used_bytes())
             clock = self._clock()
@@ -464,7 +472,7 @@ class IterationTracker:
             self._marks.append(self._asked)
 
     def _leave_the_plan(self) -> None:
-        self._executor, self._guarded = None, _NOTHING
+        self._follow(None)
         self.manager.run_plan(None)
 
     def _note_freed(self) -> None:
@@ -493,21 +501,27 @@ class IterationTracker:
         """Return the key of a function that runs forward, and the descriptions of its inputs."""
         label = func._impl_name
         try:
-            facts = tuple(self._facts(x) for x in inputs if x is not None)
-            known = (label, facts)
-            if known not in self._texts:
+            facts = []
+            for x in inputs:
+                if x is None:
+                    continue
+                array, step = x, -1
+                node = getattr(x, "_node", None)  # faster than the properties node and raw_array
+                if node is not None:
+                    array = x._data[0]
+                    if node._creator_node is not None:
+                        step = self._step_of(node._creator_node)
+                facts.append((getattr(array, "dtype", None), getattr(array, "shape", ()), step))
+            known = (label, *facts)
+            found = self._texts.get(known)
+            if found is None:
                 if len(self._texts) >= _MOST_TEXTS:
                     self._texts.clear()
                 described = tuple(describe_input(*one) for one in facts)
-                self._texts[known] = key_of(FORWARD, label, described), described
-            return self._texts[known]
+                found = self._texts[known] = key_of(FORWARD, label, described), described
+            return found
         except Exception:  # Chainer itself raises the error for inputs that are no arrays
             return label, ()
-
-    def _facts(self, x: Any) -> tuple[Any, Any, int]:
-        node = getattr(x, "_node", None)  # faster than the properties node and raw_array
-        array, maker = (x, None) if node is None else (x._data[0], node._creator_node)
-        return getattr(array, "dtype", None), getattr(array, "shape", ()), self._step_of(maker)
 
     def _step_of(self, func: Any) -> int:
         step = None if func is None else func.__dict__.get(STEP)
@@ -517,17 +531,22 @@ class IterationTracker:
 def guarded_by(executor: PlanExecutor, entry: PlanEntry) -> Guarded:
     """Return what a plan has to look at while functions run forward."""
     dropped = executor.discarded
-    if not dropped:
-        return Guarded(storages=executor.moved)
     run, storages = set[int](), {*executor.moved}
+    profile = entry.profile
     for i in dropped:
-        maker = entry.profile.makers.get(i)
-        rerun = None if maker is None else entry.profile.steps[maker].rerun
+        maker = profile.makers.get(i)
+        rerun = None if maker is None else profile.steps[maker].rerun
         if maker is not None and rerun is not None:
             run.update(rerun.steps or (maker,))
             storages.update(rerun.reads)
-    save = (step for step, saved in entry.saved.items() if not dropped.isdisjoint(saved))
-    return Guarded(frozenset(run), frozenset(save), frozenset(storages))
+    make = run.union(profile.storages[i].producer for i in storages) if run else ()
+
+    def saving(wanted: frozenset[int]) -> frozenset[int]:
+        return frozenset(
+            step for step, saved in entry.saved.items() if not wanted.isdisjoint(saved)
+        )
+
+    return Guarded(frozenset(make), frozenset(run), saving(dropped), saving(frozenset(storages)))
 
 
 def tracker_of(manager: SwapManager) -> IterationTracker:

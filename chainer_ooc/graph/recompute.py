@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from chainer_ooc import state
+from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.protocol import bytes_of_array
 from chainer_ooc.swap.recipe import PRIVATE, Constant, PrivateContent, Recipe
 from chainer_ooc.swap.storage import PackedArray
@@ -323,13 +324,24 @@ def offer_recipes(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], how:
         _offer_node(func.inputs[index])
 
 
-def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+def discards_all(settings: Settings) -> bool:
+    """Return whether all that can be made again is discarded, without a plan."""
+    return settings.discard_all and settings.recompute != "never"
+
+
+def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], is_safe: bool) -> None:
     """Note which outputs of a function that has just run forward nobody but Chainer's functions can have had.
 
     They are what functions known to :func:`install` have made, and views of such arrays by any function.
+
+    Args:
+        func: The function.
+        inputs: Its inputs.
+        outputs: Its outputs.
+        is_safe: It is Chainer's, and no hook of the user's has had its inputs.
     """
-    rule = _rules.get(type(func))
-    fresh = rule is not None and rule.is_chainers and is_unwatched(func)
+    rule = _rules.get(type(func)) if is_safe else None
+    fresh = rule is not None and rule.is_chainers
     arrays = None
     for y in outputs:
         array = _array_of(y)
@@ -728,7 +740,10 @@ def is_unwatched(func: Any) -> bool:
     """Return whether no user's hook got the inputs after their use: a hook may write to them."""
     import chainer
 
-    hooks = [*chainer.get_function_hooks().values(), *(func._local_function_hooks or {}).values()]
+    everywhere, own = chainer.get_function_hooks(), func._local_function_hooks
+    if not (everywhere or own):
+        return True
+    hooks = [*everywhere.values(), *(own or {}).values()]
     return all(type(hook).__module__.startswith(("chainer.", "chainer_ooc.")) for hook in hooks)
 
 

@@ -345,7 +345,8 @@ class PlanCache:
         position = self._position = self._position + 1
         fitting = self._fitting
         for signature in fitting:
-            if not self._fits(signature, position, key):
+            entry = self.entries.get(signature)
+            if entry is None or position >= len(entry.keys) or entry.keys[position] != key:
                 fitting = self._fitting = [s for s in fitting if self._fits(s, position, key)]
                 break
         return (self.entries[fitting[0]].plan, position) if fitting else None

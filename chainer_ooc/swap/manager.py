@@ -316,10 +316,11 @@ class SwapManager:
         Its rise while a function runs is the memory that the function takes for itself, whatever moves
         meanwhile.
         """
-        if self._transfers.has_deferred_frees:  # else no wait for a thread that moves
+        transfers = self._transfers
+        if transfers.dead or transfers.deferred_frees:  # else no wait for a thread that moves
             with self._lock:
-                self._transfers.run_deferred_frees()
-        used -= self._transfers.moved_bytes()
+                transfers.run_deferred_frees()
+        used -= transfers.moved_bytes
         if used > self.peak_without_offload:
             self.peak_without_offload = used
         return used
@@ -336,7 +337,7 @@ class SwapManager:
 
     def moved_bytes(self) -> int:
         """Return the bytes that transfers have brought into memory less those that they have freed."""
-        return self._transfers.moved_bytes()
+        return self._transfers.moved_bytes
 
     def granted_bytes(self) -> int:
         """Return the memory in use (bytes) up to which allocations need not ask for room."""
@@ -515,9 +516,7 @@ class SwapManager:
 
     def is_between_graphs(self) -> bool:
         """Return whether no saved storage is alive."""
-        with self._lock:
-            self._transfers.run_deferred_frees()
-            return not any(self._transfers.nbytes.values())
+        return not self._transfers.has_living
 
     # When there is no room.
 

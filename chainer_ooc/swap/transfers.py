@@ -123,6 +123,9 @@ class Transfers:
         counters: The transfers so far.
         leaving: The storages whose copies out are running, in the order in which they began.
         nbytes: The size of all storages in each state (bytes).
+        moved_bytes: The bytes that have come into memory less those that were freed.
+        dead: Dead storages. Any thread appends at any time.
+        deferred_frees: Their blocks, which :meth:`run_deferred_frees` frees.
     """
 
     def __init__(
@@ -133,8 +136,6 @@ class Transfers:
         self.leaving: deque[weakref.ref[Storage]] = deque()
         self.observers = observers
         self._make_room = make_room
-        # Bytes brought into memory, bytes freed.
-        self._landed = self._released = 0
         self._busy_until = 0.0
         self._links = _Link(), _Link()  # in, out
         self._copies: deque[tuple[Copied, Transfer]] = (
@@ -144,10 +145,10 @@ class Transfers:
         self._by_owner: dict[int, weakref.ref[Storage]] = {}
         self._by_state: ByState[weakref.ref[Storage]] = ByState()
         self.nbytes = self._by_state.nbytes
-        # Dead storages and their blocks: any thread appends at any time.
-        self._dead: deque[tuple[State, int, int, SavedSequence]] = deque()
-        self._known = 0  # storages alive, or dead and still in _dead
-        self._deferred_frees: deque[tuple[SwappedBlock | None, Transfer | None, int]] = deque()
+        self.moved_bytes = 0
+        self.dead: deque[tuple[State, int, int, SavedSequence]] = deque()
+        self._known = 0  # storages alive, or dead and still in `dead`
+        self.deferred_frees: deque[tuple[SwappedBlock | None, Transfer | None, int]] = deque()
         self._recipes: deque[Recipe] = deque()
         # What was computed again and is being compared, with the arguments of the error if it differs.
         self._remade: deque[tuple[Verdict, tuple[Any, ...], weakref.ref[Storage]]] = deque()
@@ -182,7 +183,7 @@ class Transfers:
     @property
     def has_living(self) -> bool:
         """Whether a storage is alive. Safe at any time in any thread."""
-        return self._known > len(self._dead)
+        return self._known > len(self.dead)
 
     # Asked by the policy.
 
@@ -303,10 +304,6 @@ class Transfers:
         storage.ahead = False
         self._let_go(storage)
 
-    def moved_bytes(self) -> int:
-        """Return the bytes that have come into memory less those that were freed."""
-        return self._landed - self._released
-
     def begin_discard(self, storage: Storage, planned: bool) -> bool:
         """RESIDENT -> CHECKING or DISCARDED, if its recipe computes just these bytes. Return whether it needs no copy.
 
@@ -396,7 +393,7 @@ class Transfers:
         storage.owner, storage.origin = owner, origin
         self._by_owner[id(owner)] = weakref.ref(storage)
         self._move(storage, State.RESIDENT)
-        self._landed += storage.nbytes
+        self.moved_bytes += storage.nbytes
         self._need_no_more(storage.recipe, storage)
         self.counters.storages_remade += 1
 
@@ -429,7 +426,7 @@ class Transfers:
         storage.owner, storage.origin, storage.transfer = owner, origin, transfer
         self._by_owner[id(owner)] = weakref.ref(storage)
         self._move(storage, State.COMING_IN)
-        self._landed += storage.nbytes
+        self.moved_bytes += storage.nbytes
         self.counters.bytes_in += storage.nbytes
         self.counters.storages_in += 1
         if ahead:
@@ -477,7 +474,7 @@ class Transfers:
                 self._need_no_more(storage.recipe, storage)
             storage.recipe = storage.verdict = None
             self._move(storage, State.DROPPED)
-            self._deferred_frees.append((storage.copy, storage.transfer, storage.nbytes))
+            self.deferred_frees.append((storage.copy, storage.transfer, storage.nbytes))
             storage.copy = storage.transfer = None
             if storage.owner is not None:
                 self._let_go(storage)
@@ -490,34 +487,29 @@ class Transfers:
         if storage.state in (State.CHECKING, State.DISCARDED):
             assert storage.recipe is not None
             self._recipes.append(storage.recipe)
-        self._dead.append((storage.state, storage.sequence, storage.nbytes, storage.saved_sequence))
+        self.dead.append((storage.state, storage.sequence, storage.nbytes, storage.saved_sequence))
         if storage.copy is not None or storage.transfer is not None:
-            self._deferred_frees.append((storage.copy, storage.transfer, storage.nbytes))
-
-    @property
-    def has_deferred_frees(self) -> bool:
-        """Whether :meth:`run_deferred_frees` has anything to do. Needs no lock."""
-        return bool(self._dead or self._deferred_frees)
+            self.deferred_frees.append((storage.copy, storage.transfer, storage.nbytes))
 
     def run_deferred_frees(self) -> None:
         """Forget dead storages, and free queued blocks whose transfers have finished."""
-        if not (self._dead or self._deferred_frees):
+        if not (self.dead or self.deferred_frees):
             return
-        while self._dead:
+        while self.dead:
             if self._recipes:  # its recipe's inputs may die with it
                 self._need_no_more(self._recipes.popleft())
                 continue
-            state, number, nbytes, saved_sequence = self._dead.popleft()
+            state, number, nbytes, saved_sequence = self.dead.popleft()
             saved_sequence.living -= 1
             self._known -= 1
             self._by_state.remove(number, nbytes, state)
             # Without moves its death would free its memory now.
             if state in (State.OUT, State.DISCARDED, State.DROPPED):
-                self._released -= nbytes
-        for _ in range(len(self._deferred_frees)):
-            copy, transfer, nbytes = self._deferred_frees.popleft()
+                self.moved_bytes += nbytes
+        for _ in range(len(self.deferred_frees)):
+            copy, transfer, nbytes = self.deferred_frees.popleft()
             if transfer is not None and not transfer.done():
-                self._deferred_frees.append((copy, transfer, nbytes))
+                self.deferred_frees.append((copy, transfer, nbytes))
                 continue
             if transfer is not None and transfer.copy is not copy:
                 transfer.copy.free()
@@ -528,12 +520,12 @@ class Transfers:
         """Return the memory that saved storages take, and dead ones whose transfers have not ended (bytes)."""
         self.run_deferred_frees()
         living = sum(n for state, n in self.nbytes.items() if state.in_memory)
-        dead = sum(n for _, transfer, n in self._deferred_frees if transfer is not None)
+        dead = sum(n for _, transfer, n in self.deferred_frees if transfer is not None)
         return living + self.nbytes[State.COMING_IN] + dead
 
     def wait_for_deferred_frees(self) -> None:
         """Wait for the transfers of all queued blocks, and free them."""
-        for _, transfer, _ in tuple(self._deferred_frees):
+        for _, transfer, _ in tuple(self.deferred_frees):
             if transfer is not None:
                 transfer.wait()
         self.run_deferred_frees()
@@ -543,7 +535,7 @@ class Transfers:
 
         Where calls return before what they compute is there, memory is used again in that order.
         """
-        if self.device.runs_behind or not self._deferred_frees:
+        if self.device.runs_behind or not self.deferred_frees:
             return False
         start = time.perf_counter()
         self.wait_for_deferred_frees()
@@ -624,7 +616,7 @@ class Transfers:
 
     def _let_go(self, storage: Storage) -> None:
         self._by_owner.pop(id(storage.owner), None)
-        self._released += storage.nbytes
+        self.moved_bytes -= storage.nbytes
         self.device.before_release()
         storage.owner = None
 

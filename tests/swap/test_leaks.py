@@ -141,7 +141,7 @@ def census(manager):
             "storages": len(manager.storages()),
             "bytes of storages": sum(transfers.nbytes.values()),
             "owners": len(transfers._by_owner),
-            "graves": len(transfers._deferred_frees) + len(transfers._dead),
+            "graves": len(transfers.deferred_frees) + len(transfers.dead),
             "leaving": len(transfers.leaving),
             "threads": threading.active_count(),
             "descriptors": len(os.listdir("/proc/self/fd")),

@@ -294,5 +294,5 @@ def test_what_was_made_again_is_known_by_its_memory(manager):
     manager.move_all_out()
     array = manager.read(y, read_only=True)
     assert y.storage.state is State.RESIDENT
-    assert manager._transfers.moved_bytes() == 0  # two given up, two have come
+    assert manager._transfers.moved_bytes == 0  # two given up, two have come
     assert manager.save(array, "again").storage is y.storage

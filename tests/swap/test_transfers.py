@@ -40,7 +40,7 @@ def transfers():
 def test_space_under_transfer_is_given_back_after_it(transfers, own):
     copy = Copy()
     transfer = Transfer(copy)
-    transfers._deferred_frees.append((copy if own else None, transfer, 0))
+    transfers.deferred_frees.append((copy if own else None, transfer, 0))
     transfers.run_deferred_frees()
     transfers.run_deferred_frees()
     assert copy.freed == 0
@@ -52,8 +52,8 @@ def test_space_under_transfer_is_given_back_after_it(transfers, own):
 
 def test_waiting_for_the_graves_empties_them(transfers):
     copies = [Copy(), Copy()]
-    transfers._deferred_frees.append((copies[0], Transfer(copies[0]), 0))
-    transfers._deferred_frees.append((copies[1], None, 0))
+    transfers.deferred_frees.append((copies[0], Transfer(copies[0]), 0))
+    transfers.deferred_frees.append((copies[1], None, 0))
     transfers.wait_for_deferred_frees()
     assert [copy.freed for copy in copies] == [1, 1]
 

@@ -306,7 +306,7 @@ def check_nothing_is_left(rig):
     transfers = rig.manager._transfers
     assert rig.manager.storages() == []
     assert not transfers._by_owner
-    assert not transfers._deferred_frees
+    assert not transfers.deferred_frees
     assert set(transfers.nbytes.values()) == {0}
     assert rig.device.disk.file.allocated == 0
     if (block := rig.device.host.allocate(1)) is not None:  # and take back what was retired
