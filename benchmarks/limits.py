@@ -46,13 +46,15 @@ def disk_bandwidth(nbytes: int = 512 * MIB) -> tuple[float, float]:
 def foreseen(done: list[dict[str, Any]]) -> tuple[str, str]:
     """Return what plans foresaw of step time and peak over what was measured, in the best run."""
     planned = [
-        one["plans"][0] for one in done if one["plans"] and one["plans"][0]["measured_seconds"]
+        (one["plans"][0], one["peak_bytes"])
+        for one in done
+        if one["plans"] and one["plans"][0]["measured_seconds"]
     ]
     if not planned:
         return "-", "-"
-    best = min(planned, key=lambda plan: min(plan["measured_seconds"]))
+    best, peak = min(planned, key=lambda pair: min(pair[0]["measured_seconds"]))
     seconds = best["seconds"] / statistics.median(best["measured_seconds"][-3:])
-    return f"{seconds:.2f}", f"{best['peak_bytes'] / max(best['measured_peak_bytes']):.2f}"
+    return f"{seconds:.2f}", f"{best['peak_bytes'] / peak:.2f}"
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from chainer_ooc.graph.attributes import PackedTuple
+from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.recipe import PRIVATE
 from chainer_ooc.swap.storage import PackedArray
 
@@ -93,11 +94,33 @@ def install(
             reach(node)
         return variable._data[0]
 
-    chainer.Variable.raw_array = property(get_raw_array, doc=chainer.Variable.raw_array.__doc__)
+    doc = chainer.Variable.raw_array.__doc__
+    chainer.Variable.raw_array = (
+        property(get_raw_array, doc=doc)
+        if native.allocator is None
+        else native.allocator.RawArray("_data", PRIVATE, None, get_raw_array, None, doc)
+    )
     variable._peek = peek
     variable._before_hooks = before_hooks
-    variable.VariableNode._data = property(_get_data, _set_data)
+    variable.VariableNode._data = _property(
+        "_data", PRIVATE, PackedArray, _get_data, _set_data
+    )
     chainer.FunctionNode._retained_output_data = property(_get_retained, _set_retained)
+
+
+def _property(name: str, asks: str, stand_in: type, get: Any, put: Any) -> Any:
+    """Return a property of a value in the instance's ``__dict__``.
+
+    Args:
+        name: The value's name.
+        asks: With this name in there, ``get`` is to be called.
+        stand_in: The type of values of which ``get`` is to be called.
+        get: Returns the property's value.
+        put: Sets it where it had one.
+    """
+    if native.allocator is None:
+        return property(get, put)
+    return native.allocator.FastProperty(name, asks, stand_in, get, put)
 
 
 def keep(node: Any) -> None:

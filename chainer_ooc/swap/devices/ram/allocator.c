@@ -655,7 +655,8 @@ PyMODINIT_FUNC PyInit__allocator(void)
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     pool_type = module ? (PyTypeObject *)PyType_FromSpec(&pool_spec) : NULL;
-    if (!pool_type || PyModule_AddObjectRef(module, "PagePool", (PyObject *)pool_type) || add_engine_lock(module)) {
+    if (!pool_type || PyModule_AddObjectRef(module, "PagePool", (PyObject *)pool_type) || add_engine_lock(module) ||
+        add_fast_property(module)) {
         Py_XDECREF(module);
         return NULL;
     }

@@ -21,5 +21,7 @@ bool is_sorting(void);
 void find_sorts(void **numpys_table);
 /* Adds the types EngineLock and Mortal to a module. Returns -1 with an exception set if it fails. */
 int add_engine_lock(PyObject *module);
+/* graph/fast_property.c: the same of FastProperty. */
+int add_fast_property(PyObject *module);
 
 #endif
