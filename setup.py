@@ -27,6 +27,7 @@ from setuptools.command.editable_wheel import editable_wheel
 ROOT = Path(__file__).resolve().parent
 PTH = ROOT / "chainer_ooc.pth"
 EXTENSION = "chainer_ooc.swap.devices.ram._allocator"
+IN_PLACE = ROOT / f"{EXTENSION.replace('.', '/')}.abi3.so"
 
 # The stable ABI of Python 3.11: one wheel for it and all later versions.
 LIMITED_API, PYTHON_TAG = "0x030b0000", "cp311"
@@ -221,7 +222,7 @@ class EditableWheel(editable_wheel):
 
     def run(self):
         if not add_extension(self.distribution):
-            (ROOT / C_FILES / "_allocator.abi3.so").unlink(missing_ok=True)
+            IN_PLACE.unlink(missing_ok=True)
         super().run()
 
 
