@@ -295,10 +295,13 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
             nbytes += array.nbytes
     if manager is None:
         return None, True
-    looks = settings.verify or state.observers or manager.has_been_short
-    if not looks and manager.budget.are_far(_EXPANSION * nbytes, settings):
-        return manager, True
-    if not manager.device.asks_for_room:
+    asks = manager.device.asks_for_room
+    if not (settings.verify or state.observers or manager.has_been_short):
+        # Where allocations always ask, nothing need be foreseen but whether to record the first iteration.
+        is_known = asks and manager.tracker is not None and not manager.tracker.is_first
+        if is_known or manager.budget.are_far(_EXPANSION * nbytes, settings):
+            return manager, True
+    if not asks:
         state.hook_allocations()
     return manager, False
 

@@ -102,9 +102,7 @@ def install(
     )
     variable._peek = peek
     variable._before_hooks = before_hooks
-    variable.VariableNode._data = _property(
-        "_data", PRIVATE, PackedArray, _get_data, _set_data
-    )
+    variable.VariableNode._data = _property("_data", PRIVATE, PackedArray, _get_data, _set_data)
     chainer.FunctionNode._retained_output_data = property(_get_retained, _set_retained)
 
 

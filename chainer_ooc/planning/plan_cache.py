@@ -29,6 +29,8 @@ _MOST_SEEN = 1024
 _TRIED = 3
 #: A plan is measured and tuned for this many iterations.
 _SETTLED = 16
+#: After this many iterations with other graphs nothing is measured for a plan, until its graph comes again.
+_UNSEEN = 32
 #: After _TRIED iterations, a plan is disabled if its fastest took more than this times the time on demand.
 _WORSE = 1.02
 #: Where the simulation says that on demand takes less than this times the time by plan, one iteration on demand is
@@ -95,6 +97,7 @@ class PlanEntry:
         tuner: The tuner that holds and corrects the plan.
         demand_seconds: The time of an iteration on demand.
         iterations: The number of iterations that have followed the plan.
+        unseen: The number of iterations of other graphs since then.
         seconds: The times of the last of them.
         peak_bytes: The highest memory in use in each.
         bytes_out_used: The bytes copied out in each for a second backward.
@@ -113,7 +116,7 @@ class PlanEntry:
         self.conditions = conditions
         self.demand_seconds = demand_seconds
         self.is_probed = False
-        self.iterations = 0
+        self.iterations = self.unseen = 0
         self.seconds: deque[float] = deque(maxlen=64)
         self.peak_bytes: deque[int] = deque(maxlen=64)
         self.bytes_out_used: deque[int] = deque(maxlen=64)
@@ -276,7 +279,8 @@ class PlanCache:
     def is_settling(self) -> bool:
         """Whether measurements of the next iterations can still change a plan."""
         return any(
-            entry.iterations < _SETTLED and not entry.disabled for entry in self.entries.values()
+            entry.iterations < _SETTLED and entry.unseen < _UNSEEN and not entry.disabled
+            for entry in self.entries.values()
         )
 
     def wants(self, signature: str) -> bool:
@@ -380,9 +384,12 @@ class PlanCache:
         """
         done = [s for s in self._fitting if self._position + 1 == len(self.entries[s].keys)]
         self._fitting = []
+        for entry in self.entries.values():
+            entry.unseen += 1
         if not done:
             return None
         self.entries.move_to_end(done[0])
+        self.entries[done[0]].unseen = 0
         if measured is not None:
             entry = self.entries[done[0]]
             entry.finish(measured, peak_bytes, step_seconds)

@@ -237,3 +237,22 @@ def test_an_iteration_is_made_a_profile_only_if_a_plan_gets_it():
     run(plan_cache, profile)
     plan_cache.finish(Took(1.0), 0, (), Conditions(its), record=lambda: made.append(1) or profile)
     assert made == [1]
+
+
+def test_a_graph_that_does_not_come_again_is_not_measured_for():
+    one, two = graph("float32[8]"), graph("float32[16]")
+    plan_cache = PlanCache()
+    for profile in (one, two):
+        plan_cache.add(profile, planned(profile)[0])
+    times = Took(1.0)
+    for _ in range(17):
+        run(plan_cache, two)
+        plan_cache.finish(times)
+    assert plan_cache.is_settling  # one may come again
+    for _ in range(17):
+        run(plan_cache, two)
+        plan_cache.finish(times)
+    assert not plan_cache.is_settling
+    run(plan_cache, one)
+    plan_cache.finish()
+    assert plan_cache.is_settling
