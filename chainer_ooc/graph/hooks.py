@@ -116,10 +116,10 @@ def _apply(self: Any, inputs: Any) -> Any:
     if manager is None or _config("schedule_func") is not None:
         return apply(self, inputs)
     # Whoever gets such an array, or a view of it, is to be noted: also without a plan, or where another mode is on.
-    guards = recompute.are_private(inputs) or settings.discard_all
+    has_private, guards = recompute.are_private(inputs), settings.discard_all
     local, keeps_graph, tracker = state.local, _config("enable_backprop"), None
     if (outer := local.running) is not None:
-        if not (keeps_graph or guards or settings.verify):  # nothing is kept
+        if not (keeps_graph or has_private or guards or settings.verify):  # nothing is kept
             local.running = self, inputs
             try:
                 return apply(self, inputs)
@@ -130,13 +130,15 @@ def _apply(self: Any, inputs: Any) -> Any:
             is_fresh = tracker.has_begun or not any(reference() for reference, _ in tuple(_pending))
             tracker.forward(self, inputs, settings, is_fresh)
         guards = guards or tracker.is_guarding
-    is_safe = not guards or (_is_chainers(self) and recompute.is_unwatched(self))
-    if not is_safe:
-        recompute.expose_inputs(inputs)
+    is_safe = False
+    if has_private or guards:
+        is_safe = _is_chainers(self) and recompute.is_unwatched(self)
+        if not is_safe:
+            recompute.expose_inputs(inputs)
     run = _run_verified if settings.verify else _run
     outputs = run(self, inputs, manager, apply, self, inputs)
-    if guards:
-        recompute.note_private(self, inputs, outputs, is_safe)
+    if has_private or guards:
+        recompute.note_private(self, inputs, outputs, guards and is_safe)
     is_kept = self.inputs is not None and not self._is_chainerx_fallback_mode
     if tracker is None:
         if is_kept:

@@ -329,7 +329,7 @@ def discards_all(settings: Settings) -> bool:
     return settings.discard_all and settings.recompute != "never"
 
 
-def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], is_safe: bool) -> None:
+def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], fresh: bool) -> None:
     """Note which outputs of a function that has just run forward nobody but Chainer's functions can have had.
 
     They are what functions known to :func:`install` have made, and views of such arrays by any function.
@@ -338,9 +338,10 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], is_sa
         func: The function.
         inputs: Its inputs.
         outputs: Its outputs.
-        is_safe: It is Chainer's, and no hook of the user's has had its inputs.
+        fresh: It matters who gets new arrays, not only views; the function is Chainer's, and no hook of the user's has
+            had its inputs.
     """
-    rule = _rules.get(type(func)) if is_safe else None
+    rule = _rules.get(type(func)) if fresh else None
     fresh = rule is not None and rule.is_chainers
     arrays = None
     for y in outputs:
