@@ -343,25 +343,25 @@ def note_private(func: Any, inputs: Sequence[Any], outputs: Sequence[Any], fresh
     """
     rule = _rules.get(type(func)) if fresh else None
     fresh = rule is not None and rule.is_chainers
-    arrays = None
+    given = [_array_of(x) for x in inputs]
+    owners = None
     for y in outputs:
-        array = _array_of(y)
-        if array.base is None and not any(array is _array_of(x) for x in inputs):
+        array = y._data[0]
+        if array.base is None and not _is_one_of(array, given):
             if fresh and (manager := state.manager_for(array)) is not None:
-                y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
+                y._node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
             continue
-        if arrays is None:
-            # Not all functions need all inputs.
-            given = [x for x in inputs if _array_of(x) is not None]
-            arrays = [(_owner_of(_array_of(x)), getattr(x, "_node", None)) for x in given]
+        if owners is None:  # not all functions need all inputs
+            owners = [None if one is None else _owner_of(one) for one in given]
         owner = _owner_of(array)
-        shared = [node for one, node in arrays if one is owner]
+        pairs = zip(owners, inputs, strict=True)
+        shared = [getattr(x, "_node", None) for one, x in pairs if one is owner]
         if shared:
             for node in shared:
                 if node is not None and PRIVATE in node.__dict__:
-                    y.node.__dict__[PRIVATE] = node.__dict__[PRIVATE]
+                    y._node.__dict__[PRIVATE] = node.__dict__[PRIVATE]
         elif fresh and (manager := state.manager_for(array)) is not None:
-            y.node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
+            y._node.__dict__[PRIVATE] = PrivateContent(manager.device, array)
 
 
 def are_private(inputs: Sequence[Any]) -> bool:
@@ -395,6 +395,13 @@ def expose_inputs(inputs: Sequence[Any]) -> None:
 def _array_of(x: Any) -> Any:
     """Return the array of a variable, or an array itself, without exposing it as the public properties do."""
     return getattr(x, "_data", (x,))[0]
+
+
+def _is_one_of(array: Any, arrays: list[Any]) -> bool:
+    for one in arrays:  # noqa: SIM110  no generator: every function passes here
+        if one is array:
+            return True
+    return False
 
 
 def _owner_of(array: Any) -> Any:

@@ -94,7 +94,8 @@ class Counters:
     @property
     def lost_seconds(self) -> float:
         """The time that computing threads spent on out-of-core mode: waits and recomputation."""
-        return self.stall_seconds + self.recompute_seconds
+        waits = self.stall_fetch_seconds + self.stall_late_seconds + self.stall_room_seconds
+        return waits + self.stall_trim_seconds + self.recompute_seconds  # asked at each function
 
 
 class _Link:
