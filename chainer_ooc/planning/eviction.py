@@ -5,8 +5,7 @@ The engine (``swap/``) and the simulator follow this one. They differ in what a 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Generic, Protocol, TypeVar
 
 from chainer_ooc.planning.states import AWAY, State
@@ -46,6 +45,10 @@ class Moves(Protocol[S]):
     @property
     def nbytes(self) -> Mapping[State, int]:
         """The size of all storages in each state (bytes)."""
+
+    @property
+    def leaving(self) -> Sized:
+        """The storages whose copies out or checks have begun: nothing runs while it is empty."""
 
     def members(self, state: State, used: bool | None = None) -> Iterable[S]:
         """Return the storages in a state, the used ones or the others, in the order of saving.
@@ -172,13 +175,14 @@ class Evictor(Generic[S]):
         first = [self.release_clean, self._release_leaving]
         if self.follows_plan:
             first.reverse()
+        missing = budget.used_bytes() - most
         for step in (*first, self._free_dead, self.push_out, self._release_arrivals):
-            missing = budget.used_bytes() - most
             if missing <= 0:
                 return
             if step(missing):
                 moves.trim()
-        if budget.used_bytes() > most:
+                missing = budget.used_bytes() - most
+        if missing > 0:
             moves.trim(desperate=True)
 
     def release_clean(self, nbytes: int, used_only: bool = False) -> int:
@@ -201,19 +205,22 @@ class Evictor(Generic[S]):
         """
         moves, size = self._moves, self._moves.nbytes
         freed = 0
-        unused, used = (moves.members(State.RESIDENT, used) for used in (False, True))
-        for storage in itertools.chain(unused, used):
-            if freed + size[State.GOING_OUT] + size[State.CHECKING] >= nbytes:
-                break
-            if storage.referenced_externally:
-                continue
-            if self.discards and moves.begin_discard(storage, planned=False):
-                if storage.state is State.DISCARDED:
-                    freed += storage.nbytes
-            else:
-                moves.begin_out(storage)
-                if size[State.GOING_OUT] > IN_FLIGHT:
-                    freed += self._release_leaving(1)
+        used: list[S] = []
+        for candidates in (moves.members(State.RESIDENT), used):
+            for storage in candidates:
+                if freed + size[State.GOING_OUT] + size[State.CHECKING] >= nbytes:
+                    break
+                if candidates is not used and storage.used:
+                    used.append(storage)
+                elif storage.state is not State.RESIDENT or storage.referenced_externally:
+                    continue
+                elif self.discards and moves.begin_discard(storage, planned=False):
+                    if storage.state is State.DISCARDED:
+                        freed += storage.nbytes
+                else:
+                    moves.begin_out(storage)
+                    if size[State.GOING_OUT] > IN_FLIGHT:
+                        freed += self._release_leaving(1)
         checked = size[State.CHECKING]
         freed += self._release_leaving(nbytes)
         if checked and freed < nbytes:  # what may not be discarded leaves with a copy
@@ -290,6 +297,8 @@ class Evictor(Generic[S]):
     def settle(self) -> None:
         """Take note of the copies out and of the checks that have ended."""
         moves = self._moves
+        if not moves.leaving:
+            return
         while (storage := moves.first_left()) is not None:
             moves.end_leaving(storage)
 
@@ -297,6 +306,8 @@ class Evictor(Generic[S]):
         """Wait for copies out and checks, oldest first, and free their storages. Return the bytes freed."""
         moves = self._moves
         freed = 0
+        if not moves.leaving:
+            return freed
         while freed < nbytes and (storage := moves.first_leaving()) is not None:
             freed += moves.end_leaving(storage) + self.release_unless_held(storage)
         return freed

@@ -197,8 +197,9 @@ class Transfers:
         """
         for reference in self._by_state.members(state):
             storage = reference()
-            if storage is not None and used in (None, storage.used):
-                yield storage
+            if storage is None or used is (storage.remaining_uses > 0):  # of the other kind
+                continue
+            yield storage
 
     def first_leaving(self) -> Storage | None:
         """Return the storage whose copy out or check began first of those that are running, or ``None``."""
