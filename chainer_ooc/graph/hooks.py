@@ -59,8 +59,11 @@ class Record:
     __slots__ = ("by_manager", "drop", "group")
 
     def __init__(self, group: list[PackedArray], drop: bool) -> None:
+        managers: dict[SwapManager, list[PackedArray]] = {}
+        for saved in group:
+            managers.setdefault(saved.storage.manager, []).append(saved)
         self.group = group
-        self.by_manager = _by_manager(group)
+        self.by_manager = list(managers.items())
         self.drop = drop
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
@@ -424,13 +427,6 @@ def _fetch(record: Record, manager: SwapManager | None) -> list[Any]:
         if manager is owner:
             owner.prefetch(group)
     return arrays
-
-
-def _by_manager(group: list[PackedArray]) -> list[tuple[SwapManager, list[PackedArray]]]:
-    managers: dict[SwapManager, list[PackedArray]] = {}
-    for saved in group:
-        managers.setdefault(saved.storage.manager, []).append(saved)
-    return list(managers.items())
 
 
 def save_pending() -> None:

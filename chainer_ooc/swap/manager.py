@@ -149,7 +149,7 @@ class SwapManager:
             rank: The function's rank in the graph: backward runs in the order of falling rank.
         """
         with self._lock:
-            for storage in {saved.storage for saved in group}:
+            for storage in _storages_of(group):
                 storage.remaining_uses += 1
                 storage.rank = max(storage.rank, rank)
 
@@ -244,23 +244,40 @@ class SwapManager:
         """Return the arrays of ``group``. All transfers begin before the first wait."""
         with self._lock:
             self._transfers.check_remade()
-            # What is there first: held by these lists, it cannot be released for the others.
-            arrays = {id(s): self.read(s, read_only) for s in group if s.storage.state.in_memory}
-            owners = [saved.storage.owner for saved in group]
-            begun = []
-            for saved in group:
-                if id(saved) not in arrays:
-                    begun += [one.owner for one in self._begin_in(saved.storage)]
-                    owners.append(saved.storage.owner)
-                elif saved.storage.checksum is not None:
-                    checksums.check_unchanged(self.device, saved.storage)
-            discarded = [saved.storage for saved in group if saved.storage.state is State.DISCARDED]
-            begun.clear()
-            if discarded:
-                self._make_again(discarded)
-            return [
-                arrays.get(id(s)) if id(s) in arrays else self.read(s, read_only) for s in group
-            ]
+            # What is there first: held by this list, it cannot be released for the others.
+            arrays: list[Any] = []
+            absent = []
+            for place, saved in enumerate(group):
+                if saved.storage.state.in_memory:
+                    arrays.append(self.read(saved, read_only))
+                    if saved.storage.checksum is not None:
+                        checksums.check_unchanged(self.device, saved.storage)
+                else:
+                    arrays.append(None)
+                    absent.append(place)
+            if absent:
+                self._fetch_absent(group, arrays, absent, read_only)
+            return arrays
+
+    def _fetch_absent(
+        self,
+        group: Sequence[PackedArray],
+        arrays: list[Any],
+        absent: Iterable[int],
+        read_only: bool,
+    ) -> None:
+        """Fetch the arrays at some places of ``group`` into ``arrays``."""
+        owners, begun = [], []  # referred to, so that none is released for another
+        for place in absent:
+            storage = group[place].storage
+            begun += [one.owner for one in self._begin_in(storage)]
+            owners.append(storage.owner)
+        discarded = [s.storage for s in group if s.storage.state is State.DISCARDED]
+        begun.clear()
+        if discarded:
+            self._make_again(discarded)
+        for place in absent:
+            arrays[place] = self.read(group[place], read_only)
 
     def prefetch(self, group: Iterable[PackedArray]) -> None:
         """Begin to fetch the storages that backward needs after ``group``, as far as free memory allows.
@@ -269,8 +286,7 @@ class SwapManager:
         evict what was just fetched.
         """
         with self._lock:
-            storages = dict.fromkeys(saved.storage for saved in group)
-            self._evictor.prefetch(self._order.use(storages.keys()))
+            self._evictor.prefetch(self._order.use(_storages_of(group)))
 
     def release_use(self, group: Iterable[PackedArray], drop: bool) -> None:
         """Count a function whose backward has used ``group``.
@@ -281,19 +297,22 @@ class SwapManager:
         """
         with self._lock:
             self._transfers.run_deferred_frees()  # dead storages no longer use others
-            storages = dict.fromkeys(saved.storage for saved in group)  # in order
+            storages = _storages_of(group)
             for storage in storages:
                 storage.remaining_uses -= 1
-            over = {s for s in storages if drop and s.used and not (s.kept or s.dependents)}
+            if not drop:
+                self._note_who_holds(storages)
+                return
+            over = {s for s in storages if s.used and not (s.kept or s.dependents)}
             self._note_who_holds([storage for storage in storages if storage not in over])
             for storage in storages:  # marking one dirty may have computed its dependents
-                if drop and storage.used and not (storage.kept or storage.dependents):
+                if storage.used and not (storage.kept or storage.dependents):
                     self._transfers.drop(storage)
 
     def returned(self, group: Iterable[PackedArray]) -> None:
         """Note that a function has used ``group`` in backward and will use it once more: see :meth:`keep`."""
         with self._lock:
-            self._note_who_holds({saved.storage for saved in group})
+            self._note_who_holds(_storages_of(group))
 
     def keep(self, group: Iterable[PackedArray]) -> None:
         """Do not drop ``group`` after its last use: other readers than the counted functions may need it."""
@@ -620,6 +639,14 @@ def _after_fork() -> None:
 
 
 forks.register(_after_fork, _before_fork)
+
+
+def _storages_of(group: Iterable[PackedArray]) -> dict[Storage, None]:
+    """Return the storages of saved arrays, each once, in their order."""
+    storages: dict[Storage, None] = {}
+    for saved in group:
+        storages[saved.storage] = None
+    return storages
 
 
 def _is_writeable(array: Any) -> bool:
