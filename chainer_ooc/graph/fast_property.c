@@ -1,8 +1,8 @@
 /* A property that is read in C as long as nothing stands in for its value, and by a function of Python otherwise.
 
    Chainer reads the arrays of its graph through properties (nodes.py), some ten times a function. Mostly the array is
-   there, and nobody has to be told. Then these take a twentieth of a microsecond, instead of five. What they decide is
-   only that: every other case, every error included, is Python's. */
+   there, and nobody has to be told: then no code of Python runs here. Every other case, every error included, is left to
+   the functions of Python that the property is made of. */
 #include "../swap/devices/ram/allocator.h"
 
 static PyObject *foreign_name, *node_name; /* attributes of Variable */

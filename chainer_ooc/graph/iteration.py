@@ -82,7 +82,8 @@ class IterationTracker:
     Attributes:
         plan_cache: The plans of the device's graphs.
         is_selective: Only the arrays that the plan moves are saved now.
-        is_guarding: A plan discards arrays, or may do so once it is made: it matters who gets one.
+        is_guarding: It matters who gets what the present step makes: a plan discards it, runs it again, or reads it for
+            that; or it is not known yet what a plan will do.
     """
 
     def __init__(self, manager: SwapManager) -> None:
