@@ -30,6 +30,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from tests.doubles.cuda_runtime import cudnn
+
 __all__ = [
     "H200",
     "break_device",
@@ -63,10 +65,23 @@ _ERRORS = {
     "cudaMemcpyAsync": 1,
 }
 
-_MEMORY = (
-    "total used peak allocated pool_used pool_reserved physical mapped reserved pinned pinned_peak "
-    "copied_in copied_out copied_within copied_pageable"
-).split()
+_MEMORY = [
+    "total",
+    "used",
+    "peak",
+    "allocated",
+    "pool_used",
+    "pool_reserved",
+    "physical",
+    "mapped",
+    "reserved",
+    "pinned",
+    "pinned_peak",
+    "copied_in",
+    "copied_out",
+    "copied_within",
+    "copied_pageable",
+]
 
 #: The libraries that CuPy's modules link to: the beginning of their functions' names, and the error
 #: "not supported" of each.
@@ -100,6 +115,8 @@ def install() -> None:
     # CuPy's own kernels only: those of CUB contain another copy of the runtime.
     os.environ.setdefault("CUPY_ACCELERATORS", "")
     double = library()
+    # The double is a cuDNN, too. A path of it is needed, since it is not named as one.
+    os.environ.setdefault("CHAINER_OOC_CUDNN", double._name)
     found = importlib.util.find_spec("cupy")
     if found is None or found.origin is None:
         raise RuntimeError("CuPy is not installed: make test-cuda installs it")
@@ -115,11 +132,15 @@ def library() -> ctypes.CDLL:
     """Return the double, which is compiled at the first call: a ``libcuda.so.1`` for the whole process."""
     global _library
     if _library is None:
-        sources = sorted(FOLDER.glob("*.c"))
-        text = b"".join(path.read_bytes() for path in [*sources, FOLDER / "double.h"])
-        exported = f"-Wl,--version-script={FOLDER / 'exported.txt'}"
-        flags = ["-std=gnu11", "-O1", "-Wl,-soname,libcuda.so.1", exported, "-lpthread", "-ldl"]
-        path = _compiled("libcuda.so.1", text, [*map(str, sources)], flags)
+        files = sorted(FOLDER.glob("*.[ch]"))
+        written = "".join(path.read_text() for path in files)
+        generated = cudnn.functions(written)
+        exported = FOLDER / "exported.txt"
+        flags = ["-std=gnu11", "-O1", "-Wall", "-Wl,-soname,libcuda.so.1", "-lpthread", "-ldl"]
+        flags += [f"-I{FOLDER}", f"-Wl,--version-script={exported}"]
+        sources = [str(path) for path in files if path.suffix == ".c"]
+        text = written + generated + exported.read_text()
+        path = _compiled("libcuda.so.1", text, [*sources, "-xc", "-", "-xnone"], flags, generated)
         _library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
         _library.double_memory.restype = ctypes.POINTER(_Memory)
         for name in ("double_call_name", "double_complaint", "double_kernel"):
@@ -128,14 +149,16 @@ def library() -> ctypes.CDLL:
     return _library
 
 
-def setup(total: int = H200, data: bool = True, lag: int = 0) -> None:
+def setup(total: int = H200, data: bool = True, lag: int = 0, workspace: int = 16 << 20) -> None:
     """Set what the device is like.
 
     Args:
         total: Its memory (bytes).
         data: Whether copies copy. Without, only those below 4 KiB do.
         lag: How many queries of an event or a stream find work not done yet, before they find it done.
+        workspace: What the first algorithm that cuDNN offers for a convolution takes (bytes). The other takes none.
     """
+    library().double_set_workspace(ctypes.c_size_t(workspace))
     library().double_setup(ctypes.c_size_t(total), int(data))
     library().double_set_lag(lag)
 
@@ -195,9 +218,14 @@ def break_device(error: int = 719) -> None:
 
 
 def complaints() -> list[str]:
-    """Return the mistakes of the caller since :func:`reset`, the first 64."""
+    """Return the mistakes of the caller since :func:`reset`, the first 64.
+
+    With ``CUDA_DOUBLE_ABORTS=1`` in the environment the first one aborts: ``python -X faulthandler`` shows where.
+    """
     double = library()
-    return [double.double_complaint(i).decode() for i in range(double.double_number_of_complaints())]
+    return [
+        double.double_complaint(i).decode() for i in range(double.double_number_of_complaints())
+    ]
 
 
 def _cuda_major(site: Path) -> int:
@@ -207,12 +235,22 @@ def _cuda_major(site: Path) -> int:
     raise RuntimeError(f"{site} has no CuPy from a wheel, such as cupy-cuda13x")
 
 
-def _compiled(name: str, text: bytes, sources: list[str], flags: list[str]) -> Path:
-    """Return the shared library made of some sources, which is kept for the next process."""
+def _compiled(
+    name: str, text: str, sources: list[str], flags: list[str], entered: str = ""
+) -> Path:
+    """Return a shared library, which is kept for the next process.
+
+    Args:
+        name: Its name.
+        text: All that it is made of.
+        sources: The compiler's arguments before ``flags``.
+        flags: Those that change the result.
+        entered: What the compiler reads from its standard input.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise RuntimeError("the double of CUDA needs a C compiler: cc was not found")
-    key = hashlib.sha256(text + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(" ".join([text, compiler, *flags]).encode()).hexdigest()[:16]
     user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(user) / "chainer_ooc" / "cuda_double" / key
     path = folder / name
@@ -221,7 +259,9 @@ def _compiled(name: str, text: bytes, sources: list[str], flags: list[str]) -> P
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / name
             command = [compiler, "-shared", "-fPIC", "-o", str(made), *sources, *flags]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            result = subprocess.run(
+                command, input=entered, capture_output=True, text=True, check=False
+            )
             if result.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
             os.replace(made, path)  # other processes may be at it as well
@@ -232,7 +272,9 @@ def _nm(*arguments: str) -> list[str]:
     nm = shutil.which("nm")
     if nm is None:
         raise RuntimeError("the double of CUDA needs nm (binutils), which was not found")
-    return subprocess.run([nm, *arguments], capture_output=True, text=True, check=True).stdout.splitlines()
+    return subprocess.run(
+        [nm, *arguments], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
 
 
 def _make_stand_ins(site: Path) -> list[Path]:
@@ -252,17 +294,22 @@ def _make_stand_ins(site: Path) -> list[Path]:
     made = []
     for name, functions in sorted(needed.items()):
         error = _LIBRARIES.get(name[3:].split(".")[0], 1)
-        lines = ["int double_unsupported(const char *, int);"]
-        lines += [f'int {one}(void) {{ return double_unsupported("{one}", {error}); }}' for one in sorted(functions)]
-        text = "\n".join(lines)
+        lines = [_stand_in(function, error) for function in sorted(functions)]
+        text = "\n".join(["int double_unsupported(const char *, int);", *lines])
         with tempfile.TemporaryDirectory() as scratch:
             source, versions = Path(scratch) / "stand_in.c", Path(scratch) / "versions"
             source.write_text(text)
             versions.write_text(f"{name} {{ global: *; }};")
             flags = [f"-Wl,-soname,{name}", "-O1", "-w"]
             sources = [str(source), f"-Wl,--version-script={versions}"]
-            made.append(_compiled(name, text.encode(), sources, flags))
+            made.append(_compiled(name, text, sources, flags))
     return made
+
+
+def _stand_in(function: str, error: int) -> str:
+    if re.search("Get(Error|Status)(Name|String)", function):
+        return f'const char *{function}(int status) {{ return status == {error} ? "not in the double" : "error"; }}'
+    return f'int {function}(void) {{ return double_unsupported("{function}", {error}); }}'
 
 
 def _redirect(path: Path) -> None:
@@ -286,7 +333,9 @@ def _redirect(path: Path) -> None:
         _make_writable(start)
         ctypes.memmove(start, _jump(address), 14)
     if not redirected:
-        raise RuntimeError(f"{path} has no symbols of CUDA's runtime: this CuPy cannot be redirected")
+        raise RuntimeError(
+            f"{path} has no symbols of CUDA's runtime: this CuPy cannot be redirected"
+        )
 
 
 def _jump(address: int | None) -> bytes:

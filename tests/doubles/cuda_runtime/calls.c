@@ -22,6 +22,7 @@ static char complaints[MOST_COMPLAINTS][256];
 static int number_of_complaints;
 static int broken; /* the error of the context, for ever */
 static bool in_child;
+static const char *current; /* the call that is under way */
 static __thread int last_error;
 
 pthread_mutex_t double_lock;
@@ -74,6 +75,7 @@ int enter(struct call **place, const char *name, bool needs_device)
     if (!*place)
         *place = call_named(name);
     struct call *call = *place;
+    current = name;
     call->count++;
     if (in_child && needs_device)
         return failed(NOT_INITIALIZED);
@@ -93,6 +95,8 @@ int failed(int error)
 
 void complain(const char *format, ...)
 {
+    if (getenv("CUDA_DOUBLE_ABORTS")) /* with Python's faulthandler, to see who */
+        abort();
     if (number_of_complaints == MOST_COMPLAINTS)
         return;
     va_list arguments;
@@ -221,9 +225,9 @@ void *object(void *pointer, enum kind kind, const char *what)
 {
     struct object *object = pointer;
     if (!object || object->kind != kind)
-        complain("%p is no %s", pointer, what);
+        complain("%s: %p is no %s", current, pointer, what);
     else if (object->destroyed)
-        complain("the %s %p is used after it was destroyed", what, pointer);
+        complain("%s: the %s %p is used after it was destroyed", current, what, pointer);
     else
         return object;
     return NULL;

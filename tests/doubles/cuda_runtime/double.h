@@ -87,7 +87,7 @@ void range_add(struct ranges *, struct range);
 void range_remove(struct ranges *, struct range *);
 
 /* Streams, events and the like. They are marked as destroyed, and never freed, so that use after that is found. */
-enum kind { STREAM = 0x51, EVENT, POOL, GRAPH, MODULE, FUNCTION, PHYSICAL };
+enum kind { STREAM = 0x51, EVENT, POOL, GRAPH, MODULE, FUNCTION, PHYSICAL, DESCRIPTOR };
 struct object {
     enum kind kind;
     bool destroyed;

@@ -1,4 +1,4 @@
-/* cuBLAS and cuRAND, as far as Chainer calls them: handles are real, nothing is computed.
+/* cuBLAS, cuRAND and cuSPARSE, as far as Chainer calls them: handles are real, nothing is computed.
 
    What CuPy needs of these and other libraries to be loaded, and is not here, is made by the Python module: it fails,
    with a complaint. */
@@ -180,5 +180,32 @@ int curandGetVersion(int *version)
 {
     ENTER;
     *version = 10400;
+    return OK;
+}
+
+int cusparseCreate(void **pointer)
+{
+    ENTER;
+    return create(pointer);
+}
+
+int cusparseDestroy(void *pointer)
+{
+    HANDLE(pointer, "cuSPARSE handle", 1)
+    library->object.destroyed = true;
+    return OK;
+}
+
+int cusparseSetStream(void *pointer, void *stream)
+{
+    HANDLE(pointer, "cuSPARSE handle", 1)
+    library->stream = stream;
+    return stream_of(stream) ? OK : INVALID_VALUE;
+}
+
+int cusparseGetVersion(void *pointer, int *version)
+{
+    HANDLE(pointer, "cuSPARSE handle", 1)
+    *version = 12600;
     return OK;
 }
