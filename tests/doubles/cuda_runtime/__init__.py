@@ -39,6 +39,7 @@ __all__ = [
     "counts",
     "fail",
     "install",
+    "is_installed",
     "is_needed",
     "kernels",
     "library",
@@ -65,7 +66,7 @@ _ERRORS = {
     "cudaMemcpyAsync": 1,
 }
 
-_MEMORY = [
+_MEMORY = (
     "total",
     "used",
     "peak",
@@ -81,7 +82,7 @@ _MEMORY = [
     "copied_out",
     "copied_within",
     "copied_pageable",
-]
+)
 
 #: The libraries that CuPy's modules link to: the beginning of their functions' names, and the error
 #: "not supported" of each.
@@ -102,6 +103,11 @@ def is_needed() -> bool:
     if importlib.util.find_spec("cupy") is None:
         return False
     return not any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def is_installed() -> bool:
+    """Tell whether CuPy runs on the double in this process."""
+    return bool(_stand_ins)
 
 
 def install() -> None:

@@ -53,7 +53,7 @@ class CopyStreams:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._threads = 0  # the number of threads on per-thread default streams
-        self._events: dict[bool, deque[Any]] = {True: deque(), False: deque()}  # those that take times
+        self._events: tuple[deque[Any], deque[Any]] = deque(), deque()  # the second take times
         with self.on_device():
             self._out = self._cuda.Stream(non_blocking=True)
             self._back = self._cuda.Stream(non_blocking=True)
