@@ -23,10 +23,12 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,6 +43,7 @@ __all__ = [
     "install",
     "is_installed",
     "is_needed",
+    "is_supported",
     "kernels",
     "library",
     "memory",
@@ -98,9 +101,14 @@ class _Memory(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in _MEMORY]
 
 
+def is_supported() -> bool:
+    """Tell whether the double knows this platform: Linux on x86-64."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
 def is_needed() -> bool:
-    """Tell whether CuPy is installed and no driver is: whether :func:`install` would let it run."""
-    if importlib.util.find_spec("cupy") is None:
+    """Tell whether CuPy is installed and no GPU is there, so that :func:`install` lets CuPy run."""
+    if importlib.util.find_spec("cupy") is None or not is_supported():
         return False
     return not any(Path("/dev").glob("nvidia[0-9]*"))
 
