@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import chainer
 import cupy
 import numpy as np
@@ -9,6 +11,7 @@ import numpy as np
 KIB = 1 << 10
 
 
+@functools.cache
 def bits_of(number, nbytes):
     """Return the bytes of the number-th array."""
     return np.random.RandomState(number).randint(0, 256, nbytes).astype(np.uint8)

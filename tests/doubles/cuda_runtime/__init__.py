@@ -231,9 +231,17 @@ def fail(name: str, at: int = 1, times: int = 1, error: int | None = None) -> No
     library().double_fail(name.encode(), ctypes.c_long(at), ctypes.c_long(times), error)
 
 
-def break_device(error: int = 719) -> None:
-    """Fail as a kernel does: from now on all calls return the error, ``cudaErrorLaunchFailure`` by default."""
-    library().double_break(error)
+def break_device(error: int = 719, after: tuple[str, int] | None = None) -> None:
+    """Fail as a kernel does: all calls return the error, ``cudaErrorLaunchFailure`` by default, until :func:`reset`.
+
+    Args:
+        error: The ``cudaError_t``.
+        after: The name of a function, and which call of it from now on is the last that succeeds. By default now.
+    """
+    if after is None:
+        library().double_break(error)
+    else:
+        library().double_break_after(after[0].encode(), ctypes.c_long(after[1]), error)
 
 
 def allow_in_child() -> None:

@@ -11,6 +11,8 @@ struct call {
     long fails_at; /* the count from which it fails; 0: never */
     long failures; /* how many times */
     int error;
+    long breaks_at; /* the count after which the device is broken; 0: never */
+    int break_error;
 };
 
 #define MOST_CALLS 512
@@ -83,7 +85,10 @@ int enter(struct call **place, const char *name, bool needs_device)
         call->failures--;
         return failed(call->error);
     }
-    return needs_device && broken ? failed(broken) : OK;
+    int error = needs_device && broken ? failed(broken) : OK;
+    if (call->count == call->breaks_at)
+        broken = call->break_error;
+    return error;
 }
 
 int failed(int error)
@@ -259,12 +264,21 @@ void double_allow_child(void) { in_child = false; }
 /* Fail as a kernel does: all later calls that need the device return the error. */
 void double_break(int error) { broken = error; }
 
+void double_break_after(const char *name, long number, int error)
+{
+    LOCKED;
+    (void)locked;
+    struct call *call = call_named(name);
+    call->breaks_at = call->count + number;
+    call->break_error = error;
+}
+
 void double_reset(void)
 {
     LOCKED;
     (void)locked;
     for (int i = 0; i < number_of_calls; i++)
-        calls[i].count = calls[i].fails_at = calls[i].failures = 0;
+        calls[i].count = calls[i].fails_at = calls[i].failures = calls[i].breaks_at = 0;
     number_of_complaints = broken = 0;
     memory.peak = memory.used;
     memory.pinned_peak = memory.pinned;
