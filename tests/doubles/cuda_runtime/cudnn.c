@@ -56,10 +56,20 @@ static size_t element(int type)
     return type == 1 ? 8 : type == 2 ? 2 : 4; /* cudnnDataType_t: float, double, half */
 }
 
-int cudnnSetStream(void *handle, void *stream)
+int cudnnSetStream(void *pointer, void *stream)
 {
     ENTER;
-    return is_descriptor(__func__, "handle", handle, false) && stream_of(stream) ? OK : BAD_PARAMETER;
+    struct descriptor *handle = pointer;
+    if (!is_descriptor(__func__, "handle", pointer, false) || !stream_of(stream))
+        return BAD_PARAMETER;
+    handle->stream = stream;
+    return OK;
+}
+
+void library_works(void *pointer, double milliseconds)
+{
+    struct descriptor *handle = pointer;
+    handle_works(handle->stream, milliseconds);
 }
 
 int cudnnSetTensorNdDescriptor(void *pointer, int type, int count, const int *sides, const int *strides)

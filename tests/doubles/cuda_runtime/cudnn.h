@@ -6,6 +6,7 @@
 struct descriptor {
     struct object object;
     int type, count, sides[8], strides[8];
+    void *stream; /* of a handle */
     size_t bytes; /* of the memory that it describes; 0: not known */
 };
 
@@ -20,6 +21,7 @@ void *new_descriptor(void);
 bool is_descriptor(const char *function, const char *name, void *, bool may_be_null);
 bool is_data(const char *function, const char *name, const void *, size_t size);
 size_t size_of(void *descriptor);
+void library_works(void *handle, double milliseconds);
 void offer_algorithms(int most, int *count, struct performance *);
 size_t workspace_of(int algorithm);
 int cudaRuntimeGetVersion(int *);

@@ -56,6 +56,7 @@ def _body(name: str, parameters: list[tuple[str, str]]) -> Iterator[str]:
     if name == "cudnnGetRNNWeightParams":
         yield f'return double_unsupported("{name}", UNSUPPORTED);'
         return
+    computes = False
     for index, (parameter, kind) in enumerate(parameters):
         if kind != "ptr" or _ON_HOST.fullmatch(parameter):
             continue
@@ -75,10 +76,13 @@ def _body(name: str, parameters: list[tuple[str, str]]) -> Iterator[str]:
                 size = f"size_of({before})"
             elif after[1] == "size":
                 size = after[0]
+            computes = True
             check = f'is_data(__func__, "{parameter}", {parameter}, {size})'
         yield f"if (!{check}) return BAD_PARAMETER;"
     if name.startswith("cudnnDestroy"):
         yield f"((struct object *){first})->destroyed = true;"
     if "perfResults:ptr" in map(":".join, parameters):
         yield "offer_algorithms(requestedAlgoCount, returnedAlgoCount, perfResults);"
+    if first == "handle" and computes:
+        yield f"library_works(handle, {'PRODUCT_TIME' if 'Convolution' in name else 'KERNEL_TIME'});"
     yield "return OK;"

@@ -118,6 +118,12 @@ void trim_pools(void); /* what a synchronization does */
 
 struct stream;
 struct stream *stream_of(void *); /* NULL and a complaint: there is none such */
-void stream_works(struct stream *);
+void stream_works(struct stream *, double milliseconds);
+void handle_works(void *stream, double milliseconds); /* a library's */
 void wait_for_all(void);
 bool any_capture(void);
+
+/* What work takes on the simulated clock (milliseconds); bytes are copied at 50 GB/s. */
+#define KERNEL_TIME 0.05
+#define PRODUCT_TIME 0.5
+#define COPY_TIME(bytes) ((bytes) / 50e6)

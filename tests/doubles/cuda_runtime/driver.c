@@ -354,7 +354,7 @@ static int launch(void *pointer, const unsigned grid[3], const unsigned block[3]
         return MISTAKE(INVALID_VALUE, "%s: no grid of (%u, %u, %u) blocks of (%u, %u, %u) threads, %u bytes shared",
                        function->name, grid[0], grid[1], grid[2], block[0], block[1], block[2], shared);
     function->launches++;
-    stream_works(stream);
+    stream_works(stream, KERNEL_TIME);
     return OK;
 }
 

@@ -91,6 +91,7 @@ int cublasGetPointerMode_v2(void *pointer, int *mode)
     int name(void *pointer)                                                   \
     {                                                                         \
         HANDLE(pointer, "cuBLAS handle", 1)                                   \
+        handle_works(library->stream, PRODUCT_TIME);                          \
         return stream_of(library->stream) ? OK : 13; /* EXECUTION_FAILED */   \
     }
 

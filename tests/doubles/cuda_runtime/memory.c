@@ -470,7 +470,7 @@ int cudaMemcpyAsync(void *target, const void *source, size_t size, int kind, voi
     struct stream *stream = stream_of(pointer);
     if (!stream)
         return failed(INVALID_HANDLE);
-    stream_works(stream);
+    stream_works(stream, COPY_TIME(size));
     return copy("cudaMemcpyAsync", target, source, size, kind);
 }
 
@@ -499,7 +499,7 @@ int cudaMemcpy2DAsync(void *target, size_t target_pitch, const void *source, siz
     struct stream *stream = stream_of(pointer);
     if (!stream)
         return failed(INVALID_HANDLE);
-    stream_works(stream);
+    stream_works(stream, COPY_TIME(width * height));
     return copy_rows("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, height, kind);
 }
 
@@ -540,6 +540,6 @@ int cudaMemsetAsync(void *target, int value, size_t size, void *pointer)
     struct stream *stream = stream_of(pointer);
     if (!stream)
         return failed(INVALID_HANDLE);
-    stream_works(stream);
+    stream_works(stream, KERNEL_TIME);
     return set("cudaMemsetAsync", target, value, size);
 }

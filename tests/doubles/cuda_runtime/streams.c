@@ -9,7 +9,8 @@ struct stream {
     unsigned flags;
     int priority;
     bool captures, invalidated;
-    long due; /* when its work is done */
+    long due;    /* when its work is done */
+    double time; /* on the simulated clock */
 };
 
 struct event {
@@ -54,7 +55,24 @@ struct stream *stream_of(void *pointer)
     return pointer == (void *)2 ? &per_thread : object(pointer, STREAM, "stream");
 }
 
-void stream_works(struct stream *stream) { stream->due = now + lag; }
+/* With a simulated clock events tell the time at which the work before them would have ended, had each piece taken
+   what it is given below: the same in each run. Else they tell the host's time. */
+static bool simulates_time;
+
+void double_simulate_time(int yes) { simulates_time = yes; }
+
+void stream_works(struct stream *stream, double milliseconds)
+{
+    stream->due = now + lag;
+    stream->time += milliseconds;
+}
+
+void handle_works(void *pointer, double milliseconds)
+{
+    struct stream *stream = stream_of(pointer);
+    if (stream)
+        stream_works(stream, milliseconds);
+}
 void wait_for_all(void) { wait_until(now + lag); }
 bool any_capture(void) { return captures > 0; }
 
@@ -268,7 +286,7 @@ int cudaEventRecord(void *pointer, void *on)
         return failed(INVALID_HANDLE);
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
-    event->milliseconds = time.tv_sec * 1e3 + time.tv_nsec / 1e6;
+    event->milliseconds = simulates_time ? stream->time : time.tv_sec * 1e3 + time.tv_nsec / 1e6;
     event->recorded = true;
     event->captured = stream->captures;
     event->due = now + lag;
@@ -317,5 +335,11 @@ int cudaStreamWaitEvent(void *pointer, void *on, unsigned flags)
 {
     ENTER;
     (void)flags;
-    return stream_of(pointer) && object(on, EVENT, "event") ? OK : failed(INVALID_HANDLE);
+    struct stream *stream = stream_of(pointer);
+    struct event *event = object(on, EVENT, "event");
+    if (!stream || !event)
+        return failed(INVALID_HANDLE);
+    if (simulates_time && stream->time < event->milliseconds)
+        stream->time = event->milliseconds;
+    return OK;
 }
