@@ -144,7 +144,7 @@ def test_in_a_target_folder_scripts_run(target, tmp_path):
 
 def test_in_a_target_folder_the_doctor_says_what_lets_all_scripts_run(target):
     findings = run_in(target, ["-m", "chainer_ooc", "doctor"]).stdout
-    (site,) = re.findall("start-up  export PYTHONPATH=(.*):[$]PYTHONPATH", findings)
+    (site,) = re.findall("start-up +export PYTHONPATH=(.*):[$]PYTHONPATH", findings)
     done = run_in(target, ["-c", SCRIPT + CHILD], [site])
     assert done.stdout == "7.8.1\n2\n", done.stderr
 
