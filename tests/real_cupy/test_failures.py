@@ -19,11 +19,11 @@ def sweep(run_python, *arguments):
 @HOST_LIMITS
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_each_call_may_fail(run_python, function, host_limit, times):
-    sweep(run_python, function, host_limit, times, 12)
+    sweep(run_python, function, host_limit, times, 8)
 
 
 @HOST_LIMITS
 @pytest.mark.parametrize("function", ["cudaMemcpyAsync", "cudaEventRecord", "cudaEventQuery"])
 def test_a_kernel_may_fail_after_each_call(run_python, function, host_limit):
     """From then on each call returns its error: nobody waits for work that will never be done."""
-    sweep(run_python, function, host_limit, 0, 12)
+    sweep(run_python, function, host_limit, 0, 8)

@@ -142,6 +142,8 @@ def install() -> None:
     site = Path(found.origin).parents[1]
     for path in _make_stand_ins(site):
         _stand_ins.append(ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL))
+    for path in site.glob("nvidia/*/lib/libnvrtc.so.*"):  # CuPy 13 does not look into wheels
+        ctypes.CDLL(str(path))
     runtime = importlib.import_module("cupy_backends.cuda.api.runtime")
     double.double_set_version(1000 * _cuda_major(site))
     _redirect(Path(str(runtime.__file__)).resolve())

@@ -80,29 +80,18 @@ int cudaDeviceGetAttribute(int *value, int attribute, int number)
 
 int cuDeviceGetAttribute(int *value, int attribute, int number) { return cudaDeviceGetAttribute(value, attribute, number); }
 
-/* The beginning of cudaDeviceProp. CUDA 13 left out some fields of 12. */
+/* The beginning of cudaDeviceProp. CUDA 13 left out some fields of 12: the clock, where it now has a gap, and overlap. */
 struct properties {
     char name[256], uuid[16], luid[8];
     unsigned mask;
     size_t memory, shared_per_block;
     int registers, warp;
     size_t pitch;
-    int threads, block[3], grid[3];
-    union {
-        struct {
-            int clock;
-            size_t constant;
-            int major, minor;
-            size_t texture, texture_pitch;
-            int overlap, multiprocessors, timeout, integrated, maps_host;
-        } cuda12;
-        struct {
-            size_t constant;
-            int major, minor;
-            size_t texture, texture_pitch;
-            int multiprocessors, integrated, maps_host;
-        } cuda13;
-    };
+    int threads, block[3], grid[3], clock;
+    size_t constant;
+    int major, minor;
+    size_t texture, texture_pitch;
+    int rest[5]; /* from CUDA 12's overlap, or CUDA 13's multiprocessors, on */
 };
 
 int cudaGetDeviceProperties(void *place, int number)
@@ -120,26 +109,19 @@ int cudaGetDeviceProperties(void *place, int number)
         .threads = 1024,
         .block = {1024, 1024, 64},
         .grid = {2147483647, 65535, 65535},
+        .constant = 65536,
+        .major = 9,
+        .texture = 512,
+        .texture_pitch = 32,
     };
-    if (version < 13000) {
-        properties.cuda12.clock = 1980000;
-        properties.cuda12.constant = 65536;
-        properties.cuda12.major = 9;
-        properties.cuda12.texture = 512;
-        properties.cuda12.texture_pitch = 32;
-        properties.cuda12.overlap = 1;
-        properties.cuda12.multiprocessors = 132;
-        properties.cuda12.maps_host = 1;
-    } else {
-        properties.cuda13.constant = 65536;
-        properties.cuda13.major = 9;
-        properties.cuda13.texture = 512;
-        properties.cuda13.texture_pitch = 32;
-        properties.cuda13.multiprocessors = 132;
-        properties.cuda13.maps_host = 1;
-    }
+    /* Overlap (12), multiprocessors, timeout (12), integrated, maps host memory. */
+    int in_12[] = {1, 132, 0, 0, 1}, in_13[] = {132, 0, 1};
+    if (version < 13000)
+        memcpy(properties.rest, in_12, sizeof in_12);
+    else
+        memcpy(properties.rest, in_13, sizeof in_13);
     memset(place, 0, 1000);
-    memcpy(place, &properties, sizeof properties);
+    memcpy(place, &properties, offsetof(struct properties, rest) + (version < 13000 ? sizeof in_12 : sizeof in_13));
     return OK;
 }
 
