@@ -149,6 +149,14 @@ def _chainer() -> Iterator[Finding]:
         return
     folder = Path(chainer.__file__).parent
     yield Finding("Chainer", f"{chainer.__version__}  {folder}", True, True)
+    if "_chainer_ooc_startup" not in sys.modules:
+        yield Finding(
+            "start-up",
+            "chainer_ooc.pth is in no folder that Python reads such files from: import chainer_ooc before chainer",
+            False,
+            False,
+            f"export PYTHONPATH={shlex.quote(installation.SITE)}:$PYTHONPATH",
+        )
     for path in installation.leftovers(str(folder.parent)):
         text = f"{Path(path).name} of a Chainer that was there before stays when chainer_ooc goes"
         yield Finding("metadata", text, False, False, f"rm {shlex.quote(path)}")

@@ -5,6 +5,7 @@ The edits and their reasons are data in :mod:`chainer_ooc.compat.edits`. Nothing
 or the rest of the package: in a process that never imports Chainer the hook costs next to nothing.
 """
 
+from chainer_ooc.compat import installation
 from chainer_ooc.compat.finder import install
 
 __all__ = ["child_environment", "install"]
@@ -23,6 +24,5 @@ def child_environment() -> None:
 
     if "_chainer_ooc_startup" in sys.modules:
         return
-    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    os.environ["PYTHONPATH"] = os.pathsep.join([here, *paths])
+    os.environ["PYTHONPATH"] = os.pathsep.join([installation.SITE, *paths])

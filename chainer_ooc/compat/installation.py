@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 #: The one Chainer version whose source text the edits know.
 CHAINER_VERSION = "7.8.1"
 
+#: A folder for ``PYTHONPATH`` that does the work of ``chainer_ooc.pth`` where Python does not read that.
+SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
+
 
 def reinstall() -> str:
     """Return the shell command that installs chainer_ooc, with its Chainer, again from the same source."""

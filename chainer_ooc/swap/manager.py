@@ -267,16 +267,18 @@ class SwapManager:
         read_only: bool,
     ) -> None:
         """Fetch the arrays at some places of ``group`` into ``arrays``."""
-        owners, begun = [], []  # referred to, so that none is released for another
+        owners, begun = {}, []  # referred to, so that none is released for another
         for place in absent:
             storage = group[place].storage
             begun += [one.owner for one in self._begin_in(storage)]
-            owners.append(storage.owner)
+            owners[storage] = storage.owner
         discarded = [s.storage for s in group if s.storage.state is State.DISCARDED]
         begun.clear()
         if discarded:
             self._make_again(discarded)
         for place in absent:
+            # A copy that failed is made again, into other memory, for which this makes room.
+            owners.pop(group[place].storage, None)
             arrays[place] = self.read(group[place], read_only)
 
     def prefetch(self, group: Iterable[PackedArray]) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
+import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import chainer_ooc
@@ -100,3 +105,52 @@ def test_another_sitecustomize_still_runs(run_python, tmp_path):
     done = run_python("-c", "import chainer; print(chainer.__version__)", env=env)
     assert done.stdout == "theirs\n7.8.1\n", done.stderr
     assert str(site) not in sys.path
+
+
+@pytest.fixture
+def target(tmp_path):
+    """An interpreter, and the PYTHONPATH with what ``pip install --target`` makes: there Python reads no .pth file."""
+    folder = tmp_path / "target"
+    folder.mkdir()
+    for name in ("chainer_ooc", "_chainer_ooc_startup.py", "chainer_ooc.pth"):
+        (folder / name).symlink_to(ROOT / name)
+    venv.create(tmp_path / "env", symlinks=True)
+    others = str(Path(np.__file__).parents[1])  # Chainer and what it requires
+    return str(tmp_path / "env" / "bin" / "python"), [str(folder), others]
+
+
+SCRIPT = "import subprocess, sys\nimport chainer\nprint(chainer.__version__, flush=True)\n"
+CHILD = "subprocess.run([sys.executable, '-c', 'import chainer; print(2)'], check=True)\n"
+
+
+def run_in(target, arguments, before=()):
+    python, paths = target
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([*before, *paths]))
+    return subprocess.run(
+        [python, *arguments], env=env, capture_output=True, text=True, check=False
+    )
+
+
+def test_in_a_target_folder_the_package_comes_first(target):
+    done = run_in(target, ["-c", f"import chainer_ooc\n{SCRIPT}"])
+    assert done.stdout == "7.8.1\n", done.stderr
+
+
+def test_in_a_target_folder_scripts_run(target, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT + CHILD)
+    done = run_in(target, ["-m", "chainer_ooc", "run", "--in-core", tmp_path / "script.py"])
+    assert done.stdout == "7.8.1\n2\n", done.stderr
+
+
+def test_in_a_target_folder_the_doctor_says_what_lets_all_scripts_run(target):
+    findings = run_in(target, ["-m", "chainer_ooc", "doctor"]).stdout
+    (site,) = re.findall("start-up +export PYTHONPATH=(.*):[$]PYTHONPATH", findings)
+    done = run_in(target, ["-c", SCRIPT + CHILD], [site])
+    assert done.stdout == "7.8.1\n2\n", done.stderr
+
+
+def test_elsewhere_the_doctor_says_nothing_of_it(run_python):
+    assert (
+        "start-up"
+        not in run_python("-c", f"{PTH}\nfrom chainer_ooc import doctor\ndoctor.main()").stdout
+    )

@@ -8,6 +8,8 @@ import pytest
 
 cupy = pytest.importorskip("cupy")
 
+pytestmark = pytest.mark.on_double
+
 
 def test_chainer_uses_cudnn(chainer_gpu):
     """Fails rather than skips: on a machine for these tests cuDNN must be there."""

@@ -75,6 +75,21 @@ def test_space_of_the_dead_is_given_back_at_the_next_save(rig):
     assert len(transfers._by_state.storages) == len([*transfers.members(State.RESIDENT)]) == 1
 
 
+@pytest.mark.parametrize("moves", ["out", "out and back"])
+def test_a_graph_may_die_as_a_cycle_while_its_copies_are_asked_for(rig, moves):
+    """The collector then destroys the events that nothing else refers to before the storages are freed."""
+    saved = [rig.save(float(i)) for i in range(4)]
+    rig.manager.move_all_out()
+    if moves == "out and back":
+        assert values(saved) == [0, 1, 2, 3]
+    rig.cupy.synchronize()
+    saved.append(saved)
+    del saved
+    gc.collect()
+    assert rig.manager.reclaim(UNIT) == 0
+    assert host_bytes(rig) == 0
+
+
 def test_graphs_that_are_never_used_are_forgotten(rig):
     for number in range(500):
         rig.save(float(number), 512)
@@ -185,6 +200,18 @@ def test_a_failed_copy_in_is_begun_again_then_raised(rig):
     gc.collect()
     assert rig.pool.used_bytes() == 0
     assert values([saved]) == [1]
+
+
+def test_a_failed_copy_in_is_begun_again_in_the_same_memory(make_rig):
+    """All that fits is what backward needs at once: another block beside that of the failed copy does not."""
+    rig = make_rig(limit=4 * UNIT)
+    saved = [rig.save(float(i)) for i in range(3)]
+    rig.manager.move_all_out()
+    others = [rig.array(9.0) for _ in range(2)]
+    rig.cupy.fail["memcpyAsync"] = [0]
+    arrays = rig.manager.fetch(saved[:2], True)
+    assert [array.get()[0] for array in arrays] == [0, 1]
+    del others
 
 
 def test_what_came_back_is_known_by_its_memory(rig):

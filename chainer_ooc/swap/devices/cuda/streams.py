@@ -22,6 +22,7 @@ import contextlib
 import errno
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,6 +53,7 @@ class CopyStreams:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._threads = 0  # the number of threads on per-thread default streams
+        self._events: tuple[deque[Any], deque[Any]] = deque(), deque()  # the second take times
         with self.on_device():
             self._out = self._cuda.Stream(non_blocking=True)
             self._back = self._cuda.Stream(non_blocking=True)
@@ -163,16 +165,19 @@ class CopyStreams:
     def _copy(
         self, stream: Any, target: int, source: int, nbytes: int, kind: int, after: Iterable[Any]
     ) -> tuple[Any, Any]:
-        for event in after:
-            stream.wait_event(event)
-        begin = self._record(stream, timed=True)
         try:
+            # Both before the copy: without its end nobody would know until when it uses the memory.
+            begin, end = self._event(timed=True), self._event(timed=True)
+            for event in after:
+                stream.wait_event(event)
+            stream.record(begin)
             self._runtime.memcpyAsync(target, source, nbytes, kind, stream.ptr)
         except self._runtime.CUDARuntimeError as error:
             raise OSError(
                 errno.EIO, f"the copy of {nbytes} bytes cannot be begun: {error}"
             ) from error
-        return begin, self._record(stream, timed=True)
+        stream.record(end)
+        return begin, end
 
     def mark(self) -> Any:
         """Return a timed event after all work that the current stream has queued until now."""
@@ -206,7 +211,25 @@ class CopyStreams:
         return origin, time.perf_counter()
 
     def _record(self, stream: Any, timed: bool = False) -> Any:
-        return stream.record(self._cuda.Event(disable_timing=not timed))
+        return stream.record(self._event(timed))
+
+    def _event(self, timed: bool) -> Any:
+        """Return an event to which nothing refers any more, or a new one.
+
+        All are referred to from here. Events that died with a graph in a cycle of references would be destroyed by
+        the collector in any order, and before the graph's storages ask them whether their copies have ended.
+        """
+        events = self._events[timed]
+        for _ in range(min(2, len(events))):
+            with contextlib.suppress(IndexError):  # another thread was faster
+                oldest = [events.popleft()]
+                is_free = not references.item_is_referenced_externally(oldest, 0)
+                events.append(oldest[0])
+                if is_free:
+                    return oldest[0]
+        event = self._cuda.Event(disable_timing=not timed)
+        events.append(event)
+        return event
 
     def _forget_idle(self) -> None:
         table = self._compute
