@@ -107,7 +107,7 @@ EQUIVALENT = {
     "swap.manager.SwapManager._note_who_holds: no storage.state.in_memory": "mark_dirty() leaves it as it is",
     "planning.eviction.Evictor.make_room: no used > self._budget.low": "less than nothing is written behind",
     "planning.eviction.Evictor.make_room: True for used + nbytes > self._budget.high": "saves time only",
-    "swap.transfers.Transfers.run_deferred_frees: False for not (self._dead or self._deferred_frees)": "saves time",
+    "swap.transfers.Transfers.run_deferred_frees: False for not (self.dead or self.deferred_frees)": "saves time",
     "swap.manager.SwapManager.usage_without_offload: True for transfers.dead or transfers.deferred_frees": "saves time",
     "swap.manager.SwapManager._begin_in: True for storage.state in AWAY": "outside() leaves them out as well",
     "planning.eviction.outside: False for storage.state is State.OUT": "saves time only",
