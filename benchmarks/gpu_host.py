@@ -2,11 +2,11 @@
 
     python benchmarks/gpu_host.py [--limits 2 0.5] [--iterations 15] [--json benchmarks/results/gpu_host.json]
 
-It needs CuPy and a C compiler (``make .venv-cuda/.test``). CUDA is ``tests/doubles/cuda_runtime``: kernels and copies do
-nothing, so that an iteration takes what Python, CuPy and chainer_ooc take to queue it. Limits are shares of the most that
-ResNet-50 takes of the GPU in core, with a batch of 64. Iterations out of core and of stock Chainer take turns, five at a
-time, once the plan is no longer measured. Times are those of the process's CPU; ratios are of medians. Garbage is
-collected between iterations.
+It needs CuPy and a C compiler (``make .venv-cuda/.test``). CUDA is ``tests/doubles/cuda_runtime``: kernels and copies
+do nothing, so that an iteration takes what Python, CuPy and chainer_ooc take to queue it. Limits are shares of the most
+that ResNet-50 takes of the GPU in core, with a batch of 64. Iterations out of core and of stock Chainer take turns,
+five at a time, once the plan is no longer measured. Times are those of the process's CPU; ratios are of medians.
+Garbage is collected between iterations.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Guarded(NamedTuple):
         run: The steps that run again: what they read must be unchanged then.
         save: The steps that save what the plan discards: its recipe is written then.
         moves: The steps that save what moves, is discarded, or is read by re-runs.
-        make: The steps that make any of that, or run again: it matters who gets what they make.
+        make: The steps that run again, or make what is discarded or read by re-runs: it matters who gets that.
     """
 
     make: frozenset[int] = frozenset()
@@ -532,22 +532,22 @@ class IterationTracker:
 def guarded_by(executor: PlanExecutor, entry: PlanEntry) -> Guarded:
     """Return what a plan has to look at while functions run forward."""
     dropped = executor.discarded
-    run, storages = set[int](), {*executor.moved}
+    run, noted = set[int](), {*dropped}
     profile = entry.profile
     for i in dropped:
         maker = profile.makers.get(i)
         rerun = None if maker is None else profile.steps[maker].rerun
         if maker is not None and rerun is not None:
             run.update(rerun.steps or (maker,))
-            storages.update(rerun.reads)
-    make = run.union(profile.storages[i].producer for i in storages) if run else ()
+            noted.update(rerun.reads)
+    make = run.union(profile.storages[i].producer for i in noted)
 
     def saving(wanted: frozenset[int]) -> frozenset[int]:
         return frozenset(
             step for step, saved in entry.saved.items() if not wanted.isdisjoint(saved)
         )
 
-    return Guarded(frozenset(make), frozenset(run), saving(dropped), saving(frozenset(storages)))
+    return Guarded(frozenset(make), frozenset(run), saving(dropped), saving(executor.moved | noted))
 
 
 def tracker_of(manager: SwapManager) -> IterationTracker:

@@ -258,3 +258,19 @@ def test_what_only_functions_of_chainer_have_had_is_not_read_for_fingerprints(ma
     needed = [one for one in made if one.is_needed]
     assert len(needed) > 20
     assert sum(one.fingerprint is not None for one in needed) < len(needed) / 10
+
+
+def test_only_what_a_plan_asks_for_is_noted(manager, monkeypatch):
+    made, counts = [], []
+    init = PrivateContent.__init__
+    monkeypatch.setattr(
+        PrivateContent, "__init__", lambda self, *args: made.append(self) or init(self, *args)
+    )
+
+    def act(n, place, v):
+        if place == "conv 0":
+            counts.append(len(made))
+
+    both(manager, lambda: act, kib=480)
+    outlined, planned = counts[-6] - counts[-7], len(made) - counts[-1]
+    assert 0 < planned < outlined
