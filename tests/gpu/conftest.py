@@ -55,10 +55,12 @@ def _clean_configuration(request):
     import cupy
 
     if cuda_runtime.is_installed():  # nobody looks at data
+        cuda_runtime.reset()
         cuda_runtime.setup(data=False)
     yield
     if cuda_runtime.is_installed():
         cuda_runtime.setup()
+        assert cuda_runtime.complaints() == []
     module = getattr(cupy, "cudnn", None)
     if module is not None and hasattr(module, "set_math_mode"):
         module.set_math_mode("fp32")

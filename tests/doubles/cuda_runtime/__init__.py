@@ -20,20 +20,15 @@ from __future__ import annotations
 
 import collections
 import ctypes
-import hashlib
 import importlib
 import importlib.util
 import os
 import platform
-import re
-import shutil
-import struct
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from tests.doubles.cuda_runtime import cudnn
+from tests.doubles.cuda_runtime.redirection import compiled, cuda_major, make_stand_ins, redirect
 
 __all__ = [
     "H200",
@@ -92,12 +87,6 @@ _MEMORY = (
     "copied_pageable",
 )
 
-#: The libraries that CuPy's modules link to: the beginning of their functions' names, and the error
-#: "not supported" of each.
-_LIBRARIES = {"cublas": 15, "curand": 204, "cusolver": 9, "cusparse": 10, "cufft": 16}
-_UNDERLYING = ("cublasLt", "nvJitLink")
-_MODULES = ("cupy_backends/cuda/libs/*.so", "cupy/cuda/cufft*.so", "cupyx/_cusolver*.so")
-
 _library: ctypes.CDLL | None = None
 _stand_ins: list[ctypes.CDLL] = []
 
@@ -127,10 +116,12 @@ def install() -> None:
     """Let CuPy run on the double. CuPy must not have been imported. A second call does nothing.
 
     Raises:
-        RuntimeError: If there is no C compiler, or CuPy's wheel is not as it must be.
+        RuntimeError: If CuPy has been imported, there is no C compiler, or CuPy's wheel is not as it must be.
     """
     if _stand_ins:
         return
+    if "cupy" in sys.modules:
+        raise RuntimeError("CuPy has been imported: call install() before")
     # CuPy's own kernels only: those of CUB contain another copy of the runtime.
     os.environ.setdefault("CUPY_ACCELERATORS", "")
     double = library()
@@ -140,13 +131,13 @@ def install() -> None:
     if found is None or found.origin is None:
         raise RuntimeError("CuPy is not installed: make test-cuda installs it")
     site = Path(found.origin).parents[1]
-    for path in _make_stand_ins(site):
+    for path in make_stand_ins(site):
         _stand_ins.append(ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL))
     for path in site.glob("nvidia/*/lib/libnvrtc.so.*"):  # CuPy 13 does not look into wheels
         ctypes.CDLL(str(path))
     runtime = importlib.import_module("cupy_backends.cuda.api.runtime")
-    double.double_set_version(1000 * _cuda_major(site))
-    _redirect(Path(str(runtime.__file__)).resolve())
+    double.double_set_version(1000 * cuda_major(site))
+    redirect(Path(str(runtime.__file__)).resolve(), double)
 
 
 def library() -> ctypes.CDLL:
@@ -161,7 +152,7 @@ def library() -> ctypes.CDLL:
         flags += [f"-I{FOLDER}", f"-Wl,--version-script={exported}"]
         sources = [str(path) for path in files if path.suffix == ".c"]
         text = written + generated + exported.read_text()
-        path = _compiled("libcuda.so.1", text, [*sources, "-xc", "-", "-xnone"], flags, generated)
+        path = compiled("libcuda.so.1", text, [*sources, "-xc", "-", "-xnone"], flags, generated)
         _library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
         _library.double_memory.restype = ctypes.POINTER(_Memory)
         for name in ("double_call_name", "double_complaint", "double_kernel"):
@@ -269,144 +260,3 @@ def complaints() -> list[str]:
     return [
         double.double_complaint(i).decode() for i in range(double.double_number_of_complaints())
     ]
-
-
-def _cuda_major(site: Path) -> int:
-    """Return the major version of the CUDA that CuPy's wheel is for."""
-    for path in site.glob("cupy_cuda*.dist-info"):
-        return int(path.name[len("cupy_cuda") :].split("x")[0])
-    raise RuntimeError(f"{site} has no CuPy from a wheel, such as cupy-cuda13x")
-
-
-def _compiled(
-    name: str, text: str, sources: list[str], flags: list[str], entered: str = ""
-) -> Path:
-    """Return a shared library, which is kept for the next process.
-
-    Args:
-        name: Its name.
-        text: All that it is made of.
-        sources: The compiler's arguments before ``flags``.
-        flags: Those that change the result.
-        entered: What the compiler reads from its standard input.
-    """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise RuntimeError("the double of CUDA needs a C compiler: cc was not found")
-    key = hashlib.sha256(" ".join([text, compiler, *flags]).encode()).hexdigest()[:16]
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(user) / "chainer_ooc" / "cuda_double" / key
-    path = folder / name
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / name
-            command = [compiler, "-shared", "-fPIC", "-o", str(made), *sources, *flags]
-            result = subprocess.run(
-                command, input=entered, capture_output=True, text=True, check=False
-            )
-            if result.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
-            os.replace(made, path)  # other processes may be at it as well
-    return path
-
-
-def _nm(*arguments: str) -> list[str]:
-    nm = shutil.which("nm")
-    if nm is None:
-        raise RuntimeError("the double of CUDA needs nm (binutils), which was not found")
-    return subprocess.run(
-        [nm, *arguments], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-
-
-def _make_stand_ins(site: Path) -> list[Path]:
-    """Make libraries with the functions that CuPy's modules need to be loaded.
-
-    Those that the double has are found in it first. The others return an error, and complain.
-    """
-    needed: dict[str, set[str]] = {}
-    for pattern in _MODULES:
-        for module in site.glob(pattern):
-            for line in _nm("-D", "--undefined-only", str(module)):
-                found = re.match(r"\s*U (\w+)@(lib(\w+)\.so\.\d+)$", line)
-                if found and found[3] in _LIBRARIES:
-                    needed.setdefault(found[2], set()).add(found[1])
-    for name in _UNDERLYING:  # CuPy looks for them before those that depend on them
-        needed[f"lib{name}.so.{_cuda_major(site)}"] = {f"{name}_is_a_stand_in"}
-    made = []
-    for name, functions in sorted(needed.items()):
-        error = _LIBRARIES.get(name[3:].split(".")[0], 1)
-        lines = [_stand_in(function, error) for function in sorted(functions)]
-        text = "\n".join(["int double_unsupported(const char *, int);", *lines])
-        with tempfile.TemporaryDirectory() as scratch:
-            source, versions = Path(scratch) / "stand_in.c", Path(scratch) / "versions"
-            source.write_text(text)
-            versions.write_text(f"{name} {{ global: *; }};")
-            flags = [f"-Wl,-soname,{name}", "-O1", "-w"]
-            sources = [str(source), f"-Wl,--version-script={versions}"]
-            made.append(_compiled(name, text, sources, flags))
-    return made
-
-
-def _stand_in(function: str, error: int) -> str:
-    if re.search("Get(Error|Status)(Name|String)", function):
-        return f'const char *{function}(int status) {{ return status == {error} ? "not in the double" : "error"; }}'
-    return f'int {function}(void) {{ return double_unsupported("{function}", {error}); }}'
-
-
-def _redirect(path: Path) -> None:
-    """Overwrite the beginning of each ``cudaXxx`` in a loaded module with a jump to the double's function."""
-    double = library()
-    with open("/proc/self/maps") as maps:
-        bases = [int(line.split("-")[0], 16) for line in maps if line.rstrip().endswith(str(path))]
-    unsupported = ctypes.cast(double.double_unsupported, ctypes.c_void_p).value
-    redirected = 0
-    for line in _nm(str(path)):
-        found = re.match(r"([0-9a-f]+) [tT] (cuda[A-Z]\w*)$", line)
-        if not found:
-            continue
-        start = min(bases) + int(found[1], 16)
-        function = getattr(double, found[2], None)
-        if function is not None:
-            address = ctypes.cast(function, ctypes.c_void_p).value
-            redirected += 1
-        else:
-            address = _thunk(found[2], unsupported)
-        _make_writable(start)
-        ctypes.memmove(start, _jump(address), 14)
-    if not redirected:
-        raise RuntimeError(
-            f"{path} has no symbols of CUDA's runtime: this CuPy cannot be redirected"
-        )
-
-
-def _jump(address: int | None) -> bytes:
-    return b"\xff\x25\0\0\0\0" + struct.pack("<Q", address)  # jmp *0(%rip)
-
-
-_thunks: list[object] = []
-
-
-def _thunk(name: str, unsupported: int | None) -> int:
-    """Return the address of code that calls ``double_unsupported(name, cudaErrorNotSupported)``."""
-    import mmap
-
-    text = ctypes.create_string_buffer(name.encode())
-    if not _thunks or _thunks[-1][1] + 64 > mmap.PAGESIZE:
-        page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        _thunks.append([page, 0, []])
-    page, used, names = _thunks[-1]
-    code = b"\x48\xbf" + struct.pack("<Q", ctypes.addressof(text))  # mov $name, %rdi
-    code += b"\xbe" + struct.pack("<I", 801) + _jump(unsupported)  # mov $801, %esi
-    page[used : used + len(code)] = code
-    names.append(text)
-    _thunks[-1][1] += 64
-    return ctypes.addressof(ctypes.c_char.from_buffer(page)) + used
-
-
-def _make_writable(address: int) -> None:
-    page = address & -4096
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(8192), 7):
-        raise RuntimeError("CuPy's code cannot be changed: mprotect failed")

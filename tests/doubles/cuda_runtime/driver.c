@@ -57,7 +57,7 @@ static const struct {
     {13, 1980000}, {36, 3201000}, {37, 6144},     /* clocks (kHz), bus (bits) */
     {14, 512},                                    /* alignment of textures */
     {16, 132},                                    /* multiprocessors */
-    {19, 1}, {31, 1}, {32, 1}, {40, 3}, {41, 1},  /* maps host memory, concurrent, ECC, copy engines, one address space */
+    {19, 1}, {31, 1}, {32, 1}, {40, 3}, {41, 1},  /* maps host memory, concurrent, ECC, copy engines, unified */
     {38, 50 << 20},                               /* L2 cache */
     {39, 2048}, {106, 32},                        /* threads, and blocks, in a multiprocessor */
     {75, 9}, {76, 0},                             /* compute capability */
@@ -78,9 +78,12 @@ int cudaDeviceGetAttribute(int *value, int attribute, int number)
     return OK;
 }
 
-int cuDeviceGetAttribute(int *value, int attribute, int number) { return cudaDeviceGetAttribute(value, attribute, number); }
+int cuDeviceGetAttribute(int *value, int attribute, int number)
+{
+    return cudaDeviceGetAttribute(value, attribute, number);
+}
 
-/* The beginning of cudaDeviceProp. CUDA 13 left out some fields of 12: the clock, where it now has a gap, and overlap. */
+/* The beginning of cudaDeviceProp. CUDA 13 left out some fields of 12: the clock, where there is a gap now, overlap. */
 struct properties {
     char name[256], uuid[16], luid[8];
     unsigned mask;
@@ -340,8 +343,8 @@ static int launch(void *pointer, const unsigned grid[3], const unsigned block[3]
     return OK;
 }
 
-int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned x, unsigned y, unsigned z,
-                   unsigned shared, void *stream, void **arguments, void **extra)
+int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned x, unsigned y,
+                   unsigned z, unsigned shared, void *stream, void **arguments, void **extra)
 {
     ENTER;
     (void)arguments, (void)extra;

@@ -91,7 +91,11 @@ int cudaStreamCreateWithPriority(void **pointer, unsigned flags, int priority)
     return OK;
 }
 
-int cudaStreamCreateWithFlags(void **pointer, unsigned flags) { return cudaStreamCreateWithPriority(pointer, flags, 0); }
+int cudaStreamCreateWithFlags(void **pointer, unsigned flags)
+{
+    return cudaStreamCreateWithPriority(pointer, flags, 0);
+}
+
 int cudaStreamCreate(void **pointer) { return cudaStreamCreateWithPriority(pointer, 0, 0); }
 
 int cudaStreamDestroy(void *pointer)

@@ -92,7 +92,8 @@ bool is_mapped(uintptr_t start, size_t size)
 
 static bool check_properties(const struct properties *properties)
 {
-    return properties && properties->type == 1 /* CU_MEM_ALLOCATION_TYPE_PINNED */ && is_the_device(properties->location);
+    enum { PINNED = 1 }; /* CU_MEM_ALLOCATION_TYPE_PINNED */
+    return properties && properties->type == PINNED && is_the_device(properties->location);
 }
 
 int cuMemGetAllocationGranularity(size_t *granularity, const struct properties *properties, int option)
