@@ -26,7 +26,8 @@ from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 PTH = ROOT / "chainer_ooc.pth"
-C_FILES = Path("chainer_ooc", "swap", "devices", "ram")
+DEVICES = Path("chainer_ooc", "swap", "devices")
+C_FOLDERS = DEVICES / "ram", DEVICES / "cuda"
 EXTENSION = "chainer_ooc.swap.devices.ram._allocator"
 
 # The stable ABI of Python 3.11: one wheel for it and all later versions.
@@ -49,6 +50,12 @@ class NotBuilt(Exception):
     """Says why the extension cannot be built here."""
 
 
+def c_files(ends="c"):
+    """Return the sources of the extension, from the root on."""
+    found = [path for folder in C_FOLDERS for end in ends for path in (ROOT / folder).glob(f"*.{end}")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
 @functools.cache
 def library():
     """Build the extension and return its path; say why and return ``None`` where that cannot be done."""
@@ -67,7 +74,7 @@ def compile_into(folder):
         raise NotBuilt("it is for CPython on Linux")
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         raise NotBuilt("free-threaded builds of Python have no stable ABI")
-    if not list((ROOT / C_FILES).glob("*.c")):
+    if not c_files():
         raise NotBuilt("its sources are missing")
     include = Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").exists():
@@ -121,11 +128,11 @@ def compile_with(compiler, include, folder):
     """Build the extension with a compiler; load it, to see that nothing is missing."""
     path = folder / f"{EXTENSION.rpartition('.')[2]}.abi3.so"
     given = " ".join(os.environ.get(name, "") for name in ("CPPFLAGS", "CFLAGS", "LDFLAGS"))
-    sources = [str(path) for path in sorted((ROOT / C_FILES).glob("*.c"))]
+    sources = [str(ROOT / path) for path in c_files()]
     caches = {
         name: str(folder / "cache") for name in ("ZIG_LOCAL_CACHE_DIR", "ZIG_GLOBAL_CACHE_DIR")
     }
-    command = [*compiler, *FLAGS, f"-I{include}", *shlex.split(given), *sources, "-o", str(path)]
+    command = [*compiler, *FLAGS, f"-I{include}", *shlex.split(given), *sources, "-ldl", "-o", str(path)]
     call(command, os.environ | caches)
     try:
         call([sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1], 2)", str(path)])
@@ -153,8 +160,7 @@ def call(command, env=None):
 def add_extension(distribution):
     """Let a distribution have the extension if it can be built. Asked for late: not for metadata or sources."""
     if distribution.ext_modules is None and library() is not None:
-        sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / C_FILES).glob("*.c")]
-        extension = Extension(EXTENSION, sorted(sources), py_limited_api=True)
+        extension = Extension(EXTENSION, c_files(), py_limited_api=True)
         distribution.ext_modules = [extension]
     return distribution.ext_modules
 
@@ -209,9 +215,8 @@ class BuildPy(build_py):
         return [*super().get_outputs(include_bytecode), str(Path(self.build_lib, PTH.name))]
 
     def get_source_files(self):
-        c_files = [str(path) for end in "ch" for path in C_FILES.glob(f"*.{end}")]
         backend = [str(path) for path in Path("backend").glob("*.py")]
-        return [*super().get_source_files(), PTH.name, *c_files, *backend]
+        return [*super().get_source_files(), PTH.name, *c_files("ch"), *backend]
 
 
 class EditableWheel(editable_wheel):
@@ -219,7 +224,7 @@ class EditableWheel(editable_wheel):
 
     def run(self):
         if not add_extension(self.distribution):
-            (ROOT / C_FILES / "_allocator.abi3.so").unlink(missing_ok=True)
+            (ROOT / DEVICES / "ram" / "_allocator.abi3.so").unlink(missing_ok=True)
         super().run()
 
 

@@ -40,8 +40,10 @@
 #define SIZES 2048
 /* Events of a lane that have not been seen to pass. */
 #define MARKS 64
-/* While so much of the limit is freed, one event is recorded: older ones pass earlier. */
+/* While so much of the limit is freed, an event is recorded, so that older ones pass earlier; and for how many frees
+   after pages were unmapped last. */
 #define MARKED_SHARE 64
+#define MARKED_FREES 8192
 
 enum state { USED, CACHED, FREE, VOID, BUSY };
 
@@ -96,8 +98,9 @@ struct page_arena {
     void *chunks;
     struct lane *lanes;
     uint64_t *spare; /* pages that are mapped nowhere */
-    uint64_t n_spare, spare_size;
+    uint64_t n_spare, spare_size, lost;
     uint64_t used, taken, soft, hard, tick, settled;
+    uint64_t unmapped; /* the tick when pages were last wanted */
     uint64_t *order; /* scratch: pages to choose from */
     uint64_t order_size;
     struct arena_counts counts;
@@ -467,17 +470,17 @@ static bool is_idle(const struct page_arena *arena, const struct lane *lane, uin
     return stamp <= lane->passed || stamp <= arena->settled;
 }
 
-static bool add_spare(struct page_arena *arena, uint64_t page)
+/* Has room for one more spare page. Returns whether there is. */
+static bool can_spare(struct page_arena *arena)
 {
-    if (arena->n_spare == arena->spare_size) {
-        uint64_t size = arena->spare_size ? 2 * arena->spare_size : 64;
-        uint64_t *grown = realloc(arena->spare, size * sizeof *grown);
-        if (!grown)
-            return false;
-        arena->spare = grown;
-        arena->spare_size = size;
-    }
-    arena->spare[arena->n_spare++] = page;
+    if (arena->n_spare < arena->spare_size)
+        return true;
+    uint64_t size = arena->spare_size ? 2 * arena->spare_size : 64;
+    uint64_t *grown = realloc(arena->spare, size * sizeof *grown);
+    if (!grown)
+        return false;
+    arena->spare = grown;
+    arena->spare_size = size;
     return true;
 }
 
@@ -485,12 +488,10 @@ static bool add_spare(struct page_arena *arena, uint64_t page)
 static void create_pages(struct page_arena *arena, uint64_t wanted, uint64_t limit)
 {
     uint64_t page;
-    while (arena->n_spare < wanted && arena->taken + arena->page_size <= limit && arena->driver->create(arena->context, &page)) {
+    while (arena->n_spare < wanted && arena->taken + arena->page_size <= limit && can_spare(arena) &&
+           arena->driver->create(arena->context, &page)) {
         arena->counts.creates++;
-        if (!add_spare(arena, page)) {
-            arena->driver->release(arena->context, page);
-            return;
-        }
+        arena->spare[arena->n_spare++] = page;
         __atomic_store_n(&arena->taken, arena->taken + arena->page_size, __ATOMIC_RELAXED);
     }
 }
@@ -525,7 +526,8 @@ static uint64_t list_pages(struct page_arena *arena, struct lane *lane)
                     arena->order[n++] = arena->stamp[page] << PAGE_BITS | page;
                 }
             }
-    qsort(arena->order, n, sizeof *arena->order, compare);
+    if (n)
+        qsort(arena->order, n, sizeof *arena->order, compare);
     return n;
 }
 
@@ -549,9 +551,7 @@ static uint64_t unmap_row(struct page_arena *arena, struct block *block, uint64_
         return 0;
     for (; done < pages; done++) {
         uint64_t at = page + done;
-        if (arena->n_spare == arena->spare_size && !add_spare(arena, 0))
-            break;
-        if (arena->n_spare == arena->spare_size || !arena->driver->unmap(arena->context, at * arena->page_size))
+        if (!can_spare(arena) || !arena->driver->unmap(arena->context, at * arena->page_size))
             break;
         arena->counts.unmaps++;
         arena->is_mapped[at] = 0;
@@ -595,6 +595,7 @@ static enum arena_result gather(struct page_arena *arena, struct lane *lane, uin
     create_pages(arena, wanted, arena->soft < arena->hard ? arena->soft : arena->hard);
     if (arena->n_spare >= wanted)
         return ARENA_DONE;
+    arena->unmapped = arena->tick;
     see_marks(arena, lane);
     uint64_t n = list_pages(arena, lane);
     bool others = false;
@@ -687,28 +688,35 @@ static struct block *find_place(struct page_arena *arena, struct lane *lane, uns
     return best;
 }
 
-/* Sets the blocks from `block` to `end` aside, so that nobody takes their pages: of VOID ones as many pages as are wanted.
-   Returns the first one. There must be two unused structures. */
+/* Sets what lies from `start` to `end` aside, so that nobody takes its pages: of VOID blocks whole pages. `block` is the
+   first one there. Returns the first one that was set aside. There must be two unused structures. */
 static struct block *set_aside(struct page_arena *arena, struct block *block, uint64_t start, uint64_t end)
 {
     struct block *first = NULL;
     for (struct block *next; block && block->start < end; block = next) {
-        if (block->state == VOID) {
-            uint64_t from = rounded_down(arena, start), to = rounded_up(arena, end);
+        bool is_void = block->state == VOID;
+        uint64_t from = is_void ? rounded_down(arena, start) : start, to = is_void ? rounded_up(arena, end) : end;
+        if (is_void)
             remove_void(arena, block);
-            if (block->start < from) {
-                struct block *rest = cut(arena, block, from);
-                insert_void(arena, block);
-                block = rest;
-            }
-            if (block->start + block->size > to)
-                insert_void(arena, cut(arena, block, to));
-        } else {
+        else
             remove_free(block);
+        struct block *left = NULL, *right = NULL;
+        if (block->start < from) {
+            left = block;
+            block = cut(arena, block, from);
+        }
+        if (block->start + block->size > to)
+            right = cut(arena, block, to);
+        next = right ? NULL : block->after;
+        for (int way = 0; way < 2; way++) {
+            struct block *rest = way ? right : left;
+            if (rest && is_void)
+                insert_void(arena, rest);
+            else if (rest)
+                insert_free(arena, rest);
         }
         if (!first)
             first = block;
-        next = block->after;
     }
     return first;
 }
@@ -747,11 +755,13 @@ static bool map_block(struct page_arena *arena, struct block *block)
     }
     while (done--) {
         uint64_t at = first + done;
-        if (!arena->driver->unmap(arena->context, at * arena->page_size))
-            continue; /* it stays where it is, for ever */
-        arena->counts.unmaps++;
         arena->is_mapped[at] = 0;
-        add_spare(arena, arena->page_at[at]); /* it was one: there is room */
+        if (arena->driver->unmap(arena->context, at * arena->page_size)) {
+            arena->counts.unmaps++;
+            arena->spare[arena->n_spare++] = arena->page_at[at]; /* it was one: there is room */
+        } else { /* the GPU is broken */
+            arena->lost++;
+        }
     }
     return false;
 }
@@ -790,7 +800,7 @@ static enum arena_result map_anew(struct page_arena *arena, struct lane *lane, u
     /* Gathering has cut other blocks, but none of these. */
     bool is_mapped = result == ARENA_DONE && have_unused(arena, 2);
     for (struct block *block = first; is_mapped && block && block->start < start + size; block = block->after)
-        if (!arena->is_mapped[page_of(arena, block->start)] || !block->lane)
+        if (!arena->is_mapped[page_of(arena, block->start)])
             is_mapped = map_block(arena, block);
     if (!is_mapped) {
         put_back(arena, lane, first, start + size);
@@ -816,6 +826,8 @@ static enum arena_result allocate(struct page_arena *arena, uint64_t nbytes, int
     unsigned zone = size >= arena->small;
     if (arena->n_used > 2 * arena->used_mask)
         grow_used(arena);
+    if (lane->freed > arena->hard / MARKED_SHARE && arena->tick < arena->unmapped + MARKED_FREES)
+        set_mark(arena, lane);
     struct size_list *list = size_list(lane, size, false);
     if (list && list->first) {
         struct block *block = list->first;
@@ -825,8 +837,6 @@ static enum arena_result allocate(struct page_arena *arena, uint64_t nbytes, int
         arena->counts.exact++;
         return ARENA_DONE;
     }
-    if (lane->freed > arena->hard / MARKED_SHARE)
-        set_mark(arena, lane);
     if (!have_unused(arena, 2))
         return ARENA_FULL;
     struct block *block = best_fit(lane, zone, size);
@@ -940,26 +950,38 @@ void page_arena_waited(struct page_arena *arena, const struct arena_wait *wait)
     page_arena_unlock(arena);
 }
 
-void page_arena_adopt(struct page_arena *arena, intptr_t stream)
+/* Gives a lane the free memory of all others that was freed until `tick`: its stream's later work comes after that. */
+static void adopt(struct page_arena *arena, struct lane *lane, uint64_t tick)
 {
-    page_arena_lock(arena);
-    struct lane *lane = lane_of(arena, stream);
-    uint64_t tick = ++arena->tick;
+    arena->tick++;
     for (struct lane *other = arena->lanes; lane && other; other = other->next) {
         if (other == lane)
             continue;
         merge_cached(arena, other);
         for (unsigned zone = 0; zone < ZONES; zone++)
-            for (unsigned bin = filled_bin(other->filled[zone], 0); bin < BINS; bin = filled_bin(other->filled[zone], bin))
-                while (other->bins[zone][bin]) {
-                    struct block *block = other->bins[zone][bin];
-                    for (uint64_t page = page_of(arena, block->start); page * arena->page_size < block->start + block->size; page++)
-                        arena->stamp[page] = tick;
+            for (unsigned bin = filled_bin(other->filled[zone], 0); bin < BINS; bin = filled_bin(other->filled[zone], bin + 1))
+                for (struct block *block = other->bins[zone][bin], *next; block; block = next) {
+                    uint64_t first = page_of(arena, block->start), last = page_of(arena, block->start + block->size - 1), page = first;
+                    next = block->next;
+                    while (page <= last && arena->stamp[page] <= tick)
+                        page++;
+                    if (page <= last)
+                        continue;
+                    /* The other lane's events say nothing about this one's work. */
+                    for (page = first; page <= last; page++)
+                        if (arena->stamp[page] > arena->settled)
+                            arena->stamp[page] = arena->tick;
                     remove_free(block);
                     block->lane = lane;
                     insert_free(arena, block);
                 }
     }
+}
+
+void page_arena_adopt(struct page_arena *arena, intptr_t stream, uint64_t tick)
+{
+    page_arena_lock(arena);
+    adopt(arena, lane_of(arena, stream), tick);
     page_arena_unlock(arena);
 }
 
@@ -997,11 +1019,12 @@ uint64_t page_arena_now(struct page_arena *arena)
     return tick;
 }
 
-void page_arena_settle(struct page_arena *arena, uint64_t tick)
+void page_arena_settle(struct page_arena *arena, intptr_t stream, uint64_t tick)
 {
     page_arena_lock(arena);
     if (tick > arena->settled)
         arena->settled = tick;
+    adopt(arena, lane_of(arena, stream), tick);
     page_arena_unlock(arena);
 }
 
@@ -1088,7 +1111,7 @@ static const char *check(struct page_arena *arena)
         mapped += arena->is_mapped[page];
     if (used != arena->used || n_used != arena->n_used)
         return "what is in use is counted wrong";
-    if ((mapped + arena->n_spare) * arena->page_size != arena->taken)
+    if ((mapped + arena->n_spare + arena->lost) * arena->page_size != arena->taken)
         return "what is taken is counted wrong";
     for (struct lane *lane = arena->lanes; lane; lane = lane->next) {
         uint64_t cached = 0, merged = 0, listed = 0, binned = 0;

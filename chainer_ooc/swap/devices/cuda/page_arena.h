@@ -25,7 +25,7 @@ enum arena_result {
     ARENA_DONE,
     ARENA_FULL,  /* there is no memory, or no address space */
     ARENA_WAIT,  /* wait for the event, then call arena_waited(), and try again */
-    ARENA_ORDER, /* let the stream wait for all others' work, then call arena_adopt(), and try again */
+    ARENA_ORDER, /* note the moment, let the stream wait for all others' work, call arena_adopt(), and try again */
 };
 
 struct arena_wait {
@@ -49,14 +49,15 @@ void page_arena_delete(struct page_arena *arena);
 void page_arena_set_limit(struct page_arena *arena, uint64_t soft, uint64_t hard);
 enum arena_result page_arena_allocate(struct page_arena *arena, uint64_t nbytes, intptr_t stream, uint64_t *offset, struct arena_wait *wait);
 void page_arena_waited(struct page_arena *arena, const struct arena_wait *wait);
-/* Makes all free memory the stream's, whose later work comes after all earlier work of other streams. */
-void page_arena_adopt(struct page_arena *arena, intptr_t stream);
+/* Returns the present moment. */
+uint64_t page_arena_now(struct page_arena *arena);
+/* Makes memory that was freed until then a stream's: its later work comes after all work of before `tick`. */
+void page_arena_adopt(struct page_arena *arena, intptr_t stream, uint64_t tick);
+/* The same, where all work of before `tick` has ended. */
+void page_arena_settle(struct page_arena *arena, intptr_t stream, uint64_t tick);
 /* Frees a block. Returns whether there was one at the offset. No driver call, no wait: any thread, any time. */
 bool page_arena_free(struct page_arena *arena, uint64_t offset);
 
-/* Returns the present moment, for page_arena_settle(): that all work of before it has ended on all streams. */
-uint64_t page_arena_now(struct page_arena *arena);
-void page_arena_settle(struct page_arena *arena, uint64_t tick);
 /* Gives pages that are free, and known to be idle, back until at most `nbytes` are taken. Returns the bytes taken then. */
 uint64_t page_arena_trim(struct page_arena *arena, uint64_t nbytes);
 
