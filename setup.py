@@ -52,7 +52,9 @@ class NotBuilt(Exception):
 
 def c_files(ends="c"):
     """Return the sources of the extension, from the root on."""
-    found = [path for folder in C_FOLDERS for end in ends for path in (ROOT / folder).glob(f"*.{end}")]
+    found = [
+        path for folder in C_FOLDERS for end in ends for path in (ROOT / folder).glob(f"*.{end}")
+    ]
     return sorted(path.relative_to(ROOT).as_posix() for path in found)
 
 
@@ -132,7 +134,16 @@ def compile_with(compiler, include, folder):
     caches = {
         name: str(folder / "cache") for name in ("ZIG_LOCAL_CACHE_DIR", "ZIG_GLOBAL_CACHE_DIR")
     }
-    command = [*compiler, *FLAGS, f"-I{include}", *shlex.split(given), *sources, "-ldl", "-o", str(path)]
+    command = [
+        *compiler,
+        *FLAGS,
+        f"-I{include}",
+        *shlex.split(given),
+        *sources,
+        "-ldl",
+        "-o",
+        str(path),
+    ]
     call(command, os.environ | caches)
     try:
         call([sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1], 2)", str(path)])

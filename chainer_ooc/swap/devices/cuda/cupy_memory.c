@@ -16,6 +16,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -375,6 +376,20 @@ static void cupys_free(void *unused, void *address, int device)
     }
 }
 
+/* Says why a GPU cannot have an arena, if so. */
+static bool is_possible(int device, char problem[100])
+{
+    int value = 0;
+    const char *missing = find_cuda();
+    if (missing)
+        snprintf(problem, 100, "the driver has no %s", missing);
+    else if (device >= MOST_DEVICES || cuda.get_attribute(&value, VIRTUAL_MEMORY, device) || !value)
+        snprintf(problem, 100, "GPU %d has no virtual memory management", device);
+    else
+        return true;
+    return false;
+}
+
 /* PageArena for Python. */
 
 static Arena *of(PyObject *self)
@@ -400,13 +415,9 @@ static int arena_init(PyObject *object, PyObject *args, PyObject *keywords)
         PyErr_Format(PyExc_ValueError, "device=%d or nbytes=%zd is not possible", device, nbytes);
         return -1;
     }
-    const char *missing = find_cuda();
-    if (missing) {
-        PyErr_Format(PyExc_RuntimeError, "the driver has no %s", missing);
-        return -1;
-    }
-    if (cuda.get_attribute(&value, VIRTUAL_MEMORY, device) || !value) {
-        PyErr_Format(PyExc_RuntimeError, "GPU %d has no virtual memory management", device);
+    char problem[100];
+    if (!is_possible(device, problem)) {
+        PyErr_SetString(PyExc_RuntimeError, problem);
         return -1;
     }
     self->device = device;
@@ -586,6 +597,23 @@ static PyObject *arena_counts(PyObject *self, void *unused)
     return table;
 }
 
+static PyObject *arena_streams(PyObject *self, void *unused)
+{
+    (void)unused;
+    intptr_t streams[64];
+    size_t n = page_arena_streams(of(self)->arena, streams, 64);
+    if (n == 64) /* more than anybody could put in order */
+        Py_RETURN_NONE;
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < n; i++) {
+        PyObject *number = PyLong_FromSsize_t(streams[i]);
+        if (!number || PyList_Append(list, number))
+            Py_CLEAR(list);
+        Py_XDECREF(number);
+    }
+    return list;
+}
+
 #define WITH_KEYWORDS(function) ((PyCFunction)(void (*)(void))function), METH_VARARGS | METH_KEYWORDS
 
 static PyMethodDef arena_methods[] = {
@@ -611,6 +639,7 @@ static PyGetSetDef arena_attributes[] = {
     {"taken_bytes", arena_taken, NULL, "The bytes taken of the GPU, free pages included.", NULL},
     {"peak_bytes", arena_peak, NULL, "The most bytes that were taken of the GPU.", NULL},
     {"page_bytes", arena_page, NULL, "The size of a page (bytes).", NULL},
+    {"streams", arena_streams, NULL, "The streams that own free memory, None for very many; negative numbers are threads' default streams.", NULL},
     {"counts", arena_counts, NULL, "How allocations were served, and what the driver was asked for.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
@@ -646,23 +675,36 @@ static void set_reference(PyObject **variable, PyObject *value)
 
 typedef struct {
     PyObject_HEAD
-    PyObject *allocate;
+    PyObject *allocate, *free_all_blocks;
 } Allocator;
 
 static int allocator_init(PyObject *self, PyObject *args, PyObject *keywords)
 {
-    PyObject *allocate;
-    static char *names[] = {"allocate", NULL};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O", names, &allocate))
+    PyObject *allocate, *free_all_blocks;
+    static char *names[] = {"allocate", "free_all_blocks", NULL};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO", names, &allocate, &free_all_blocks))
         return -1;
     set_reference(&((Allocator *)self)->allocate, allocate);
+    set_reference(&((Allocator *)self)->free_all_blocks, free_all_blocks);
     return 0;
 }
+
+static PyObject *allocator_free_all_blocks(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return PyObject_CallFunctionObjArgs(((Allocator *)self)->free_all_blocks, NULL);
+}
+
+static PyMethodDef allocator_methods[] = {
+    {"free_all_blocks", allocator_free_all_blocks, METH_NOARGS, "Give the current GPU's free memory back to it; wait for it."},
+    {NULL, NULL, 0, NULL},
+};
 
 static void allocator_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     Py_XDECREF(((Allocator *)self)->allocate);
+    Py_XDECREF(((Allocator *)self)->free_all_blocks);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF(type);
@@ -682,9 +724,10 @@ static PyObject *allocator_call(PyObject *self, PyObject *args, PyObject *keywor
 }
 
 static PyType_Slot allocator_slots[] = {
-    {Py_tp_doc, "Call CuPy's CFunctionAllocator.malloc, and raise what its C functions have put aside.\n\nArgs: allocate: that method."},
+    {Py_tp_doc, "Call CuPy's CFunctionAllocator.malloc, and raise what its C functions have put aside.\n\nArgs: allocate: that method; free_all_blocks: a function."},
     {Py_tp_init, allocator_init},
     {Py_tp_dealloc, allocator_dealloc},
+    {Py_tp_methods, allocator_methods},
     {Py_tp_call, allocator_call},
     {0, NULL},
 };
@@ -729,6 +772,30 @@ static PyObject *set_arena(PyObject *self, PyObject *object)
     Py_RETURN_NONE;
 }
 
+static PyObject *why_no_arena(PyObject *self, PyObject *number)
+{
+    (void)self;
+    char problem[100];
+    long device = PyLong_AsLong(number);
+    if (device == -1 && PyErr_Occurred())
+        return NULL;
+    if (is_possible((int)device, problem))
+        Py_RETURN_NONE;
+    return PyUnicode_FromString(problem);
+}
+
+static PyObject *in_arena(PyObject *self, PyObject *number)
+{
+    (void)self;
+    size_t address;
+    if (!read_size(number, &address))
+        return NULL;
+    for (int device = 0; device < MOST_DEVICES; device++)
+        if (arenas[device] && address - arenas[device]->start < arenas[device]->space)
+            Py_RETURN_TRUE;
+    Py_RETURN_FALSE;
+}
+
 static PyMethodDef functions[] = {
     {"configure_arenas", WITH_KEYWORDS(configure_arenas),
      "Return the addresses of malloc and free for CuPy's CFunctionAllocator.\n\n"
@@ -737,6 +804,8 @@ static PyMethodDef functions[] = {
      "stream or after ask_again(); `refused` when there is no memory, to be told whether there is now; `order` to be told\n"
      "whether the current stream's later work comes after all earlier work of the others. `stream` is the capsule of the\n"
      "C function that returns the current stream."},
+    {"why_no_arena", why_no_arena, METH_O, "Return why a GPU cannot have an arena, or None."},
+    {"in_arena", in_arena, METH_O, "Return whether an address lies in an arena."},
     {"set_arena", set_arena, METH_O, "Let a GPU's allocations be served by an arena, for ever."},
     {NULL, NULL, 0, NULL},
 };

@@ -484,6 +484,12 @@ static bool can_spare(struct page_arena *arena)
     return true;
 }
 
+/* Returns how many pages may be taken before `limit` bytes are. */
+static uint64_t new_pages(const struct page_arena *arena, uint64_t limit)
+{
+    return limit > arena->taken ? (limit - arena->taken) / arena->page_size : 0;
+}
+
 /* Takes new pages of the GPU until `wanted` are spare, or `limit` bytes are taken, or the driver has no more. */
 static void create_pages(struct page_arena *arena, uint64_t wanted, uint64_t limit)
 {
@@ -592,7 +598,9 @@ static void unmap_pages(struct page_arena *arena, struct lane *lane, uint64_t n,
 /* Finds spare pages for a lane. */
 static enum arena_result gather(struct page_arena *arena, struct lane *lane, uint64_t wanted, struct arena_wait *wait)
 {
-    create_pages(arena, wanted, arena->soft < arena->hard ? arena->soft : arena->hard);
+    uint64_t soft = arena->soft < arena->hard ? arena->soft : arena->hard;
+    if (arena->n_spare + new_pages(arena, soft) >= wanted)
+        create_pages(arena, wanted, soft);
     if (arena->n_spare >= wanted)
         return ARENA_DONE;
     arena->unmapped = arena->tick;
@@ -601,24 +609,22 @@ static enum arena_result gather(struct page_arena *arena, struct lane *lane, uin
     bool others = false;
     for (struct lane *other = arena->lanes; other; other = other->next)
         others |= other != lane && other->free;
-    if (arena->n_spare + n < wanted && others)
+    if (arena->n_spare + new_pages(arena, soft) + n < wanted && others)
         return ARENA_ORDER;
-    if (arena->n_spare + n < wanted) {
-        uint64_t missing = wanted - arena->n_spare - n;
-        if (arena->taken + missing * arena->page_size > arena->hard)
-            return ARENA_FULL;
-        create_pages(arena, arena->n_spare + missing, arena->hard);
-        if (arena->n_spare + n < wanted)
-            return ARENA_FULL;
-    }
+    if (arena->n_spare + new_pages(arena, arena->hard) + n < wanted)
+        return ARENA_FULL;
+    create_pages(arena, wanted, soft);
+    if (arena->n_spare + n < wanted)
+        create_pages(arena, wanted - n, arena->hard);
+    if (arena->n_spare + n < wanted) /* the GPU has no more */
+        return others ? ARENA_ORDER : ARENA_FULL;
     if (arena->n_spare < wanted) {
         uint64_t last = arena->order[wanted - arena->n_spare - 1] >> PAGE_BITS;
         if (!is_idle(arena, lane, last)) {
-            if (find_mark(arena, lane, last, wait)) {
-                arena->counts.waits++;
-                return ARENA_WAIT;
-            }
-            return others ? ARENA_ORDER : ARENA_FULL;
+            if (!find_mark(arena, lane, last, wait))
+                return others ? ARENA_ORDER : ARENA_FULL;
+            arena->counts.waits++;
+            return ARENA_WAIT;
         }
         unmap_pages(arena, lane, n, wanted);
     }
@@ -983,6 +989,17 @@ void page_arena_adopt(struct page_arena *arena, intptr_t stream, uint64_t tick)
     page_arena_lock(arena);
     adopt(arena, lane_of(arena, stream), tick);
     page_arena_unlock(arena);
+}
+
+size_t page_arena_streams(struct page_arena *arena, intptr_t *streams, size_t most)
+{
+    size_t n = 0;
+    page_arena_lock(arena);
+    for (struct lane *lane = arena->lanes; lane && n < most; lane = lane->next)
+        if (lane->free)
+            streams[n++] = lane->stream;
+    page_arena_unlock(arena);
+    return n;
 }
 
 bool page_arena_free(struct page_arena *arena, uint64_t offset)

@@ -55,6 +55,8 @@ uint64_t page_arena_now(struct page_arena *arena);
 void page_arena_adopt(struct page_arena *arena, intptr_t stream, uint64_t tick);
 /* The same, where all work of before `tick` has ended. */
 void page_arena_settle(struct page_arena *arena, intptr_t stream, uint64_t tick);
+/* Writes down the streams that own free memory, `most` of them at most. Returns how many. */
+size_t page_arena_streams(struct page_arena *arena, intptr_t *streams, size_t most);
 /* Frees a block. Returns whether there was one at the offset. No driver call, no wait: any thread, any time. */
 bool page_arena_free(struct page_arena *arena, uint64_t offset);
 
