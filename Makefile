@@ -1,5 +1,6 @@
 # make demo   train on four ranks, out of core, with no GPU and no data needed
 # make test   ruff, mypy and the tests
+# make test-cuda   real CuPy without a GPU; CUPY="cupy-cuda12x==13.*" is another one, in an environment of its own
 # make coverage   the tests, and which lines of chainer_ooc/ they run
 # make matrix   the tests on every supported Python that is here, with the oldest and the newest NumPy
 # make exhaustive   what make test leaves out: hours
@@ -21,7 +22,7 @@ INSTALL := python -m pip install -q --disable-pip-version-check
 # What an install depends on: the extension is built anew when its sources change.
 INSTALLED := pyproject.toml setup.py $(wildcard backend/*.py) $(wildcard chainer_ooc/swap/devices/ram/*.[ch])
 
-.PHONY: demo test coverage matrix exhaustive marked sanitize installs mutants chainer-suite docs clean
+.PHONY: demo test test-cuda coverage matrix exhaustive marked sanitize installs mutants chainer-suite docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -33,6 +34,14 @@ test: $(VENV)/.test
 	mypy
 	lint-imports --no-logo
 	$(PYTEST) $(ARGS)
+
+# CuPy as a user has it, on tests/doubles/cuda_runtime, where it finds a GPU that computes nothing. With a GPU it is the GPU.
+CUPY ?=
+CUPY_NAME := $(firstword $(subst ==, ,$(CUPY)))
+CUDA_VENV := .venv-cuda$(if $(CUPY),-$(subst .*,,$(subst ==,-,$(CUPY))))
+
+test-cuda: $(CUDA_VENV)/.test
+	CUPY_CACHE_DIR=$(CURDIR)/$(CUDA_VENV)/kernels $(CUDA_VENV)/bin/$(PYTEST) tests/gpu tests/real_cupy $(ARGS)
 
 # Watching begins before chainer_ooc's hook, when Python starts, also in the processes that the tests start. What measures
 # time or memory may fail: watching takes both.
@@ -77,7 +86,7 @@ docs: $(VENV)/.docs
 	sphinx-build -q -W --keep-going -b html docs docs/_build
 
 clean:
-	rm -rf $(VENV) .nox .coverage* result build docs/_build *.egg-info chainer_ooc/swap/devices/ram/*.so
+	rm -rf $(VENV) .venv-cuda* .nox .coverage* result build docs/_build *.egg-info chainer_ooc/swap/devices/ram/*.so
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; install one or call make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -93,4 +102,14 @@ $(VENV)/.test: $(INSTALLED) | $(VENV)/bin/python
 
 $(VENV)/.docs: $(INSTALLED) | $(VENV)/bin/python
 	$(INSTALL) -e '.[docs]'
+	touch $@
+
+$(CUDA_VENV)/.test: $(INSTALLED)
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; install one or call make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -e $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+ifeq ($(CUPY),)
+	$(CUDA_VENV)/bin/$(INSTALL) -e '.[dev,dev-cuda]'
+else
+	$(CUDA_VENV)/bin/$(INSTALL) -e '.[dev]' '$(CUPY)' 'cuda-toolkit[cudart,nvrtc]==$(patsubst cupy-cuda%x,%,$(CUPY_NAME)).*'
+endif
 	touch $@

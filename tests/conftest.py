@@ -19,6 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
+from tests.doubles import cuda_runtime
+
+if cuda_runtime.is_needed():  # before anything imports CuPy, as Chainer does
+    cuda_runtime.install()
+
 import chainer_ooc  # the import hook comes before any import of Chainer
 from chainer_ooc.swap.devices.ram import native
 from tests import forked_python as forked_python_module
@@ -41,11 +46,14 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say why."""
     gpu = has_gpu() if any(item.get_closest_marker("gpu") for item in items) else False
+    double = cuda_runtime.is_installed()
     for item in items:
         if item.get_closest_marker("exhaustive") and not config.getoption("--exhaustive"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --exhaustive"))
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="no GPU, or no CuPy"))
+        if item.get_closest_marker("gpu") and double and not item.get_closest_marker("on_double"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU that computes"))
         if item.get_closest_marker("extension") and native.allocator is None:
             reason = f"needs the C extension: {native.HOW_TO_GET_IT}"
             item.add_marker(pytest.mark.skip(reason=reason))

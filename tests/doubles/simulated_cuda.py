@@ -35,6 +35,8 @@ The rules, and where they are from:
   bytes; when there is none that fits, whole regions are given back, then ``OutOfMemoryError`` is raised; a
   limit counts free blocks too (CuPy, ``cupy/cuda/memory.pyx``: ``SingleDeviceMemoryPool``). To give a
   region back waits for the device (``cudaFree``; Programming Guide, "Implicit Synchronization").
+* An event has a finalizer, which destroys it (``cupy/cuda/stream.pyx``: ``Event.__del__``). Of a cycle of references
+  the collector calls all finalizers first, in any order (PEP 442): others then find the event destroyed.
 * Memory is freed when the last array of it dies, and is unknown to the cyclic garbage collector
   (``cupy/cuda/memory.pyx``: ``PooledMemory``).
 * Inside ``using_allocator`` that thread has an allocator of its own, and the common one cannot be changed

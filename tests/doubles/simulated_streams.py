@@ -80,6 +80,7 @@ class Stream:
             CUDARuntimeError: If the event was made for another GPU.
         """
         event = Event(self._schedule) if event is None else event
+        event.check()
         schedule, queue = self._schedule, self.queue
         with schedule.lock:
             if event.device_id != queue.device_id:
@@ -95,6 +96,7 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         """Put what follows after the event, as it is now."""
+        event.check()
         schedule, queue = self._schedule, self.queue
         with schedule.lock:
             schedule.count("wait_event")
@@ -140,6 +142,16 @@ class Event:
         self._schedule = schedule
         self._times = not disable_timing
         self._time = 0
+        self._is_destroyed = False
+
+    def __del__(self) -> None:
+        # The collector may call it before that of an object which refers to the event, and goes on to use it.
+        self._is_destroyed = True
+
+    def check(self) -> None:
+        """Raise the driver's error if the event is destroyed."""
+        if self._is_destroyed:
+            raise CUDARuntimeError("cudaErrorInvalidResourceHandle: the event is destroyed")
 
     def pass_by(self) -> None:
         """Note that the stream comes by."""
@@ -153,6 +165,7 @@ class Event:
         """
         with self._schedule.lock:
             for event in (self, later):
+                event.check()
                 if not event._times or event.place is None:
                     raise CUDARuntimeError("cudaErrorInvalidResourceHandle: the event has no time")
                 if event.place[0].executed <= event.place[1]:
@@ -162,6 +175,7 @@ class Event:
     @property
     def done(self) -> bool:
         """Whether the stream has come so far."""
+        self.check()
         schedule = self._schedule
         with schedule.lock:
             schedule.pass_time()
@@ -172,6 +186,7 @@ class Event:
 
     def synchronize(self) -> None:
         """Wait until the stream has come so far."""
+        self.check()
         schedule = self._schedule
         with schedule.lock:
             schedule.count("synchronize")

@@ -36,9 +36,8 @@ def chainer_gpu():
 
     Skips when Chainer runs without cuDNN.
     """
+    import chainer_ooc  # noqa: F401, I001  before Chainer, which it edits
     import chainer
-
-    import chainer_ooc  # noqa: F401
 
     if not chainer.backends.cuda.cudnn_enabled:
         pytest.skip(f"Chainer runs without cuDNN: {chainer.backends.cuda._resolution_error}")

@@ -137,7 +137,7 @@ def test_what_cannot_fit_says_why_and_training_goes_on(chainer_gpu, clean):
     y = chainer_gpu.functions.relu(x)
     with pytest.raises(cupy.cuda.memory.OutOfMemoryError) as raised:
         chainer_gpu.functions.broadcast_to(y[None], (9, 16, MIB)) + 1
-    assert isinstance(raised.value, chainer_ooc.OutOfMemoryError)
+    assert isinstance(raised.value, chainer_ooc.errors.OutOfMemoryError)
     assert "limit" in str(raised.value)
     del raised
     gc.collect()

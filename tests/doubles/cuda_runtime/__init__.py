@@ -23,10 +23,12 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,7 +41,9 @@ __all__ = [
     "counts",
     "fail",
     "install",
+    "is_installed",
     "is_needed",
+    "is_supported",
     "kernels",
     "library",
     "memory",
@@ -65,7 +69,7 @@ _ERRORS = {
     "cudaMemcpyAsync": 1,
 }
 
-_MEMORY = [
+_MEMORY = (
     "total",
     "used",
     "peak",
@@ -81,7 +85,7 @@ _MEMORY = [
     "copied_out",
     "copied_within",
     "copied_pageable",
-]
+)
 
 #: The libraries that CuPy's modules link to: the beginning of their functions' names, and the error
 #: "not supported" of each.
@@ -97,11 +101,21 @@ class _Memory(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in _MEMORY]
 
 
+def is_supported() -> bool:
+    """Tell whether the double knows this platform: Linux on x86-64."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
 def is_needed() -> bool:
-    """Tell whether CuPy is installed and no driver is: whether :func:`install` would let it run."""
-    if importlib.util.find_spec("cupy") is None:
+    """Tell whether CuPy is installed and no GPU is there, so that :func:`install` lets CuPy run."""
+    if importlib.util.find_spec("cupy") is None or not is_supported():
         return False
     return not any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def is_installed() -> bool:
+    """Tell whether CuPy runs on the double in this process."""
+    return bool(_stand_ins)
 
 
 def install() -> None:

@@ -75,6 +75,21 @@ def test_space_of_the_dead_is_given_back_at_the_next_save(rig):
     assert len(transfers._by_state.storages) == len([*transfers.members(State.RESIDENT)]) == 1
 
 
+@pytest.mark.parametrize("moves", ["out", "out and back"])
+def test_a_graph_may_die_as_a_cycle_while_its_copies_are_asked_for(rig, moves):
+    """The collector then destroys the events that nothing else refers to before the storages are freed."""
+    saved = [rig.save(float(i)) for i in range(4)]
+    rig.manager.move_all_out()
+    if moves == "out and back":
+        assert values(saved) == [0, 1, 2, 3]
+    rig.cupy.synchronize()
+    saved.append(saved)
+    del saved
+    gc.collect()
+    assert rig.manager.reclaim(UNIT) == 0
+    assert host_bytes(rig) == 0
+
+
 def test_graphs_that_are_never_used_are_forgotten(rig):
     for number in range(500):
         rig.save(float(number), 512)

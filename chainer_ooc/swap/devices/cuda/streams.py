@@ -22,6 +22,7 @@ import contextlib
 import errno
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,6 +54,7 @@ class CopyStreams:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._threads = 0  # the number of threads on per-thread default streams
+        self._events: tuple[deque[Any], deque[Any]] = deque(), deque()  # the second take times
         with self.on_device():
             self._out = self._cuda.Stream(non_blocking=True)
             self._back = self._cuda.Stream(non_blocking=True)
@@ -211,7 +213,22 @@ class CopyStreams:
         return origin, time.perf_counter()
 
     def _record(self, stream: Any, timed: bool = False) -> Any:
-        return stream.record(self._cuda.Event(disable_timing=not timed))
+        """Record an event to which nothing refers any more, or a new one.
+
+        All are referred to from here. Events that died with a graph in a cycle of references would be destroyed by
+        the collector in any order, and before the graph's storages ask them whether their copies have ended.
+        """
+        events = self._events[timed]
+        for _ in range(min(2, len(events))):
+            with contextlib.suppress(IndexError):  # another thread was faster
+                oldest = [events.popleft()]
+                is_free = not references.item_is_referenced_externally(oldest, 0)
+                events.append(oldest[0])
+                if is_free:
+                    return stream.record(oldest[0])
+        event = self._cuda.Event(disable_timing=not timed)
+        events.append(event)
+        return stream.record(event)
 
     def _forget_idle(self) -> None:
         table = self._compute
