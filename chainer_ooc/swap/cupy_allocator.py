@@ -125,7 +125,7 @@ class CupyAllocator:
                 )
             elif why:
                 warnings.warn(
-                    f"GPU memory comes from CuPy's pool, which may run out before the limit where it is in pieces: {why}",
+                    f"GPU memory comes from CuPy's pool, which may run out below the limit: {why}",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -166,6 +166,7 @@ class CupyAllocator:
         manager = self._manager_of(device_id)
         is_asked = manager is not None and not manager.busy
         if manager is not None and is_asked and manager.reclaim(nbytes):
+            self._arenas.set_level(device_id, manager.granted_bytes(), manager.moved_bytes())
             return True
         if manager is not None and manager.busy:  # it evicts by itself
             raise self._cupy.cuda.memory.OutOfMemoryError(nbytes, self._arenas.total_bytes())

@@ -93,6 +93,11 @@ class Gpus:
         arenas = self._allocator.arenas
         return 0 if device_id is None or arenas is None else arenas.end_peak(device_id)
 
+    def arena_counts(self) -> dict[str, int] | None:
+        """Return how the current GPU's allocations were served; ``None`` if CuPy's pool serves them."""
+        arenas = self._allocator.arenas
+        return None if arenas is None else arenas.counts()
+
     def _add(self, device_id: int, settings: Settings) -> SwapManager:
         with self._lock:
             if device_id not in self.managers:

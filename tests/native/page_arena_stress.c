@@ -211,7 +211,7 @@ static bool take(struct gpu *gpu, int n, uint64_t nbytes, int stream)
         if (result == ARENA_DONE)
             break;
         if (result == ARENA_FULL) {
-            uint64_t new = gpu->arena->hard > gpu->arena->taken ? (gpu->arena->hard - gpu->arena->taken) / PAGE : 0;
+            uint64_t new = new_pages(gpu->arena);
             CHECK(gpu->failed || free_pages(gpu) + new < size / PAGE + 2);
             return false;
         }
@@ -286,8 +286,8 @@ static void random_steps(uint64_t steps, uint64_t seed)
     memset(gpu->page_at, -1, sizeof gpu->page_at);
     gpu->arena = page_arena_new(PAGES, PAGE, PAGE / 2, &driver, gpu);
     CHECK(gpu->arena);
-    uint64_t hard = 100 * PAGE;
-    page_arena_set_limit(gpu->arena, 90 * PAGE, hard);
+    uint64_t limit = 100 * PAGE;
+    page_arena_set_limit(gpu->arena, limit);
     int streams = 1;
     uint64_t sizes[12];
     for (int n = 0; n < 12; n++)
@@ -309,8 +309,8 @@ static void random_steps(uint64_t steps, uint64_t seed)
         if (below(gpu, 8) == 0)
             run(gpu, stream, gpu->done[stream] + below(gpu, gpu->given[stream] - gpu->done[stream] + 1));
         if (what < 100) {
-            hard = (10 + below(gpu, 400)) * PAGE;
-            page_arena_set_limit(gpu->arena, hard - below(gpu, 10) * PAGE, hard);
+            limit = (10 + below(gpu, 400)) * PAGE;
+            page_arena_set_limit(gpu->arena, limit);
         } else if (what < 150) {
             settle(gpu);
             CHECK(page_arena_trim(gpu->arena, 0) == (uint64_t)page_arena_taken(gpu->arena));
@@ -350,7 +350,7 @@ static void repeats_itself(void)
     uint64_t sizes[9], before = 0, limit = 150 * PAGE;
     for (int n = 0; n < 9; n++)
         sizes[n] = 1 + below(gpu, 12 * PAGE);
-    page_arena_set_limit(gpu->arena, limit + 15 * PAGE, limit + 20 * PAGE);
+    page_arena_set_limit(gpu->arena, limit + 20 * PAGE);
     for (int round = 0; round < 20; round++) {
         before = page_arena_counts(gpu->arena).maps;
         for (int n = 0, oldest = 0; n < 128; n++) {
@@ -441,7 +441,7 @@ int main(int count, char **given)
         random_steps(steps / 10, seed * 10 + part);
     uint64_t pages = 0;
     shared = page_arena_new(PAGES, PAGE, PAGE / 2, &simple, &pages);
-    page_arena_set_limit(shared, 150 * PAGE, 160 * PAGE);
+    page_arena_set_limit(shared, 160 * PAGE);
     steps_of_threads = steps / 40;
     pthread_t threads[4];
     for (uintptr_t n = 0; n < 4; n++)

@@ -21,11 +21,9 @@ _SIGNATURES = ("intptr_t (void)", "size_t (void)")
 
 
 def why_no_arenas(cupy: Any) -> str | None:
-    """Return why CuPy cannot allocate from page arenas here; ``None`` if it can."""
-    if native.allocator is None:
-        return "chainer_ooc has no C extension here"
-    if not hasattr(cupy.cuda, "CFunctionAllocator"):
-        return "this CuPy has no CFunctionAllocator"
+    """Return why CuPy cannot allocate from page arenas here; ``None`` if it can, ``""`` if all has been said."""
+    if native.allocator is None or not hasattr(cupy.cuda, "CFunctionAllocator"):
+        return ""
     if _current_stream() is None:
         return "this CuPy does not tell the current stream to C"
     for device in range(cupy.cuda.runtime.getDeviceCount()):
@@ -140,6 +138,11 @@ class ArenaPool:
         arena = self._arena()
         return self._outside() + (0 if arena is None else int(arena.peak_bytes))
 
+    def counts(self) -> dict[str, int]:
+        """Return how the allocations were served, and what the driver was asked for."""
+        arena = self._arena()
+        return {} if arena is None else dict(arena.counts)
+
     # As CuPy's pools have it.
 
     def used_bytes(self) -> int:
@@ -165,11 +168,10 @@ class ArenaPool:
             return
         outside = self._outside()
         self._limits[device_id] = size, outside
-        soft = max(size - outside, 0) if size else _UNLIMITED
-        hard = max(int(size * (1 + _TORN)) - outside, 0) if size else _UNLIMITED
-        arena.set_limit(soft, hard)
-        if arena.taken_bytes > hard:
-            arena.trim(hard)
+        most = max(int(size * (1 + _TORN)) - outside, 0) if size else _UNLIMITED
+        arena.set_limit(most)
+        if arena.taken_bytes > most:
+            arena.trim(most)
 
     def free_outside(self) -> None:
         """Give back what CuPy's default pool holds and does not need."""

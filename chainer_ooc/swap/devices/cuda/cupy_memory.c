@@ -122,7 +122,8 @@ static _Thread_local struct {
         long long peak;
     } of[OWN];
     PyObject *type, *error, *traceback; /* put aside */
-    bool failed, asks;
+    bool failed;
+    bool is_quiet;   /* the engine itself allocates: nobody is asked, nothing is noted */
     intptr_t number; /* of its default stream */
 } own;
 
@@ -338,7 +339,9 @@ static void *cupys_malloc(void *unused, size_t nbytes, int device)
                         own.of[device % OWN].stream == stream;
         size_t wanted = page_arena_used(self->arena) + nbytes;
         bool is_granted = is_known && (nbytes < announced || wanted <= own.of[device % OWN].level);
-        if (!is_granted && before) {
+        if (own.is_quiet) {
+            ;
+        } else if (!is_granted && before) {
             own.of[device % OWN].device = 0; /* it may be known once more, by what it sets */
             if (!ask(before, device, nbytes, false))
                 return NULL;
@@ -489,12 +492,12 @@ static int arena_contains(PyObject *self, PyObject *number)
     return read_size(number, &address) ? address - of(self)->start < of(self)->space : -1;
 }
 
-static PyObject *arena_set_limit(PyObject *self, PyObject *args)
+static PyObject *arena_set_limit(PyObject *self, PyObject *number)
 {
-    Py_ssize_t soft, hard;
-    if (!PyArg_ParseTuple(args, "nn", &soft, &hard))
+    size_t nbytes;
+    if (!read_size(number, &nbytes))
         return NULL;
-    page_arena_set_limit(of(self)->arena, (uint64_t)soft, (uint64_t)hard);
+    page_arena_set_limit(of(self)->arena, nbytes);
     Py_RETURN_NONE;
 }
 
@@ -619,8 +622,7 @@ static PyObject *arena_streams(PyObject *self, void *unused)
 static PyMethodDef arena_methods[] = {
     {"allocate", WITH_KEYWORDS(arena_allocate), "Return the address of `nbytes` for work on a stream; None if there are none."},
     {"free", arena_free, METH_O, "Take back the block at an address."},
-    {"set_limit", arena_set_limit, METH_VARARGS,
-     "Take at most `soft` bytes of the GPU where free pages would do, and `hard` bytes in any case."},
+    {"set_limit", arena_set_limit, METH_O, "Set the most bytes that are taken of the GPU; what is taken already stays."},
     {"trim", arena_trim, METH_O, "Give free pages back until at most so many bytes are taken; wait for the GPU. Return the bytes taken."},
     {"close", arena_close, METH_O, "Give free pages back, and from now on what is freed, too; or, with false, no more."},
     {"set_level", arena_set_level, METH_VARARGS,
@@ -796,6 +798,13 @@ static PyObject *in_arena(PyObject *self, PyObject *number)
     Py_RETURN_FALSE;
 }
 
+static PyObject *be_quiet(PyObject *self, PyObject *is_quiet)
+{
+    (void)self;
+    own.is_quiet = PyObject_IsTrue(is_quiet);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"configure_arenas", WITH_KEYWORDS(configure_arenas),
      "Return the addresses of malloc and free for CuPy's CFunctionAllocator.\n\n"
@@ -806,6 +815,7 @@ static PyMethodDef functions[] = {
      "C function that returns the current stream."},
     {"why_no_arena", why_no_arena, METH_O, "Return why a GPU cannot have an arena, or None."},
     {"in_arena", in_arena, METH_O, "Return whether an address lies in an arena."},
+    {"be_quiet", be_quiet, METH_O, "Ask nobody before this thread's allocations in arenas, and do not count them for the peak; or do."},
     {"set_arena", set_arena, METH_O, "Let a GPU's allocations be served by an arena, for ever."},
     {NULL, NULL, 0, NULL},
 };

@@ -8,12 +8,12 @@ from typing import Any
 
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap.devices.copy_threads import PIECE, THREADS
+from chainer_ooc.swap.devices.cuda.arenas import ArenaPool
 from chainer_ooc.swap.devices.cuda.checksum import CudaChecksum
 from chainer_ooc.swap.devices.cuda.fingerprints import PINNED, Fingerprint, Fingerprints
 from chainer_ooc.swap.devices.cuda.host import DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
 from chainer_ooc.swap.devices.cuda.transfers import FailedTransfer, StreamTransfer
-from chainer_ooc.swap.devices.cuda.arenas import ArenaPool
 from chainer_ooc.swap.devices.protocol import Layout, Location, Transfer, Verdict, lies_alike
 from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.system import memory
@@ -77,7 +77,14 @@ class CupyArrays:
         Raises:
             MemoryError: If there is no memory.
         """
-        pointer = self._cupy.cuda.alloc(nbytes)
+        if native.allocator is None:
+            pointer = self._cupy.cuda.alloc(nbytes)
+        else:
+            native.allocator.be_quiet(True)
+            try:
+                pointer = self._cupy.cuda.alloc(nbytes)
+            finally:
+                native.allocator.be_quiet(False)
         return pointer.mem, pointer.ptr - pointer.mem.ptr
 
     def empty(self) -> Any:

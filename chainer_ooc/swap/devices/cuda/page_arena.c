@@ -99,7 +99,7 @@ struct page_arena {
     struct lane *lanes;
     uint64_t *spare; /* pages that are mapped nowhere */
     uint64_t n_spare, spare_size, lost;
-    uint64_t used, taken, soft, hard, tick, settled;
+    uint64_t used, taken, limit, tick, settled;
     uint64_t unmapped; /* the tick when pages were last wanted */
     uint64_t *order; /* scratch: pages to choose from */
     uint64_t order_size;
@@ -484,17 +484,17 @@ static bool can_spare(struct page_arena *arena)
     return true;
 }
 
-/* Returns how many pages may be taken before `limit` bytes are. */
-static uint64_t new_pages(const struct page_arena *arena, uint64_t limit)
+/* Returns how many pages may be taken before the limit is reached. */
+static uint64_t new_pages(const struct page_arena *arena)
 {
-    return limit > arena->taken ? (limit - arena->taken) / arena->page_size : 0;
+    return arena->limit > arena->taken ? (arena->limit - arena->taken) / arena->page_size : 0;
 }
 
-/* Takes new pages of the GPU until `wanted` are spare, or `limit` bytes are taken, or the driver has no more. */
-static void create_pages(struct page_arena *arena, uint64_t wanted, uint64_t limit)
+/* Takes new pages of the GPU until `wanted` are spare, or the limit is reached, or the driver has no more. */
+static void create_pages(struct page_arena *arena, uint64_t wanted)
 {
     uint64_t page;
-    while (arena->n_spare < wanted && arena->taken + arena->page_size <= limit && can_spare(arena) &&
+    while (arena->n_spare < wanted && new_pages(arena) && can_spare(arena) &&
            arena->driver->create(arena->context, &page)) {
         arena->counts.creates++;
         arena->spare[arena->n_spare++] = page;
@@ -598,9 +598,8 @@ static void unmap_pages(struct page_arena *arena, struct lane *lane, uint64_t n,
 /* Finds spare pages for a lane. */
 static enum arena_result gather(struct page_arena *arena, struct lane *lane, uint64_t wanted, struct arena_wait *wait)
 {
-    uint64_t soft = arena->soft < arena->hard ? arena->soft : arena->hard;
-    if (arena->n_spare + new_pages(arena, soft) >= wanted)
-        create_pages(arena, wanted, soft);
+    if (arena->n_spare + new_pages(arena) >= wanted)
+        create_pages(arena, wanted);
     if (arena->n_spare >= wanted)
         return ARENA_DONE;
     arena->unmapped = arena->tick;
@@ -609,14 +608,9 @@ static enum arena_result gather(struct page_arena *arena, struct lane *lane, uin
     bool others = false;
     for (struct lane *other = arena->lanes; other; other = other->next)
         others |= other != lane && other->free;
-    if (arena->n_spare + new_pages(arena, soft) + n < wanted && others)
-        return ARENA_ORDER;
-    if (arena->n_spare + new_pages(arena, arena->hard) + n < wanted)
-        return ARENA_FULL;
-    create_pages(arena, wanted, soft);
+    if (arena->n_spare + new_pages(arena) + n >= wanted)
+        create_pages(arena, wanted);
     if (arena->n_spare + n < wanted)
-        create_pages(arena, wanted - n, arena->hard);
-    if (arena->n_spare + n < wanted) /* the GPU has no more */
         return others ? ARENA_ORDER : ARENA_FULL;
     if (arena->n_spare < wanted) {
         uint64_t last = arena->order[wanted - arena->n_spare - 1] >> PAGE_BITS;
@@ -832,7 +826,7 @@ static enum arena_result allocate(struct page_arena *arena, uint64_t nbytes, int
     unsigned zone = size >= arena->small;
     if (arena->n_used > 2 * arena->used_mask)
         grow_used(arena);
-    if (lane->freed > arena->hard / MARKED_SHARE && arena->tick < arena->unmapped + MARKED_FREES)
+    if (lane->freed > arena->limit / MARKED_SHARE && arena->tick < arena->unmapped + MARKED_FREES)
         set_mark(arena, lane);
     struct size_list *list = size_list(lane, size, false);
     if (list && list->first) {
@@ -869,7 +863,7 @@ struct page_arena *page_arena_new(uint64_t pages, uint64_t page_size, uint64_t s
     arena->pages = pages;
     arena->page_size = page_size;
     arena->small = small;
-    arena->soft = arena->hard = UINT64_MAX;
+    arena->limit = UINT64_MAX;
     arena->used_mask = 1023;
     arena->used_table = calloc(arena->used_mask + 1, sizeof *arena->used_table);
     arena->page_at = calloc(pages, sizeof *arena->page_at);
@@ -924,11 +918,10 @@ void page_arena_unlock(struct page_arena *arena)
     pthread_mutex_unlock(&arena->lock);
 }
 
-void page_arena_set_limit(struct page_arena *arena, uint64_t soft, uint64_t hard)
+void page_arena_set_limit(struct page_arena *arena, uint64_t nbytes)
 {
     page_arena_lock(arena);
-    arena->soft = soft;
-    arena->hard = hard;
+    arena->limit = nbytes;
     page_arena_unlock(arena);
 }
 

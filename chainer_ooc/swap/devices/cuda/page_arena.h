@@ -45,8 +45,8 @@ struct page_arena *page_arena_new(uint64_t pages, uint64_t page_size, uint64_t s
 /* Frees what the arena has of the host's memory. The driver is not called. */
 void page_arena_delete(struct page_arena *arena);
 
-/* Takes at most `soft` bytes of the GPU while free pages, or waiting for some, would do; `hard` bytes in any case. */
-void page_arena_set_limit(struct page_arena *arena, uint64_t soft, uint64_t hard);
+/* Sets the most bytes that are taken of the GPU. What is taken already stays until page_arena_trim(). */
+void page_arena_set_limit(struct page_arena *arena, uint64_t nbytes);
 enum arena_result page_arena_allocate(struct page_arena *arena, uint64_t nbytes, intptr_t stream, uint64_t *offset, struct arena_wait *wait);
 void page_arena_waited(struct page_arena *arena, const struct arena_wait *wait);
 /* Returns the present moment. */
