@@ -102,6 +102,8 @@ def seeded() -> Iterator[None]:
 def environment_of_children() -> dict[str, str]:
     """Return the environment of the interpreters that tests start."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    if cuda_runtime.is_installed():
+        paths.insert(0, str(cuda_runtime.SITE))
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)))
     if native.allocator is None:  # else all would say so
         environment.setdefault("PYTHONWARNINGS", "ignore:chainer_ooc has no C extension")

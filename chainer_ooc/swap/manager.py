@@ -246,21 +246,24 @@ class SwapManager:
             self._transfers.check_remade()
             # What is there first: held by these lists, it cannot be released for the others.
             arrays = {id(s): self.read(s, read_only) for s in group if s.storage.state.in_memory}
-            owners = [saved.storage.owner for saved in group]
+            owners = {saved.storage: saved.storage.owner for saved in group}
             begun = []
             for saved in group:
                 if id(saved) not in arrays:
                     begun += [one.owner for one in self._begin_in(saved.storage)]
-                    owners.append(saved.storage.owner)
+                    owners[saved.storage] = saved.storage.owner
                 elif saved.storage.checksum is not None:
                     checksums.check_unchanged(self.device, saved.storage)
             discarded = [saved.storage for saved in group if saved.storage.state is State.DISCARDED]
             begun.clear()
             if discarded:
                 self._make_again(discarded)
-            return [
-                arrays.get(id(s)) if id(s) in arrays else self.read(s, read_only) for s in group
-            ]
+            for saved in group:
+                if id(saved) not in arrays:
+                    # A copy that failed is made again, into other memory, for which this makes room.
+                    owners.pop(saved.storage, None)
+                    arrays[id(saved)] = self.read(saved, read_only)
+            return [arrays[id(saved)] for saved in group]
 
     def prefetch(self, group: Iterable[PackedArray]) -> None:
         """Begin to fetch the storages that backward needs after ``group``, as far as free memory allows.

@@ -88,8 +88,8 @@ class SimulatedCuda(Schedule):
         per_thread: The default stream is the per-thread one (``CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1``).
 
     Attributes:
-        fail: By the name of a function (``"malloc"``, ``"memcpyAsync"``, ``"hostRegister"``): the numbers of
-            the calls from now on that are to fail, 0 for the next.
+        fail: By the name of a function (``"malloc"``, ``"memcpyAsync"``, ``"hostRegister"``, ``"Event"``): the
+            numbers of the calls from now on that are to fail, 0 for the next.
         gpus: The GPUs.
         pinned: What is page-locked: address and size (bytes).
     """
@@ -132,7 +132,7 @@ class SimulatedCuda(Schedule):
             MemoryPool=self._pool_type,
             Memory=lambda nbytes: Memory(nbytes, self),
             Stream=self.new_stream,
-            Event=lambda disable_timing=False: Event(self, disable_timing),
+            Event=self._make_event,
             get_elapsed_time=lambda start, end: start.milliseconds_to(end),
             Device=self.device,
             alloc=lambda nbytes: self._get_allocator()(nbytes),
@@ -209,6 +209,11 @@ class SimulatedCuda(Schedule):
             self._local.allocator = outer
 
     # The runtime.
+
+    def _make_event(self, disable_timing: bool = False) -> Event:
+        with self.lock:
+            self.fail_if_told("Event", CUDARuntimeError)
+        return Event(self, disable_timing)
 
     def fail_if_told(self, name: str, error: type[Exception]) -> None:
         """Count a call, and raise if it is to fail."""

@@ -10,7 +10,7 @@ import pytest
 from tests.doubles import cuda_runtime
 
 FOLDER = pathlib.Path(__file__).parent
-GIB = 1 << 30
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 def pytest_collection_modifyitems(items):

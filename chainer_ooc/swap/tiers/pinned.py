@@ -74,6 +74,10 @@ class PinnedSlab:
                 self._grow_ahead()
         return address
 
+    def ask_again(self) -> None:
+        """Ask the system for memory at the next allocation even if it has refused some before."""
+        self._refused = False
+
     def free(self, address: int, nbytes: int) -> None:
         """Take back the block of ``nbytes`` bytes at ``address``."""
         with self._lock:

@@ -12,7 +12,8 @@ beginning of each; it loads a ``libcuda.so.1``, and stand-ins for the libraries 
   and is noted: :func:`complaints`.
 
 The driver's virtual memory (``cuMemCreate``, ``cuMemMap``, ...) is there as well, and strict: see ``virtual_memory.c``.
-A script runs on it with ``python -m tests.doubles.cuda_runtime SCRIPT ARGUMENTS``. Linux on x86-64 only.
+Pytest runs on it where CuPy is installed and no GPU is there (``tests/conftest.py``), and so do the processes that
+tests start; a script does with ``python -m tests.doubles.cuda_runtime SCRIPT ARGUMENTS``. Linux on x86-64 only.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from tests.doubles.cuda_runtime import cudnn
 
 __all__ = [
     "H200",
+    "SITE",
+    "allow_in_child",
     "break_device",
     "complaints",
     "counts",
@@ -52,6 +55,8 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).parent
+#: With this folder and the repository's root in PYTHONPATH each Python process runs CuPy on the double.
+SITE = FOLDER / "site"
 #: The memory of an H200 (bytes).
 H200 = 143771 << 20
 
@@ -169,7 +174,7 @@ def setup(total: int = H200, data: bool = True, lag: int = 0, workspace: int = 1
     Args:
         total: Its memory (bytes).
         data: Whether copies copy. Without, only those below 4 KiB do.
-        lag: How many queries of an event or a stream find work not done yet, before they find it done.
+        lag: After how many queries of events and streams work is said to be done, unless somebody waits for it.
         workspace: What the first algorithm that cuDNN offers for a convolution takes (bytes). The other takes none.
     """
     library().double_set_workspace(ctypes.c_size_t(workspace))
@@ -229,6 +234,11 @@ def fail(name: str, at: int = 1, times: int = 1, error: int | None = None) -> No
 def break_device(error: int = 719) -> None:
     """Fail as a kernel does: from now on all calls return the error, ``cudaErrorLaunchFailure`` by default."""
     library().double_break(error)
+
+
+def allow_in_child() -> None:
+    """Let CUDA work in this forked child, as it never does: for tests that want a fresh process at little cost."""
+    library().double_allow_child()
 
 
 def complaints() -> list[str]:

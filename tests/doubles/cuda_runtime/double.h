@@ -119,4 +119,5 @@ void trim_pools(void); /* what a synchronization does */
 struct stream;
 struct stream *stream_of(void *); /* NULL and a complaint: there is none such */
 void stream_works(struct stream *);
+void wait_for_all(void);
 bool any_capture(void);

@@ -459,6 +459,7 @@ static int copy(const char *name, void *target, const void *source, size_t size,
 int cudaMemcpy(void *target, const void *source, size_t size, int kind)
 {
     ENTER;
+    wait_for_all();
     trim_pools();
     return copy("cudaMemcpy", target, source, size, kind);
 }

@@ -9,7 +9,7 @@ struct stream {
     unsigned flags;
     int priority;
     bool captures, invalidated;
-    int pending; /* queries that will say "not ready" */
+    long due; /* when its work is done */
 };
 
 struct event {
@@ -17,7 +17,7 @@ struct event {
     unsigned flags;
     bool recorded, captured;
     double milliseconds;
-    int pending;
+    long due;
 };
 
 enum { DISABLE_TIMING = 2 };                      /* cudaEventDisableTiming */
@@ -25,10 +25,27 @@ enum { NO_CAPTURE, ACTIVE_CAPTURE, INVALIDATED }; /* cudaStreamCaptureStatus */
 
 static struct stream legacy = {.object.kind = STREAM}, per_thread = {.object.kind = STREAM};
 static int captures; /* streams that capture */
-static int lag;      /* how many queries find work not done yet */
 
-/* All work is done at once. With a lag, that many queries say that it is not, unless somebody waits for it. */
+
+/* All work is done at once, but with a lag it is said to be under way: each query is a tick of the clock, and work is
+   over that many ticks after it was given, in this order, or when somebody waits for it. */
+static long now, lag;
+
 void double_set_lag(int queries) { lag = queries; }
+
+static void wait_until(long due)
+{
+    if (now < due)
+        now = due;
+}
+
+static int ask(long due)
+{
+    if (now >= due)
+        return OK;
+    now++;
+    return NOT_READY;
+}
 
 struct stream *stream_of(void *pointer)
 {
@@ -37,7 +54,8 @@ struct stream *stream_of(void *pointer)
     return pointer == (void *)2 ? &per_thread : object(pointer, STREAM, "stream");
 }
 
-void stream_works(struct stream *stream) { stream->pending = lag; }
+void stream_works(struct stream *stream) { stream->due = now + lag; }
+void wait_for_all(void) { wait_until(now + lag); }
 bool any_capture(void) { return captures > 0; }
 
 static int capture_is_spoilt(struct stream *stream)
@@ -77,7 +95,7 @@ int cudaStreamSynchronize(void *pointer)
         return failed(INVALID_HANDLE);
     if (stream->captures)
         return capture_is_spoilt(stream);
-    stream->pending = 0;
+    wait_until(stream->due);
     trim_pools();
     return OK;
 }
@@ -90,9 +108,7 @@ int cudaStreamQuery(void *pointer)
         return failed(INVALID_HANDLE);
     if (stream->captures)
         return capture_is_spoilt(stream);
-    if (stream->pending)
-        return stream->pending--, NOT_READY;
-    return OK;
+    return ask(stream->due);
 }
 
 int cudaStreamGetFlags(void *pointer, unsigned *flags)
@@ -146,6 +162,7 @@ int cudaDeviceSynchronize(void)
     ENTER;
     if (captures)
         return failed(CAPTURE_UNSUPPORTED);
+    wait_for_all();
     trim_pools();
     return OK;
 }
@@ -254,7 +271,7 @@ int cudaEventRecord(void *pointer, void *on)
     event->milliseconds = time.tv_sec * 1e3 + time.tv_nsec / 1e6;
     event->recorded = true;
     event->captured = stream->captures;
-    event->pending = lag;
+    event->due = now + lag;
     return OK;
 }
 
@@ -266,9 +283,7 @@ int cudaEventQuery(void *pointer)
         return failed(INVALID_HANDLE);
     if (event->captured)
         return failed(CAPTURED_EVENT);
-    if (event->pending)
-        return event->pending--, NOT_READY;
-    return OK;
+    return ask(event->due);
 }
 
 int cudaEventSynchronize(void *pointer)
@@ -279,7 +294,7 @@ int cudaEventSynchronize(void *pointer)
         return failed(INVALID_HANDLE);
     if (event->captured)
         return failed(CAPTURED_EVENT);
-    event->pending = 0;
+    wait_until(event->due);
     trim_pools();
     return OK;
 }
@@ -292,7 +307,7 @@ int cudaEventElapsedTime(float *milliseconds, void *from, void *to)
         return failed(INVALID_HANDLE);
     if (!begin->recorded || !end->recorded || ((begin->flags | end->flags) & DISABLE_TIMING))
         return MISTAKE(INVALID_HANDLE, "cudaEventElapsedTime: an event was not recorded, or takes no time");
-    if (begin->pending || end->pending)
+    if (now < begin->due || now < end->due)
         return NOT_READY;
     *milliseconds = end->milliseconds - begin->milliseconds;
     return OK;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -22,7 +23,7 @@ from chainer_ooc.swap.devices.protocol import Layout
 from chainer_ooc.swap.events import Observer
 from chainer_ooc.swap.tiers.pinned import CHUNK
 from tests.doubles.adopted_arrays import AdoptedArrays
-from tests.doubles.simulated_cuda import SimulatedCuda
+from tests.doubles.simulated_cuda import CUDARuntimeError, SimulatedCuda
 from tests.doubles.simulated_memory import Gpu
 from tests.swap.cuda.conftest import UNIT
 
@@ -248,6 +249,45 @@ def test_no_memory_can_be_locked_at_all(make_rig):
     rig.cupy.fail["hostRegister"] = list(range(20))
     with pytest.raises(SwapSpaceError, match="ulimit -l"):
         rig.device.copy_out(rig.owner(6.0), 0, UNIT)
+    rig.cupy.fail.clear()  # others have given memory back
+    rig.device.copy_out(rig.owner(6.0), 0, UNIT).join()
+
+
+def test_staging_blocks_are_given_back_when_there_are_too_few(make_rig):
+    rig = make_rig(host_limit=0)
+    staging = rig.device.disk.staging
+    staging.limit = 2 * rig.device.disk.piece  # of four
+    for _ in range(2):
+        with pytest.raises(SwapSpaceError, match="staging blocks"):
+            rig.device.copy_out(rig.owner(6.0), 0, UNIT)
+        assert staging.allocated == 0
+
+
+@pytest.mark.parametrize("host_limit", [0, 16 * UNIT])
+@pytest.mark.parametrize("number", range(3))
+def test_where_no_event_can_be_made_nothing_is_lost(make_rig, host_limit, number):
+    """Of a copy that is under way the end must be known, or its memory would be used by others meanwhile."""
+    rig = make_rig(host_limit=host_limit)
+    owner = rig.owner(6.0)
+    rig.cupy.fail["Event"] = [number]
+    try:
+        out = rig.device.copy_out(owner, 0, UNIT)
+        out.wait()
+        with contextlib.suppress(OSError):
+            out.join()
+        out.copy.free()
+    except CUDARuntimeError:
+        pass
+    rig.cupy.fail.clear()
+    rig.cupy.synchronize()
+    if host_limit:
+        rig.device.host.allocate(1).free()
+    assert rig.device.host.slab.allocated == 0
+    out = rig.device.copy_out(owner, 0, UNIT)
+    out.join()
+    owner, _, back = rig.device.copy_in(out.copy, UNIT, 0)
+    back.join()
+    assert (array_of(rig, owner).get() == 6).all()
 
 
 @pytest.mark.parametrize("host_limit", [0, 16 * UNIT])

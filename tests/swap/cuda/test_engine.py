@@ -202,6 +202,18 @@ def test_a_failed_copy_in_is_begun_again_then_raised(rig):
     assert values([saved]) == [1]
 
 
+def test_a_failed_copy_in_is_begun_again_in_the_same_memory(make_rig):
+    """All that fits is what backward needs at once: another block beside that of the failed copy does not."""
+    rig = make_rig(limit=4 * UNIT)
+    saved = [rig.save(float(i)) for i in range(3)]
+    rig.manager.move_all_out()
+    others = [rig.array(9.0) for _ in range(2)]
+    rig.cupy.fail["memcpyAsync"] = [0]
+    arrays = rig.manager.fetch(saved[:2], True)
+    assert [array.get()[0] for array in arrays] == [0, 1]
+    del others
+
+
 def test_what_came_back_is_known_by_its_memory(rig):
     saved = rig.save(1.0)
     rig.manager.move_all_out()

@@ -169,8 +169,9 @@ class CudaDevice:
             SwapSpaceError: If the swap file cannot take the storage either.
         """
         address = self.arrays.address(owner) + origin
-        copy = self.host.allocate(nbytes)
         with self.streams.on_device():
+            after = self.streams.computed()
+            copy = self.host.allocate(nbytes)
             if copy is None:
                 try:
                     on_disk = self.disk.allocate(nbytes)
@@ -181,10 +182,8 @@ class CudaDevice:
                         f"memory, {self.host.slab.allocated} in use)",
                         error.filename,
                     ) from error
-                after = self.streams.computed()
                 return self.disk.write(on_disk, address, after, owner)
             try:
-                after = self.streams.computed()
                 begin, copy.written = self.streams.copy_out(copy.address, address, nbytes, after)
             except OSError as error:
                 return FailedTransfer(copy, error)

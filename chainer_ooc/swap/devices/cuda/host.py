@@ -154,15 +154,21 @@ class DiskTier:
             if self._is_open:
                 return
             self._blocks = queue.SimpleQueue()
-            for _ in range(THREADS):
+            addresses: list[int] = []
+            while len(addresses) < THREADS:
                 address = self.staging.allocate(self.piece)
                 if address is None:
+                    for taken in addresses:
+                        self.staging.free(taken, self.piece)
+                    self.staging.ask_again()
                     raise SwapSpaceError(
                         errno.ENOMEM,
                         f"page-locked memory for {THREADS} staging blocks of {self.piece} bytes cannot be had "
                         "(see `ulimit -l`); no data was lost",
                         self.file.directory,
                     )
+                addresses.append(address)
+            for address in addresses:
                 self._blocks.put(address)
             self._is_open = True
 

@@ -170,16 +170,19 @@ class CopyStreams:
     def _copy(
         self, stream: Any, target: int, source: int, nbytes: int, kind: int, after: Iterable[Any]
     ) -> tuple[Any, Any]:
-        for event in after:
-            stream.wait_event(event)
-        begin = self._record(stream, timed=True)
         try:
+            # Both before the copy: without its end nobody would know until when it uses the memory.
+            begin, end = self._event(timed=True), self._event(timed=True)
+            for event in after:
+                stream.wait_event(event)
+            stream.record(begin)
             self._runtime.memcpyAsync(target, source, nbytes, kind, stream.ptr)
         except self._runtime.CUDARuntimeError as error:
             raise OSError(
                 errno.EIO, f"the copy of {nbytes} bytes cannot be begun: {error}"
             ) from error
-        return begin, self._record(stream, timed=True)
+        stream.record(end)
+        return begin, end
 
     def mark(self) -> Any:
         """Return a timed event after all work that the current stream has queued until now."""
@@ -213,7 +216,10 @@ class CopyStreams:
         return origin, time.perf_counter()
 
     def _record(self, stream: Any, timed: bool = False) -> Any:
-        """Record an event to which nothing refers any more, or a new one.
+        return stream.record(self._event(timed))
+
+    def _event(self, timed: bool) -> Any:
+        """Return an event to which nothing refers any more, or a new one.
 
         All are referred to from here. Events that died with a graph in a cycle of references would be destroyed by
         the collector in any order, and before the graph's storages ask them whether their copies have ended.
@@ -225,10 +231,10 @@ class CopyStreams:
                 is_free = not references.item_is_referenced_externally(oldest, 0)
                 events.append(oldest[0])
                 if is_free:
-                    return stream.record(oldest[0])
+                    return oldest[0]
         event = self._cuda.Event(disable_timing=not timed)
         events.append(event)
-        return stream.record(event)
+        return event
 
     def _forget_idle(self) -> None:
         table = self._compute
