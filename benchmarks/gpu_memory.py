@@ -100,10 +100,9 @@ class Order:
 
 def make(name: str) -> tuple[Any, Any, Any]:
     """Return a network, its input and its labels."""
+    import chainer.links as L
     import nets
     import numpy as np
-
-    import chainer.links as L
 
     def images(batch: int) -> tuple[Any, Any]:
         return np.zeros((batch, 3, 224, 224), "f"), np.zeros(batch, "i")
@@ -122,10 +121,9 @@ def make(name: str) -> tuple[Any, Any, Any]:
 
 def train(name: str, iterations: int, order: Order, after: Any = None) -> None:
     """Train a new network; call ``after`` after each iteration with the seconds that it took."""
-    import cupy
-
     import chainer
     import chainer.functions as F
+    import cupy
 
     model, x, t = make(name)
     model.to_device("@cupy:0")
@@ -190,7 +188,10 @@ def run_child(name: str, limit: int, seed: int, after_in_core: bool, pool: str) 
             tracker = tracker_of(manager)
             if (executor := tracker._executor) is not None:
                 plan = executor.plan
-                size = [one.nbytes for one in tracker.plan_cache.entries[plan.signature].profile.storages]
+                size = [
+                    one.nbytes
+                    for one in tracker.plan_cache.entries[plan.signature].profile.storages
+                ]
                 return sum(size[i] for _, i in [*plan.copy_out, *plan.copy_in])
         return 0
 
@@ -268,12 +269,16 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--orders", type=int, default=20, help="orders of allocation (20)")
     parser.add_argument("--nets", nargs="*", default=list(LIMITS), choices=list(LIMITS))
     parser.add_argument("--limits", nargs="*", type=int, help="MiB, instead of each network's own")
-    parser.add_argument("--pool", choices=["ours", "cupy"], default="ours", help="CuPy's own pool, for comparison")
+    parser.add_argument(
+        "--pool", choices=["ours", "cupy"], default="ours", help="CuPy's own pool, for comparison"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (1)")
     parser.add_argument("--json", type=Path, help="write the table there, after each line")
     options = parser.parse_args()

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from chainer_ooc import errors
-from chainer_ooc.swap.devices.cuda.arenas import ArenaPool, why_no_arenas
+from chainer_ooc.swap.devices.cuda import arenas
+from chainer_ooc.swap.devices.cuda.arenas import ArenaPool
 from chainer_ooc.swap.devices.protocol import PooledDevice
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.wording import repr_of
@@ -118,17 +119,13 @@ class CupyAllocator:
         if getattr(allocator, "__self__", None) is not self._cupy.get_default_memory_pool():
             return self
         if self._arenas is None:
-            why = why_no_arenas(self._cupy)
+            why = arenas.why_no_arenas(self._cupy)
             if why is None:
                 self._arenas = ArenaPool(
-                    self._cupy, self._before, self._refused, self._order, SMALL
+                    self._cupy, self._before, self._refused, self._order, self, SMALL
                 )
             elif why:
-                warnings.warn(
-                    f"GPU memory comes from CuPy's pool, which may run out below the limit: {why}",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+                arenas.warn(why)
         return self if self._arenas is None else self._arenas.allocator
 
     # What the arenas' allocator calls.
@@ -165,7 +162,7 @@ class CupyAllocator:
         assert self._arenas is not None
         manager = self._manager_of(device_id)
         is_asked = manager is not None and not manager.busy
-        if manager is not None and is_asked and manager.reclaim(nbytes):
+        if manager is not None and is_asked and manager.reclaim(self._arenas.missing_bytes()):
             self._arenas.set_level(device_id, manager.granted_bytes(), manager.moved_bytes())
             return True
         if manager is not None and manager.busy:  # it evicts by itself

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from chainer_ooc.swap.devices.ram import native
 
-__all__ = ["ArenaPool", "why_no_arenas"]
+__all__ = ["ArenaPool", "warn", "why_no_arenas"]
 
 #: Address space of an arena, as a multiple of the GPU's memory: gaps that nothing is mapped to take some.
 _SPACE = 4
-#: Free memory in pages that are partly in use cannot be used elsewhere: so much more than the limit may be taken before
-#: arrays are moved out for that.
-_TORN = 0.03
+#: What is free in pages that are partly in use cannot be used elsewhere: so much more than the limit may be taken before
+#: arrays are moved out for that (a share of the limit, and bytes at least).
+_TORN, _LEAST_TORN = 0.03, 8 << 20
 _UNLIMITED = (1 << 62) - 1
 #: The C functions of CuPy that return the current stream.
 _SIGNATURES = ("intptr_t (void)", "size_t (void)")
+
+
+def warn(why: str) -> None:
+    """Warn that CuPy's pool serves."""
+    warnings.warn(
+        f"GPU memory comes from CuPy's pool, which may run out below the limit: {why}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def why_no_arenas(cupy: Any) -> str | None:
@@ -51,11 +61,12 @@ class ArenaPool:
 
     Args:
         cupy: CuPy, or a double of it.
-        before: Called with a GPU's number and the size of an allocation that may need room, ``True`` or a true value
-            is returned when it has been made. It calls :meth:`set_level`.
+        before: Called with a GPU's number and the size of an allocation that may need room. It calls :meth:`set_level`.
         refused: Called with the same when there is no memory. Returns whether to try again; or raises.
         order: Called with a GPU's number and the streams that own free memory. Returns whether the current stream's
             later work comes after the earlier work of those.
+        otherwise: The allocator of GPUs that can have no arena.
+        announced: The size (bytes) from which on ``before`` is called.
 
     Attributes:
         allocator: What ``cupy.cuda.set_allocator`` is given.
@@ -67,12 +78,14 @@ class ArenaPool:
         before: Callable[[int, int], object],
         refused: Callable[[int, int], bool],
         order: Callable[[int, list[int]], bool],
+        otherwise: Callable[[int], Any],
         announced: int,
     ) -> None:
         self._cupy = cupy
         self._default = cupy.get_default_memory_pool()
         self._arenas: dict[int, Any] = {}
         self._limits: dict[int, tuple[int, int]] = {}  # by GPU: the limit, and what is outside
+        self._without: set[int] = set()  # GPUs that CuPy's pool serves
         malloc, free = native.allocator.configure_arenas(
             make=self._make,
             before=before,
@@ -82,12 +95,21 @@ class ArenaPool:
             stream=_current_stream(),
         )
         functions = cupy.cuda.CFunctionAllocator(0, malloc, free, None)
-        self.allocator = native.allocator.ArenaAllocator(functions.malloc, self.free_all_blocks)
+        self.allocator = native.allocator.ArenaAllocator(
+            functions.malloc, otherwise, self.free_all_blocks
+        )
 
     def _make(self, device_id: int, _: int) -> bool:
-        """Make the arena of a GPU, the current one."""
+        """Make the arena of a GPU, the current one. Return whether it has one."""
+        if device_id in self._without:
+            return False
         total = self._cupy.cuda.runtime.memGetInfo()[1]
-        arena = native.allocator.PageArena(device_id, _SPACE * total)
+        try:
+            arena = native.allocator.PageArena(device_id, _SPACE * total)
+        except RuntimeError as error:
+            self._without.add(device_id)
+            warn(str(error))
+            return False
         native.allocator.set_arena(arena)
         self._arenas[device_id] = arena
         return True
@@ -138,6 +160,11 @@ class ArenaPool:
         arena = self._arena()
         return self._outside() + (0 if arena is None else int(arena.peak_bytes))
 
+    def missing_bytes(self) -> int:
+        """Return what has to become free for the allocation that was refused last (bytes): less than it wants."""
+        arena = self._arena()
+        return 0 if arena is None else int(arena.missing_bytes)
+
     def counts(self) -> dict[str, int]:
         """Return how the allocations were served, and what the driver was asked for."""
         arena = self._arena()
@@ -165,10 +192,13 @@ class ArenaPool:
         arena = self._arenas.get(device_id)
         if arena is None:
             self._limits[device_id] = size, -1
+            if device_id in self._without:
+                self._default.set_limit(size=size)
             return
         outside = self._outside()
         self._limits[device_id] = size, outside
-        most = max(int(size * (1 + _TORN)) - outside, 0) if size else _UNLIMITED
+        torn = max(int(size * _TORN), _LEAST_TORN)
+        most = max(size + torn - outside, 0) if size else _UNLIMITED
         arena.set_limit(most)
         if arena.taken_bytes > most:
             arena.trim(most)

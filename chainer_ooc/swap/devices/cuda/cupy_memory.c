@@ -103,6 +103,7 @@ typedef struct {
     _Atomic size_t outside; /* bytes that count as used beside those of the arena */
     _Atomic long long moved; /* bytes that moves have added to memory in use */
     _Atomic size_t peak_taken;
+    _Atomic size_t missing; /* bytes of pages, for the last allocation that found none */
     atomic_bool closed;
 } Arena;
 
@@ -123,6 +124,7 @@ static _Thread_local struct {
     } of[OWN];
     PyObject *type, *error, *traceback; /* put aside */
     bool failed;
+    bool has_no_arena; /* the GPU of the allocation that has returned NULL */
     bool is_quiet;   /* the engine itself allocates: nobody is asked, nothing is noted */
     intptr_t number; /* of its default stream */
 } own;
@@ -288,6 +290,7 @@ static unsigned long long take(Arena *self, size_t nbytes, intptr_t stream)
             return self->start + offset;
         }
         case ARENA_FULL:
+            self->missing = wait.missing;
             return 0;
         case ARENA_WAIT: {
             int failed;
@@ -313,26 +316,20 @@ static unsigned long long take(Arena *self, size_t nbytes, intptr_t stream)
     return 0;
 }
 
-static Arena *arena_of(int device)
-{
-    if (device < 0 || device >= MOST_DEVICES)
-        return NULL;
-    if (!arenas[device])
-        ask(make, device, 0, false);
-    return arenas[device];
-}
 
 static void *cupys_malloc(void *unused, size_t nbytes, int device)
 {
     (void)unused;
-    Arena *self = forked ? NULL : arena_of(device);
-    if (!self) {
-        if (!own.failed && !PyErr_Occurred()) {
-            PyErr_Format(PyExc_RuntimeError, "there is no memory of GPU %d in this process%s", device, forked ? ": it was forked" : "");
-            put_aside();
-        }
+    if (device < 0 || device >= MOST_DEVICES || forked) {
+        PyErr_Format(PyExc_RuntimeError, "GPU %d has no memory for this process%s", device, forked ? ", which was forked" : "");
+        put_aside();
         return NULL;
     }
+    if (!arenas[device] && !ask(make, device, 0, true)) {
+        own.has_no_arena = !own.failed;
+        return NULL;
+    }
+    Arena *self = arenas[device];
     intptr_t stream = stream_of_thread();
     for (;;) {
         bool is_known = own.of[device % OWN].device == device + 1 && own.of[device % OWN].epoch == allocation_epoch() &&
@@ -575,6 +572,12 @@ static PyObject *arena_peak(PyObject *self, void *unused)
     return PyLong_FromSize_t(of(self)->peak_taken);
 }
 
+static PyObject *arena_missing(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromSize_t(of(self)->missing);
+}
+
 static PyObject *arena_page(PyObject *self, void *unused)
 {
     (void)unused;
@@ -640,6 +643,7 @@ static PyGetSetDef arena_attributes[] = {
     {"used_bytes", arena_used, NULL, "The bytes of blocks in use, each rounded up to 512.", NULL},
     {"taken_bytes", arena_taken, NULL, "The bytes taken of the GPU, free pages included.", NULL},
     {"peak_bytes", arena_peak, NULL, "The most bytes that were taken of the GPU.", NULL},
+    {"missing_bytes", arena_missing, NULL, "The bytes of free pages that the last refused allocation lacked.", NULL},
     {"page_bytes", arena_page, NULL, "The size of a page (bytes).", NULL},
     {"streams", arena_streams, NULL, "The streams that own free memory, None for very many; negative numbers are threads' default streams.", NULL},
     {"counts", arena_counts, NULL, "How allocations were served, and what the driver was asked for.", NULL},
@@ -677,15 +681,16 @@ static void set_reference(PyObject **variable, PyObject *value)
 
 typedef struct {
     PyObject_HEAD
-    PyObject *allocate, *free_all_blocks;
+    PyObject *allocate, *otherwise, *free_all_blocks;
 } Allocator;
 
 static int allocator_init(PyObject *self, PyObject *args, PyObject *keywords)
 {
-    PyObject *allocate, *free_all_blocks;
-    static char *names[] = {"allocate", "free_all_blocks", NULL};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO", names, &allocate, &free_all_blocks))
+    PyObject *allocate, *otherwise, *free_all_blocks;
+    static char *names[] = {"allocate", "otherwise", "free_all_blocks", NULL};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO", names, &allocate, &otherwise, &free_all_blocks))
         return -1;
+    set_reference(&((Allocator *)self)->otherwise, otherwise);
     set_reference(&((Allocator *)self)->allocate, allocate);
     set_reference(&((Allocator *)self)->free_all_blocks, free_all_blocks);
     return 0;
@@ -706,6 +711,7 @@ static void allocator_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     Py_XDECREF(((Allocator *)self)->allocate);
+    Py_XDECREF(((Allocator *)self)->otherwise);
     Py_XDECREF(((Allocator *)self)->free_all_blocks);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
@@ -722,11 +728,16 @@ static PyObject *allocator_call(PyObject *self, PyObject *args, PyObject *keywor
         PyErr_Restore(own.type, own.error, own.traceback);
         return NULL;
     }
+    if (own.has_no_arena) {
+        own.has_no_arena = false;
+        Py_XDECREF(result);
+        return PyObject_Call(((Allocator *)self)->otherwise, args, NULL);
+    }
     return result;
 }
 
 static PyType_Slot allocator_slots[] = {
-    {Py_tp_doc, "Call CuPy's CFunctionAllocator.malloc, and raise what its C functions have put aside.\n\nArgs: allocate: that method; free_all_blocks: a function."},
+    {Py_tp_doc, "Call CuPy's CFunctionAllocator.malloc, and raise what its C functions have put aside.\n\nArgs: allocate: that method; otherwise: what allocates on a GPU that has no arena; free_all_blocks: a function."},
     {Py_tp_init, allocator_init},
     {Py_tp_dealloc, allocator_dealloc},
     {Py_tp_methods, allocator_methods},
@@ -808,7 +819,8 @@ static PyObject *be_quiet(PyObject *self, PyObject *is_quiet)
 static PyMethodDef functions[] = {
     {"configure_arenas", WITH_KEYWORDS(configure_arenas),
      "Return the addresses of malloc and free for CuPy's CFunctionAllocator.\n\n"
-     "They call, with a GPU's number and a size (bytes): `make` before the GPU's first allocation, which calls set_arena();\n"
+     "They call, with a GPU's number and a size (bytes): `make` before the GPU's first allocation, which calls set_arena() or\n"
+     "returns something false;\n"
      "`before` an allocation of `announced` bytes and more that is beyond the thread's level, or the first one on another\n"
      "stream or after ask_again(); `refused` when there is no memory, to be told whether there is now; `order` to be told\n"
      "whether the current stream's later work comes after all earlier work of the others. `stream` is the capsule of the\n"

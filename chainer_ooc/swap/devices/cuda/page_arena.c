@@ -431,7 +431,7 @@ static bool find_mark(struct page_arena *arena, struct lane *lane, uint64_t tick
             struct mark *mark = &lane->marks[(lane->first_mark + n) % MARKS];
             if (mark->tick >= tick) {
                 mark->waiters++;
-                *wait = (struct arena_wait){mark->event, mark->tick, lane};
+                *wait = (struct arena_wait){.event = mark->event, .tick = mark->tick, .lane = lane};
                 return true;
             }
         }
@@ -441,7 +441,7 @@ static bool find_mark(struct page_arena *arena, struct lane *lane, uint64_t tick
             /* All events are waited for: when the oldest has passed there is room for another. */
             struct mark *mark = &lane->marks[lane->first_mark];
             mark->waiters++;
-            *wait = (struct arena_wait){mark->event, mark->tick, lane};
+            *wait = (struct arena_wait){.event = mark->event, .tick = mark->tick, .lane = lane};
             return true;
         }
     }
@@ -610,7 +610,8 @@ static enum arena_result gather(struct page_arena *arena, struct lane *lane, uin
         others |= other != lane && other->free;
     if (arena->n_spare + new_pages(arena) + n >= wanted)
         create_pages(arena, wanted);
-    if (arena->n_spare + n < wanted)
+    wait->missing = arena->n_spare + n < wanted ? (wanted - arena->n_spare - n) * arena->page_size : 0;
+    if (wait->missing)
         return others ? ARENA_ORDER : ARENA_FULL;
     if (arena->n_spare < wanted) {
         uint64_t last = arena->order[wanted - arena->n_spare - 1] >> PAGE_BITS;
@@ -820,6 +821,7 @@ static enum arena_result map_anew(struct page_arena *arena, struct lane *lane, u
 static enum arena_result allocate(struct page_arena *arena, uint64_t nbytes, intptr_t stream, uint64_t *offset, struct arena_wait *wait)
 {
     struct lane *lane = lane_of(arena, stream);
+    wait->missing = nbytes;
     if (!lane || nbytes > arena->pages * arena->page_size)
         return ARENA_FULL;
     uint64_t size = nbytes ? (nbytes + GRAIN - 1) / GRAIN * GRAIN : GRAIN;

@@ -23,14 +23,14 @@ struct arena_driver {
 
 enum arena_result {
     ARENA_DONE,
-    ARENA_FULL,  /* there is no memory, or no address space */
+    ARENA_FULL,  /* there is no memory: so many bytes of pages are missing */
     ARENA_WAIT,  /* wait for the event, then call arena_waited(), and try again */
     ARENA_ORDER, /* note the moment, let the stream wait for all others' work, call arena_adopt(), and try again */
 };
 
 struct arena_wait {
     void *event;
-    uint64_t tick;
+    uint64_t tick, missing;
     void *lane;
 };
 
