@@ -22,6 +22,7 @@ import argparse
 import concurrent.futures
 import datetime
 import gc
+import itertools
 import json
 import platform
 import random
@@ -221,7 +222,7 @@ def run_child(name: str, limit: int, seed: int, after_in_core: bool, pool: str) 
     steps = [
         {key: later[key] - before.get(key, 0) for key in later}
         | {key: later[key] for key in ("seconds", "planned")}
-        for before, later in zip(rows, rows[1:], strict=False)
+        for before, later in itertools.pairwise(rows)
     ]
     return {
         "error": error,

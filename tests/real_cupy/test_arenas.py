@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 import random
 import threading
 
@@ -88,7 +90,7 @@ def test_random_blocks_never_fail_below_the_limit_and_never_overlap(mode, seed):
         held.append((cupy.cuda.alloc(size), size))
         used += size
     spans = sorted((one.ptr, one.ptr + size) for one, size in held)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert all(start % 512 == 0 for start, _ in spans)
     assert cuda_runtime.memory()["peak"] <= 309 * MIB
     arena().check()
@@ -145,10 +147,8 @@ def test_a_driver_that_refuses_loses_nothing(mode, name, at):
     cuda_runtime.fail(name, at=at, times=2)
     held = []
     for step in range(60):
-        try:
+        with contextlib.suppress(cupy.cuda.memory.OutOfMemoryError):
             held += blocks([(1 + step % 7) * MIB])
-        except cupy.cuda.memory.OutOfMemoryError:
-            pass
         if step % 3:
             del held[: len(held) // 4 + 1]
     held.clear()

@@ -63,9 +63,13 @@ static const struct { const char *name; void *function; } cuda_functions[] = {
     {"cuCtxSetCurrent", &cuda.set_context}, {"cuCtxSynchronize", &cuda.synchronize},
 };
 
+static bool has_driver; /* of a test */
+
 /* Finds the driver's functions. Returns the name of one that is missing, or NULL. */
 static const char *find_cuda(void)
 {
+    if (has_driver)
+        return NULL;
     void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
     if (!library)
         library = dlopen("libcuda.so.1", RTLD_NOW);
@@ -219,25 +223,50 @@ static const struct arena_driver driver = {
     driver_create, driver_release, driver_map, driver_allow, driver_unmap, driver_record, driver_is_done, driver_forget,
 };
 
+/* Takes an arena's lock. Another thread may have it while the driver works: others may run Python meanwhile. */
+static void hold(Arena *self)
+{
+    while (!page_arena_try_lock(self->arena)) {
+        Py_BEGIN_ALLOW_THREADS
+        page_arena_lock(self->arena);
+        page_arena_unlock(self->arena);
+        Py_END_ALLOW_THREADS
+    }
+}
+
+static void let_go(Arena *self)
+{
+    page_arena_unlock(self->arena);
+}
+
 /* Waits for the GPU, without the interpreter's lock; what was freed before is idle then, and the stream's. */
 static void wait_for_all(Arena *self, intptr_t stream)
 {
+    hold(self);
     uint64_t tick = page_arena_now(self->arena);
+    let_go(self);
     int failed;
     Py_BEGIN_ALLOW_THREADS
     void *was = enter(self);
     failed = cuda.synchronize();
     leave(self, was);
     Py_END_ALLOW_THREADS
+    hold(self);
     if (!failed)
         page_arena_settle(self->arena, stream, tick);
+    let_go(self);
 }
 
 static size_t trim(Arena *self, size_t nbytes, intptr_t stream)
 {
-    if (page_arena_trim(self->arena, nbytes) > nbytes) {
+    hold(self);
+    bool is_done = page_arena_trim(self->arena, nbytes) <= nbytes;
+    let_go(self);
+    if (!is_done) {
         wait_for_all(self, stream);
+        hold(self);
         page_arena_trim(self->arena, nbytes);
+        let_go(self);
     }
     return page_arena_taken(self->arena);
 }
@@ -282,7 +311,10 @@ static unsigned long long take(Arena *self, size_t nbytes, intptr_t stream)
     uint64_t offset;
     for (int orders = 0; orders < MOST_ORDERS;) {
         uint64_t tick;
-        switch (page_arena_allocate(self->arena, nbytes, stream, &offset, &wait)) {
+        hold(self);
+        enum arena_result result = page_arena_allocate(self->arena, nbytes, stream, &offset, &wait);
+        let_go(self);
+        switch (result) {
         case ARENA_DONE: {
             size_t taken = page_arena_taken(self->arena);
             if (taken > self->peak_taken)
@@ -299,18 +331,25 @@ static unsigned long long take(Arena *self, size_t nbytes, intptr_t stream)
             Py_END_ALLOW_THREADS
             if (failed)
                 return 0;
+            hold(self);
             page_arena_waited(self->arena, &wait);
+            let_go(self);
             break;
         }
         case ARENA_ORDER:
             orders++;
+            hold(self);
             tick = page_arena_now(self->arena);
-            if (ask(order, self->device, nbytes, true))
+            let_go(self);
+            if (ask(order, self->device, nbytes, true)) {
+                hold(self);
                 page_arena_adopt(self->arena, stream, tick);
-            else if (!own.failed)
-                wait_for_all(self, stream);
-            else
+                let_go(self);
+            } else if (own.failed) {
                 return 0;
+            } else {
+                wait_for_all(self, stream);
+            }
         }
     }
     return 0;
@@ -368,7 +407,9 @@ static void cupys_free(void *unused, void *address, int device)
     Arena *self = device >= 0 && device < MOST_DEVICES ? arenas[device] : NULL;
     if (!self || forked)
         return;
+    hold(self);
     page_arena_free(self->arena, (unsigned long long)(uintptr_t)address - self->start);
+    let_go(self);
     if (self->closed && before) {
         size_t used = page_arena_used(self->arena), taken = page_arena_taken(self->arena);
         if (taken > used + WORTH_GIVING_BACK || (taken && !used))
@@ -405,10 +446,10 @@ static bool read_size(PyObject *number, size_t *result)
 
 static int arena_init(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"device", "nbytes", "small", NULL};
-    Py_ssize_t nbytes, small = 1 << 20;
+    static char *names[] = {"device", "nbytes", NULL};
+    Py_ssize_t nbytes;
     int device, value = 0, error;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "in|n", names, &device, &nbytes, &small))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "in", names, &device, &nbytes))
         return -1;
     Arena *self = of(object);
     if (self->arena || device < 0 || device >= MOST_DEVICES || nbytes <= 0) {
@@ -430,14 +471,13 @@ static int arena_init(PyObject *object, PyObject *args, PyObject *keywords)
         PyErr_Format(PyExc_RuntimeError, "cuMemGetAllocationGranularity: error %d", error);
         return -1;
     }
-    self->page = (self->page + (2 << 20) - 1) / (2 << 20) * (2 << 20);
     self->space = ((size_t)nbytes + 8 * self->page) / self->page * self->page;
     if ((error = cuda.reserve(&self->start, self->space, 0, 0, 0))) {
         PyErr_Format(PyExc_RuntimeError, "cuMemAddressReserve of %zu bytes: error %d", self->space, error);
         return -1;
     }
     cuda.get_context(&self->context);
-    self->arena = page_arena_new(self->space / self->page, self->page, (uint64_t)small, &driver, self);
+    self->arena = page_arena_new(self->space / self->page, self->page, self->page / 2, &driver, self);
     if (!self->arena) {
         PyErr_NoMemory();
         return -1;
@@ -478,7 +518,10 @@ static PyObject *arena_free(PyObject *self, PyObject *number)
     size_t address;
     if (!read_size(number, &address))
         return NULL;
-    if (!page_arena_free(of(self)->arena, address - of(self)->start))
+    hold(of(self));
+    bool is_block = page_arena_free(of(self)->arena, address - of(self)->start);
+    let_go(of(self));
+    if (!is_block)
         return PyErr_Format(PyExc_ValueError, "address=%zu is not of a block in use", address);
     Py_RETURN_NONE;
 }
@@ -494,7 +537,9 @@ static PyObject *arena_set_limit(PyObject *self, PyObject *number)
     size_t nbytes;
     if (!read_size(number, &nbytes))
         return NULL;
+    hold(of(self));
     page_arena_set_limit(of(self)->arena, nbytes);
+    let_go(of(self));
     Py_RETURN_NONE;
 }
 
@@ -547,7 +592,9 @@ static PyObject *arena_take_peak(PyObject *self, PyObject *unused)
 static PyObject *arena_check(PyObject *self, PyObject *unused)
 {
     (void)unused;
+    hold(of(self));
     const char *wrong = page_arena_check(of(self)->arena);
+    let_go(of(self));
     if (!wrong)
         Py_RETURN_NONE;
     PyErr_SetString(PyExc_AssertionError, wrong);
@@ -587,7 +634,9 @@ static PyObject *arena_page(PyObject *self, void *unused)
 static PyObject *arena_counts(PyObject *self, void *unused)
 {
     (void)unused;
+    hold(of(self));
     struct arena_counts counts = page_arena_counts(of(self)->arena);
+    let_go(of(self));
     const struct { const char *name; uint64_t count; } all[] = {
         {"exact", counts.exact}, {"fitted", counts.fitted}, {"mapped_anew", counts.mapped_anew}, {"maps", counts.maps},
         {"unmaps", counts.unmaps}, {"rows", counts.rows}, {"creates", counts.creates}, {"releases", counts.releases},
@@ -607,7 +656,9 @@ static PyObject *arena_streams(PyObject *self, void *unused)
 {
     (void)unused;
     intptr_t streams[64];
+    hold(of(self));
     size_t n = page_arena_streams(of(self)->arena, streams, 64);
+    let_go(of(self));
     if (n == 64) /* more than anybody could put in order */
         Py_RETURN_NONE;
     PyObject *list = PyList_New(0);
@@ -653,7 +704,7 @@ static PyGetSetDef arena_attributes[] = {
 static PyType_Slot arena_slots[] = {
     {Py_tp_doc, "A GPU's memory in pages that are mapped wherever they are wanted. See page_arena.c.\n\n"
                 "Args: device: the GPU's number, which must be the current one; nbytes: the address space that is reserved; it\n"
-                "takes no memory. small: blocks of fewer bytes lie apart.\n"
+                "takes no memory.\n"
                 "Raises: RuntimeError: if the driver or the GPU has no virtual memory management, or no address space."},
     {Py_tp_init, arena_init},
     {Py_tp_dealloc, arena_dealloc},
@@ -816,6 +867,21 @@ static PyObject *be_quiet(PyObject *self, PyObject *is_quiet)
     Py_RETURN_NONE;
 }
 
+static PyObject *set_driver(PyObject *self, PyObject *table)
+{
+    (void)self;
+    has_driver = table != Py_None;
+    for (size_t n = 0; has_driver && n < sizeof cuda_functions / sizeof *cuda_functions; n++) {
+        PyObject *number = PyDict_GetItemString(table, cuda_functions[n].name);
+        void *function = number ? PyLong_AsVoidPtr(number) : NULL;
+        if (!function)
+            return PyErr_Format(PyExc_ValueError, "there must be an address of %s", cuda_functions[n].name);
+        memcpy(cuda_functions[n].function, &function, sizeof function);
+    }
+    memset(arenas, 0, sizeof arenas);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"configure_arenas", WITH_KEYWORDS(configure_arenas),
      "Return the addresses of malloc and free for CuPy's CFunctionAllocator.\n\n"
@@ -825,6 +891,8 @@ static PyMethodDef functions[] = {
      "stream or after ask_again(); `refused` when there is no memory, to be told whether there is now; `order` to be told\n"
      "whether the current stream's later work comes after all earlier work of the others. `stream` is the capsule of the\n"
      "C function that returns the current stream."},
+    {"set_driver", set_driver, METH_O,
+     "Call these functions, by the names of the driver's, and forget all arenas; with None the driver's again. For tests."},
     {"why_no_arena", why_no_arena, METH_O, "Return why a GPU cannot have an arena, or None."},
     {"in_arena", in_arena, METH_O, "Return whether an address lies in an arena."},
     {"be_quiet", be_quiet, METH_O, "Ask nobody before this thread's allocations in arenas, and do not count them for the peak; or do."},

@@ -859,7 +859,11 @@ struct page_arena *page_arena_new(uint64_t pages, uint64_t page_size, uint64_t s
     struct page_arena *arena = calloc(1, sizeof *arena);
     if (!arena)
         return NULL;
-    pthread_mutex_init(&arena->lock, NULL);
+    pthread_mutexattr_t recursive;
+    pthread_mutexattr_init(&recursive);
+    pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
+    pthread_mutex_init(&arena->lock, &recursive);
+    pthread_mutexattr_destroy(&recursive);
     arena->driver = driver;
     arena->context = context;
     arena->pages = pages;
@@ -913,6 +917,11 @@ void page_arena_delete(struct page_arena *arena)
 void page_arena_lock(struct page_arena *arena)
 {
     pthread_mutex_lock(&arena->lock);
+}
+
+bool page_arena_try_lock(struct page_arena *arena)
+{
+    return !pthread_mutex_trylock(&arena->lock);
 }
 
 void page_arena_unlock(struct page_arena *arena)

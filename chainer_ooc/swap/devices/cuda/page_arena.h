@@ -72,8 +72,9 @@ bool page_arena_each_row(struct page_arena *arena, bool (*visit)(void *context, 
 
 /* Returns NULL, or which invariant does not hold. For tests. */
 const char *page_arena_check(struct page_arena *arena);
-/* Around a fork: nothing may be half done in the child. */
+/* Each function takes the lock, which a thread may have already; around a fork nothing may be half done in the child. */
 void page_arena_lock(struct page_arena *arena);
+bool page_arena_try_lock(struct page_arena *arena);
 void page_arena_unlock(struct page_arena *arena);
 
 #endif
