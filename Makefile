@@ -20,7 +20,7 @@ PYTEST := python -m pytest -n auto --dist worksteal
 
 INSTALL := python -m pip install -q --disable-pip-version-check
 # What an install depends on: the extension is built anew when its sources change.
-INSTALLED := pyproject.toml setup.py $(wildcard backend/*.py) $(wildcard chainer_ooc/swap/devices/ram/*.[ch])
+INSTALLED := pyproject.toml setup.py $(wildcard backend/*.py) $(wildcard chainer_ooc/swap/devices/*/*.[ch])
 
 .PHONY: demo test test-cuda coverage matrix exhaustive marked sanitize installs mutants chainer-suite docs clean
 .NOTPARALLEL:

@@ -2,18 +2,18 @@
 
     python benchmarks/gpu_memory.py --orders 20 --json benchmarks/results/gpu_memory.json
 
-It needs CuPy and a C compiler (``make .venv-cuda/.test``). CUDA is ``tests/doubles/cuda_runtime``: allocators, streams and
-events are as on a GPU, but nothing is computed or copied, so a network takes no time. What is measured, per network and
-limit, over all orders:
+It needs CuPy and a C compiler (``make .venv-cuda/.test``). CUDA is ``tests/doubles/cuda_runtime``: allocators, streams
+and events are as on a GPU, but nothing is computed or copied, so a network takes no time. What is measured, per network
+and limit, over all orders:
 
 * failures (OutOfMemoryError),
 * garbage collections that an allocation made after the first iteration, by which CuPy's pool answers a refusal,
 * the most memory that was taken of the GPU, as a share of the limit,
-* bytes copied per iteration, as a share of the plan's,
+* bytes copied in an iteration that follows the same plan as the one before, as a share of the plan's,
 * pages of GPU memory that were mapped anew per iteration, and host time.
 
-Each order has other small arrays alive between and during the functions, other sizes that were free when training began,
-and begins in a new process: half of them train in core there first.
+Each order has other small arrays alive between and during the functions, other sizes that were free when training
+began, and begins in a new process: half of them train in core there first.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ MIB = 1 << 20
 ITERATIONS = 7
 #: What cuDNN's convolutions take beside their arrays (bytes).
 WORKSPACE = 64 * MIB
-#: Each network's limits (MiB): 0.5, 0.3 and 0.2 of what it takes in core, and 1.05 of its floor, the least limit of which
-#: an error says that it is needed, with which training then goes on.
+#: Each network's limits (MiB): 0.5, 0.3 and 0.2 of what it takes in core, and 1.05 of its floor, the least limit that
+#: an error asks for and with which training then goes on.
 LIMITS = {
     "resnet50": [3352, 2011, 1340, 1240],
     "googlenet": [2575, 1545, 1117],
@@ -251,7 +251,13 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     good = [one for one in runs if not one["error"]]
     later = [step for one in good for step in one["steps"][1:]]
     last = [one["steps"][-1] for one in good]
-    moved = [(step["out"] + step["in"]) / step["planned"] for step in later if step["planned"]]
+    # The first iteration that follows a plan begins with what the one before has left in memory.
+    moved = [
+        (step["out"] + step["in"]) / step["planned"]
+        for one in good
+        for before, step in itertools.pairwise(one["steps"])
+        if step["planned"] and step["planned"] == before["planned"]
+    ]
     return {
         "orders": len(runs),
         "failures": len(runs) - len(good),

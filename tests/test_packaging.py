@@ -33,7 +33,7 @@ EXTENSION = "chainer_ooc/swap/devices/ram/_allocator.abi3.so"
 C_FILES = {
     path.relative_to(ROOT).as_posix()
     for end in "ch"
-    for path in (ROOT / EXTENSION).parent.glob(f"*.{end}")
+    for path in (ROOT / EXTENSION).parents[1].glob(f"*/*.{end}")
 }
 HEADER = Path(sysconfig.get_paths()["include"], "Python.h")
 MISSING = [

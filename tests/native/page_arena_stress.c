@@ -200,6 +200,16 @@ static uint64_t free_pages(const struct gpu *gpu)
     return n;
 }
 
+static void give(struct gpu *gpu, int n)
+{
+    use_block(gpu, n, gpu->blocks[n].stream);
+    for (uint64_t at = gpu->blocks[n].start; at < gpu->blocks[n].start + gpu->blocks[n].size; at += GRAIN)
+        gpu->is_used[at / GRAIN] = false;
+    CHECK(page_arena_free(gpu->arena, gpu->blocks[n].start));
+    CHECK(!page_arena_free(gpu->arena, gpu->blocks[n].start));
+    gpu->blocks[n].size = 0;
+}
+
 static bool take(struct gpu *gpu, int n, uint64_t nbytes, int stream)
 {
     struct arena_wait wait;
@@ -220,10 +230,16 @@ static bool take(struct gpu *gpu, int n, uint64_t nbytes, int stream)
             run(gpu, event->stream, event->given);
             page_arena_waited(gpu->arena, &wait);
         } else {
+            uint64_t tick = page_arena_now(gpu->arena);
             for (int other = 0; other < STREAMS; other++)
                 gpu->before[stream][other] = gpu->given[other];
             gpu->given[stream]++; /* to wait is work, too */
-            page_arena_adopt(gpu->arena, stream, page_arena_now(gpu->arena));
+            for (int other = (int)below(gpu, 2) ? BLOCKS : (int)below(gpu, BLOCKS); other < BLOCKS; other++)
+                if (gpu->blocks[other].size && gpu->blocks[other].stream != stream) {
+                    give(gpu, other); /* another thread does, too late */
+                    break;
+                }
+            page_arena_adopt(gpu->arena, stream, tick);
         }
     }
     gpu->blocks[n].start = offset;
@@ -235,16 +251,6 @@ static bool take(struct gpu *gpu, int n, uint64_t nbytes, int stream)
     }
     use_block(gpu, n, stream);
     return true;
-}
-
-static void give(struct gpu *gpu, int n)
-{
-    use_block(gpu, n, gpu->blocks[n].stream);
-    for (uint64_t at = gpu->blocks[n].start; at < gpu->blocks[n].start + gpu->blocks[n].size; at += GRAIN)
-        gpu->is_used[at / GRAIN] = false;
-    CHECK(page_arena_free(gpu->arena, gpu->blocks[n].start));
-    CHECK(!page_arena_free(gpu->arena, gpu->blocks[n].start));
-    gpu->blocks[n].size = 0;
 }
 
 static bool add_row(void *context, uint64_t offset, uint64_t nbytes)

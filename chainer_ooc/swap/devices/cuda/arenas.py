@@ -13,8 +13,8 @@ __all__ = ["ArenaPool", "warn", "why_no_arenas"]
 
 #: Address space of an arena, as a multiple of the GPU's memory: gaps that nothing is mapped to take some.
 _SPACE = 4
-#: What is free in pages that are partly in use cannot be used elsewhere: so much more than the limit may be taken before
-#: arrays are moved out for that (a share of the limit, and bytes at least).
+#: What is free in pages that are partly in use cannot be used elsewhere: so much more than the limit may be taken
+#: before arrays are moved out for that (a share of the limit, and bytes at least).
 _TORN, _LEAST_TORN = 0.03, 8 << 20
 _UNLIMITED = (1 << 62) - 1
 #: The C functions of CuPy that return the current stream.
