@@ -7,7 +7,7 @@
    2. Nothing waits with the interpreter's lock, nor with the arena's: callbacks of streams may need the former.
    3. CuPy takes NULL for an address, and an exception for an error of its own. So an exception is put aside until the
       call is back in our own function, which CuPy has for its allocator.
-   4. A forked child has no GPU: it is told so, and frees nothing.
+   4. A child that was forked from a process with arenas has no GPU: it is told so, and frees nothing.
    5. libcuda is reached by name: CuPy has loaded it. Nothing of CUDA is needed to build this. */
 
 #include "../ram/allocator.h"
@@ -924,7 +924,8 @@ static void after_fork(void)
 
 static void after_fork_in_child(void)
 {
-    forked = true;
+    for (int device = 0; device < MOST_DEVICES; device++)
+        forked |= !!arenas[device]; /* else the child may be the first to use a GPU */
     after_fork();
 }
 
