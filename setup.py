@@ -49,6 +49,12 @@ class NotBuilt(Exception):
     """Says why the extension cannot be built here."""
 
 
+def c_files(ends="c"):
+    """Return the sources of the extension, from the root on."""
+    found = [path for end in ends for path in (ROOT / "chainer_ooc").rglob(f"*.{end}")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
 @functools.cache
 def library():
     """Build the extension and return its path; say why and return ``None`` where that cannot be done."""
@@ -67,7 +73,7 @@ def compile_into(folder):
         raise NotBuilt("it is for CPython on Linux")
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         raise NotBuilt("free-threaded builds of Python have no stable ABI")
-    if not sources():
+    if not c_files():
         raise NotBuilt("its sources are missing")
     include = Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").exists():
@@ -84,11 +90,6 @@ def compile_into(folder):
         except NotBuilt as reason:
             reasons.append(str(reason))
     raise NotBuilt("; ".join(reasons))
-
-
-def sources():
-    """Return the C files, seen from the tree's root."""
-    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("chainer_ooc/**/*.c"))
 
 
 def compilers():
@@ -129,7 +130,16 @@ def compile_with(compiler, include, folder):
     caches = {
         name: str(folder / "cache") for name in ("ZIG_LOCAL_CACHE_DIR", "ZIG_GLOBAL_CACHE_DIR")
     }
-    command = [*compiler, *FLAGS, f"-I{include}", *shlex.split(given), *sources(), "-o", str(path)]
+    command = [
+        *compiler,
+        *FLAGS,
+        f"-I{include}",
+        *shlex.split(given),
+        *c_files(),
+        "-ldl",
+        "-o",
+        str(path),
+    ]
     call(command, os.environ | caches)
     try:
         call([sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1], 2)", str(path)])
@@ -157,7 +167,7 @@ def call(command, env=None):
 def add_extension(distribution):
     """Let a distribution have the extension if it can be built. Asked for late: not for metadata or sources."""
     if distribution.ext_modules is None and library() is not None:
-        extension = Extension(EXTENSION, sources(), py_limited_api=True)
+        extension = Extension(EXTENSION, c_files(), py_limited_api=True)
         distribution.ext_modules = [extension]
     return distribution.ext_modules
 
@@ -212,9 +222,8 @@ class BuildPy(build_py):
         return [*super().get_outputs(include_bytecode), str(Path(self.build_lib, PTH.name))]
 
     def get_source_files(self):
-        c_files = [str(path) for end in "ch" for path in Path("chainer_ooc").rglob(f"*.{end}")]
         backend = [str(path) for path in Path("backend").glob("*.py")]
-        return [*super().get_source_files(), PTH.name, *c_files, *backend]
+        return [*super().get_source_files(), PTH.name, *c_files("ch"), *backend]
 
 
 class EditableWheel(editable_wheel):

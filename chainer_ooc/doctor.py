@@ -245,6 +245,8 @@ def _gpu() -> Iterator[Finding]:
         else:
             text = found.get(f"{key}_error", "not found")
             yield Finding(name, text, False, False, pip_install(package))
+    if found.get("arenas"):
+        yield Finding("GPU memory", f"from CuPy's pool: {found['arenas']}", False)
     if driver != (0, 0):
         devices = found.get("devices", [])
         text = ", ".join(devices) if devices else "none usable by CuPy"
@@ -289,6 +291,13 @@ def probe_gpu() -> None:
             found["devices"].append(f"{properties['name'].decode()} {size:.0f} GiB")
     except Exception as error:
         found["devices_error"] = _first_line(error)
+    try:
+        from chainer_ooc.swap.devices.cuda.arenas import why_no_arenas
+
+        if found["devices"]:
+            found["arenas"] = why_no_arenas(cupy)
+    except Exception as error:
+        found["arenas"] = _first_line(error)
     print(json.dumps(found))
 
 

@@ -188,7 +188,7 @@ class Settings:
         lambda name, value: parse_limit(value),
         """The memory that training may take: bytes (int), text such as ``"8GiB"``, or a fraction of the device's memory
         (float, 0 < limit <= 1). ``None``: what is free on the device, divided by the ranks that share it. On a GPU it
-        bounds CuPy's memory pool, on the CPU the process's resident memory (RSS). It is per process and per device.""",
+        bounds arrays' memory, on the CPU the process's resident memory (RSS). It is per process and per device.""",
     )
     swap_dir: str | None = _setting(
         None,

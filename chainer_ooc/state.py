@@ -224,14 +224,18 @@ def begin_peak(manager: SwapManager) -> None:
     if manager is manager_of_ram():
         native.allocator.set_moved_bytes(manager.moved_bytes())
         native.allocator.take_peak()
+    elif process.gpus is not None:
+        process.gpus.begin_peak(manager)
 
 
-def end_peak() -> None:
+def end_peak(manager: SwapManager) -> None:
     """Count the allocations that the C extension granted without a call of Python."""
-    peak = native.allocator.take_peak()
+    if manager is manager_of_ram():
+        peak = native.allocator.take_peak()
+    else:
+        peak = 0 if process.gpus is None else process.gpus.end_peak(manager)
     local.peak = max(local.peak, peak)
-    if (manager := manager_of_ram()) is not None:
-        manager.note_peak_without_offload(peak)
+    manager.note_peak_without_offload(peak)
 
 
 def _before_allocation(nbytes: int) -> None:

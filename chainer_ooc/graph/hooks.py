@@ -350,7 +350,7 @@ def _run(func: Any, inputs: Any, manager: SwapManager | None, call: Any, *args: 
         local.running = (func, inputs)
         if manager is not None:
             start = local.peak = manager.usage_without_offload(manager.budget.last_used)
-            if local.hooked:
+            if local.hooked or manager.device.asks_for_room:
                 state.begin_peak(manager)
             begun = time.perf_counter() if state.observers else 0.0
             if local.growth is not None and not manager.device.asks_for_room:
@@ -359,8 +359,8 @@ def _run(func: Any, inputs: Any, manager: SwapManager | None, call: Any, *args: 
     finally:
         local.running = outer
         if manager is not None:
-            if local.hooked:
-                state.end_peak()
+            if local.hooked or manager.device.asks_for_room:
+                state.end_peak(manager)
             manager.budget.note_growth(local.peak - start)
             if begun:
                 label = wording.label_of(func)

@@ -8,8 +8,9 @@ from typing import Any
 
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.cupy_allocator import CupyAllocator
-from chainer_ooc.swap.devices.cuda.device import CudaDevice, new_slab
+from chainer_ooc.swap.devices.cuda.device import CudaDevice, has_limit, limit_of, new_slab
 from chainer_ooc.swap.devices.protocol import PooledDevice
+from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
 
@@ -80,6 +81,23 @@ class Gpus:
                 self._note_own_limit(device_id, device)
                 self._bound(device_id, device.own_limit)
 
+    def begin_peak(self, manager: SwapManager) -> None:
+        """Begin to measure the most memory that a function takes. ``manager`` is its device's."""
+        device_id = getattr(manager.device, "device_id", None)
+        if device_id is not None and (arenas := self._allocator.arenas) is not None:
+            arenas.begin_peak(device_id, manager.moved_bytes())
+
+    def end_peak(self, manager: SwapManager) -> int:
+        """Return the most that was in use at allocations that were granted in C, without moves (bytes)."""
+        device_id = getattr(manager.device, "device_id", None)
+        arenas = self._allocator.arenas
+        return 0 if device_id is None or arenas is None else arenas.end_peak(device_id)
+
+    def arena_counts(self) -> dict[str, int] | None:
+        """Return how the current GPU's allocations were served; ``None`` if CuPy's pool serves them."""
+        arenas = self._allocator.arenas
+        return None if arenas is None else arenas.counts()
+
     def _add(self, device_id: int, settings: Settings) -> SwapManager:
         with self._lock:
             if device_id not in self.managers:
@@ -93,6 +111,7 @@ class Gpus:
                 manager = self._make(device)
                 self._bound(device_id, manager.limit)
                 self.managers[device_id], self._devices[device_id] = manager, device
+                native.ask_again()  # now there is somebody to ask
             return self.managers[device_id]
 
     def _bound_host(self, settings: Settings) -> PinnedSlab:
@@ -112,14 +131,15 @@ class Gpus:
 
     def _bound(self, device_id: int, nbytes: int) -> None:
         with self._cupy.cuda.Device(device_id):
-            self._allocator.pool().set_limit(size=nbytes)
+            if has_limit(self._cupy, self._allocator.pool()):
+                self._allocator.pool().set_limit(size=nbytes)
         self._bounds[device_id] = nbytes
 
     def _note_own_limit(self, device_id: int, device: CudaDevice) -> None:
         """Remember the pool's limit if other code has set it since it was set here."""
         with self._cupy.cuda.Device(device_id):
-            nbytes = int(self._allocator.pool().get_limit())
-        if nbytes != self._bounds[device_id]:
+            nbytes = limit_of(self._cupy, self._allocator.pool())
+        if nbytes not in (self._bounds[device_id], device.own_limit):
             device.own_limit = nbytes
 
     def _manager_of(self, device_id: int) -> SwapManager | None:

@@ -41,6 +41,11 @@ class Lock:
         self._depth -= 1
         self._lock.release()
 
+    @property
+    def is_mine(self) -> bool:
+        """Whether the calling thread has it."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]
+
     def defer(self, job: Callable[[], object]) -> None:
         """Run a job now, or when the calling thread has left: memory may die in the midst of anything."""
         with self:

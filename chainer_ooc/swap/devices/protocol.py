@@ -262,6 +262,9 @@ class PooledDevice(Device, Protocol):
     def note_allocation(self) -> None:
         """Note an allocation on the current stream, for the peak and for the order of copies."""
 
+    def order_streams(self, streams: Sequence[int]) -> bool:
+        """Make later work of the current stream wait for earlier work of some. Return whether all of them are known."""
+
 
 def lies_alike(array: Any, location: Location, layout: Layout, nbytes: int) -> bool:
     """Return whether an array lies in its allocation as ``layout`` does in a storage of ``nbytes``."""

@@ -16,7 +16,7 @@ from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import State
 from chainer_ooc.swap.system import memory
 from tests.doubles.simulated_cuda import OutOfMemoryError, SimulatedCuda
-from tests.swap.cuda.conftest import UNIT
+from tests.swap.cuda.conftest import UNIT, on_pool
 
 MIB = 1 << 20
 
@@ -59,6 +59,7 @@ def test_memory_in_pieces_is_given_up_until_it_fits(hooked):
     assert set(array.get()) == {5.0}
 
 
+@on_pool
 def test_a_failed_allocation_is_tried_again(hooked):
     hooked.cupy.fail["malloc"] = [0]  # nothing can be given up
     saved = hooked.save(1.0)
@@ -120,6 +121,7 @@ def test_a_full_host_and_disk_is_an_error_and_nothing_is_lost(make_rig, monkeypa
     assert [set(s.get().get()) for s in saved] == [{float(i)} for i in range(7)]
 
 
+@on_pool
 def test_it_is_put_back(rig):
     stock = rig.cupy.cuda.get_allocator()
     with warnings.catch_warnings(action="error"):
@@ -397,6 +399,7 @@ def noting(real, name, calls):
     return call
 
 
+@on_pool
 def test_nothing_is_asked_while_memory_is_plenty(hooked, asked):
     held = [hooked.array(0.0) for _ in range(6)]
     assert asked == []

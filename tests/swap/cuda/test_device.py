@@ -25,7 +25,7 @@ from chainer_ooc.swap.tiers.pinned import CHUNK
 from tests.doubles.adopted_arrays import AdoptedArrays
 from tests.doubles.simulated_cuda import CUDARuntimeError, SimulatedCuda
 from tests.doubles.simulated_memory import Gpu
-from tests.swap.cuda.conftest import UNIT
+from tests.swap.cuda.conftest import UNIT, on_pool
 
 
 def array_of(rig, owner, nbytes=UNIT):
@@ -317,6 +317,7 @@ def test_arrays_may_be_of_another_kind(rig, tmp_path):
     assert CudaDevice(rig.cupy, 0, str(tmp_path), 0, arrays).arrays is arrays
 
 
+@on_pool
 def test_which_arrays_stay(rig, monkeypatch):
     array = rig.array(1.0)
     assert rig.device.locate(array).nbytes == UNIT
@@ -364,6 +365,7 @@ def test_an_array_that_lies_as_it_lay_is_taken_as_it_is(rig):
 
 
 @pytest.mark.parametrize("differs", ["strides", "offset", "size", "allocator"])
+@on_pool
 def test_an_array_that_lies_otherwise_than_it_lay_is_copied(make_rig, monkeypatch, differs):
     rig = make_rig(devices=2)
     layout = layout_of(UNIT // 2 if differs == "offset" else UNIT)

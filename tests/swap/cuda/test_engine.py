@@ -18,7 +18,7 @@ from chainer_ooc.settings import Settings
 from chainer_ooc.swap.events import Observer
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.storage import State
-from tests.swap.cuda.conftest import UNIT, host_bytes, states, values
+from tests.swap.cuda.conftest import UNIT, host_bytes, on_pool, states, values
 from tests.swap.cuda.test_eviction import with_recipe
 
 
@@ -432,6 +432,7 @@ def test_memory_is_given_up_after_all_computing_streams_have_used_it(rig):
     rig.array(2.0)
 
 
+@on_pool
 def test_a_failed_allocation_of_what_is_fetched_is_tried_again(rig):
     saved = [rig.save(float(i)) for i in range(3)]
     rig.manager.move_all_out()

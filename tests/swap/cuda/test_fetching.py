@@ -6,7 +6,7 @@ import pytest
 
 from chainer_ooc import errors
 from chainer_ooc.swap.storage import State
-from tests.swap.cuda.conftest import UNIT, host_bytes, states, values
+from tests.swap.cuda.conftest import UNIT, host_bytes, on_pool, states, values
 
 
 @pytest.fixture
@@ -124,6 +124,7 @@ def test_prefetching_releases_what_has_been_used(rig):
     del held
 
 
+@on_pool
 def test_a_failed_prefetch_is_no_error(rig):
     saved = [rig.save(float(i)) for i in range(3)]
     rig.manager.move_all_out()

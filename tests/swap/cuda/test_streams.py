@@ -13,7 +13,7 @@ from chainer_ooc.swap.devices.cuda import streams
 from chainer_ooc.swap.devices.cuda.device import CudaDevice
 from chainer_ooc.swap.devices.protocol import Layout
 from tests.doubles.simulated_cuda import CUDARuntimeError, SimulatedCuda
-from tests.swap.cuda.conftest import UNIT
+from tests.swap.cuda.conftest import UNIT, on_pool
 
 
 def array_of(device, owner):
@@ -72,6 +72,7 @@ def test_the_stream_that_is_current_when_memory_is_given_up_is_put_in_order(rig)
     rig.array(2.0)
 
 
+@on_pool
 def test_a_stream_that_is_new_waits_for_copies_begun_before(rig):
     """Its free list may have a block that is still read: of memory from before it was seen."""
     stream = rig.cupy.cuda.Stream(non_blocking=True)

@@ -8,19 +8,21 @@ from typing import Any
 
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap.devices.copy_threads import PIECE, THREADS
+from chainer_ooc.swap.devices.cuda.arenas import ArenaPool
 from chainer_ooc.swap.devices.cuda.checksum import CudaChecksum
 from chainer_ooc.swap.devices.cuda.fingerprints import PINNED, Fingerprint, Fingerprints
 from chainer_ooc.swap.devices.cuda.host import DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
 from chainer_ooc.swap.devices.cuda.transfers import FailedTransfer, StreamTransfer
 from chainer_ooc.swap.devices.protocol import Layout, Location, Transfer, Verdict, lies_alike
+from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.system import memory
 from chainer_ooc.swap.system.ranks import ranks_of_this_node
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT as PAGE
 from chainer_ooc.swap.tiers.swap_file import SwapFile
 
-__all__ = ["CudaDevice", "CupyArrays", "new_slab"]
+__all__ = ["CudaDevice", "CupyArrays", "has_limit", "limit_of", "new_slab"]
 
 #: The share of free memory that is left for libraries and kernels, which do not use CuPy's pool.
 RESERVE = 0.05
@@ -39,6 +41,10 @@ class CupyArrays:
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
+        self._module = cupy.cuda.memory
+        # The types of memory in arenas, and in CUDA's own pools.
+        self._of_functions = getattr(self._module, "CFunctionAllocatorMemory", CupyArrays)
+        self._of_streams = getattr(self._module, "MemoryAsync", CupyArrays)
         self._checksum = CudaChecksum(cupy)
 
     def locate(self, array: Any) -> Location | None:
@@ -46,11 +52,14 @@ class CupyArrays:
         if type(array) is not self._cupy.ndarray:
             return None
         memory = array.data.mem
-        module = self._cupy.cuda.memory
-        if type(memory) is module.PooledMemory:
+        kind = type(memory)
+        if kind is self._of_functions:
+            if not native.allocator.in_arena(memory.ptr):  # another allocator's
+                return None
+        elif kind is self._module.PooledMemory:
             if memory.identity != "Memory":  # managed, system, foreign
                 return None
-        elif type(memory) is not module.Memory:
+        elif kind is not self._module.Memory and kind is not self._of_streams:
             return None
         return Location(memory, memory.size, memory.ptr, array.data.ptr - memory.ptr)
 
@@ -68,7 +77,14 @@ class CupyArrays:
         Raises:
             MemoryError: If there is no memory.
         """
-        pointer = self._cupy.cuda.alloc(nbytes)
+        if native.allocator is None:
+            pointer = self._cupy.cuda.alloc(nbytes)
+        else:
+            native.allocator.be_quiet(True)
+            try:
+                pointer = self._cupy.cuda.alloc(nbytes)
+            finally:
+                native.allocator.be_quiet(False)
         return pointer.mem, pointer.ptr - pointer.mem.ptr
 
     def empty(self) -> Any:
@@ -126,7 +142,7 @@ class CudaDevice:
         with self.streams.on_device():
             self.stand_in = self.arrays.empty()
             #: The limit of the pool that the user has set (CUPY_GPU_MEMORY_LIMIT), 0 for none (bytes).
-            self.own_limit = int(self.pool().get_limit())
+            self.own_limit = limit_of(cupy, self.pool())
         slab = host if isinstance(host, PinnedSlab) else new_slab(cupy, host)
         self._owns_slab = slab is not host
         # Staging blocks count against the limit, unless they would take more than a quarter of it.
@@ -274,10 +290,17 @@ class CudaDevice:
         self.streams.note_current()
         self._peak = max(self._peak, self.taken_bytes())
 
+    def order_streams(self, streams: Sequence[int]) -> bool:
+        """Make the computing streams wait for each other. Return whether all of ``streams`` are among them."""
+        self.streams.order_computing()
+        return self.streams.know(streams)
+
     def peak_bytes(self) -> int:
         """Return the most GPU memory that the pool has held, its cached free blocks included (bytes)."""
         with self.streams.on_device():
             self.note_allocation()
+            if isinstance(pool := self.pool(), ArenaPool):
+                self._peak = max(self._peak, pool.peak_bytes())
         return self._peak
 
     def capacity(self) -> int:
@@ -293,7 +316,13 @@ class CudaDevice:
             return int(self._runtime.memGetInfo()[1]) // self._ranks()
 
     def trim(self, desperate: bool = False) -> None:
-        """Do nothing: CuPy's pool returns free blocks itself when it needs to, and that stops the GPU."""
+        """Do nothing: CuPy's pool returns free blocks itself when it needs to, and that stops the GPU.
+
+        With arenas, what it still holds from before is of use to nobody.
+        """
+        if isinstance(pool := self.pool(), ArenaPool):
+            with self.streams.on_device():
+                pool.free_outside()
 
     def move_to(self, directory: str) -> None:
         """Make the next swap file in another directory. Copies in the old file stay readable."""
@@ -321,6 +350,17 @@ class CudaDevice:
         if visible and "," not in visible:  # the launcher gave this rank its own GPU
             return 1
         return -(-ranks_of_this_node() // max(self._runtime.getDeviceCount(), 1))
+
+
+def has_limit(cupy: Any, pool: Any) -> bool:
+    """Return whether a pool can be limited. What CUDA's own pools call a limit is what they keep when it is free."""
+    unlimited: type[Any] | None = getattr(cupy.cuda, "MemoryAsyncPool", None)
+    return unlimited is None or not isinstance(pool, unlimited)
+
+
+def limit_of(cupy: Any, pool: Any) -> int:
+    """Return the limit of a pool (bytes), 0 for none."""
+    return int(pool.get_limit()) if has_limit(cupy, pool) else 0
 
 
 def new_slab(cupy: Any, limit: int | None) -> PinnedSlab:

@@ -27,6 +27,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from chainer_ooc import references
+from chainer_ooc.swap.devices.ram import native
 
 __all__ = ["CopyStreams"]
 
@@ -157,6 +158,10 @@ class CopyStreams:
                 for event in self.computed():
                     self.let_compute_wait(event)
 
+    def know(self, streams: Iterable[int]) -> bool:
+        """Return whether all of some streams, by their numbers, are among the computing ones."""
+        return all(stream in self._compute for stream in streams)
+
     def synchronize(self) -> None:
         """Wait until all copies have ended."""
         for stream in (self._out, self._back, self._flags):
@@ -238,3 +243,4 @@ class CopyStreams:
             for pointer in table
             if references.item_is_referenced_externally(table, pointer) or not table[pointer].done
         }
+        native.ask_again()  # their next allocation must be noted anew

@@ -62,6 +62,11 @@ static _Thread_local struct {
     PyObject *stored_traceback; /* that of the stored error when it was stored; for comparison alone */
 } own;
 
+unsigned allocation_epoch(void)
+{
+    return epoch;
+}
+
 /* Errors. */
 
 #define STORED "chainer_ooc.stored_error"     /* in a thread's dict: what NumPy's MemoryError is replaced by */
@@ -571,6 +576,7 @@ static PyObject *end(PyObject *self, PyObject *unused)
     (void)self, (void)unused;
     ends = true;
     Py_CLEAR(before); /* all that it knows would live until the very end */
+    end_arenas();
     Py_RETURN_NONE;
 }
 
@@ -656,7 +662,7 @@ PyMODINIT_FUNC PyInit__allocator(void)
     PyObject *module = PyModule_Create(&definition);
     pool_type = module ? (PyTypeObject *)PyType_FromSpec(&pool_spec) : NULL;
     if (!pool_type || PyModule_AddObjectRef(module, "PagePool", (PyObject *)pool_type) || add_engine_lock(module) ||
-        add_fast_property(module)) {
+        add_fast_property(module) || add_page_arena(module)) {
         Py_XDECREF(module);
         return NULL;
     }

@@ -19,6 +19,12 @@ int raise_deferred(void);
 /* sorting.c: whether NumPy allocates for a sort, which it does not survive without; given its table of C functions. */
 bool is_sorting(void);
 void find_sorts(void **numpys_table);
+/* allocator.c: changes when the levels that threads were given are void. */
+unsigned allocation_epoch(void);
+/* ../cuda/cupy_memory.c: adds PageArena and what goes with it to a module; -1 with an exception set if it fails. And: the
+   interpreter ends, nobody is asked any more. */
+int add_page_arena(PyObject *module);
+void end_arenas(void);
 /* Adds the types EngineLock and Mortal to a module. Returns -1 with an exception set if it fails. */
 int add_engine_lock(PyObject *module);
 /* graph/fast_property.c: the same of FastProperty. */

@@ -7,7 +7,7 @@ import os
 import threading
 from typing import Any
 
-__all__ = ["HOW_TO_GET_IT", "WITHOUT_IT", "EngineLock", "Mortal", "allocator"]
+__all__ = ["HOW_TO_GET_IT", "WITHOUT_IT", "EngineLock", "Mortal", "allocator", "ask_again"]
 
 #: The consequence of a missing extension, for messages.
 WITHOUT_IT = "NumPy's allocations are not announced, the limit is held between functions only"
@@ -44,3 +44,9 @@ except ImportError:
 else:
     allocator, EngineLock, Mortal = _allocator, _allocator.EngineLock, _allocator.Mortal
     atexit.register(_allocator.end)
+
+
+def ask_again() -> None:
+    """Void the levels of all threads: the next allocation of each asks for room."""
+    if allocator is not None:
+        allocator.ask_again()

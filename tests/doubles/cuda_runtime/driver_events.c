@@ -1,0 +1,17 @@
+/* The driver's names of events, and of the wait for the device. */
+
+#include "double.h"
+
+int cudaEventCreateWithFlags(void **event, unsigned flags);
+int cudaEventDestroy(void *event);
+int cudaEventRecord(void *event, void *stream);
+int cudaEventQuery(void *event);
+int cudaEventSynchronize(void *event);
+int cudaDeviceSynchronize(void);
+
+int cuEventCreate(void **event, unsigned flags) { return cudaEventCreateWithFlags(event, flags); }
+int cuEventDestroy_v2(void *event) { return cudaEventDestroy(event); }
+int cuEventRecord(void *event, void *stream) { return cudaEventRecord(event, stream); }
+int cuEventQuery(void *event) { return cudaEventQuery(event); }
+int cuEventSynchronize(void *event) { return cudaEventSynchronize(event); }
+int cuCtxSynchronize(void) { return cudaDeviceSynchronize(); }
