@@ -331,11 +331,11 @@ def show_settings(function: F) -> F:
     function.__signature__ = shown  # type: ignore[attr-defined]
     described = "\n".join(_described(name) for name in types)
     if function.__doc__:  # not with python -OO
-        function.__doc__ = _PLACE.sub(lambda match: described, function.__doc__)
+        function.__doc__ = _PLACE.sub(lambda match: described, inspect.cleandoc(function.__doc__))
     return function
 
 
 def _described(name: str) -> str:
     text = f"{name}: {' '.join(_FIELDS[name].metadata['doc'].split())}"
     wrap = functools.partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
-    return wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)
+    return wrap(text, 100, initial_indent=" " * 4, subsequent_indent=" " * 8)
