@@ -98,6 +98,14 @@ def install() -> None:
         _backprop_utils.backprop_step = _backprop_step
 
 
+def _modes() -> tuple[bool, bool]:
+    """Return whether Chainer makes graphs, and whether ``static_graph`` schedules them."""
+    config = _stock["config"]
+    own, everywhere = config._local.__dict__, config._global
+    enabled = own.get("enable_backprop", everywhere.enable_backprop)
+    return bool(enabled), own.get("schedule_func", everywhere.schedule_func) is not None
+
+
 def _config(name: str) -> Any:
     """Return a value of ``chainer.config``, faster than its own look-up, which fails first if only globals have it."""
     config = _stock["config"]
@@ -116,11 +124,12 @@ def _apply(self: Any, inputs: Any) -> Any:
         if self.inputs is not None and manager is not None and not _is_foreign(self):
             _note(self, settings)
         return outputs
-    if manager is None or _config("schedule_func") is not None:
+    keeps_graph, is_scheduled = _modes()
+    if manager is None or is_scheduled:
         return apply(self, inputs)
     # Whoever gets such an array, or a view of it, is to be noted: also without a plan, or where another mode is on.
     has_private, guards = recompute.are_private(inputs), settings.discard_all
-    local, keeps_graph, tracker = state.local, _config("enable_backprop"), None
+    local, tracker = state.local, None
     if (outer := local.running) is not None:
         if not (keeps_graph or has_private or guards or settings.verify):  # nothing is kept
             local.running = self, inputs
@@ -287,9 +296,15 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     # Every function passes here: few calls, and not the property raw_array.
     variable, local = _stock["variable"], state.local
     in_ram, manager, nbytes = local.manager or state.process.managers.get("ram"), None, 0
+    gpus = state.process.gpus
     for x in inputs:
         array = x._data[0] if isinstance(x, variable) else x
-        owner = in_ram if type(array) is ndarray else state.manager_for(array)
+        if type(array) is ndarray:
+            owner = in_ram
+        elif gpus is not None and type(array) is gpus.array_type:
+            owner = gpus.managers.get(array.data.device_id) or gpus.manager_for(array)
+        else:
+            owner = state.manager_for(array)
         if owner is not None:  # Chainer itself raises the error for inputs that are no arrays
             if manager is None:
                 if local.hooked or settings.swap_all:
@@ -317,6 +332,8 @@ def _tracker(manager: SwapManager, settings: Settings) -> IterationTracker | Non
     Iterations are recorded once memory has been short for the first time, and the first one if it may get short.
     """
     if not settings.plan or settings.swap_all:
+        if manager.follows_plan:  # of settings that were in force before
+            tracker_of(manager).leave_the_plan()
         return None
     tracker = manager.tracker or tracker_of(manager)
     return tracker if manager.has_been_short or tracker.is_first else None
@@ -334,7 +351,10 @@ def _after(manager: SwapManager, settings: Settings, backward: bool) -> None:
     elif state.local.running is None:
         if settings.verify:
             save_pending()  # now, while its arrays are unmodified
-        manager.make_room(0)
+        if (
+            manager.measures_growth or not manager.device.asks_for_room
+        ):  # else allocations have done it
+            manager.make_room(0)
     if state.local.running is None:
         manager.ended(backward)
 
@@ -345,13 +365,14 @@ def _run(func: Any, inputs: Any, manager: SwapManager | None, call: Any, *args: 
     outer = local.running
     if outer is not None:
         manager = None  # an inner function's memory counts for the outer one
-    start, begun = 0, 0.0
+    start, begun, measures = 0, 0.0, manager is not None and manager.measures_growth
     try:  # a signal's handler may raise anywhere
         local.running = (func, inputs)
         if manager is not None:
-            start = local.peak = manager.usage_without_offload(manager.budget.last_used)
-            if local.hooked or manager.device.asks_for_room:
-                state.begin_peak(manager)
+            if measures:
+                start = local.peak = manager.usage_without_offload(manager.budget.last_used)
+                if local.hooked or manager.device.asks_for_room:
+                    state.begin_peak(manager)
             begun = time.perf_counter() if state.observers else 0.0
             if local.growth is not None and not manager.device.asks_for_room:
                 return _observed(local.growth, manager, call, *args)
@@ -359,9 +380,10 @@ def _run(func: Any, inputs: Any, manager: SwapManager | None, call: Any, *args: 
     finally:
         local.running = outer
         if manager is not None:
-            if local.hooked or manager.device.asks_for_room:
-                state.end_peak(manager)
-            manager.budget.note_growth(local.peak - start)
+            if measures:
+                if local.hooked or manager.device.asks_for_room:
+                    state.end_peak(manager)
+                manager.budget.note_growth(local.peak - start)
             if begun:
                 label = wording.label_of(func)
                 manager.ran(label, call is not _stock["apply"], (begun, time.perf_counter()))

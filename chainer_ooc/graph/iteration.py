@@ -128,6 +128,7 @@ class IterationTracker:
         """Follow a plan from now on, or none."""
         self._executor, self._guarded = executor, guarded
         self.is_selective = self._saves_selectively and executor is not None
+        self.manager.measures_growth = executor is None or self._recorder is not None
         # For graphs that never come again outlines are in vain. If one does after many others, its next iterations are
         # recorded, and its plan is made again from these.
         self._outlines = self._recorder is not None and (
@@ -310,7 +311,7 @@ class IterationTracker:
             return True
         self._recorder, self._backward, self._number, self._thread = None, False, -1, thread
         self._at = (self._iteration, -1)
-        self._leave_the_plan()
+        self.leave_the_plan()
         return False
 
     def _is_over(self, key: str) -> bool:
@@ -447,7 +448,7 @@ class IterationTracker:
         found = self.plan_cache.advance(key)
         if found is None:
             if self._executor is not None or self.manager.follows_plan:
-                self._leave_the_plan()
+                self.leave_the_plan()
         else:
             plan, number = found
             executor = self._executor
@@ -472,9 +473,11 @@ class IterationTracker:
             self._asked = self.manager.device.mark()
             self._marks.append(self._asked)
 
-    def _leave_the_plan(self) -> None:
-        self._follow(None)
-        self.manager.run_plan(None)
+    def leave_the_plan(self) -> None:
+        """Move on demand for the rest of the iteration."""
+        with self._lock:
+            self._follow(None)
+            self.manager.run_plan(None)
 
     def _note_freed(self) -> None:
         """Record the storages to which nothing but the graph refers from this step on."""

@@ -156,8 +156,12 @@ class PlanExecutor(Generic[S]):
 
     def _living(self, numbers: Iterable[int]) -> list[tuple[int, S]]:
         """Return the storages with these numbers that are alive."""
-        found = ((number, self._find(number)) for number in numbers)
-        return [(number, storage) for number, storage in found if storage is not None]
+        living = []
+        for number in numbers:
+            storage = self._find(number)
+            if storage is not None:
+                living.append((number, storage))
+        return living
 
     def _begin_in(self, step: int, evictor: Evictor[S], most: int) -> None:
         """Begin the due copies in, in order, until ``most`` bytes would be exceeded."""

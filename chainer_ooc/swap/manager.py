@@ -56,6 +56,8 @@ class SwapManager:
         peak_without_offload: The most that would have been in use (bytes) if nothing had ever moved, since
             memory became short.
         tracker: The tracker of the iterations on this device, set by ``graph/iteration.py``.
+        measures_growth: What functions take for themselves matters. It does not while a plan is followed and nothing
+            recorded.
     """
 
     _transfers_type = Transfers
@@ -86,6 +88,7 @@ class SwapManager:
         self.has_been_short = False
         self.peak_without_offload = 0
         self.tracker: Any = None
+        self.measures_growth = True
         # The low watermark, if cached free memory may reach the high one; else 0.
         self._low_after_graph = 0
         # Storages to evict again once the recipes of others have read them.

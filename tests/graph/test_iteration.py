@@ -163,6 +163,20 @@ def test_what_moves_is_what_was_planned(device):
     assert moved[-1][0] <= moved[0][0]  # on demand it was more, or the same
 
 
+@pytest.mark.extension
+def test_a_plan_is_left_where_other_settings_want_none(device):
+    training = Training()
+    manager = device
+    with chainer_ooc.out_of_core_mode(limit=OTHER + 700 * KIB, min_bytes=1):
+        for _ in range(8):
+            training.step()
+        assert manager.follows_plan
+    with chainer_ooc.out_of_core_mode(limit=OTHER + 700 * KIB, min_bytes=1, plan=False):
+        training.step()
+    assert not manager.follows_plan
+    assert manager.measures_growth
+
+
 def test_without_plan_nothing_is_planned(device):
     both(lambda t: [[t.step() for _ in range(5)], t.state()], plan=False)
     assert not entries()
