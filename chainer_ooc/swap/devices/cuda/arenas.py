@@ -83,7 +83,7 @@ class ArenaPool:
     ) -> None:
         self._cupy = cupy
         self._default = cupy.get_default_memory_pool()
-        self._arenas: dict[int, Any] = {}
+        self._arenas: dict[int, Any] = native.allocator.arenas()  # they are for ever
         self._limits: dict[int, tuple[int, int]] = {}  # by GPU: the limit, and what is outside
         self._without: set[int] = set()  # GPUs that CuPy's pool serves
         malloc, free = native.allocator.configure_arenas(

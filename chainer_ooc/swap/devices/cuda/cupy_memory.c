@@ -860,6 +860,19 @@ static PyObject *in_arena(PyObject *self, PyObject *number)
     Py_RETURN_FALSE;
 }
 
+static PyObject *all_arenas(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    PyObject *table = PyDict_New();
+    for (int device = 0; table && device < MOST_DEVICES; device++) {
+        PyObject *number = arenas[device] ? PyLong_FromLong(device) : NULL;
+        if (number && PyDict_SetItem(table, number, (PyObject *)arenas[device]))
+            Py_CLEAR(table);
+        Py_XDECREF(number);
+    }
+    return table;
+}
+
 static PyObject *be_quiet(PyObject *self, PyObject *is_quiet)
 {
     (void)self;
@@ -895,6 +908,7 @@ static PyMethodDef functions[] = {
      "Call these functions, by the names of the driver's, and forget all arenas; with None the driver's again. For tests."},
     {"why_no_arena", why_no_arena, METH_O, "Return why a GPU cannot have an arena, or None."},
     {"in_arena", in_arena, METH_O, "Return whether an address lies in an arena."},
+    {"arenas", all_arenas, METH_NOARGS, "Return the arenas by their GPUs' numbers."},
     {"be_quiet", be_quiet, METH_O, "Ask nobody before this thread's allocations in arenas, and do not count them for the peak; or do."},
     {"set_arena", set_arena, METH_O, "Let a GPU's allocations be served by an arena, for ever."},
     {NULL, NULL, 0, NULL},
