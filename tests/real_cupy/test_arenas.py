@@ -373,3 +373,17 @@ def test_a_second_hook_finds_the_arenas_that_are_there(mode):
         assert x.data.ptr in other.arenas._arena()
     finally:
         other.uninstall()
+
+
+def test_frees_after_disable_wait_for_the_gpu_only_where_that_gives_something_back():
+    chainer_ooc.enable(limit=512 * MIB)
+    held = blocks([3.5 * MIB] * 60)
+    del held[1::2]
+    chainer_ooc.disable()
+    before = cuda_runtime.counts()["cudaDeviceSynchronize"]
+    while len(held) > 1:
+        held.pop()
+    assert cuda_runtime.counts()["cudaDeviceSynchronize"] - before <= 5
+    assert taken() <= 50 * MIB
+    held.clear()
+    assert taken() == 0

@@ -109,6 +109,7 @@ typedef struct {
     _Atomic size_t peak_taken;
     _Atomic size_t missing; /* bytes of pages, for the last allocation that found none */
     atomic_bool closed;
+    _Atomic size_t kept; /* free bytes that could not be given back: in pages that are partly in use */
 } Arena;
 
 static Arena *arenas[MOST_DEVICES]; /* for ever: arrays outlive the mode */
@@ -412,8 +413,8 @@ static void cupys_free(void *unused, void *address, int device)
     let_go(self);
     if (self->closed && before) {
         size_t used = page_arena_used(self->arena), taken = page_arena_taken(self->arena);
-        if (taken > used + WORTH_GIVING_BACK || (taken && !used))
-            trim(self, used, 0);
+        if (taken > used + self->kept + WORTH_GIVING_BACK || (taken && !used))
+            self->kept = trim(self, used, 0) - used;
     }
 }
 
