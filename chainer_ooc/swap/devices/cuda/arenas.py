@@ -15,7 +15,7 @@ __all__ = ["ArenaPool", "warn", "why_no_arenas"]
 _SPACE = 4
 #: What is free in pages that are partly in use cannot be used elsewhere: so much more than the limit may be taken
 #: before arrays are moved out for that (a share of the limit, and bytes at least).
-_TORN, _LEAST_TORN = 0.03, 8 << 20
+_TORN, _LEAST_TORN = 0.029, 8 << 20
 _UNLIMITED = (1 << 62) - 1
 #: The C functions of CuPy that return the current stream.
 _SIGNATURES = ("intptr_t (void)", "size_t (void)")
@@ -83,7 +83,7 @@ class ArenaPool:
     ) -> None:
         self._cupy = cupy
         self._default = cupy.get_default_memory_pool()
-        self._arenas: dict[int, Any] = {}
+        self._arenas: dict[int, Any] = native.allocator.arenas()  # they are for ever
         self._limits: dict[int, tuple[int, int]] = {}  # by GPU: the limit, and what is outside
         self._without: set[int] = set()  # GPUs that CuPy's pool serves
         malloc, free = native.allocator.configure_arenas(

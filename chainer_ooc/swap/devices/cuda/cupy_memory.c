@@ -109,6 +109,7 @@ typedef struct {
     _Atomic size_t peak_taken;
     _Atomic size_t missing; /* bytes of pages, for the last allocation that found none */
     atomic_bool closed;
+    _Atomic size_t kept; /* free bytes that could not be given back: in pages that are partly in use */
 } Arena;
 
 static Arena *arenas[MOST_DEVICES]; /* for ever: arrays outlive the mode */
@@ -412,8 +413,8 @@ static void cupys_free(void *unused, void *address, int device)
     let_go(self);
     if (self->closed && before) {
         size_t used = page_arena_used(self->arena), taken = page_arena_taken(self->arena);
-        if (taken > used + WORTH_GIVING_BACK || (taken && !used))
-            trim(self, used, 0);
+        if (taken > used + self->kept + WORTH_GIVING_BACK || (taken && !used))
+            self->kept = trim(self, used, 0) - used;
     }
 }
 
@@ -860,6 +861,19 @@ static PyObject *in_arena(PyObject *self, PyObject *number)
     Py_RETURN_FALSE;
 }
 
+static PyObject *all_arenas(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    PyObject *table = PyDict_New();
+    for (int device = 0; table && device < MOST_DEVICES; device++) {
+        PyObject *number = arenas[device] ? PyLong_FromLong(device) : NULL;
+        if (number && PyDict_SetItem(table, number, (PyObject *)arenas[device]))
+            Py_CLEAR(table);
+        Py_XDECREF(number);
+    }
+    return table;
+}
+
 static PyObject *be_quiet(PyObject *self, PyObject *is_quiet)
 {
     (void)self;
@@ -895,6 +909,7 @@ static PyMethodDef functions[] = {
      "Call these functions, by the names of the driver's, and forget all arenas; with None the driver's again. For tests."},
     {"why_no_arena", why_no_arena, METH_O, "Return why a GPU cannot have an arena, or None."},
     {"in_arena", in_arena, METH_O, "Return whether an address lies in an arena."},
+    {"arenas", all_arenas, METH_NOARGS, "Return the arenas by their GPUs' numbers."},
     {"be_quiet", be_quiet, METH_O, "Ask nobody before this thread's allocations in arenas, and do not count them for the peak; or do."},
     {"set_arena", set_arena, METH_O, "Let a GPU's allocations be served by an arena, for ever."},
     {NULL, NULL, 0, NULL},
