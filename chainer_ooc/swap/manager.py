@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import weakref
@@ -616,7 +617,8 @@ class SwapManager:
 
     def __repr__(self) -> str:
         with self._lock:
-            self._transfers.run_deferred_frees()
+            with contextlib.suppress(RuntimeError):  # the GPU has failed
+                self._transfers.run_deferred_frees()
             size, counters = dict(self._transfers.nbytes), self.counters
         resident = sum(nbytes for state, nbytes in size.items() if state.in_memory)
         return (

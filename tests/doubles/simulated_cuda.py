@@ -114,6 +114,8 @@ class SimulatedCuda(Schedule):
             CUDARuntimeError=CUDARuntimeError,
             memcpyHostToDevice=1,
             memcpyDeviceToHost=2,
+            eventQuery=self.event_query,
+            streamQuery=self.stream_query,
             deviceSynchronize=self._device_synchronize,
             getDevice=self.current_device,
             getDeviceCount=lambda: len(self.gpus),
@@ -253,6 +255,7 @@ class SimulatedCuda(Schedule):
 
     def _memcpy_async(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         with self.lock:
+            self.check_working()
             self.fail_if_told("memcpyAsync", CUDARuntimeError)
             host, device = (target, source) if kind == 2 else (source, target)
             self._must_be_pinned(host, nbytes)

@@ -19,6 +19,10 @@ LEGACY, PER_THREAD = 0, 2
 Spans = Sequence[tuple[int, int]]
 
 
+#: ``cudaError_t``
+SUCCESS, INVALID_HANDLE, NOT_READY = 0, 400, 600
+
+
 class CUDARuntimeError(RuntimeError):
     """What the runtime's calls raise."""
 
@@ -79,6 +83,7 @@ class Stream:
         Raises:
             CUDARuntimeError: If the event was made for another GPU.
         """
+        self._schedule.check_working()
         event = Event(self._schedule) if event is None else event
         event.check()
         schedule, queue = self._schedule, self.queue
@@ -96,6 +101,7 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         """Put what follows after the event, as it is now."""
+        self._schedule.check_working()
         event.check()
         schedule, queue = self._schedule, self.queue
         with schedule.lock:
@@ -107,18 +113,13 @@ class Stream:
 
     def synchronize(self) -> None:
         """Wait for all that it has been given."""
+        self._schedule.check_working()
         self._schedule.finish(self.queue)
 
     @property
     def done(self) -> bool:
-        """Whether it has done all that it has been given."""
-        schedule, queue = self._schedule, self.queue
-        with schedule.lock:
-            schedule.pass_time()
-            if queue.items:
-                return False
-            merge(schedule.host_clock, queue.clock)
-            return True
+        """Whether it has done all that it has been given. As in CuPy not if that will never be."""
+        return self._schedule.stream_query(self.ptr) == SUCCESS
 
     def __enter__(self) -> Stream:
         here = self._schedule.current_device()
@@ -143,6 +144,8 @@ class Event:
         self._times = not disable_timing
         self._time = 0
         self._is_destroyed = False
+        self.ptr = id(self)  # of a living event
+        schedule.events[self.ptr] = self
 
     def __del__(self) -> None:
         # The collector may call it before that of an object which refers to the event, and goes on to use it.
@@ -174,18 +177,13 @@ class Event:
 
     @property
     def done(self) -> bool:
-        """Whether the stream has come so far."""
+        """Whether the stream has come so far. As in CuPy not if it never will."""
         self.check()
-        schedule = self._schedule
-        with schedule.lock:
-            schedule.pass_time()
-            if self.place is None or self.place[0].executed > self.place[1]:
-                merge(schedule.host_clock, self.clock)
-                return True
-            return False
+        return self._schedule.event_query(self.ptr) == SUCCESS
 
     def synchronize(self) -> None:
         """Wait until the stream has come so far."""
+        self._schedule.check_working()
         self.check()
         schedule = self._schedule
         with schedule.lock:
@@ -209,6 +207,8 @@ class Schedule:
         label: Names what lies at an address, for :attr:`races`; ``None`` if it does not know.
         eager: Work on the legacy default stream runs at once.
         eagerness: How likely other work is to run before it must, between 0 and 1.
+        broken: The ``cudaError_t`` that all calls have from now on, as after a kernel that failed; 0 for none.
+        events: The living events by their numbers.
     """
 
     def __init__(self, seed: int, devices: int, per_thread: bool) -> None:
@@ -219,6 +219,8 @@ class Schedule:
         self.host_clock: Clock = {}
         self.accesses = Accesses()
         self.eager = False
+        self.broken = SUCCESS
+        self.events: weakref.WeakValueDictionary[int, Event] = weakref.WeakValueDictionary()
         self.time = 0  # a microsecond for each thing that is done
         self._random = random.Random(seed)
         self.eagerness = self._random.choice((0.0, 0.0, 0.1, 0.6))
@@ -279,6 +281,35 @@ class Schedule:
                 own[here] = Queue(f"the default stream of thread {number}", here)
                 self._of_threads.append(own[here])
         return own[here]
+
+    def check_working(self) -> None:
+        """Raise the error of a kernel that failed before."""
+        if self.broken:
+            raise CUDARuntimeError(self.broken)
+
+    def event_query(self, ptr: int) -> int:
+        """Return the status of an event: whether its stream has come so far, or an error."""
+        event = self.events.get(ptr)
+        if self.broken or event is None or event._is_destroyed:
+            return self.broken or INVALID_HANDLE
+        with self.lock:
+            self.pass_time()
+            if event.place is not None and event.place[0].executed <= event.place[1]:
+                return NOT_READY
+            merge(self.host_clock, event.clock)
+            return SUCCESS
+
+    def stream_query(self, ptr: int) -> int:
+        """Return the status of a stream: whether it has done all that it has been given, or an error."""
+        queue = self.queue_of(ptr)
+        if self.broken:
+            return self.broken
+        with self.lock:
+            self.pass_time()
+            if queue.items:
+                return NOT_READY
+            merge(self.host_clock, queue.clock)
+            return SUCCESS
 
     def arena_of(self, stream: Stream) -> int:
         """Return what CuPy's pool keeps free blocks by: the stream's number, for the per-thread one the thread's."""

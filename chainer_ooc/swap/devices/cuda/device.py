@@ -127,6 +127,9 @@ class CudaDevice:
             self.stand_in = self.arrays.empty()
             #: The limit of the pool that the user has set (CUPY_GPU_MEMORY_LIMIT), 0 for none (bytes).
             self.own_limit = int(self.pool().get_limit())
+            # Asked now: a GPU that has failed does not tell, and statistics need it.
+            self._memory_bytes = int(self._runtime.memGetInfo()[1])
+            self._gpus = max(self._runtime.getDeviceCount(), 1)
         slab = host if isinstance(host, PinnedSlab) else new_slab(cupy, host)
         self._owns_slab = slab is not host
         # Staging blocks count against the limit, unless they would take more than a quarter of it.
@@ -136,7 +139,7 @@ class CudaDevice:
         slab.limit = max(slab.limit - self.staging_bytes, 0)
         self.fingerprints = Fingerprints(cupy, self.streams, new_slab(cupy, PINNED))
         self.disk = DiskTier(self.streams, new_slab(cupy, self.staging_bytes), piece, directory)
-        self.host = HostTier(slab)
+        self.host = HostTier(slab, self.streams)
 
     def locate(self, array: Any) -> Location | None:
         """Return the place of an array, ``None`` if it must stay as it is."""
@@ -289,8 +292,7 @@ class CudaDevice:
 
     def total_bytes(self) -> int:
         """Return this process's share of the GPU's memory (bytes)."""
-        with self.streams.on_device():
-            return int(self._runtime.memGetInfo()[1]) // self._ranks()
+        return self._memory_bytes // self._ranks()
 
     def trim(self, desperate: bool = False) -> None:
         """Do nothing: CuPy's pool returns free blocks itself when it needs to, and that stops the GPU."""
@@ -320,7 +322,7 @@ class CudaDevice:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if visible and "," not in visible:  # the launcher gave this rank its own GPU
             return 1
-        return -(-ranks_of_this_node() // max(self._runtime.getDeviceCount(), 1))
+        return -(-ranks_of_this_node() // self._gpus)
 
 
 def new_slab(cupy: Any, limit: int | None) -> PinnedSlab:

@@ -55,33 +55,47 @@ class HostTier:
 
     Args:
         slab: The source of the blocks.
+        streams: The streams that copy to them and from them.
     """
 
-    def __init__(self, slab: PinnedSlab) -> None:
+    def __init__(self, slab: PinnedSlab, streams: CopyStreams) -> None:
         self.slab = slab
+        self._streams = streams
         self._retired: deque[tuple[int, int, list[Any]]] = deque()
 
     def allocate(self, nbytes: int) -> PinnedCopy | None:
-        """Return a block of ``nbytes`` bytes, ``None`` if the limit leaves none."""
+        """Return a block of ``nbytes`` bytes, ``None`` if the limit leaves none.
+
+        Raises:
+            CUDARuntimeError: If the GPU has failed. No block is lost.
+        """
         # Copies end in stream order: stop at the first that has not ended.
-        while self._retired and _have_ended(self._retired[0][2]):
-            *block, _ = self._retired.popleft()
-            self.slab.free(*block)
+        while self._retired and self._have_ended(self._retired[0][2]):
+            self._free_first()
         address = self.slab.allocate(nbytes)
         while address is None and self._retired:
-            *block, events = self._retired.popleft()
-            for event in events:
+            for event in self._retired[0][2]:
                 event.synchronize()
-            self.slab.free(*block)
+            self._free_first()
             address = self.slab.allocate(nbytes)
         return None if address is None else PinnedCopy(self, address, nbytes)
 
     def retire(self, address: int, nbytes: int, events: list[Any]) -> None:
-        """Take a block back."""
-        if _have_ended(events):
+        """Take a block back. If the GPU has failed, :meth:`allocate` says so: here a block would be lost."""
+        is_free = False
+        with contextlib.suppress(RuntimeError):  # CuPy's CUDARuntimeError
+            is_free = self._have_ended(events)
+        if is_free:
             self.slab.free(address, nbytes)
         else:
             self._retired.append((address, nbytes, events))
+
+    def _free_first(self) -> None:
+        address, nbytes, _ = self._retired.popleft()
+        self.slab.free(address, nbytes)
+
+    def _have_ended(self, events: list[Any]) -> bool:
+        return all(self._streams.has_passed(event) for event in events)
 
 
 class DiskCopy:
@@ -217,7 +231,3 @@ class DiskTier:
                 yield address, memoryview(memory).cast("B")
         finally:
             blocks.put(address)
-
-
-def _have_ended(events: list[Any]) -> bool:
-    return all(event.done for event in events)

@@ -11,6 +11,8 @@ Runtime API, "Stream Management" and "Event Management"; CuPy's ``cupy/cuda/memo
   that is seen for the first time waits for all copies begun so far: it may own blocks of before.
 * The legacy default stream is named 0 on each GPU: waiting and recording must be done with this GPU the
   current one.
+* After a kernel that failed every call returns its error for ever, queries too. CuPy's ``Event.done`` and
+  ``Stream.done`` take that for "not yet": nobody may ask them.
 * The per-thread default stream (``CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1``) is named 2 in each thread, and
   is another in each: only its own thread can put it in order. Where several threads compute on such
   streams, the host waits instead.
@@ -33,6 +35,7 @@ __all__ = ["CopyStreams"]
 #: Beyond this number, computing streams to which nothing else refers are forgotten.
 _MOST_STREAMS = 8
 _PER_THREAD = 2  # cudaStreamPerThread
+_SUCCESS, _NOT_READY = 0, 600  # cudaError_t
 #: Device times are calibrated against the host's clock again after this time (seconds).
 _RENEWED = 300
 
@@ -157,6 +160,22 @@ class CopyStreams:
                 for event in self.computed():
                     self.let_compute_wait(event)
 
+    def has_passed(self, event: Any) -> bool:
+        """Return, without waiting, whether an event has passed.
+
+        Raises:
+            CUDARuntimeError: If the GPU has failed. CuPy's ``Event.done`` would be false for ever.
+        """
+        return self._is_success(self._runtime.eventQuery(event.ptr))
+
+    def _is_idle(self, stream: Any) -> bool:
+        return self._is_success(self._runtime.streamQuery(stream.ptr))
+
+    def _is_success(self, status: int) -> bool:
+        if status in (_SUCCESS, _NOT_READY):
+            return status == _SUCCESS
+        raise self._runtime.CUDARuntimeError(status)
+
     def synchronize(self) -> None:
         """Wait until all copies have ended."""
         for stream in (self._out, self._back, self._flags):
@@ -195,14 +214,14 @@ class CopyStreams:
         # Elapsed times are single precision: the origin must not be too long ago.
         if time.perf_counter() - self._origin[1] > _RENEWED:
             with self.on_device():
-                if self._out.done:
+                if self._is_idle(self._out):
                     self._origin = self._new_origin()
         origin, then = self._origin
         return then + float(self._cuda.get_elapsed_time(origin, event)) / 1e3
 
     def _wait_for_copies(self, stream: Any) -> None:
         for copies in (self._out, self._back):
-            if not copies.done:
+            if not self._is_idle(copies):
                 stream.wait_event(self._record(copies))
 
     def _new_origin(self) -> tuple[Any, float]:
@@ -236,5 +255,6 @@ class CopyStreams:
         self._compute = {
             pointer: table[pointer]
             for pointer in table
-            if references.item_is_referenced_externally(table, pointer) or not table[pointer].done
+            if references.item_is_referenced_externally(table, pointer)
+            or not self._is_idle(table[pointer])
         }
