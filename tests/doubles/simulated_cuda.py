@@ -134,6 +134,7 @@ class SimulatedCuda(Schedule):
             MemoryPool=self._pool_type,
             Memory=lambda nbytes: Memory(nbytes, self),
             Stream=self.new_stream,
+            ExternalStream=self.external_type,
             Event=self._make_event,
             get_elapsed_time=lambda start, end: start.milliseconds_to(end),
             Device=self.device,

@@ -133,6 +133,15 @@ class Stream:
         self._schedule.current_streams(device_id).pop()
 
 
+class ExternalStream(Stream):
+    """Names a queue that belongs to other code, which may destroy it at any time."""
+
+    schedule: Schedule
+
+    def __init__(self, ptr: int) -> None:
+        super().__init__(self.schedule, ptr, self.schedule.current_device())
+
+
 class Event:
     """A point in a stream."""
 
@@ -232,6 +241,7 @@ class Schedule:
         self._of_threads: list[Queue] = []
         self._destroyed: list[int] = []
         self._busy: dict[Queue, None] = {}
+        self.external_type = type("ExternalStream", (ExternalStream,), {"schedule": self})
         self._default = Stream(self, PER_THREAD if per_thread else LEGACY, -1)
 
     # Streams.
@@ -273,6 +283,9 @@ class Schedule:
         if ptr == LEGACY:
             return self._legacy[here]
         if ptr != PER_THREAD:
+            if ptr in self._destroyed:
+                self.races.append(f"{self._queues[ptr].name} is used after it was destroyed")
+                raise CUDARuntimeError("cudaErrorInvalidResourceHandle: the stream is destroyed")
             return self._queues[ptr]
         own: dict[int, Queue] = self._local.__dict__.setdefault("own", {})
         if here not in own:

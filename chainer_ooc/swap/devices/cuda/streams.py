@@ -9,6 +9,9 @@ Runtime API, "Stream Management" and "Event Management"; CuPy's ``cupy/cuda/memo
 * CuPy's pool hands a freed block out again at once, on the stream it was allocated on. So memory that a
   copy reads or writes is held until the copy's event is done, or until those streams wait for it. A stream
   that is seen for the first time waits for all copies begun so far: it may own blocks of before.
+* Nobody tells when the owner of an external stream (``cupy.cuda.ExternalStream``) destroys it, and the driver may
+  give its number to the next stream. It is known to live while it is the calling thread's current stream: work is
+  given to it only then. For what it was given before, the host waits.
 * The legacy default stream is named 0 on each GPU: waiting and recording must be done with this GPU the
   current one.
 * After a kernel that failed every call returns its error for ever, queries too. CuPy's ``Event.done`` and
@@ -53,6 +56,10 @@ class CopyStreams:
         self._cuda = cupy.cuda
         self._runtime = cupy.cuda.runtime
         self._compute: dict[int, Any] = {}
+        # CuPy 14 has Stream.from_external(), too, which keeps the owner's object: such a stream lives.
+        self._external_type: Any = getattr(cupy.cuda, "ExternalStream", ())
+        self._noted_by: dict[int, threading.Thread] = {}  # external streams, by which thread last
+        self._left_work = False  # external streams were forgotten that may not have ended
         self._lock = threading.Lock()
         self._local = threading.local()
         self._threads = 0  # the number of threads on per-thread default streams
@@ -74,11 +81,9 @@ class CopyStreams:
     def note_current(self) -> Any:
         """Count the calling thread's current stream among the computing ones, and return it."""
         stream = self._cuda.get_current_stream()
-        if stream.ptr not in self._compute:
-            with self._lock:
-                if len(self._compute) >= _MOST_STREAMS:
-                    self._forget_idle()
-                self._compute = {**self._compute, stream.ptr: stream}
+        known = self._compute.get(stream.ptr)
+        if known is not stream and (known is None or self._is_external(known)):
+            self._note(stream, known)
             self._wait_for_copies(stream)
         if stream.ptr == _PER_THREAD and not hasattr(self._local, "noted"):
             self._local.noted = True
@@ -89,10 +94,10 @@ class CopyStreams:
 
     def computed(self) -> list[Any]:
         """Return events after all work that the computing streams have queued until now."""
-        self.note_current()
+        living = self._living(self.note_current())
         if self._threads > 1:
             self._runtime.deviceSynchronize()
-        return [self._record(stream) for stream in self._compute.values()]
+        return [self._record(stream) for stream in living]
 
     def allocated(self) -> list[Any]:
         """Return the event after all work that the current stream has queued until now."""
@@ -141,16 +146,16 @@ class CopyStreams:
         All of them wait, since one of them allocated the memory that is freed after this.
         """
         with self.on_device():
-            self.note_current()
+            living = self._living(self.note_current())
             if self._threads > 1:
                 event.synchronize()
-            for stream in self._compute.values():
+            for stream in living:
                 stream.wait_event(event)
 
     @property
     def are_one(self) -> bool:
         """Whether there is one computing stream."""
-        return len(self._compute) <= 1 and self._threads <= 1
+        return len(self._compute) <= 1 and self._threads <= 1 and not self._left_work
 
     def order_computing(self) -> None:
         """Make later work of each computing stream wait for the earlier work of all of them."""
@@ -251,10 +256,50 @@ class CopyStreams:
         return event
 
     def _forget_idle(self) -> None:
+        self._forget_external(None)
         table = self._compute
         self._compute = {
             pointer: table[pointer]
             for pointer in table
-            if references.item_is_referenced_externally(table, pointer)
+            if pointer in self._noted_by
+            or references.item_is_referenced_externally(table, pointer)
             or not self._is_idle(table[pointer])
         }
+
+    # External streams.
+
+    def _is_external(self, stream: Any) -> bool:
+        return isinstance(stream, self._external_type)
+
+    def _note(self, stream: Any, known: Any) -> None:
+        """Add a stream to the computing ones, in the place of ``known``, an external one that had its number."""
+        with self._lock:
+            if known is not None:
+                self._left_work = True
+            elif len(self._compute) >= _MOST_STREAMS:
+                self._forget_idle()
+            self._compute = {**self._compute, stream.ptr: stream}
+            self._noted_by.pop(stream.ptr, None)
+            if self._is_external(stream):
+                self._noted_by[stream.ptr] = threading.current_thread()
+
+    def _living(self, current: Any) -> list[Any]:
+        """Return the computing streams that are known to live. The host waits for what others were given."""
+        streams = self._compute.values()
+        living = [one for one in streams if one is current or not self._is_external(one)]
+        if len(living) < len(streams) or self._left_work:
+            with self._lock:
+                self._forget_external(current)
+                self._left_work = False
+            self._runtime.deviceSynchronize()
+        return living
+
+    def _forget_external(self, current: Any) -> None:
+        """Forget the external streams that this thread has left, or whose thread has ended."""
+        here = threading.current_thread()
+        for pointer, thread in tuple(self._noted_by.items()):
+            is_left = thread is here or not thread.is_alive()
+            if is_left and self._compute[pointer] is not current:
+                self._compute = {p: one for p, one in self._compute.items() if p != pointer}
+                del self._noted_by[pointer]
+                self._left_work = True
