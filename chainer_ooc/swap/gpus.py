@@ -8,7 +8,7 @@ from typing import Any
 
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.cupy_allocator import CupyAllocator
-from chainer_ooc.swap.devices.cuda.device import CudaDevice, new_slab
+from chainer_ooc.swap.devices.cuda.device import STAGING, CudaDevice, new_slab
 from chainer_ooc.swap.devices.protocol import PooledDevice
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
@@ -99,9 +99,10 @@ class Gpus:
         """Return the pinned memory of all GPUs, limited to ``host_limit``, staging blocks included."""
         wanted = settings.host_limit
         if self._slab is None:
-            self._slab = new_slab(self._cupy, wanted)
+            self._slab = new_slab(self._cupy, wanted, STAGING)
         elif wanted != self._host_limit:
-            limit = new_slab(self._cupy, wanted).limit
+            fresh = new_slab(self._cupy, wanted, STAGING)
+            limit, self._slab.spare = fresh.limit, fresh.spare
             if wanted is None:  # the free memory, plus what the slab has taken already
                 limit += self._slab.size
             self._slab.limit = max(

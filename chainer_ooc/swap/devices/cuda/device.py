@@ -20,10 +20,14 @@ from chainer_ooc.swap.tiers.pinned import PinnedSlab
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT as PAGE
 from chainer_ooc.swap.tiers.swap_file import SwapFile
 
-__all__ = ["CudaDevice", "CupyArrays", "new_slab"]
+__all__ = ["STAGING", "CudaDevice", "CupyArrays", "new_slab"]
 
 #: The share of free memory that is left for libraries and kernels, which do not use CuPy's pool.
 RESERVE = 0.05
+#: The share of the machine's free memory that may be pinned where nobody has set a limit.
+SHARE = 0.8
+#: The most that staging blocks of a GPU take (bytes).
+STAGING = THREADS * PIECE
 #: The bytes per second of which fingerprints are taken on slow GPUs: faster ones have faster links, too.
 FINGERPRINTED = 400e9
 _HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all GPUs
@@ -130,7 +134,7 @@ class CudaDevice:
             # Asked now: a GPU that has failed does not tell, and statistics need it.
             self._memory_bytes = int(self._runtime.memGetInfo()[1])
             self._gpus = max(self._runtime.getDeviceCount(), 1)
-        slab = host if isinstance(host, PinnedSlab) else new_slab(cupy, host)
+        slab = host if isinstance(host, PinnedSlab) else new_slab(cupy, host, STAGING)
         self._owns_slab = slab is not host
         # Staging blocks count against the limit, unless they would take more than a quarter of it.
         piece = min(PIECE, max(slab.limit // (4 * THREADS) // PAGE, 16) * PAGE)
@@ -325,16 +329,23 @@ class CudaDevice:
         return -(-ranks_of_this_node() // self._gpus)
 
 
-def new_slab(cupy: Any, limit: int | None) -> PinnedSlab:
-    """Return the pinned memory of all GPUs of the process.
+def new_slab(cupy: Any, limit: int | None, reserve: int = 0) -> PinnedSlab:
+    """Return the pinned memory of all GPUs of the process. It takes no memory that the machine does not have.
 
     Args:
         cupy: CuPy, or a double of it.
         limit: Its limit (bytes); ``None``: 80 % of the machine's free memory, divided by the ranks that
-            share it.
+            share it. The other 20 % stay free then, whoever takes memory until a chunk is made.
+        reserve: The free memory that it leaves (bytes) if that is more.
     """
     if limit is None:
-        limit = int(memory.available_bytes() * 0.8) // ranks_of_this_node()
+        available = memory.available_bytes()
+        usable = int(available * SHARE)
+        limit, reserve = usable // ranks_of_this_node(), max(available - usable, reserve)
+
+    def spare() -> int:
+        return max(memory.available_bytes() - reserve, 0) // ranks_of_this_node()
+
     runtime = cupy.cuda.runtime
     device_id = runtime.getDevice()
 
@@ -342,4 +353,4 @@ def new_slab(cupy: Any, limit: int | None) -> PinnedSlab:
         with cupy.cuda.Device(device_id):  # also called in the thread that grows the slab
             runtime.hostRegister(address, nbytes, _HOST_REGISTER_PORTABLE)
 
-    return PinnedSlab(limit, register, runtime.hostUnregister)
+    return PinnedSlab(limit, register, runtime.hostUnregister, spare)

@@ -172,13 +172,12 @@ class DiskTier:
             while len(addresses) < THREADS:
                 address = self.staging.allocate(self.piece)
                 if address is None:
-                    for taken in addresses:
-                        self.staging.free(taken, self.piece)
+                    self.staging.close()  # what it got so far would stay locked, and of no use
                     self.staging.ask_again()
                     raise SwapSpaceError(
                         errno.ENOMEM,
                         f"page-locked memory for {THREADS} staging blocks of {self.piece} bytes cannot be had "
-                        "(see `ulimit -l`); no data was lost",
+                        "(see `ulimit -l` and `free -h`); no data was lost",
                         self.file.directory,
                     )
                 addresses.append(address)
