@@ -9,6 +9,7 @@ from typing import Any
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.cupy_allocator import CupyAllocator
 from chainer_ooc.swap.devices.cuda.device import STAGING, CudaDevice, new_slab
+from chainer_ooc.swap.devices.cuda.streams import is_captured
 from chainer_ooc.swap.devices.protocol import PooledDevice
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
@@ -52,12 +53,15 @@ class Gpus:
         self._lock = threading.RLock()
 
     def manager_for(self, array: Any) -> SwapManager | None:
-        """Return the manager of an array's GPU; ``None`` if there is none and out-of-core mode is off."""
+        """Return the manager of an array's GPU; ``None`` if there is none and out-of-core mode is off.
+
+        It is made with the first array, but not while a CUDA graph is captured.
+        """
         device_id = int(array.data.device_id)
         manager = self.managers.get(device_id)
         if manager is None:
             settings = self._settings()
-            if settings is not None:
+            if settings is not None and not self._is_captured():
                 manager = self._add(device_id, settings)
         return manager
 
@@ -79,6 +83,11 @@ class Gpus:
             for device_id, device in self._devices.items():
                 self._note_own_limit(device_id, device)
                 self._bound(device_id, device.own_limit)
+
+    def _is_captured(self) -> bool:
+        """Return whether a CUDA graph is being captured: a device could not be made now."""
+        cuda = self._cupy.cuda
+        return is_captured(cuda.runtime, cuda.get_current_stream())
 
     def _add(self, device_id: int, settings: Settings) -> SwapManager:
         with self._lock:

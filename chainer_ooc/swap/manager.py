@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
+from chainer_ooc.errors import GraphReleasedError, OutOfCoreError, OutOfMemoryError
 from chainer_ooc.planning.eviction import EVERYTHING, Evictor, outside
 from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.system import MARGIN
@@ -289,7 +289,10 @@ class SwapManager:
         evict what was just fetched.
         """
         with self._lock:
-            self._evictor.prefetch(self._order.use(_storages_of(group)))
+            following = self._order.use(_storages_of(group))
+            size = self._transfers.nbytes
+            if (size[State.OUT] or size[State.DISCARDED]) and self.device.may_move():
+                self._evictor.prefetch(following)
 
     def release_use(self, group: Iterable[PackedArray], drop: bool) -> None:
         """Count a function whose backward has used ``group``.
@@ -395,7 +398,7 @@ class SwapManager:
             evict_after_recompute = () if executor is None else executor.evict_after_recompute(step)
             if evict_after_recompute or self._evict_after_recompute:
                 self._evict_after_recompute = weakref.WeakSet(evict_after_recompute)
-            if executor is not None:
+            if executor is not None and self.device.may_move():  # else what is due is done later
                 self._transfers.run_deferred_frees()
                 executor.step(step, self._transfers, self._evictor, self.budget.high)
 
@@ -430,6 +433,8 @@ class SwapManager:
             if self.has_been_short and self.is_between_graphs():
                 self.device.set_cached_limit(low)
             return True
+        if not self.device.may_move():
+            return used + nbytes <= high
         self.has_been_short = True
         self._low_after_graph = low
         self.device.set_cached_limit(high)
@@ -441,6 +446,8 @@ class SwapManager:
 
     def move_all_out(self) -> None:
         """Move out every storage that only the graph refers to, except those that were prefetched."""
+        if not self.device.may_move():
+            return
         self.has_been_short = True
         with self._lock:
             self._transfers.run_deferred_frees()
@@ -456,6 +463,8 @@ class SwapManager:
         Raises:
             SwapSpaceError: If there is no space outside of memory.
         """
+        if not self.device.may_move():
+            return 0
         with self._lock:
             self.save_pending()
             used = self.device.used_bytes()
@@ -465,7 +474,16 @@ class SwapManager:
             return max(used - self.device.used_bytes(), 0)
 
     def _begin_in(self, storage: Storage) -> list[Storage]:
-        """Begin to fetch a storage that is out, or what it is made again from. Return what was begun."""
+        """Begin to fetch a storage that is out, or what it is made again from. Return what was begun.
+
+        Raises:
+            OutOfCoreError: While a CUDA graph is captured, to which the copy would not belong.
+        """
+        if not self.device.may_move():
+            raise OutOfCoreError(
+                f"{storage!r} is not in memory, and nothing can be copied back while a CUDA graph is captured: read it "
+                "before the capture begins, or turn out-of-core mode off around the forward that saves it"
+            )
         wanted = outside(self._transfers, storage) if storage.state in AWAY else []
         for needed in wanted:
             self._evictor.reclaim(needed.nbytes)

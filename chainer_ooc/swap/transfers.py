@@ -410,6 +410,8 @@ class Transfers:
             CorruptCopyError: If something differs from what was discarded. As long as that is alive, the next calls
                 raise, too.
         """
+        if not self._remade or not self.device.may_move():
+            return
         while self._remade and (wait or self._remade[0][0].done()):
             verdict, error, remade = self._remade[0]
             try:

@@ -116,6 +116,7 @@ class SimulatedCuda(Schedule):
             memcpyDeviceToHost=2,
             eventQuery=self.event_query,
             streamQuery=self.stream_query,
+            streamIsCapturing=self.is_capturing,
             deviceSynchronize=self._device_synchronize,
             getDevice=self.current_device,
             getDeviceCount=lambda: len(self.gpus),
@@ -164,6 +165,7 @@ class SimulatedCuda(Schedule):
 
         def launch(grid: tuple[int], block: tuple[int], arguments: Any) -> None:
             self.count(name)
+            self.check_no_capture(name)
             kernel(*map(int, arguments))
 
         return launch
@@ -232,6 +234,7 @@ class SimulatedCuda(Schedule):
 
     def _device_synchronize(self) -> None:
         self.count("deviceSynchronize")
+        self.check_no_capture("deviceSynchronize")
         self.synchronize(self.current_device())
 
     def _mem_get_info(self) -> tuple[int, int]:
@@ -257,6 +260,7 @@ class SimulatedCuda(Schedule):
     def _memcpy_async(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         with self.lock:
             self.check_working()
+            self.check_no_capture("memcpyAsync")
             self.fail_if_told("memcpyAsync", CUDARuntimeError)
             host, device = (target, source) if kind == 2 else (source, target)
             self._must_be_pinned(host, nbytes)

@@ -84,6 +84,7 @@ class Stream:
             CUDARuntimeError: If the event was made for another GPU.
         """
         self._schedule.check_working()
+        self._schedule.check_no_capture("record")
         event = Event(self._schedule) if event is None else event
         event.check()
         schedule, queue = self._schedule, self.queue
@@ -102,6 +103,7 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         """Put what follows after the event, as it is now."""
         self._schedule.check_working()
+        self._schedule.check_no_capture("wait_event")
         event.check()
         schedule, queue = self._schedule, self.queue
         with schedule.lock:
@@ -114,7 +116,17 @@ class Stream:
     def synchronize(self) -> None:
         """Wait for all that it has been given."""
         self._schedule.check_working()
+        self._schedule.check_no_capture("synchronize")
         self._schedule.finish(self.queue)
+
+    def begin_capture(self) -> None:
+        """Begin to keep what it is given. The double knows only what must not be done meanwhile."""
+        assert self.ptr != LEGACY, "cudaErrorStreamCaptureUnsupported"
+        self._schedule.capturing.add(self.ptr)
+
+    def end_capture(self) -> None:
+        """End that."""
+        self._schedule.capturing.remove(self.ptr)
 
     @property
     def done(self) -> bool:
@@ -193,6 +205,7 @@ class Event:
     def synchronize(self) -> None:
         """Wait until the stream has come so far."""
         self._schedule.check_working()
+        self._schedule.check_no_capture("synchronize")
         self.check()
         schedule = self._schedule
         with schedule.lock:
@@ -218,6 +231,7 @@ class Schedule:
         eagerness: How likely other work is to run before it must, between 0 and 1.
         broken: The ``cudaError_t`` that all calls have from now on, as after a kernel that failed; 0 for none.
         events: The living events by their numbers.
+        capturing: The numbers of the streams of which a graph is captured.
     """
 
     def __init__(self, seed: int, devices: int, per_thread: bool) -> None:
@@ -229,6 +243,7 @@ class Schedule:
         self.accesses = Accesses()
         self.eager = False
         self.broken = SUCCESS
+        self.capturing: set[int] = set()
         self.events: weakref.WeakValueDictionary[int, Event] = weakref.WeakValueDictionary()
         self.time = 0  # a microsecond for each thing that is done
         self._random = random.Random(seed)
@@ -300,8 +315,21 @@ class Schedule:
         if self.broken:
             raise CUDARuntimeError(self.broken)
 
+    def is_capturing(self, ptr: int) -> bool:
+        """Return whether a graph is captured of a stream."""
+        self.check_working()
+        self.count("streamIsCapturing")
+        return ptr in self.capturing
+
+    def check_no_capture(self, name: str) -> None:
+        """Raise, and count a call among :attr:`races`, if a graph is captured: it would belong to it, or spoil it."""
+        if self.capturing:
+            self.races.append(f"{name} while a graph is captured")
+            raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {name}")
+
     def event_query(self, ptr: int) -> int:
         """Return the status of an event: whether its stream has come so far, or an error."""
+        self.check_no_capture("eventQuery")
         event = self.events.get(ptr)
         if self.broken or event is None or event._is_destroyed:
             return self.broken or INVALID_HANDLE
@@ -314,6 +342,7 @@ class Schedule:
 
     def stream_query(self, ptr: int) -> int:
         """Return the status of a stream: whether it has done all that it has been given, or an error."""
+        self.check_no_capture("streamQuery")
         queue = self.queue_of(ptr)
         if self.broken:
             return self.broken

@@ -13,7 +13,14 @@ from chainer_ooc.swap.devices.cuda.fingerprints import PINNED, Fingerprint, Fing
 from chainer_ooc.swap.devices.cuda.host import DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
 from chainer_ooc.swap.devices.cuda.transfers import FailedTransfer, StreamTransfer
-from chainer_ooc.swap.devices.protocol import Layout, Location, Transfer, Verdict, lies_alike
+from chainer_ooc.swap.devices.protocol import (
+    Known,
+    Layout,
+    Location,
+    Transfer,
+    Verdict,
+    lies_alike,
+)
 from chainer_ooc.swap.system import memory
 from chainer_ooc.swap.system.ranks import ranks_of_this_node
 from chainer_ooc.swap.tiers.pinned import PinnedSlab
@@ -145,6 +152,10 @@ class CudaDevice:
         self.disk = DiskTier(self.streams, new_slab(cupy, self.staging_bytes), piece, directory)
         self.host = HostTier(slab, self.streams)
 
+    def may_move(self) -> bool:
+        """Return whether no CUDA graph is being captured of a stream on which the program computes."""
+        return not self.streams.captured()
+
     def locate(self, array: Any) -> Location | None:
         """Return the place of an array, ``None`` if it must stay as it is."""
         return self.arrays.locate(array)
@@ -224,14 +235,19 @@ class CudaDevice:
             return self.arrays.checksum(owner, origin, nbytes)
 
     def fingerprint(self, owner: Any, origin: int, nbytes: int) -> Fingerprint | None:
-        """Begin to take a fingerprint of a storage's bytes; ``None`` if there is no memory for it."""
+        """Begin to take a fingerprint of a storage's bytes; ``None`` if there is no memory for it.
+
+        While a graph is captured it would be taken whenever that runs: ``None``, too.
+        """
         with self.streams.on_device():
+            if not self.may_move():
+                return None
             return self.fingerprints.take(self.arrays.address_to_read(owner) + origin, nbytes)
 
     def compare(self, pairs: Sequence[tuple[Any, Any]]) -> Verdict:
         """Begin to compare pairs of fingerprints."""
         with self.streams.on_device():
-            return self.fingerprints.compare(pairs)
+            return self.fingerprints.compare(pairs) if self.may_move() else Known(False)
 
     def matches(self, fingerprint: Fingerprint, owner: Any, origin: int, nbytes: int) -> Verdict:
         """Begin to find out whether a storage's bytes have a fingerprint."""

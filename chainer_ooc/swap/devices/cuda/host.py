@@ -24,6 +24,9 @@ from chainer_ooc.swap.tiers.swap_file import SwapFile
 
 __all__ = ["DiskCopy", "DiskTier", "HostTier", "PinnedCopy"]
 
+#: How often, and for how long at most, threads look whether a CUDA graph is still being captured (seconds).
+_POLLED, _PATIENCE = 1e-3, 10
+
 
 class PinnedCopy:
     """A storage's bytes in pinned host memory.
@@ -205,6 +208,7 @@ class DiskTier:
         self, file: SwapFile, offset: int, device: int, nbytes: int, after: list[Any]
     ) -> Span:
         with self._staged() as (host, memory):
+            self._wait_for_captures()
             begin, end = self._streams.copy_out(host, device, nbytes, after)
             end.synchronize()
             start = self._streams.host_time(begin)
@@ -217,8 +221,18 @@ class DiskTier:
         with self._staged() as (host, memory):
             start = time.perf_counter()
             file.read(offset, memory[: round_up(nbytes, PAGE)])
+            self._wait_for_captures()
             self._streams.copy_in(device, host, nbytes, after)[1].synchronize()
         return start, time.perf_counter()
+
+    def _wait_for_captures(self) -> None:
+        """Wait until no CUDA graph is being captured: no thread may wait for an event meanwhile.
+
+        Not for ever: a program that fails in a capture does not end it.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while self._streams.captured() and time.monotonic() < deadline:
+            time.sleep(_POLLED)
 
     @contextlib.contextmanager
     def _staged(self) -> Any:

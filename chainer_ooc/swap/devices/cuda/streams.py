@@ -12,6 +12,9 @@ Runtime API, "Stream Management" and "Event Management"; CuPy's ``cupy/cuda/memo
 * Nobody tells when the owner of an external stream (``cupy.cuda.ExternalStream``) destroys it, and the driver may
   give its number to the next stream. It is known to live while it is the calling thread's current stream: work is
   given to it only then. For what it was given before, the host waits.
+* A stream of which a CUDA graph is captured keeps what it is given for the graph: no event of ours may be recorded on
+  it, it may wait for no event from outside, and no thread may ask or wait for any event meanwhile ("potentially
+  unsafe API calls"). So nothing moves until the capture has ended. The legacy default stream cannot be captured.
 * The legacy default stream is named 0 on each GPU: waiting and recording must be done with this GPU the
   current one.
 * After a kernel that failed every call returns its error for ever, queries too. CuPy's ``Event.done`` and
@@ -33,10 +36,11 @@ from typing import Any
 
 from chainer_ooc import references
 
-__all__ = ["CopyStreams"]
+__all__ = ["CopyStreams", "is_captured"]
 
 #: Beyond this number, computing streams to which nothing else refers are forgotten.
 _MOST_STREAMS = 8
+_LEGACY = (0, 1)  # CuPy's name of it, and cudaStreamLegacy
 _PER_THREAD = 2  # cudaStreamPerThread
 _SUCCESS, _NOT_READY = 0, 600  # cudaError_t
 #: Device times are calibrated against the host's clock again after this time (seconds).
@@ -82,10 +86,12 @@ class CopyStreams:
         """Count the calling thread's current stream among the computing ones, and return it."""
         stream = self._cuda.get_current_stream()
         known = self._compute.get(stream.ptr)
+        if known is not stream and is_captured(self._runtime, stream):
+            return stream  # later
         if known is not stream and (known is None or self._is_external(known)):
             self._note(stream, known)
             self._wait_for_copies(stream)
-        if stream.ptr == _PER_THREAD and not hasattr(self._local, "noted"):
+        if stream.ptr == _PER_THREAD and not hasattr(self._local, "noted") and not self.captured():
             self._local.noted = True
             with self._lock:
                 self._threads += 1
@@ -161,17 +167,17 @@ class CopyStreams:
         """Make later work of each computing stream wait for the earlier work of all of them."""
         with self.on_device():
             self.note_current()
-            if not self.are_one:
+            if not self.are_one and not self.captured():
                 for event in self.computed():
                     self.let_compute_wait(event)
 
     def has_passed(self, event: Any) -> bool:
-        """Return, without waiting, whether an event has passed.
+        """Return, without waiting, whether an event has passed. While a graph is captured that is not known.
 
         Raises:
             CUDARuntimeError: If the GPU has failed. CuPy's ``Event.done`` would be false for ever.
         """
-        return self._is_success(self._runtime.eventQuery(event.ptr))
+        return not self.captured() and self._is_success(self._runtime.eventQuery(event.ptr))
 
     def _is_idle(self, stream: Any) -> bool:
         return self._is_success(self._runtime.streamQuery(stream.ptr))
@@ -204,12 +210,20 @@ class CopyStreams:
         return begin, end
 
     def mark(self) -> Any:
-        """Return a timed event after all work that the current stream has queued until now."""
+        """Return a timed event after all work that the current stream has queued until now.
+
+        ``None`` while a graph is captured.
+        """
         with self.on_device():
-            return self._record(self.note_current(), timed=True)
+            return None if self.captured() else self._record(self.note_current(), timed=True)
 
     def seconds(self, earlier: Any, later: Any) -> float:
-        """Return the time on the GPU between two timed events (seconds). The host waits for both."""
+        """Return the time on the GPU between two timed events (seconds). The host waits for both.
+
+        0 if one is not known, and while a graph is captured.
+        """
+        if earlier is None or later is None or self.captured():
+            return 0.0
         for event in (earlier, later):
             event.synchronize()
         return float(self._cuda.get_elapsed_time(earlier, later)) / 1e3
@@ -266,6 +280,22 @@ class CopyStreams:
             or not self._is_idle(table[pointer])
         }
 
+    # Streams that are captured.
+
+    def captured(self) -> bool:
+        """Return whether a CUDA graph is being captured of a computing stream.
+
+        The driver is asked only of streams that can be captured: where all work is on the default stream, never.
+        """
+        with self.on_device():
+            current = self._cuda.get_current_stream()
+        streams = (current, *self._compute.values())
+        return any(
+            is_captured(self._runtime, stream)
+            for stream in streams
+            if stream is current or not self._is_external(stream)
+        )
+
     # External streams.
 
     def _is_external(self, stream: Any) -> bool:
@@ -303,3 +333,15 @@ class CopyStreams:
                 self._compute = {p: one for p, one in self._compute.items() if p != pointer}
                 del self._noted_by[pointer]
                 self._left_work = True
+
+
+def is_captured(runtime: Any, stream: Any) -> bool:
+    """Return whether a CUDA graph is being captured of a stream."""
+    if stream.ptr in _LEGACY:
+        return False
+    try:
+        return bool(runtime.streamIsCapturing(stream.ptr))
+    except runtime.CUDARuntimeError:
+        raise
+    except RuntimeError:  # CuPy's for a capture that an error has spoilt, and that has not ended
+        return True
