@@ -282,9 +282,9 @@ class Schedule:
             weakref.finalize(stream, self._destroyed.append, ptr)
             return stream
 
-    def get_current_stream(self) -> Stream:
-        """Return the calling thread's current stream on the current GPU."""
-        streams = self.current_streams(self.current_device())
+    def get_current_stream(self, device_id: int = -1) -> Stream:
+        """Return the calling thread's current stream on a GPU, the current one by default."""
+        streams = self.current_streams(self.current_device() if device_id < 0 else device_id)
         return streams[-1] if streams else self._default
 
     def current_streams(self, device_id: int) -> list[Stream]:

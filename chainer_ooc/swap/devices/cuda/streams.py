@@ -287,8 +287,7 @@ class CopyStreams:
 
         The driver is asked only of streams that can be captured: where all work is on the default stream, never.
         """
-        with self.on_device():
-            current = self._cuda.get_current_stream()
+        current = self._cuda.get_current_stream(self.device_id)
         streams = (current, *self._compute.values())
         return any(
             is_captured(self._runtime, stream)
