@@ -291,7 +291,8 @@ class SwapManager:
         with self._lock:
             following = self._order.use(_storages_of(group))
             size = self._transfers.nbytes
-            if (size[State.OUT] or size[State.DISCARDED]) and self.device.may_move():
+            has_left = not self.follows_plan and (size[State.OUT] or size[State.DISCARDED])
+            if has_left and self.device.may_move():
                 self._evictor.prefetch(following)
 
     def release_use(self, group: Iterable[PackedArray], drop: bool) -> None:

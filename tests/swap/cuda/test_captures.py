@@ -246,6 +246,18 @@ def test_another_stream_than_that_which_is_captured(rig):
     assert values(saved) == list(range(7))
 
 
+def test_another_stream_that_is_new(rig):
+    rig.cupy.eagerness = 0
+    out = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
+    new = rig.cupy.cuda.Stream(non_blocking=True)
+    with new:
+        with capture(rig):
+            rig.device.note_allocation()
+        rig.device.note_allocation()
+        assert new.ptr in rig.device.streams._compute
+    out.wait()
+
+
 def test_the_default_stream_of_a_thread(make_rig):
     rig = make_rig(per_thread=True, seed=2)
     with capture(rig, rig.cupy.cuda.Stream(ptds=True)):

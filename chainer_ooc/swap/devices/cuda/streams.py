@@ -86,9 +86,9 @@ class CopyStreams:
         """Count the calling thread's current stream among the computing ones, and return it."""
         stream = self._cuda.get_current_stream()
         known = self._compute.get(stream.ptr)
-        if known is not stream and is_captured(self._runtime, stream):
-            return stream  # later
         if known is not stream and (known is None or self._is_external(known)):
+            if self.captured():
+                return stream  # later
             self._note(stream, known)
             self._wait_for_copies(stream)
         if stream.ptr == _PER_THREAD and not hasattr(self._local, "noted") and not self.captured():
