@@ -17,7 +17,7 @@ from chainer_ooc.planning.profile import BACKWARD, FORWARD, OTHER, Profile, Reru
 
 #: Shares of the peaks that well-tuned kernels reach, and the seconds to start one: assumptions.
 ARITHMETIC, TRAFFIC, LAUNCH = 0.6, 0.8, 5e-6
-#: Chainer's default for cuDNN's workspace (bytes), in place of NumPy's im2col.
+#: CuPy's default limit of cuDNN's workspace (bytes), in place of NumPy's im2col: docs/planner.md was made with it.
 WORKSPACE = 8 << 20
 
 

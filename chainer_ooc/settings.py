@@ -200,8 +200,8 @@ class Settings:
         None,
         _optional(parse_bytes),
         """Most pinned host memory for arrays of a GPU: bytes (int), or text; what is beyond goes to the swap file.
-        ``None``: 80 % of the free host memory, divided by the ranks that share it. Not used for NumPy arrays, whose
-        only tier is the swap file.""",
+        ``None``: 80 % of the free host memory, divided by the ranks that share it; the rest stays free, whoever takes
+        memory later. Not used for NumPy arrays, whose only tier is the swap file.""",
     )
     strict: bool = _setting(
         False,

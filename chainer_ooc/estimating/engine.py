@@ -141,7 +141,8 @@ class ShapeTracker(IterationTracker):
         high = ledger.high_bytes
         if self._device.is_gpu:
             high = self._start_bytes + ledger.survivors(self._first_event)
-            high += on_gpu.WORKSPACE if on_gpu.takes_workspace(self._segment.name) else 0
+            if on_gpu.takes_workspace(self._segment.name):
+                high += on_gpu.workspace_limit()
         super().ran(self._device.process_bytes + high)
         ledger.begin("", BETWEEN)
         self._after = len(ledger.segments) - 1

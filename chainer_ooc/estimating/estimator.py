@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from chainer_ooc.estimating import calibration, devices, heap, nets, profiles
+from chainer_ooc.estimating import calibration, devices, heap, nets, on_gpu, profiles
 from chainer_ooc.estimating import inputs as inputs_module
 from chainer_ooc.estimating.errors import EstimateError
 from chainer_ooc.estimating.inputs import Inputs
@@ -67,7 +67,8 @@ def estimate(
 
     Raises:
         EstimateError: If the device, the network or the optimizer is unknown, the network does not accept
-            the insize, the limit is below the floor, or a function has no rule.
+            the insize, the limit is below the floor, a function has no rule, or, for a GPU, the environment's
+            limit of cuDNN's workspace is not understood.
         SettingError: If the limit, ``single_backward`` or ``recompute`` is not allowed.
     """
     gpu = devices.find(device)
@@ -133,6 +134,7 @@ class _Estimator:
             out, back = calibration.disk_rates()
             self.tier = Tier("disk", out, back, one_queue=True)
         else:
+            on_gpu.workspace_limit()  # raises before anything runs
             self.cost = profiles.on_gpu_seconds(gpu)
             link = gpu.link * devices.LINK_SHARE
             self.tier = Tier("host", link, link, None, 20e-6)
@@ -325,8 +327,9 @@ class _Estimator:
                 f"{devices.MEMORY_SHARE:.0%} and {devices.LINK_SHARE:.0%} are reached; not measured"
             )
             lines.append(
-                "cuDNN: 8 MiB of workspace for a convolution, poolings keep input and output; fragments of the "
-                "memory pool and CUDA's own memory are not counted"
+                f"cuDNN: {format_bytes(on_gpu.workspace_limit())} of workspace for a convolution, the most that it "
+                "may take; poolings keep input and output; fragments of the memory pool and CUDA's own memory are "
+                "not counted"
             )
         return [*lines, *recording.notes]
 

@@ -1,4 +1,4 @@
-"""The arrays that functions keep for backward with cuDNN, if they differ from those with NumPy."""
+"""What functions keep for backward and take while they run with cuDNN, where that differs from NumPy."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 
 from chainer_ooc.estimating import shape_array
+from chainer_ooc.estimating.errors import EstimateError
 
-__all__ = ["WORKSPACE", "keep_as_cudnn", "runs_again", "takes_workspace"]
-
-#: cuDNN's workspace for a convolution (bytes): the most that Chainer lets it take by default.
-WORKSPACE = 8 << 20
+__all__ = ["keep_as_cudnn", "runs_again", "takes_workspace", "workspace_limit"]
 
 
 def keep_as_cudnn(function: Any) -> None:
@@ -30,6 +28,19 @@ def keep_as_cudnn(function: Any) -> None:
             function.indexes = shape_array.new(
                 indexes.shape, indexes.dtype, shape_array._detached, axes
             )
+
+
+def workspace_limit() -> int:
+    """Return the most workspace that a convolution takes with the cuDNN modules as they are set now (bytes).
+
+    Raises:
+        EstimateError: If the environment's setting is not understood: Chainer would run without cuDNN.
+    """
+    try:
+        from chainer_ooc.compat.cudnn import workspace
+    except ImportError as error:
+        raise EstimateError(str(error)) from error
+    return workspace.get_max_workspace_size()
 
 
 def takes_workspace(label: str) -> bool:

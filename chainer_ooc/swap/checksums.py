@@ -13,7 +13,9 @@ __all__ = ["begin", "check_arrival", "check_unchanged", "checksum_of", "not_rema
 
 
 def begin(device: Device, storage: Storage) -> None:
-    """Take the first checksum of a resident storage: from now on it is checked."""
+    """Take the first checksum of a resident storage: from now on it is checked, unless nothing may move now."""
+    if not device.may_move():
+        return
     storage.checksum = checksum_of(device, storage)
 
 
@@ -24,7 +26,7 @@ def check_unchanged(device: Device, storage: Storage) -> None:
     backward computes with the new values. After its last use in backward any code may write to it.
     """
     before = storage.checksum
-    if before is None:
+    if before is None or not device.may_move():
         return
     storage.checksum = checksum_of(device, storage)
     if storage.checksum != before and not storage.used:

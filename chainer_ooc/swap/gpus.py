@@ -8,7 +8,14 @@ from typing import Any
 
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.cupy_allocator import CupyAllocator
-from chainer_ooc.swap.devices.cuda.device import CudaDevice, has_limit, limit_of, new_slab
+from chainer_ooc.swap.devices.cuda.device import (
+    STAGING,
+    CudaDevice,
+    has_limit,
+    limit_of,
+    new_slab,
+)
+from chainer_ooc.swap.devices.cuda.streams import is_captured
 from chainer_ooc.swap.devices.protocol import PooledDevice
 from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.manager import SwapManager
@@ -53,12 +60,15 @@ class Gpus:
         self._lock = threading.RLock()
 
     def manager_for(self, array: Any) -> SwapManager | None:
-        """Return the manager of an array's GPU; ``None`` if there is none and out-of-core mode is off."""
+        """Return the manager of an array's GPU; ``None`` if there is none and out-of-core mode is off.
+
+        It is made with the first array, but not while a CUDA graph is captured.
+        """
         device_id = int(array.data.device_id)
         manager = self.managers.get(device_id)
         if manager is None:
             settings = self._settings()
-            if settings is not None:
+            if settings is not None and not self._is_captured():
                 manager = self._add(device_id, settings)
         return manager
 
@@ -98,6 +108,11 @@ class Gpus:
         arenas = self._allocator.arenas
         return None if arenas is None else arenas.counts()
 
+    def _is_captured(self) -> bool:
+        """Return whether a CUDA graph is being captured: a device could not be made now."""
+        cuda = self._cupy.cuda
+        return is_captured(cuda.runtime, cuda.get_current_stream())
+
     def _add(self, device_id: int, settings: Settings) -> SwapManager:
         with self._lock:
             if device_id not in self.managers:
@@ -118,9 +133,10 @@ class Gpus:
         """Return the pinned memory of all GPUs, limited to ``host_limit``, staging blocks included."""
         wanted = settings.host_limit
         if self._slab is None:
-            self._slab = new_slab(self._cupy, wanted)
+            self._slab = new_slab(self._cupy, wanted, STAGING)
         elif wanted != self._host_limit:
-            limit = new_slab(self._cupy, wanted).limit
+            fresh = new_slab(self._cupy, wanted, STAGING)
+            limit, self._slab.spare = fresh.limit, fresh.spare
             if wanted is None:  # the free memory, plus what the slab has taken already
                 limit += self._slab.size
             self._slab.limit = max(

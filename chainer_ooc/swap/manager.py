@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from chainer_ooc.errors import GraphReleasedError, OutOfMemoryError
+from chainer_ooc.errors import GraphReleasedError, OutOfCoreError, OutOfMemoryError
 from chainer_ooc.planning.eviction import EVERYTHING, Evictor, outside
 from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.system import MARGIN
@@ -291,7 +292,11 @@ class SwapManager:
         evict what was just fetched.
         """
         with self._lock:
-            self._evictor.prefetch(self._order.use(_storages_of(group)))
+            following = self._order.use(_storages_of(group))
+            size = self._transfers.nbytes
+            has_left = not self.follows_plan and (size[State.OUT] or size[State.DISCARDED])
+            if has_left and self.device.may_move():
+                self._evictor.prefetch(following)
 
     def release_use(self, group: Iterable[PackedArray], drop: bool) -> None:
         """Count a function whose backward has used ``group``.
@@ -397,7 +402,7 @@ class SwapManager:
             evict_after_recompute = () if executor is None else executor.evict_after_recompute(step)
             if evict_after_recompute or self._evict_after_recompute:
                 self._evict_after_recompute = weakref.WeakSet(evict_after_recompute)
-            if executor is not None:
+            if executor is not None and self.device.may_move():  # else what is due is done later
                 self._transfers.run_deferred_frees()
                 executor.step(step, self._transfers, self._evictor, self.budget.high)
 
@@ -432,6 +437,8 @@ class SwapManager:
             if self.has_been_short and self.is_between_graphs():
                 self.device.set_cached_limit(low)
             return True
+        if not self.device.may_move():
+            return used + nbytes <= high
         self.has_been_short = True
         self._low_after_graph = low
         self.device.set_cached_limit(high)
@@ -443,6 +450,8 @@ class SwapManager:
 
     def move_all_out(self) -> None:
         """Move out every storage that only the graph refers to, except those that were prefetched."""
+        if not self.device.may_move():
+            return
         self.has_been_short = True
         with self._lock:
             self._transfers.run_deferred_frees()
@@ -458,6 +467,8 @@ class SwapManager:
         Raises:
             SwapSpaceError: If there is no space outside of memory.
         """
+        if not self.device.may_move():
+            return 0
         with self._lock:
             self.save_pending()
             used = self.device.used_bytes()
@@ -467,7 +478,16 @@ class SwapManager:
             return max(used - self.device.used_bytes(), 0)
 
     def _begin_in(self, storage: Storage) -> list[Storage]:
-        """Begin to fetch a storage that is out, or what it is made again from. Return what was begun."""
+        """Begin to fetch a storage that is out, or what it is made again from. Return what was begun.
+
+        Raises:
+            OutOfCoreError: While a CUDA graph is captured, to which the copy would not belong.
+        """
+        if not self.device.may_move():
+            raise OutOfCoreError(
+                f"{storage!r} is not in memory, and nothing can be copied back while a CUDA graph is captured: read it "
+                "before the capture begins, or turn out-of-core mode off around the forward that saves it"
+            )
         wanted = outside(self._transfers, storage) if storage.state in AWAY else []
         for needed in wanted:
             self._evictor.reclaim(needed.nbytes)
@@ -619,7 +639,8 @@ class SwapManager:
 
     def __repr__(self) -> str:
         with self._lock:
-            self._transfers.run_deferred_frees()
+            with contextlib.suppress(RuntimeError):  # the GPU has failed
+                self._transfers.run_deferred_frees()
             size, counters = dict(self._transfers.nbytes), self.counters
         resident = sum(nbytes for state, nbytes in size.items() if state.in_memory)
         return (

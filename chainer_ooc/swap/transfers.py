@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import weakref
@@ -161,7 +162,8 @@ class Transfers:
 
     def bandwidth(self, out: bool) -> float | None:
         """Return the bytes per second of copies in one direction, ``None`` before the first has ended."""
-        self._take_times()
+        with contextlib.suppress(RuntimeError):  # a GPU that has failed: what is known is told
+            self._take_times()
         link = self._links[out]
         return link.nbytes / link.seconds if link.seconds > 0 else None
 
@@ -402,13 +404,23 @@ class Transfers:
     def check_remade(self, wait: bool = False) -> None:
         """Check what was computed again, as far as the comparisons have ended, or wait for all of them.
 
+        On a GPU that has failed none ends any more: who waits for all, as when out-of-core mode ends, gets no error.
+
         Raises:
             CorruptCopyError: If something differs from what was discarded. As long as that is alive, the next calls
                 raise, too.
         """
+        if not self._remade or not self.device.may_move():
+            return
         while self._remade and (wait or self._remade[0][0].done()):
             verdict, error, remade = self._remade[0]
-            is_right = verdict.equal()
+            try:
+                is_right = verdict.equal()
+            except RuntimeError:  # CuPy's CUDARuntimeError
+                if not wait:
+                    raise
+                self._remade.clear()
+                return
             if is_right or remade() is None:
                 self._remade.popleft()
             if not is_right:
@@ -509,8 +521,10 @@ class Transfers:
             if state in (State.OUT, State.DISCARDED, State.DROPPED):
                 self.moved_bytes += nbytes
         for _ in range(len(self.deferred_frees)):
-            copy, transfer, nbytes = self.deferred_frees.popleft()
-            if transfer is not None and not transfer.done():
+            copy, transfer, nbytes = self.deferred_frees[0]
+            has_ended = transfer is None or transfer.done()  # an error leaves it where it is
+            self.deferred_frees.popleft()
+            if not has_ended:
                 self.deferred_frees.append((copy, transfer, nbytes))
                 continue
             if transfer is not None and transfer.copy is not copy:

@@ -114,6 +114,9 @@ class SimulatedCuda(Schedule):
             CUDARuntimeError=CUDARuntimeError,
             memcpyHostToDevice=1,
             memcpyDeviceToHost=2,
+            eventQuery=self.event_query,
+            streamQuery=self.stream_query,
+            streamIsCapturing=self.is_capturing,
             deviceSynchronize=self._device_synchronize,
             getDevice=self.current_device,
             getDeviceCount=lambda: len(self.gpus),
@@ -132,6 +135,7 @@ class SimulatedCuda(Schedule):
             MemoryPool=self._pool_type,
             Memory=lambda nbytes: Memory(nbytes, self),
             Stream=self.new_stream,
+            ExternalStream=self.external_type,
             Event=self._make_event,
             get_elapsed_time=lambda start, end: start.milliseconds_to(end),
             Device=self.device,
@@ -161,6 +165,7 @@ class SimulatedCuda(Schedule):
 
         def launch(grid: tuple[int], block: tuple[int], arguments: Any) -> None:
             self.count(name)
+            self.check_no_capture(name)
             kernel(*map(int, arguments))
 
         return launch
@@ -229,6 +234,7 @@ class SimulatedCuda(Schedule):
 
     def _device_synchronize(self) -> None:
         self.count("deviceSynchronize")
+        self.check_no_capture("deviceSynchronize")
         self.synchronize(self.current_device())
 
     def _mem_get_info(self) -> tuple[int, int]:
@@ -253,6 +259,8 @@ class SimulatedCuda(Schedule):
 
     def _memcpy_async(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         with self.lock:
+            self.check_working()
+            self.check_no_capture("memcpyAsync")
             self.fail_if_told("memcpyAsync", CUDARuntimeError)
             host, device = (target, source) if kind == 2 else (source, target)
             self._must_be_pinned(host, nbytes)

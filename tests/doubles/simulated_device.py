@@ -96,6 +96,10 @@ class SimulatedDevice:
 
     name, stand_in, asks_for_room, runs_behind = "simulated", None, True, False
 
+    @staticmethod
+    def may_move() -> bool:
+        return True
+
     def __init__(self, system: System) -> None:
         self.other = self.resident = 0
         self._system = system

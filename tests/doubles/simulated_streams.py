@@ -19,6 +19,10 @@ LEGACY, PER_THREAD = 0, 2
 Spans = Sequence[tuple[int, int]]
 
 
+#: ``cudaError_t``
+SUCCESS, INVALID_HANDLE, NOT_READY = 0, 400, 600
+
+
 class CUDARuntimeError(RuntimeError):
     """What the runtime's calls raise."""
 
@@ -84,6 +88,8 @@ class Stream:
         Raises:
             CUDARuntimeError: If the event was made for another GPU.
         """
+        self._schedule.check_working()
+        self._schedule.check_no_capture("record")
         event = Event(self._schedule) if event is None else event
         event.check()
         schedule, queue = self._schedule, self.queue
@@ -101,6 +107,8 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         """Put what follows after the event, as it is now."""
+        self._schedule.check_working()
+        self._schedule.check_no_capture("wait_event")
         event.check()
         schedule, queue = self._schedule, self.queue
         with schedule.lock:
@@ -112,18 +120,23 @@ class Stream:
 
     def synchronize(self) -> None:
         """Wait for all that it has been given."""
+        self._schedule.check_working()
+        self._schedule.check_no_capture("synchronize")
         self._schedule.finish(self.queue)
+
+    def begin_capture(self) -> None:
+        """Begin to keep what it is given. The double knows only what must not be done meanwhile."""
+        assert self.ptr != LEGACY, "cudaErrorStreamCaptureUnsupported"
+        self._schedule.capturing.add(self.ptr)
+
+    def end_capture(self) -> None:
+        """End that."""
+        self._schedule.capturing.remove(self.ptr)
 
     @property
     def done(self) -> bool:
-        """Whether it has done all that it has been given."""
-        schedule, queue = self._schedule, self.queue
-        with schedule.lock:
-            schedule.pass_time()
-            if queue.items:
-                return False
-            merge(schedule.host_clock, queue.clock)
-            return True
+        """Whether it has done all that it has been given. As in CuPy not if that will never be."""
+        return self._schedule.stream_query(self.ptr) == SUCCESS
 
     def __enter__(self) -> Stream:
         here = self._schedule.current_device()
@@ -137,6 +150,15 @@ class Stream:
         self._schedule.current_streams(device_id).pop()
 
 
+class ExternalStream(Stream):
+    """Names a queue that belongs to other code, which may destroy it at any time."""
+
+    schedule: Schedule
+
+    def __init__(self, ptr: int) -> None:
+        super().__init__(self.schedule, ptr, self.schedule.current_device())
+
+
 class Event:
     """A point in a stream."""
 
@@ -148,6 +170,8 @@ class Event:
         self._times = not disable_timing
         self._time = 0
         self._is_destroyed = False
+        self.ptr = id(self)  # of a living event
+        schedule.events[self.ptr] = self
 
     def __del__(self) -> None:
         # The collector may call it before that of an object which refers to the event, and goes on to use it.
@@ -179,18 +203,14 @@ class Event:
 
     @property
     def done(self) -> bool:
-        """Whether the stream has come so far."""
+        """Whether the stream has come so far. As in CuPy not if it never will."""
         self.check()
-        schedule = self._schedule
-        with schedule.lock:
-            schedule.pass_time()
-            if self.place is None or self.place[0].executed > self.place[1]:
-                merge(schedule.host_clock, self.clock)
-                return True
-            return False
+        return self._schedule.event_query(self.ptr) == SUCCESS
 
     def synchronize(self) -> None:
         """Wait until the stream has come so far."""
+        self._schedule.check_working()
+        self._schedule.check_no_capture("synchronize")
         self.check()
         schedule = self._schedule
         with schedule.lock:
@@ -214,6 +234,9 @@ class Schedule:
         label: Names what lies at an address, for :attr:`races`; ``None`` if it does not know.
         eager: Work on the legacy default stream runs at once.
         eagerness: How likely other work is to run before it must, between 0 and 1.
+        broken: The ``cudaError_t`` that all calls have from now on, as after a kernel that failed; 0 for none.
+        events: The living events by their numbers.
+        capturing: The numbers of the streams of which a graph is captured.
     """
 
     def __init__(self, seed: int, devices: int, per_thread: bool) -> None:
@@ -224,6 +247,9 @@ class Schedule:
         self.host_clock: Clock = {}
         self.accesses = Accesses()
         self.eager = False
+        self.broken = SUCCESS
+        self.capturing: set[int] = set()
+        self.events: weakref.WeakValueDictionary[int, Event] = weakref.WeakValueDictionary()
         self.time = 0  # a microsecond for each thing that is done
         self._random = random.Random(seed)
         self.eagerness = self._random.choice((0.0, 0.0, 0.1, 0.6))
@@ -235,6 +261,7 @@ class Schedule:
         self._of_threads: list[Queue] = []
         self._destroyed: list[int] = []
         self._busy: dict[Queue, None] = {}
+        self.external_type = type("ExternalStream", (ExternalStream,), {"schedule": self})
         self._default = Stream(self, PER_THREAD if per_thread else LEGACY, -1)
 
     # Streams.
@@ -260,9 +287,9 @@ class Schedule:
             weakref.finalize(stream, self._destroyed.append, ptr)
             return stream
 
-    def get_current_stream(self) -> Stream:
-        """Return the calling thread's current stream on the current GPU."""
-        streams = self.current_streams(self.current_device())
+    def get_current_stream(self, device_id: int = -1) -> Stream:
+        """Return the calling thread's current stream on a GPU, the current one by default."""
+        streams = self.current_streams(self.current_device() if device_id < 0 else device_id)
         return streams[-1] if streams else self._default
 
     def current_streams(self, device_id: int) -> list[Stream]:
@@ -276,6 +303,9 @@ class Schedule:
         if ptr == LEGACY:
             return self._legacy[here]
         if ptr != PER_THREAD:
+            if ptr in self._destroyed:
+                self.races.append(f"{self._queues[ptr].name} is used after it was destroyed")
+                raise CUDARuntimeError("cudaErrorInvalidResourceHandle: the stream is destroyed")
             return self._queues[ptr]
         own: dict[int, Queue] = self._local.__dict__.setdefault("own", {})
         if here not in own:
@@ -284,6 +314,49 @@ class Schedule:
                 own[here] = Queue(f"the default stream of thread {number}", here)
                 self._of_threads.append(own[here])
         return own[here]
+
+    def check_working(self) -> None:
+        """Raise the error of a kernel that failed before."""
+        if self.broken:
+            raise CUDARuntimeError(self.broken)
+
+    def is_capturing(self, ptr: int) -> bool:
+        """Return whether a graph is captured of a stream."""
+        self.check_working()
+        self.count("streamIsCapturing")
+        return ptr in self.capturing
+
+    def check_no_capture(self, name: str) -> None:
+        """Raise, and count a call among :attr:`races`, if a graph is captured: it would belong to it, or spoil it."""
+        if self.capturing:
+            self.races.append(f"{name} while a graph is captured")
+            raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {name}")
+
+    def event_query(self, ptr: int) -> int:
+        """Return the status of an event: whether its stream has come so far, or an error."""
+        self.check_no_capture("eventQuery")
+        event = self.events.get(ptr)
+        if self.broken or event is None or event._is_destroyed:
+            return self.broken or INVALID_HANDLE
+        with self.lock:
+            self.pass_time()
+            if event.place is not None and event.place[0].executed <= event.place[1]:
+                return NOT_READY
+            merge(self.host_clock, event.clock)
+            return SUCCESS
+
+    def stream_query(self, ptr: int) -> int:
+        """Return the status of a stream: whether it has done all that it has been given, or an error."""
+        self.check_no_capture("streamQuery")
+        queue = self.queue_of(ptr)
+        if self.broken:
+            return self.broken
+        with self.lock:
+            self.pass_time()
+            if queue.items:
+                return NOT_READY
+            merge(self.host_clock, queue.clock)
+            return SUCCESS
 
     def arena_of(self, stream: Stream) -> int:
         """Return what CuPy's pool keeps free blocks by: the stream's number, for the per-thread one the thread's."""

@@ -385,6 +385,26 @@ class TestStreams:
         assert cuda.cudaStreamEndCapture(stream, byref(graph)) == 901
         assert cuda.cudaStreamDestroy(stream) == 0
 
+    def test_a_capture_forbids_what_asks_for_anything_from_outside(self, cuda):
+        stream, other = cuda.made("cudaStreamCreate"), cuda.made("cudaStreamCreate")
+        event, graph = cuda.made("cudaEventCreate"), c_void_p()
+        assert cuda.cudaEventRecord(event, other) == 0
+        for expected, call in (
+            (905, lambda: cuda.cudaStreamWaitEvent(stream, event, 0)),
+            (900, lambda: cuda.cudaEventQuery(event)),
+            (900, lambda: cuda.cudaEventSynchronize(event)),
+            (900, lambda: cuda.cudaStreamQuery(other)),
+            (900, lambda: cuda.cudaStreamSynchronize(other)),
+            (900, cuda.cudaDeviceSynchronize),
+        ):
+            assert cuda.cudaStreamBeginCapture(stream, 0) == 0
+            assert call() == expected
+            assert cuda.cudaStreamEndCapture(stream, byref(graph)) == 901
+        assert cuda.cudaStreamBeginCapture(stream, 0) == 0
+        assert cuda.cudaStreamEndCapture(stream, byref(graph)) == 0
+        assert cuda.cudaEventQuery(event) == 0
+        assert cuda.cudaStreamDestroy(stream) == cuda.cudaStreamDestroy(other) == 0
+
 
 class TestFailures:
     def test_calls_fail_when_told(self, cuda):

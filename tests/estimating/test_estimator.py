@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import chainer_ooc
+from chainer_ooc import tables
 from chainer_ooc.__main__ import main
 from chainer_ooc.errors import SettingError
 from chainer_ooc.estimating import nets
@@ -59,6 +60,60 @@ def test_saved_and_parameters_are_exact():
     assert (result.parameter_bytes, result.state_bytes) == (4 * floats, 4 * floats)
     assert estimate(optimizer="adam").state_bytes == 2 * estimate().state_bytes
     assert estimate(optimizer=None).state_bytes == 0
+
+
+def peak_of_a_convolution():
+    """The peak of a convolution that stands alone: all else of it is far smaller than its workspace."""
+    return estimate(
+        L.Classifier(L.Convolution2D(3, 2, 3)), [((1, 3, 8, 8), "f"), np.zeros((1, 6, 6), "i")]
+    )
+
+
+@pytest.fixture
+def cudnn_workspace(monkeypatch):
+    """The module that has cuDNN's workspace limit, as a fresh process imports it."""
+
+    def fresh(text=None):
+        monkeypatch.delitem(sys.modules, "chainer_ooc.compat.cudnn.workspace", raising=False)
+        monkeypatch.delattr("chainer_ooc.compat.cudnn.workspace", raising=False)
+        if text is not None:
+            monkeypatch.setenv("CHAINER_OOC_CUDNN_WORKSPACE", text)
+
+    monkeypatch.delenv("CHAINER_OOC_CUDNN_WORKSPACE", raising=False)
+    fresh()
+    return fresh
+
+
+@pytest.mark.parametrize("nbytes", [None, 0, 8 * MIB, 64 * MIB, 200 * MIB])
+def test_convolutions_take_the_workspace_that_the_cudnn_modules_allow(cudnn_workspace, nbytes):
+    cudnn_workspace(None if nbytes is None else str(nbytes))
+    from chainer_ooc.compat.cudnn import workspace
+
+    result = peak_of_a_convolution()
+    allowed = workspace.get_max_workspace_size()
+    assert allowed == (workspace.DEFAULT if nbytes is None else nbytes)
+    assert allowed <= result.peak_in_core_bytes < allowed + MIB
+    said = f"cuDNN: {tables.format_bytes(allowed)} of workspace for a convolution"
+    assert any(line.startswith(said) for line in result.assumed)
+
+
+def test_the_workspace_that_the_program_has_set_counts(cudnn_workspace):
+    from chainer_ooc.compat.cudnn import workspace
+
+    workspace.set_max_workspace_size(16 * MIB)
+    assert 16 * MIB <= peak_of_a_convolution().peak_in_core_bytes < 17 * MIB
+
+
+def test_a_workspace_that_is_not_understood_is_an_error_on_a_gpu_only(cudnn_workspace):
+    cudnn_workspace("8M")
+    with (
+        pytest.raises(
+            EstimateError, match="CHAINER_OOC_CUDNN_WORKSPACE='8M' is not understood: give a number"
+        ),
+        pytest.warns(RuntimeWarning, match="without cuDNN"),
+    ):
+        peak_of_a_convolution()
+    assert estimate(device="cpu", inputs=(8, 1)).peak_in_core_bytes
 
 
 def test_flops_are_those_of_the_products():

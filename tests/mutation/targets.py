@@ -267,7 +267,7 @@ PLANTED = (
         "use a flag again while it is copied",
         "swap.devices.cuda.fingerprints",
         "Fingerprints._take_flag",
-        "self._retired[0][1].done",
+        "self._streams.has_passed(self._retired[0][1])",
         "True",
     ),
     Planted(

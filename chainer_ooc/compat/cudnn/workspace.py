@@ -6,15 +6,17 @@ import os
 
 from chainer_ooc.compat.cudnn import choice
 
-__all__ = ["VARIABLE", "get_max_workspace_size", "set_max_workspace_size"]
+__all__ = ["DEFAULT", "VARIABLE", "get_max_workspace_size", "set_max_workspace_size"]
 
 VARIABLE = "CHAINER_OOC_CUDNN_WORKSPACE"
+#: The limit without the variable (bytes).
+DEFAULT = 64 << 20
 
 
 def _from_environment() -> int:
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
-        return 64 << 20
+        return DEFAULT
     try:
         size = int(text)
     except ValueError:

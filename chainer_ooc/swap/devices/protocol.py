@@ -152,6 +152,9 @@ class Device(Protocol):
     def on_one_stream(self) -> bool:
         """Whether all work that is known is in the order of one stream."""
 
+    def may_move(self) -> bool:
+        """Return whether anything may be moved, freed or waited for now: not while a CUDA graph is captured."""
+
     def locate(self, array: Any) -> Location | None:
         """Return the place of ``array`` in memory, or ``None`` for an array that must stay as it is."""
 
@@ -192,7 +195,7 @@ class Device(Protocol):
     def fingerprint(self, owner: Any, origin: int, nbytes: int) -> Any:
         """Return a fingerprint of a resident storage's bytes, as they are in the order of computation. Never wait.
 
-        ``None`` if it cannot be taken.
+        ``None`` if it cannot be taken, or nothing may move.
         """
 
     def compare(self, pairs: Sequence[tuple[Any, Any]]) -> Verdict:

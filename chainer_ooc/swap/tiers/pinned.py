@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 import threading
 from collections.abc import Callable
 
@@ -29,11 +30,13 @@ class PinnedSlab:
 
     Args:
         limit: The most bytes to register.
+        spare: Returns how many bytes more the slab may take now: the machine's memory may be others' by then.
         register: Page-locks memory. Takes an address and a size (bytes). Raises if that fails.
         unregister: Undoes that. Takes the address.
 
     Attributes:
         limit: The most bytes to register. Lowering it unregisters nothing.
+        spare: As given. It is asked for each chunk, which may be smaller then.
         size: The bytes that are registered, or about to be.
         allocated: The bytes that are handed out.
     """
@@ -43,8 +46,10 @@ class PinnedSlab:
         limit: int,
         register: Callable[[int, int], None],
         unregister: Callable[[int], None],
+        spare: Callable[[], int] = lambda: sys.maxsize,
     ) -> None:
         self.limit = limit
+        self.spare = spare
         self.size = 0
         self.allocated = 0
         self._register = register
@@ -54,6 +59,7 @@ class PinnedSlab:
         self._lock = threading.Lock()
         self._growing: threading.Thread | None = None
         self._refused = False  # the system has no more memory to lock
+        self._is_short = False  # nothing could be spared for a chunk ahead of need
 
     def allocate(self, nbytes: int) -> int | None:
         """Return the address of a block of at least ``nbytes`` bytes, ``None`` if the slab is full."""
@@ -70,13 +76,13 @@ class PinnedSlab:
                     return None
         with self._lock:
             self.allocated += size
-            if self._growing is None and self._free.nbytes < self._next_chunk() // 2:
+            if self._growing is None and not self._is_short:
                 self._grow_ahead()
         return address
 
     def ask_again(self) -> None:
         """Ask the system for memory at the next allocation even if it has refused some before."""
-        self._refused = False
+        self._refused = self._is_short = False
 
     def free(self, address: int, nbytes: int) -> None:
         """Take back the block of ``nbytes`` bytes at ``address``."""
@@ -109,20 +115,38 @@ class PinnedSlab:
             self._chunks, self._free = [], FreeBlocks()
             self.size = self.allocated = 0
 
-    def _next_chunk(self) -> int:
-        """Return the size of the next chunk to make (bytes), 0 for none."""
-        if self._refused:
+    def _next_chunk(self, room: int) -> int:
+        """Return the size of the next chunk to make where there is ``room`` (bytes), 0 for none."""
+        if self._refused or room <= 0:
             return 0
-        room = (self.limit - self.size) // mmap.PAGESIZE * mmap.PAGESIZE
-        return max(min(round_up(max(CHUNK, self.size // 4), mmap.PAGESIZE), room), 0)
+        wanted = round_up(max(CHUNK, self.size // 4), mmap.PAGESIZE)
+        return min(wanted, room // mmap.PAGESIZE * mmap.PAGESIZE)
+
+    def _room(self) -> int:
+        """Return how many bytes more may be registered now."""
+        room = self.limit - self.size
+        return min(room, self.spare()) if room > 0 else 0
 
     def _grow_ahead(self) -> None:
-        nbytes = self._next_chunk()
-        self.size += nbytes
-        self._growing = threading.Thread(
+        """Let a thread make the next chunk if less than half of it is free."""
+        if self._free.nbytes >= self._next_chunk(self.limit - self.size) // 2:
+            return
+        nbytes = self._next_chunk(self._room())
+        if self._free.nbytes >= nbytes // 2:
+            self._is_short = True
+            return
+        thread = threading.Thread(
             target=self._make_ahead, args=(nbytes,), name="chainer_ooc-pin", daemon=True
         )
-        self._growing.start()
+        try:
+            thread.start()
+        except (
+            RuntimeError
+        ):  # the system allows no more threads: chunks are made when they are needed
+            self._is_short = True
+        else:
+            self.size += nbytes
+            self._growing = thread
 
     def _make_ahead(self, nbytes: int) -> None:
         chunk = self._make(nbytes)
@@ -131,14 +155,16 @@ class PinnedSlab:
             self._growing = None
 
     def _grow(self, nbytes: int) -> None:
-        """Add a chunk with a block of ``nbytes``, if the limit allows it."""
+        """Add a chunk with a block of ``nbytes``, if the limit and the machine's memory allow it."""
         smallest = round_up(nbytes, mmap.PAGESIZE)
-        for size in sorted({max(smallest, self._next_chunk()), smallest}, reverse=True):
-            if size <= self.limit - self.size and not self._refused:
+        room = self._room()
+        for size in sorted({max(smallest, self._next_chunk(room)), smallest}, reverse=True):
+            if size <= room and not self._refused:
                 self.size += size
                 chunk = self._make(size)
                 self._add(chunk, size)
                 if chunk is not None:
+                    self._is_short = False
                     return
                 self._refused = size == smallest  # else a smaller chunk may succeed
 

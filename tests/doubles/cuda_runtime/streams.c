@@ -9,6 +9,7 @@ struct stream {
     unsigned flags;
     int priority;
     bool captures, invalidated;
+    long spoilt; /* how many captures had been when this one began */
     long due;    /* when its work is done */
     double time; /* on the simulated clock */
 };
@@ -26,6 +27,7 @@ enum { NO_CAPTURE, ACTIVE_CAPTURE, INVALIDATED }; /* cudaStreamCaptureStatus */
 
 static struct stream legacy = {.object.kind = STREAM}, per_thread = {.object.kind = STREAM};
 static int captures; /* streams that capture */
+static long spoilt;  /* how often a call was made that none may make while any stream captures */
 
 
 /* All work is done at once, but with a lag it is said to be under way: each query is a tick of the clock, and work is
@@ -82,6 +84,15 @@ static int capture_is_spoilt(struct stream *stream)
     return failed(CAPTURE_UNSUPPORTED);
 }
 
+static bool is_invalidated(const struct stream *stream) { return stream->invalidated || stream->spoilt != spoilt; }
+
+/* "Potentially unsafe API calls" are forbidden to all threads (cudaStreamBeginCapture, the mode "global"). */
+static int captures_are_spoilt(void)
+{
+    spoilt++;
+    return failed(CAPTURE_UNSUPPORTED);
+}
+
 int cudaStreamCreateWithPriority(void **pointer, unsigned flags, int priority)
 {
     ENTER;
@@ -115,8 +126,8 @@ int cudaStreamSynchronize(void *pointer)
     struct stream *stream = stream_of(pointer);
     if (!stream)
         return failed(INVALID_HANDLE);
-    if (stream->captures)
-        return capture_is_spoilt(stream);
+    if (captures)
+        return captures_are_spoilt();
     wait_until(stream->due);
     trim_pools();
     return OK;
@@ -128,8 +139,8 @@ int cudaStreamQuery(void *pointer)
     struct stream *stream = stream_of(pointer);
     if (!stream)
         return failed(INVALID_HANDLE);
-    if (stream->captures)
-        return capture_is_spoilt(stream);
+    if (captures)
+        return captures_are_spoilt();
     return ask(stream->due);
 }
 
@@ -183,7 +194,7 @@ int cudaDeviceSynchronize(void)
 {
     ENTER;
     if (captures)
-        return failed(CAPTURE_UNSUPPORTED);
+        return captures_are_spoilt();
     wait_for_all();
     trim_pools();
     return OK;
@@ -201,6 +212,7 @@ int cudaStreamBeginCapture(void *pointer, int mode)
         return failed(CAPTURE_UNSUPPORTED);
     stream->captures = true;
     stream->invalidated = false;
+    stream->spoilt = spoilt;
     captures++;
     return OK;
 }
@@ -213,8 +225,9 @@ int cudaStreamEndCapture(void *pointer, void **graph)
         return failed(INVALID_VALUE);
     stream->captures = false;
     captures--;
-    *graph = stream->invalidated ? NULL : new_object(GRAPH, sizeof(struct object));
-    return stream->invalidated ? failed(901) : OK; /* cudaErrorStreamCaptureInvalidated */
+    bool invalidated = is_invalidated(stream);
+    *graph = invalidated ? NULL : new_object(GRAPH, sizeof(struct object));
+    return invalidated ? failed(901) : OK; /* cudaErrorStreamCaptureInvalidated */
 }
 
 int cudaStreamIsCapturing(void *pointer, int *status)
@@ -223,7 +236,7 @@ int cudaStreamIsCapturing(void *pointer, int *status)
     struct stream *stream = stream_of(pointer);
     if (!stream)
         return failed(INVALID_HANDLE);
-    *status = !stream->captures ? NO_CAPTURE : stream->invalidated ? INVALIDATED : ACTIVE_CAPTURE;
+    *status = !stream->captures ? NO_CAPTURE : is_invalidated(stream) ? INVALIDATED : ACTIVE_CAPTURE;
     return OK;
 }
 
@@ -305,6 +318,8 @@ int cudaEventQuery(void *pointer)
         return failed(INVALID_HANDLE);
     if (event->captured)
         return failed(CAPTURED_EVENT);
+    if (captures)
+        return captures_are_spoilt();
     return ask(event->due);
 }
 
@@ -316,6 +331,8 @@ int cudaEventSynchronize(void *pointer)
         return failed(INVALID_HANDLE);
     if (event->captured)
         return failed(CAPTURED_EVENT);
+    if (captures)
+        return captures_are_spoilt();
     wait_until(event->due);
     trim_pools();
     return OK;
@@ -343,6 +360,12 @@ int cudaStreamWaitEvent(void *pointer, void *on, unsigned flags)
     struct event *event = object(on, EVENT, "event");
     if (!stream || !event)
         return failed(INVALID_HANDLE);
+    if (stream->captures && event->recorded && !event->captured) {
+        capture_is_spoilt(stream);
+        return failed(CAPTURE_ISOLATION);
+    }
+    if (event->captured && !stream->captures) /* it would be captured as well, until its capture is joined */
+        return MISTAKE(CAPTURE_ISOLATION, "cudaStreamWaitEvent: the event belongs to a graph, the stream does not");
     if (simulates_time && stream->time < event->milliseconds)
         stream->time = event->milliseconds;
     return OK;

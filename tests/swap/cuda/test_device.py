@@ -16,11 +16,12 @@ import pytest
 
 from chainer_ooc.errors import SwapSpaceError
 from chainer_ooc.swap.devices.copy_threads import THREADS
-from chainer_ooc.swap.devices.cuda.device import CudaDevice, new_slab
+from chainer_ooc.swap.devices.cuda.device import STAGING, CudaDevice, new_slab
 from chainer_ooc.swap.devices.cuda.device import _abandoned as abandoned
 from chainer_ooc.swap.devices.cuda.transfers import DiskTransfer, FailedTransfer
 from chainer_ooc.swap.devices.protocol import Layout
 from chainer_ooc.swap.events import Observer
+from chainer_ooc.swap.system import memory
 from chainer_ooc.swap.tiers.pinned import CHUNK
 from tests.doubles.adopted_arrays import AdoptedArrays
 from tests.doubles.simulated_cuda import CUDARuntimeError, SimulatedCuda
@@ -260,7 +261,88 @@ def test_staging_blocks_are_given_back_when_there_are_too_few(make_rig):
     for _ in range(2):
         with pytest.raises(SwapSpaceError, match="staging blocks"):
             rig.device.copy_out(rig.owner(6.0), 0, UNIT)
-        assert staging.allocated == 0
+        assert staging.allocated == staging.size == 0
+        assert rig.cupy.pinned == {}
+
+
+@pytest.mark.parametrize("refused", [0, 1, 2, 3])
+def test_staging_blocks_are_given_back_when_a_later_one_is_refused(make_rig, refused, monkeypatch):
+    monkeypatch.setattr("chainer_ooc.swap.tiers.pinned.CHUNK", UNIT)  # a chunk for each
+    rig = make_rig(host_limit=0)
+    rig.cupy.fail["hostRegister"] = [*range(refused, 40)]
+    with pytest.raises(SwapSpaceError, match="staging blocks"):
+        rig.device.copy_out(rig.owner(6.0), 0, UNIT)
+    assert rig.cupy.pinned == {}
+    rig.cupy.fail.clear()
+    rig.device.copy_out(rig.owner(6.0), 0, UNIT).join()
+    assert sum(rig.cupy.pinned.values()) == rig.device.staging_bytes
+
+
+def test_staging_blocks_are_not_taken_where_the_machine_has_no_memory(make_rig, monkeypatch):
+    rig = make_rig(host_limit=0)
+    free = [rig.device.staging_bytes - 1]
+    monkeypatch.setattr(memory, "available_bytes", lambda: free[0])
+    with pytest.raises(SwapSpaceError, match="free -h"):
+        rig.device.copy_out(rig.owner(6.0), 0, UNIT)
+    assert rig.cupy.pinned == {}
+    free[0] += 1
+    rig.device.copy_out(rig.owner(6.0), 0, UNIT).join()
+
+
+class Machine:
+    """The host's memory: what is page-locked is taken, and ``others`` is what other code has taken (bytes)."""
+
+    def __init__(self, cupy, total):
+        self.cupy, self.total, self.others = cupy, total, 0
+
+    def available_bytes(self):
+        return self.total - self.others - sum(self.cupy.pinned.values())
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.7, 0.79, 0.9])
+def test_chunks_leave_room_for_what_has_grown_meanwhile(monkeypatch, share, ranks):
+    """Data loaders and other ranks grow between the first array and the last chunk."""
+    chunk, total = 1 << 20, 40 << 20
+    monkeypatch.setattr("chainer_ooc.swap.tiers.pinned.CHUNK", chunk)
+    cupy = SimulatedCuda()
+    machine = Machine(cupy, total)
+    monkeypatch.setattr(memory, "available_bytes", machine.available_bytes)
+    monkeypatch.setenv("MPI_LOCALNRANKS", str(ranks))
+    slab = new_slab(cupy, None)
+    slab.allocate(chunk // 4)  # makes one chunk
+    slab.wait()
+    machine.others = int(total * share)
+
+    def fill():
+        while slab.allocate(chunk // 4) is not None:
+            slab.wait()
+
+    fill()
+    taken = sum(cupy.pinned.values())
+    may_take = max(0.8 * total - machine.others, chunk)
+    assert taken <= may_take
+    # Of what others leave, this rank has its share of what was there when it asked last.
+    assert taken >= (may_take - 4 * chunk) / ranks
+    machine.others = 0  # they have given it back
+    fill()
+    assert slab.size >= slab.limit - chunk
+    slab.close()
+
+
+def test_a_limit_that_the_machine_does_not_have_leaves_room_for_staging_blocks(
+    make_rig, monkeypatch
+):
+    rig = make_rig(host_limit=16 << 20)
+    machine = Machine(rig.cupy, 1 << 30)
+    monkeypatch.setattr(memory, "available_bytes", machine.available_bytes)
+    machine.others = machine.total - STAGING - 4 * UNIT
+    kept = []
+    for value in range(8):
+        kept.append(rig.device.copy_out(rig.owner(float(value)), 0, UNIT))
+        kept[-1].join()
+    assert rig.device.host.slab.size == rig.device.host.slab.allocated == 4 * UNIT
+    assert rig.device.disk.file.allocated == 4 * UNIT
 
 
 @pytest.mark.parametrize("host_limit", [0, 16 * UNIT])

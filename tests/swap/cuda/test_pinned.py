@@ -242,6 +242,60 @@ def test_more_than_the_address_space_is_refused():
     assert (slab.size, registry.asked) == (0, [])
 
 
+def test_less_is_taken_than_is_wanted_where_the_machine_has_less():
+    registry, spare = Registry(), [CHUNK // 2]
+    slab = PinnedSlab(4 * CHUNK, registry.register, registry.unregister, lambda: spare[0])
+    assert slab.allocate(CHUNK) is None
+    assert registry.asked == []
+    assert slab.allocate(MIB) is not None
+    slab.wait()
+    assert registry.asked[0] == CHUNK // 2
+    spare[0] = 0
+    while slab.allocate(MIB) is not None:
+        slab.wait()
+    taken = slab.size
+    spare[0] = CHUNK  # there is some again
+    assert slab.allocate(CHUNK) is not None
+    assert slab.size >= taken + CHUNK
+    slab.wait()
+    spare[0], asked = -1, len(registry.asked)
+    while slab.allocate(MIB) is not None:
+        slab.wait()
+    assert len(registry.asked) == asked
+    slab.close()
+
+
+def test_the_machine_is_asked_for_each_chunk_only():
+    asked = []
+    registry = Registry()
+    slab = PinnedSlab(
+        4 * CHUNK, registry.register, registry.unregister, lambda: asked.append(1) or CHUNK
+    )
+    blocks = [slab.allocate(MIB // 4) for _ in range(CHUNK // MIB)]
+    assert len(asked) == len(registry.asked) == 1
+    for _ in range(100):
+        slab.free(blocks.pop(), MIB // 4)
+        blocks.append(slab.allocate(MIB // 4))
+    assert len(asked) == 1
+    slab.close()
+
+
+def test_where_no_thread_can_start_chunks_are_made_when_they_are_needed(monkeypatch):
+    """As when the interpreter ends, or the system allows no more: nothing is lost."""
+    registry = Registry()
+    slab = registry.slab(3 * CHUNK)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    blocks = [slab.allocate(CHUNK // 2) for _ in range(6)]
+    assert None not in blocks
+    assert slab.allocated == slab.size == 3 * CHUNK == sum(registry.regions.values())
+    assert slab.allocate(1) is None
+    slab.close()
+
+
 def flags_of(address):
     """The kernel's flags of the mapping that an address lies in."""
     inside = False

@@ -13,6 +13,7 @@ from chainer_ooc.swap.devices.cuda import streams
 from chainer_ooc.swap.devices.cuda.device import CudaDevice
 from chainer_ooc.swap.devices.protocol import Layout
 from tests.doubles.simulated_cuda import CUDARuntimeError, SimulatedCuda
+from tests.doubles.simulated_streams import Queue
 from tests.swap.cuda.conftest import UNIT, on_pool
 
 
@@ -296,3 +297,125 @@ def test_what_is_marked_was_given_to_its_own_gpu(make_rig):
     rig = make_rig(devices=2)
     with rig.cupy.cuda.Device(1):
         assert rig.device.mark().device_id == 0
+
+
+# External streams, which their owners may destroy at any time.
+
+
+def computed_on_external(rig, owned, value=1.0):
+    """Compute on a stream of another library. Return the memory."""
+    with rig.cupy.cuda.ExternalStream(owned.ptr):
+        array = rig.array(value)
+        rig.device.note_allocation()
+    return array.data.mem
+
+
+def test_an_external_stream_that_is_left_is_not_used_again(make_rig, way):
+    rig = make_rig(seed=2)
+    copy = copied_out(rig)
+    rig.cupy.eagerness = 0
+    owned = rig.cupy.cuda.Stream(non_blocking=True)
+    external = rig.cupy.cuda.ExternalStream(owned.ptr)  # it is referred to, and of no use
+    with external:
+        array = rig.array(5.0)
+        rig.device.note_allocation()
+    del owned  # destroyed; what it was given is still to be done
+    if way == "out":
+        out = rig.device.copy_out(array.data.mem, 0, UNIT)
+        out.join()
+        owner, _, back = rig.device.copy_in(out.copy, UNIT, 0)
+        back.join()
+        assert set(array_of(rig.device, owner).get()) == {5}
+    elif way == "in":
+        owner, _, back = rig.device.copy_in(copy, UNIT, 0)
+        back.join()
+        assert set(array_of(rig.device, owner).get()) == {1}
+    else:
+        rig.device.before_release()
+        del array
+        rig.array(6.0)
+    assert rig.device.streams.are_one
+
+
+def test_the_host_waits_once_for_an_external_stream(rig):
+    owned = rig.cupy.cuda.Stream(non_blocking=True)
+    owner = computed_on_external(rig, owned)
+    before = rig.cupy.calls["deviceSynchronize"]
+    for _ in range(3):
+        rig.device.copy_out(owner, 0, UNIT).wait()
+    assert rig.cupy.calls["deviceSynchronize"] == before + 1
+
+
+def test_the_host_does_not_wait_while_an_external_stream_is_current(rig):
+    owned = rig.cupy.cuda.Stream(non_blocking=True)
+    with rig.cupy.cuda.ExternalStream(owned.ptr):
+        before = rig.cupy.calls["deviceSynchronize"]
+        for _ in range(3):
+            out = rig.device.copy_out(rig.owner(1.0), 0, UNIT)
+            out.join()
+            rig.device.before_release()
+        assert rig.cupy.calls["deviceSynchronize"] == before
+
+
+@pytest.mark.parametrize("kind", ["external", "own"])
+def test_the_number_of_a_destroyed_stream_is_used_again(make_rig, kind):
+    """What the first one was given comes before copies out all the same."""
+    rig = make_rig(seed=2)
+    rig.cupy.eagerness = 0
+    owned = rig.cupy.cuda.Stream(non_blocking=True)
+    number = owned.ptr
+    owner = computed_on_external(rig, owned)
+    del owned
+    queue = rig.cupy._queues[number]
+    rig.cupy._of_threads.append(queue)  # those without a number
+    rig.cupy._queues[number] = Queue("the next stream", 0)
+    again = rig.cupy.cuda.Stream(non_blocking=True)
+    assert again.ptr == number
+    assert again.queue is not queue
+    with rig.cupy.cuda.ExternalStream(number) if kind == "external" else again:
+        out = rig.device.copy_out(owner, 0, UNIT)
+        assert not queue.items
+        out.wait()
+    del owner
+
+
+def test_an_external_stream_of_another_thread_stays_known(make_rig):
+    """That thread may go on computing on it and allocate nothing: the host waits each time."""
+    rig = make_rig(seed=2)
+    rig.cupy.eagerness = 0
+    owned = rig.cupy.cuda.Stream(non_blocking=True)
+    with ThreadPoolExecutor(1) as other:
+        owner = other.submit(computed_on_external, rig, owned).result()
+        for value in (1.0, 2.0):
+            with_more = array_of(rig.device, owner)
+
+            def fill(array=with_more, value=value):
+                with rig.cupy.cuda.ExternalStream(owned.ptr):
+                    array.fill(value)
+
+            other.submit(fill).result()
+            out = rig.device.copy_out(owner, 0, UNIT)
+            out.wait()
+            assert set(np.frombuffer(_bytes(rig, out.copy), "f4")) == {value}
+    rig.device.before_release()  # its thread has ended
+    assert rig.device.streams.are_one
+
+
+def test_many_external_streams_are_forgotten(make_rig):
+    rig = make_rig(limit=32 * UNIT, seed=2)
+    owners = []
+    for _ in range(2 * streams._MOST_STREAMS):
+        owned = rig.cupy.cuda.Stream(non_blocking=True)
+        owners.append(computed_on_external(rig, owned))
+        rig.cupy.synchronize()
+    assert len(rig.device.streams._compute) <= streams._MOST_STREAMS
+    rig.device.copy_out(owners[0], 0, UNIT).wait()
+
+
+def test_many_external_streams_that_live_are_forgotten_too(make_rig):
+    rig = make_rig(limit=32 * UNIT, seed=2)
+    rig.cupy.eagerness = 0
+    owned = [rig.cupy.cuda.Stream(non_blocking=True) for _ in range(2 * streams._MOST_STREAMS)]
+    owners = [computed_on_external(rig, one) for one in owned]
+    assert len(rig.device.streams._compute) <= streams._MOST_STREAMS
+    rig.device.copy_out(owners[0], 0, UNIT).wait()

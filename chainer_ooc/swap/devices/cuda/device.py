@@ -14,7 +14,14 @@ from chainer_ooc.swap.devices.cuda.fingerprints import PINNED, Fingerprint, Fing
 from chainer_ooc.swap.devices.cuda.host import DiskCopy, DiskTier, HostTier
 from chainer_ooc.swap.devices.cuda.streams import CopyStreams
 from chainer_ooc.swap.devices.cuda.transfers import FailedTransfer, StreamTransfer
-from chainer_ooc.swap.devices.protocol import Layout, Location, Transfer, Verdict, lies_alike
+from chainer_ooc.swap.devices.protocol import (
+    Known,
+    Layout,
+    Location,
+    Transfer,
+    Verdict,
+    lies_alike,
+)
 from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.system import memory
 from chainer_ooc.swap.system.ranks import ranks_of_this_node
@@ -22,10 +29,14 @@ from chainer_ooc.swap.tiers.pinned import PinnedSlab
 from chainer_ooc.swap.tiers.swap_file import ALIGNMENT as PAGE
 from chainer_ooc.swap.tiers.swap_file import SwapFile
 
-__all__ = ["CudaDevice", "CupyArrays", "has_limit", "limit_of", "new_slab"]
+__all__ = ["STAGING", "CudaDevice", "CupyArrays", "has_limit", "limit_of", "new_slab"]
 
 #: The share of free memory that is left for libraries and kernels, which do not use CuPy's pool.
 RESERVE = 0.05
+#: The share of the machine's free memory that may be pinned where nobody has set a limit.
+SHARE = 0.8
+#: The most that staging blocks of a GPU take (bytes).
+STAGING = THREADS * PIECE
 #: The bytes per second of which fingerprints are taken on slow GPUs: faster ones have faster links, too.
 FINGERPRINTED = 400e9
 _HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all GPUs
@@ -143,7 +154,10 @@ class CudaDevice:
             self.stand_in = self.arrays.empty()
             #: The limit of the pool that the user has set (CUPY_GPU_MEMORY_LIMIT), 0 for none (bytes).
             self.own_limit = limit_of(cupy, self.pool())
-        slab = host if isinstance(host, PinnedSlab) else new_slab(cupy, host)
+            # Asked now: a GPU that has failed does not tell, and statistics need it.
+            self._memory_bytes = int(self._runtime.memGetInfo()[1])
+            self._gpus = max(self._runtime.getDeviceCount(), 1)
+        slab = host if isinstance(host, PinnedSlab) else new_slab(cupy, host, STAGING)
         self._owns_slab = slab is not host
         # Staging blocks count against the limit, unless they would take more than a quarter of it.
         piece = min(PIECE, max(slab.limit // (4 * THREADS) // PAGE, 16) * PAGE)
@@ -152,7 +166,11 @@ class CudaDevice:
         slab.limit = max(slab.limit - self.staging_bytes, 0)
         self.fingerprints = Fingerprints(cupy, self.streams, new_slab(cupy, PINNED))
         self.disk = DiskTier(self.streams, new_slab(cupy, self.staging_bytes), piece, directory)
-        self.host = HostTier(slab)
+        self.host = HostTier(slab, self.streams)
+
+    def may_move(self) -> bool:
+        """Return whether no CUDA graph is being captured of a stream on which the program computes."""
+        return not self.streams.captured()
 
     def locate(self, array: Any) -> Location | None:
         """Return the place of an array, ``None`` if it must stay as it is."""
@@ -233,14 +251,19 @@ class CudaDevice:
             return self.arrays.checksum(owner, origin, nbytes)
 
     def fingerprint(self, owner: Any, origin: int, nbytes: int) -> Fingerprint | None:
-        """Begin to take a fingerprint of a storage's bytes; ``None`` if there is no memory for it."""
+        """Begin to take a fingerprint of a storage's bytes; ``None`` if there is no memory for it.
+
+        While a graph is captured it would be taken whenever that runs: ``None``, too.
+        """
         with self.streams.on_device():
+            if not self.may_move():
+                return None
             return self.fingerprints.take(self.arrays.address_to_read(owner) + origin, nbytes)
 
     def compare(self, pairs: Sequence[tuple[Any, Any]]) -> Verdict:
         """Begin to compare pairs of fingerprints."""
         with self.streams.on_device():
-            return self.fingerprints.compare(pairs)
+            return self.fingerprints.compare(pairs) if self.may_move() else Known(False)
 
     def matches(self, fingerprint: Fingerprint, owner: Any, origin: int, nbytes: int) -> Verdict:
         """Begin to find out whether a storage's bytes have a fingerprint."""
@@ -312,8 +335,7 @@ class CudaDevice:
 
     def total_bytes(self) -> int:
         """Return this process's share of the GPU's memory (bytes)."""
-        with self.streams.on_device():
-            return int(self._runtime.memGetInfo()[1]) // self._ranks()
+        return self._memory_bytes // self._ranks()
 
     def trim(self, desperate: bool = False) -> None:
         """Do nothing: CuPy's pool returns free blocks itself when it needs to, and that stops the GPU.
@@ -349,7 +371,7 @@ class CudaDevice:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if visible and "," not in visible:  # the launcher gave this rank its own GPU
             return 1
-        return -(-ranks_of_this_node() // max(self._runtime.getDeviceCount(), 1))
+        return -(-ranks_of_this_node() // self._gpus)
 
 
 def has_limit(cupy: Any, pool: Any) -> bool:
@@ -363,16 +385,23 @@ def limit_of(cupy: Any, pool: Any) -> int:
     return int(pool.get_limit()) if has_limit(cupy, pool) else 0
 
 
-def new_slab(cupy: Any, limit: int | None) -> PinnedSlab:
-    """Return the pinned memory of all GPUs of the process.
+def new_slab(cupy: Any, limit: int | None, reserve: int = 0) -> PinnedSlab:
+    """Return the pinned memory of all GPUs of the process. It takes no memory that the machine does not have.
 
     Args:
         cupy: CuPy, or a double of it.
         limit: Its limit (bytes); ``None``: 80 % of the machine's free memory, divided by the ranks that
-            share it.
+            share it. The other 20 % stay free then, whoever takes memory until a chunk is made.
+        reserve: The free memory that it leaves (bytes) if that is more.
     """
     if limit is None:
-        limit = int(memory.available_bytes() * 0.8) // ranks_of_this_node()
+        available = memory.available_bytes()
+        usable = int(available * SHARE)
+        limit, reserve = usable // ranks_of_this_node(), max(available - usable, reserve)
+
+    def spare() -> int:
+        return max(memory.available_bytes() - reserve, 0) // ranks_of_this_node()
+
     runtime = cupy.cuda.runtime
     device_id = runtime.getDevice()
 
@@ -380,4 +409,4 @@ def new_slab(cupy: Any, limit: int | None) -> PinnedSlab:
         with cupy.cuda.Device(device_id):  # also called in the thread that grows the slab
             runtime.hostRegister(address, nbytes, _HOST_REGISTER_PORTABLE)
 
-    return PinnedSlab(limit, register, runtime.hostUnregister)
+    return PinnedSlab(limit, register, runtime.hostUnregister, spare)

@@ -75,7 +75,15 @@ class Fingerprint:
 class _Comparison:
     """A verdict that the GPU is about to reach."""
 
-    def __init__(self, flag: int, host: int, event: Any, retired: deque[tuple[int, Any]]) -> None:
+    def __init__(
+        self,
+        streams: CopyStreams,
+        flag: int,
+        host: int,
+        event: Any,
+        retired: deque[tuple[int, Any]],
+    ) -> None:
+        self._streams = streams
         self._flag = flag
         self._host = host
         self._event = event
@@ -83,7 +91,7 @@ class _Comparison:
 
     def done(self) -> bool:
         """Return, without waiting, whether the flag has arrived."""
-        return bool(self._event.done)
+        return self._streams.has_passed(self._event)
 
     def equal(self) -> bool:
         """Return whether all pairs were equal. Wait for the flag."""
@@ -173,13 +181,13 @@ class Fingerprints:
             host = self._host + number * _FLAG_BYTES
             try:
                 event = self._streams.copy_flag(host, flag, _FLAG_BYTES)
-                return _Comparison(number, host, event, self._retired)
+                return _Comparison(self._streams, number, host, event, self._retired)
             except OSError:  # the driver refuses
                 self._free_flags.append(number)
         return Known(must and self._cupy.asnumpy(self._flags)[place] == 1)
 
     def _take_flag(self) -> int | None:
-        while self._retired and self._retired[0][1].done:
+        while self._retired and self._streams.has_passed(self._retired[0][1]):
             self._free_flags.append(self._retired.popleft()[0])
         return self._free_flags.pop() if self._free_flags else None
 

@@ -24,6 +24,9 @@ from chainer_ooc.swap.tiers.swap_file import SwapFile
 
 __all__ = ["DiskCopy", "DiskTier", "HostTier", "PinnedCopy"]
 
+#: How often, and for how long at most, threads look whether a CUDA graph is still being captured (seconds).
+_POLLED, _PATIENCE = 1e-3, 10
+
 
 class PinnedCopy:
     """A storage's bytes in pinned host memory.
@@ -55,33 +58,47 @@ class HostTier:
 
     Args:
         slab: The source of the blocks.
+        streams: The streams that copy to them and from them.
     """
 
-    def __init__(self, slab: PinnedSlab) -> None:
+    def __init__(self, slab: PinnedSlab, streams: CopyStreams) -> None:
         self.slab = slab
+        self._streams = streams
         self._retired: deque[tuple[int, int, list[Any]]] = deque()
 
     def allocate(self, nbytes: int) -> PinnedCopy | None:
-        """Return a block of ``nbytes`` bytes, ``None`` if the limit leaves none."""
+        """Return a block of ``nbytes`` bytes, ``None`` if the limit leaves none.
+
+        Raises:
+            CUDARuntimeError: If the GPU has failed. No block is lost.
+        """
         # Copies end in stream order: stop at the first that has not ended.
-        while self._retired and _have_ended(self._retired[0][2]):
-            *block, _ = self._retired.popleft()
-            self.slab.free(*block)
+        while self._retired and self._have_ended(self._retired[0][2]):
+            self._free_first()
         address = self.slab.allocate(nbytes)
         while address is None and self._retired:
-            *block, events = self._retired.popleft()
-            for event in events:
+            for event in self._retired[0][2]:
                 event.synchronize()
-            self.slab.free(*block)
+            self._free_first()
             address = self.slab.allocate(nbytes)
         return None if address is None else PinnedCopy(self, address, nbytes)
 
     def retire(self, address: int, nbytes: int, events: list[Any]) -> None:
-        """Take a block back."""
-        if _have_ended(events):
+        """Take a block back. If the GPU has failed, :meth:`allocate` says so: here a block would be lost."""
+        is_free = False
+        with contextlib.suppress(RuntimeError):  # CuPy's CUDARuntimeError
+            is_free = self._have_ended(events)
+        if is_free:
             self.slab.free(address, nbytes)
         else:
             self._retired.append((address, nbytes, events))
+
+    def _free_first(self) -> None:
+        address, nbytes, _ = self._retired.popleft()
+        self.slab.free(address, nbytes)
+
+    def _have_ended(self, events: list[Any]) -> bool:
+        return all(self._streams.has_passed(event) for event in events)
 
 
 class DiskCopy:
@@ -158,13 +175,12 @@ class DiskTier:
             while len(addresses) < THREADS:
                 address = self.staging.allocate(self.piece)
                 if address is None:
-                    for taken in addresses:
-                        self.staging.free(taken, self.piece)
+                    self.staging.close()  # what it got so far would stay locked, and of no use
                     self.staging.ask_again()
                     raise SwapSpaceError(
                         errno.ENOMEM,
                         f"page-locked memory for {THREADS} staging blocks of {self.piece} bytes cannot be had "
-                        "(see `ulimit -l`); no data was lost",
+                        "(see `ulimit -l` and `free -h`); no data was lost",
                         self.file.directory,
                     )
                 addresses.append(address)
@@ -192,6 +208,7 @@ class DiskTier:
         self, file: SwapFile, offset: int, device: int, nbytes: int, after: list[Any]
     ) -> Span:
         with self._staged() as (host, memory):
+            self._wait_for_captures()
             begin, end = self._streams.copy_out(host, device, nbytes, after)
             end.synchronize()
             start = self._streams.host_time(begin)
@@ -204,8 +221,18 @@ class DiskTier:
         with self._staged() as (host, memory):
             start = time.perf_counter()
             file.read(offset, memory[: round_up(nbytes, PAGE)])
+            self._wait_for_captures()
             self._streams.copy_in(device, host, nbytes, after)[1].synchronize()
         return start, time.perf_counter()
+
+    def _wait_for_captures(self) -> None:
+        """Wait until no CUDA graph is being captured: no thread may wait for an event meanwhile.
+
+        Not for ever: a program that fails in a capture does not end it.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while self._streams.captured() and time.monotonic() < deadline:
+            time.sleep(_POLLED)
 
     @contextlib.contextmanager
     def _staged(self) -> Any:
@@ -217,7 +244,3 @@ class DiskTier:
                 yield address, memoryview(memory).cast("B")
         finally:
             blocks.put(address)
-
-
-def _have_ended(events: list[Any]) -> bool:
-    return all(event.done for event in events)

@@ -9,8 +9,16 @@ Runtime API, "Stream Management" and "Event Management"; CuPy's ``cupy/cuda/memo
 * CuPy's pool hands a freed block out again at once, on the stream it was allocated on. So memory that a
   copy reads or writes is held until the copy's event is done, or until those streams wait for it. A stream
   that is seen for the first time waits for all copies begun so far: it may own blocks of before.
+* Nobody tells when the owner of an external stream (``cupy.cuda.ExternalStream``) destroys it, and the driver may
+  give its number to the next stream. It is known to live while it is the calling thread's current stream: work is
+  given to it only then. For what it was given before, the host waits.
+* A stream of which a CUDA graph is captured keeps what it is given for the graph: no event of ours may be recorded on
+  it, it may wait for no event from outside, and no thread may ask or wait for any event meanwhile ("potentially
+  unsafe API calls"). So nothing moves until the capture has ended. The legacy default stream cannot be captured.
 * The legacy default stream is named 0 on each GPU: waiting and recording must be done with this GPU the
   current one.
+* After a kernel that failed every call returns its error for ever, queries too. CuPy's ``Event.done`` and
+  ``Stream.done`` take that for "not yet": nobody may ask them.
 * The per-thread default stream (``CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1``) is named 2 in each thread, and
   is another in each: only its own thread can put it in order. Where several threads compute on such
   streams, the host waits instead.
@@ -29,11 +37,13 @@ from typing import Any
 from chainer_ooc import references
 from chainer_ooc.swap.devices.ram import native
 
-__all__ = ["CopyStreams"]
+__all__ = ["CopyStreams", "is_captured"]
 
 #: Beyond this number, computing streams to which nothing else refers are forgotten.
 _MOST_STREAMS = 8
+_LEGACY = (0, 1)  # CuPy's name of it, and cudaStreamLegacy
 _PER_THREAD = 2  # cudaStreamPerThread
+_SUCCESS, _NOT_READY = 0, 600  # cudaError_t
 #: Device times are calibrated against the host's clock again after this time (seconds).
 _RENEWED = 300
 
@@ -51,6 +61,10 @@ class CopyStreams:
         self._cuda = cupy.cuda
         self._runtime = cupy.cuda.runtime
         self._compute: dict[int, Any] = {}
+        # CuPy 14 has Stream.from_external(), too, which keeps the owner's object: such a stream lives.
+        self._external_type: Any = getattr(cupy.cuda, "ExternalStream", ())
+        self._noted_by: dict[int, threading.Thread] = {}  # external streams, by which thread last
+        self._left_work = False  # external streams were forgotten that may not have ended
         self._lock = threading.Lock()
         self._local = threading.local()
         self._threads = 0  # the number of threads on per-thread default streams
@@ -72,13 +86,13 @@ class CopyStreams:
     def note_current(self) -> Any:
         """Count the calling thread's current stream among the computing ones, and return it."""
         stream = self._cuda.get_current_stream()
-        if stream.ptr not in self._compute:
-            with self._lock:
-                if len(self._compute) >= _MOST_STREAMS:
-                    self._forget_idle()
-                self._compute = {**self._compute, stream.ptr: stream}
+        known = self._compute.get(stream.ptr)
+        if known is not stream and (known is None or self._is_external(known)):
+            if self.captured():
+                return stream  # later
+            self._note(stream, known)
             self._wait_for_copies(stream)
-        if stream.ptr == _PER_THREAD and not hasattr(self._local, "noted"):
+        if stream.ptr == _PER_THREAD and not hasattr(self._local, "noted") and not self.captured():
             self._local.noted = True
             with self._lock:
                 self._threads += 1
@@ -87,10 +101,10 @@ class CopyStreams:
 
     def computed(self) -> list[Any]:
         """Return events after all work that the computing streams have queued until now."""
-        self.note_current()
+        living = self._living(self.note_current())
         if self._threads > 1:
             self._runtime.deviceSynchronize()
-        return [self._record(stream) for stream in self._compute.values()]
+        return [self._record(stream) for stream in living]
 
     def allocated(self) -> list[Any]:
         """Return the event after all work that the current stream has queued until now."""
@@ -139,28 +153,44 @@ class CopyStreams:
         All of them wait, since one of them allocated the memory that is freed after this.
         """
         with self.on_device():
-            self.note_current()
+            living = self._living(self.note_current())
             if self._threads > 1:
                 event.synchronize()
-            for stream in self._compute.values():
+            for stream in living:
                 stream.wait_event(event)
 
     @property
     def are_one(self) -> bool:
         """Whether there is one computing stream."""
-        return len(self._compute) <= 1 and self._threads <= 1
+        return len(self._compute) <= 1 and self._threads <= 1 and not self._left_work
 
     def order_computing(self) -> None:
         """Make later work of each computing stream wait for the earlier work of all of them."""
         with self.on_device():
             self.note_current()
-            if not self.are_one:
+            if not self.are_one and not self.captured():
                 for event in self.computed():
                     self.let_compute_wait(event)
 
     def know(self, streams: Iterable[int]) -> bool:
         """Return whether all of some streams, by their numbers, are among the computing ones."""
         return all(stream in self._compute for stream in streams)
+
+    def has_passed(self, event: Any) -> bool:
+        """Return, without waiting, whether an event has passed. While a graph is captured that is not known.
+
+        Raises:
+            CUDARuntimeError: If the GPU has failed. CuPy's ``Event.done`` would be false for ever.
+        """
+        return not self.captured() and self._is_success(self._runtime.eventQuery(event.ptr))
+
+    def _is_idle(self, stream: Any) -> bool:
+        return self._is_success(self._runtime.streamQuery(stream.ptr))
+
+    def _is_success(self, status: int) -> bool:
+        if status in (_SUCCESS, _NOT_READY):
+            return status == _SUCCESS
+        raise self._runtime.CUDARuntimeError(status)
 
     def synchronize(self) -> None:
         """Wait until all copies have ended."""
@@ -185,12 +215,20 @@ class CopyStreams:
         return begin, end
 
     def mark(self) -> Any:
-        """Return a timed event after all work that the current stream has queued until now."""
+        """Return a timed event after all work that the current stream has queued until now.
+
+        ``None`` while a graph is captured.
+        """
         with self.on_device():
-            return self._record(self.note_current(), timed=True)
+            return None if self.captured() else self._record(self.note_current(), timed=True)
 
     def seconds(self, earlier: Any, later: Any) -> float:
-        """Return the time on the GPU between two timed events (seconds). The host waits for both."""
+        """Return the time on the GPU between two timed events (seconds). The host waits for both.
+
+        0 if one is not known, and while a graph is captured.
+        """
+        if earlier is None or later is None or self.captured():
+            return 0.0
         for event in (earlier, later):
             event.synchronize()
         return float(self._cuda.get_elapsed_time(earlier, later)) / 1e3
@@ -200,14 +238,14 @@ class CopyStreams:
         # Elapsed times are single precision: the origin must not be too long ago.
         if time.perf_counter() - self._origin[1] > _RENEWED:
             with self.on_device():
-                if self._out.done:
+                if self._is_idle(self._out):
                     self._origin = self._new_origin()
         origin, then = self._origin
         return then + float(self._cuda.get_elapsed_time(origin, event)) / 1e3
 
     def _wait_for_copies(self, stream: Any) -> None:
         for copies in (self._out, self._back):
-            if not copies.done:
+            if not self._is_idle(copies):
                 stream.wait_event(self._record(copies))
 
     def _new_origin(self) -> tuple[Any, float]:
@@ -237,10 +275,78 @@ class CopyStreams:
         return event
 
     def _forget_idle(self) -> None:
+        self._forget_external(None)
         table = self._compute
         self._compute = {
             pointer: table[pointer]
             for pointer in table
-            if references.item_is_referenced_externally(table, pointer) or not table[pointer].done
+            if pointer in self._noted_by
+            or references.item_is_referenced_externally(table, pointer)
+            or not self._is_idle(table[pointer])
         }
         native.ask_again()  # their next allocation must be noted anew
+
+    # Streams that are captured.
+
+    def captured(self) -> bool:
+        """Return whether a CUDA graph is being captured of a computing stream.
+
+        The driver is asked only of streams that can be captured: where all work is on the default stream, never.
+        """
+        current = self._cuda.get_current_stream(self.device_id)
+        streams = (current, *self._compute.values())
+        return any(
+            is_captured(self._runtime, stream)
+            for stream in streams
+            if stream is current or not self._is_external(stream)
+        )
+
+    # External streams.
+
+    def _is_external(self, stream: Any) -> bool:
+        return isinstance(stream, self._external_type)
+
+    def _note(self, stream: Any, known: Any) -> None:
+        """Add a stream to the computing ones, in the place of ``known``, an external one that had its number."""
+        with self._lock:
+            if known is not None:
+                self._left_work = True
+            elif len(self._compute) >= _MOST_STREAMS:
+                self._forget_idle()
+            self._compute = {**self._compute, stream.ptr: stream}
+            self._noted_by.pop(stream.ptr, None)
+            if self._is_external(stream):
+                self._noted_by[stream.ptr] = threading.current_thread()
+
+    def _living(self, current: Any) -> list[Any]:
+        """Return the computing streams that are known to live. The host waits for what others were given."""
+        streams = self._compute.values()
+        living = [one for one in streams if one is current or not self._is_external(one)]
+        if len(living) < len(streams) or self._left_work:
+            with self._lock:
+                self._forget_external(current)
+                self._left_work = False
+            self._runtime.deviceSynchronize()
+        return living
+
+    def _forget_external(self, current: Any) -> None:
+        """Forget the external streams that this thread has left, or whose thread has ended."""
+        here = threading.current_thread()
+        for pointer, thread in tuple(self._noted_by.items()):
+            is_left = thread is here or not thread.is_alive()
+            if is_left and self._compute[pointer] is not current:
+                self._compute = {p: one for p, one in self._compute.items() if p != pointer}
+                del self._noted_by[pointer]
+                self._left_work = True
+
+
+def is_captured(runtime: Any, stream: Any) -> bool:
+    """Return whether a CUDA graph is being captured of a stream."""
+    if stream.ptr in _LEGACY:
+        return False
+    try:
+        return bool(runtime.streamIsCapturing(stream.ptr))
+    except runtime.CUDARuntimeError:
+        raise
+    except RuntimeError:  # CuPy's for a capture that an error has spoilt, and that has not ended
+        return True

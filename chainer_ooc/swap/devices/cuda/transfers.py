@@ -25,8 +25,12 @@ class StreamTransfer:
         self._owner = owner
 
     def done(self) -> bool:
-        """Return whether the copy has ended."""
-        if not self._event.done:
+        """Return whether the copy has ended.
+
+        Raises:
+            CUDARuntimeError: If the GPU has failed. The memory is kept.
+        """
+        if not self._streams.has_passed(self._event):
             return False
         self._owner = None
         return True
@@ -43,7 +47,7 @@ class StreamTransfer:
 
     def span(self) -> Span | None:
         """Return the copy's begin and end on its stream, ``None`` before it has ended."""
-        if not self._event.done:
+        if not self._streams.has_passed(self._event):
             return None
         return self._streams.host_time(self._begin), self._streams.host_time(self._event)
 

@@ -218,6 +218,10 @@ class RamDevice:
         """Return the highest resident memory since the process began (bytes)."""
         return self._resident.peak_bytes()
 
+    def may_move(self) -> bool:
+        """Return ``True``."""
+        return True
+
     def capacity(self) -> int:
         """Return this process's memory plus what is available to it, less a reserve of 5 % (bytes)."""
         return memory.attainable_bytes(0.05, ranks_of_this_node())
