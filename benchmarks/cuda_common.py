@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,10 +53,8 @@ def machine() -> dict[str, Any]:
         "cudnn_modules": getattr(getattr(chainer.backends.cuda, "cudnn", None), "__name__", None),
     }
     try:
-        import torch
-
-        found["torch"], found["torch_cudnn"] = torch.__version__, torch.backends.cudnn.version()
-    except ImportError:
+        found["torch"] = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
         found["torch"] = None
     return found
 
@@ -77,6 +77,28 @@ def milliseconds(function: Callable[[], Any], repeat: int, warm_up: int = 3) -> 
         end.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, end))
     return statistics.median(times)
+
+
+def timed(
+    step: Callable[[], Any], synchronize: Callable[[], Any], settled: int, repeat: int
+) -> dict[str, float]:
+    """Run a step some times, then time it.
+
+    Returns:
+        The medians of ``ms``, from the call to the end of the GPU's work, and ``host_ms``, to the call's return.
+    """
+    for _ in range(settled):
+        step()
+    synchronize()
+    whole, host = [], []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        step()
+        returned = time.perf_counter()
+        synchronize()
+        whole.append(1000 * (time.perf_counter() - start))
+        host.append(1000 * (returned - start))
+    return {"ms": statistics.median(whole), "host_ms": statistics.median(host)}
 
 
 def set_mode(mode: str, workspace: int | None, autotune: bool) -> None:
