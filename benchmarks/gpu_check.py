@@ -166,7 +166,7 @@ class Check:
             records, log = Path(folder) / "records", Path(folder) / "log"
             environment = self.environment() | {
                 "GPU_CHECK_RECORDS": str(records),
-                "GPU_CHECK_SECONDS": str(seconds),
+                "GPU_CHECK_END": str(time.monotonic() + seconds),
             }
             start = time.monotonic()
             with log.open("wb") as output:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import functools
 import gc
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,12 @@ class Classifier(chainer.Chain):
         return F.softmax_cross_entropy(self.net[self.last](h), t)
 
 
+@functools.cache
+def _on_host(net: str, mixed: bool) -> Classifier:
+    np.random.seed(0)
+    return Classifier(net)
+
+
 class Trainer:
     """A network with its optimizer and one batch, on the current GPU.
 
@@ -54,10 +62,9 @@ class Trainer:
     """
 
     def __init__(self, net: str, side: int, batch: int, mixed: bool = False) -> None:
-        np.random.seed(0)
         cupy.random.seed(0)
         with chainer.using_config("dtype", chainer.mixed16 if mixed else np.dtype("f")):
-            self.model = Classifier(net)
+            self.model = copy.deepcopy(_on_host(net, mixed))
             self.model.to_device("@cupy:0")
             self.optimizer = chainer.optimizers.MomentumSGD(0.01)
             if mixed:
@@ -72,17 +79,6 @@ class Trainer:
         """Run one iteration: forward, backward, update."""
         self.optimizer.update(self.model, self.x, self.t)
 
-    def peak_in_core(self) -> int:
-        """Train two iterations. Return the most bytes of the pool that were in use at one time.
-
-        Graphs are cycles of references after backward. The collector comes in time, as when memory is short.
-        """
-        with InUse() as in_use:
-            for _ in range(2):
-                self.step()
-                gc.collect()
-        return in_use.peak
-
     def digest(self) -> str:
         """Return a sum of all bits of the parameters and of the statistics of batch normalizations."""
         total = hashlib.sha256()
@@ -92,6 +88,9 @@ class Trainer:
                 value = value.array if isinstance(value, chainer.Variable) else value
                 total.update(np.ascontiguousarray(chainer.cuda.to_cpu(value)).tobytes())
         return total.hexdigest()
+
+
+Make = Callable[[], Trainer]
 
 
 class InUse(cupy.cuda.MemoryHook):
@@ -111,18 +110,35 @@ def empty_pool() -> None:
     cupy.get_default_pinned_memory_pool().free_all_blocks()
 
 
-def time_in_core(trainer: Trainer, settled: int, repeat: int) -> dict[str, float]:
+def peak_in_core(make: Make, iterations: int = 2) -> int:
+    """Train stock Chainer. Return the most bytes of the pool that were in use at one time.
+
+    Graphs are cycles of references after backward. The collector comes in time, as when memory is short.
+    """
+    empty_pool()
+    with InUse() as in_use:
+        trainer = make()
+        for _ in range(iterations):
+            trainer.step()
+            gc.collect()
+    return in_use.peak
+
+
+def time_in_core(make: Make, settled: int, repeat: int) -> dict[str, float]:
     """Time iterations of stock Chainer."""
+    empty_pool()
+    trainer = make()
     return timed(trainer.step, cupy.cuda.Device().synchronize, settled, repeat)
 
 
 def time_under_limit(
-    trainer: Trainer, limit: int, settled: int, repeat: int, **settings: Any
+    make: Make, limit: int, settled: int, repeat: int, **settings: Any
 ) -> dict[str, float]:
-    """Time iterations under a limit (bytes). Also return what one of them moves (MiB), and the peak."""
+    """Time iterations under a limit (bytes). Also return what one of them moves, and the pool's peak (MiB)."""
     empty_pool()
     names = ("bytes_out", "bytes_in", "bytes_discarded")
     with chainer_ooc.out_of_core_mode(limit=limit, single_backward=True, **settings):
+        trainer = make()
         for _ in range(settled):
             trainer.step()
         before = chainer_ooc.stats()
@@ -138,20 +154,21 @@ def time_under_limit(
     return {"limit_mib": limit / MIB, **found, **moved, "taken_mib": peak / MIB}
 
 
-def time_in_unified_memory(
-    net: str, side: int, batch: int, nbytes: int, settled: int, repeat: int
-) -> dict[str, float]:
+def time_in_unified_memory(make: Make, nbytes: int, settled: int, repeat: int) -> dict[str, float]:
     """Time iterations of stock Chainer in unified memory, with so many bytes of the GPU's left for it."""
     empty_pool()
     free = cupy.cuda.runtime.memGetInfo()[0]
     slack = 256 * MIB  # what cuDNN and CUDA take for themselves
     if free < nbytes + slack:
         raise MemoryError(f"{free >> 20} MiB are free, {nbytes + slack >> 20} needed")
-    with contextlib.ExitStack() as stack:
-        ballast = cupy.cuda.Memory(free - nbytes - slack)
-        stack.callback(lambda: ballast.ptr)  # alive until then
-        pool = cupy.cuda.MemoryPool(cupy.cuda.malloc_managed)
-        stack.enter_context(cupy.cuda.using_allocator(pool.malloc))
-        trainer = Trainer(net, side, batch)
-        found = time_in_core(trainer, settled, repeat)
-    return {"limit_mib": nbytes / MIB, **found, "taken_mib": pool.total_bytes() / MIB}
+    ballast = cupy.cuda.Memory(free - nbytes - slack)
+    pool = cupy.cuda.MemoryPool(cupy.cuda.malloc_managed)
+    with cupy.cuda.using_allocator(pool.malloc):
+        trainer = make()
+        found = timed(trainer.step, cupy.cuda.Device().synchronize, settled, repeat)
+    return {
+        "limit_mib": nbytes / MIB,
+        **found,
+        "taken_mib": pool.total_bytes() / MIB,
+        "occupied_mib": ballast.size / MIB,
+    }
