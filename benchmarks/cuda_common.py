@@ -37,8 +37,10 @@ def need_gpu() -> None:
 
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on."""
-    import chainer
-    import cupy
+    import chainer_ooc  # noqa: F401  before Chainer, which it edits
+
+    import chainer  # isort: skip
+    import cupy  # isort: skip
 
     properties = cupy.cuda.runtime.getDeviceProperties(0)
     found: dict[str, Any] = {

@@ -17,12 +17,14 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +40,8 @@ SETTLED, TIMED = (1, 1) if DOUBLE else (8, 5)
 #: Images of each size (pixels): 64 of the small ones take 7 GiB in core.
 BATCHES = {224: 64, 1120: 2}
 
+#: What this process has written down; of that, what failed.
+_noted: list[str] = []
 _failed: list[str] = []
 
 
@@ -49,6 +53,7 @@ def note(what: str, text: str = "", error: str = "", skipped: str = "", **measur
     """Write down one thing. With ``error`` the step goes on, and fails at its end."""
     record: dict[str, Any] = {"what": what, "measured": None if DOUBLE else measured}
     given = {"text": text, "error": error[-1500:], "skipped": skipped[:500]}
+    _noted.append(what)
     write({**record, **{key: value for key, value in given.items() if value}})
     if error:
         _failed.append(what)
@@ -85,27 +90,41 @@ def attempt(what: str, function: Callable[[], dict[str, Any]], least: float = 5)
 
 
 def has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
+
+
+def missing_packages() -> list[str]:
+    """Return what ``pip install chainer_ooc`` would have brought and is not here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [re.match(r"[\w.-]+", one)[0] for one in project["dependencies"]]
+    imported = {"protobuf": "google.protobuf", "typing-extensions": "typing_extensions"}
+    return [name for name in names if not has(imported.get(name, name))]
 
 
 def machine() -> None:
-    """What the numbers depend on. This step comes first, and fails where there is no usable GPU."""
+    """What the numbers depend on. This step comes first, and fails where nothing can run."""
+    if missing := missing_packages():
+        sys.exit(f"These packages are not here: {', '.join(missing)}")
     import cuda_common
     import numpy
     import psutil
 
     cuda_common.need_gpu()
+    names = ("chainer", "cuda", "cupy", "mpi4py", "nvidia", "torch")
+    packages = [
+        f"{one.name} {one.version}"
+        for one in importlib.metadata.distributions()
+        if one.name and one.name.startswith(names)
+    ]
     found = cuda_common.machine() | {
         "numpy": numpy.__version__,
         "cores": os.cpu_count(),
         "host_memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
-        "packages": ", ".join(
-            f"{one.name} {one.version}"
-            for one in importlib.metadata.distributions()
-            if one.name
-            and one.name.startswith(("cupy", "nvidia", "cuda", "torch", "chainer", "mpi4py"))
-        ),
+        "packages": ", ".join(sorted(set(packages))),
     }
     if DOUBLE:  # its answers are not a GPU's
         for name in ("memory_bytes", "driver", "cuda", "cudnn"):
@@ -114,7 +133,10 @@ def machine() -> None:
         query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,pcie.link.gen.current"
         query += ",pcie.link.width.current,ecc.mode.current,mig.mode.current"
         done = subprocess.run(
-            [tool, f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
+            [tool, f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
         found["nvidia_smi"] = f"{query}: {done.stdout.strip() or done.stderr.strip()}"
     write({"what": "machine", "measured": found})
@@ -169,12 +191,17 @@ def pytest_run(*arguments: str) -> None:
 
     recorder = Recorder()
     code = pytest.main(
-        ["-q", "--tb=short", "-p", "no:cacheprovider", *arguments], plugins=[recorder]
+        ["-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:faulthandler", *arguments],
+        plugins=[recorder],
     )
     counts = [f"{count} {outcome}" for outcome, count in recorder.outcomes.most_common(8)]
     note("tests", text=", ".join([f"{recorder.collected} collected", *counts]))
     if code not in (0, 1):
         note("pytest", error=f"exit status {code!r}")
+    from tests.doubles import cuda_runtime
+
+    if cuda_runtime.is_installed() and not DOUBLE:  # tests/conftest.py found no GPU
+        note("pytest", error="these tests ran on the double of CUDA: there is no /dev/nvidia0")
 
 
 def stream_rules() -> None:
@@ -242,7 +269,8 @@ def equal_bits() -> None:
     ):
         given = {"limit": int(needed * share), **settings}
         name = f"limit {share} {settings or ''}".strip()
-        attempt(name, lambda given=given: check(chainer_ooc.out_of_core_mode(**given)))
+        mode = functools.partial(chainer_ooc.out_of_core_mode, **given)
+        attempt(name, lambda mode=mode: fitting(lambda: check(mode())))
 
 
 class Taken(threading.Thread):
@@ -483,7 +511,7 @@ def _train_trusting() -> dict[str, Any]:
 
 
 def times(net: str, side: str) -> None:
-    """Iterations in core, at shares of what they need there, with tensor cores, and in unified memory."""
+    """Iterations in core, at shares of what they need there, and with tensor cores."""
     import gpu_training
 
     batch = BATCHES[int(side)]
@@ -507,12 +535,6 @@ def times(net: str, side: str) -> None:
     if side == "224" and not few:
         for what, mixed in (("in core, tf32", False), ("in core, mixed16", True)):
             attempt(what, functools.partial(_time_math, net, batch, mixed, settled))
-    iterations = (0, 1) if DOUBLE else (1, 2)
-    attempt(
-        "unified memory, 1/2 left to it",
-        lambda: gpu_training.time_in_unified_memory(make, needed // 2, *iterations),
-        8,
-    )
 
 
 def _time_math(net: str, batch: int, mixed: bool, settled: int) -> dict[str, float]:
@@ -527,6 +549,21 @@ def _time_math(net: str, batch: int, mixed: bool, settled: int) -> dict[str, flo
         return gpu_training.time_in_core(maker(net, 224, batch, mixed), settled, TIMED)
     finally:
         cupy.cudnn.set_math_mode("fp32")
+
+
+def unified() -> None:
+    """Stock Chainer in unified memory with half of what it needs in core: nobody knows how long that takes."""
+    import gpu_training
+
+    settled = 0 if DOUBLE else 1
+    for side, batch in BATCHES.items():
+        for net in gpu_training.NETS:
+            if DOUBLE and (net, side) != ("resnet50", 224):
+                continue
+            make = maker(net, side, batch)
+            left = gpu_training.peak_in_core(make, 1) // 2
+            run = functools.partial(gpu_training.time_in_unified_memory, make, left, settled, 1)
+            attempt(f"{net} {side}", run, 10)
 
 
 def torch_times(net: str, side: str) -> None:
@@ -729,33 +766,26 @@ def nccl() -> None:
 STEPS = {
     function.__name__: function
     for function in (
-        *(
-            machine,
-            doctor,
-            stream_rules,
-            equal_bits,
-            out_of_core,
-            gpu_memory,
-            pages,
-            cudnn,
-            run_again,
-        ),
-        *(times, torch_times, link, workspace, rnn, nccl),
+        machine, doctor, stream_rules, equal_bits, out_of_core, gpu_memory, pages, cudnn, run_again, times, torch_times,
+        unified, link, workspace, rnn, nccl,
     )
-}
+}  # fmt: skip
 
 
 def main(name: str, *arguments: str) -> int:
     """Run a step. Return the exit status."""
-    faulthandler.enable()
-    # Where it hangs, if it does, before it is ended.
-    faulthandler.dump_traceback_later(max(END - time.monotonic() - 0.5, 0.1))
+    # Where it crashes, or hangs before it is ended: pytest takes what is written to the usual stderr.
+    errors = os.fdopen(os.dup(2), "w")
+    faulthandler.enable(errors)
+    faulthandler.dump_traceback_later(max(END - time.monotonic() - 0.5, 0.1), file=errors)
     sys.path[:0] = [path for path in (str(ROOT),) if path not in sys.path]
     try:
         STEPS[name](*arguments)
     except Skip as reason:
-        write({"reason": str(reason)})
-        return SKIPPED
+        if not _noted:
+            write({"reason": str(reason)})
+            return SKIPPED
+        note("the rest", skipped=str(reason))
     faulthandler.cancel_dump_traceback_later()
     if _failed:
         print(f"\nfailed: {'; '.join(_failed)}", file=sys.stderr)
