@@ -261,12 +261,9 @@ def equal_bits() -> None:
         return {**moved, "equal_bits": equal}
 
     attempt("in core again", lambda: check(contextlib.nullcontext()))
-    for share, settings in (
-        (0.7, {}),
-        (0.5, {}),
-        (0.5, {"host_limit": 0}),
-        (0.5, {"single_backward": True, "recompute": "auto"}),
-    ):
+    cases: list[tuple[float, dict[str, Any]]] = [(0.7, {}), (0.5, {}), (0.5, {"host_limit": 0})]
+    cases.append((0.5, {"single_backward": True, "recompute": "auto"}))
+    for share, settings in cases[2:] if DOUBLE else cases:
         given = {"limit": int(needed * share), **settings}
         name = f"limit {share} {settings or ''}".strip()
         mode = functools.partial(chainer_ooc.out_of_core_mode, **given)
@@ -528,7 +525,9 @@ def times(net: str, side: str) -> None:
 
     limits = [("1/2", 0.5, {}), ("1/4", 0.25, {}), ("1/8", 0.125, {})]
     limits.append(("1/4", 0.25, {"recompute": "auto"}))
-    for name, share, settings in limits[:1] if few else limits:
+    if DOUBLE:
+        limits = limits[:1] if few else limits[::3]
+    for name, share, settings in limits:
         what = f"limit {name}{', recompute' if settings else ''}"
         run = functools.partial(under, share, **settings)
         attempt(what, functools.partial(fitting, run, share >= 0.5), 8)
