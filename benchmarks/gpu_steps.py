@@ -126,9 +126,10 @@ def machine() -> None:
         "system": platform.platform(),
         "packages": ", ".join(sorted(set(packages))),
     }
-    if DOUBLE:  # its answers are not a GPU's
-        for name in ("memory_bytes", "driver", "cuda", "cudnn"):
-            del found[name]
+    if DOUBLE:  # its answers are not a GPU's, and nothing is measured on this machine
+        found = {
+            name: found[name] for name in ("date", "gpu", "cupy", "numpy", "python", "packages")
+        }
     elif tool := shutil.which("nvidia-smi"):
         query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,pcie.link.gen.current"
         query += ",pcie.link.width.current,ecc.mode.current,mig.mode.current"
@@ -726,7 +727,8 @@ def nccl() -> None:
 
         version = library.get_version()
     except Exception as error:
-        raise Skip(f"CuPy has no NCCL: {error}") from None
+        missing = isinstance(error, AttributeError)  # CuPy has told the reason as it was imported
+        raise Skip(f"CuPy finds no NCCL{'' if missing else f': {error}'}") from None
 
     def all_reduce() -> dict[str, Any]:
         communicator = library.NcclCommunicator(1, library.get_unique_id(), 0)
