@@ -144,7 +144,7 @@ class Check:
         self.about["machine"] = machine["records"][0] if machine["records"] else None
         self.about["machine_error"] = machine.get("tail")
         usable = machine["status"] in GOOD
-        reason = None if usable else (machine.get("tail") or "nothing").strip().splitlines()[-1]
+        reason = None if usable else "nothing can run here"
         for number, step in enumerate(steps):
             later = sum(one.reserve for one in steps[number + 1 :])
             seconds = min(step.limit, max(self.end - time.monotonic() - later, step.reserve))
@@ -374,7 +374,8 @@ def main() -> int:
         parser.error(f"--only {options.only}: the steps are {', '.join(s.name for s in STEPS)}")
     if options.on_double and any(Path("/dev").glob("nvidia[0-9]*")):
         parser.error("--on-double is for a machine without a GPU, and this one has one")
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     check = Check(options.json, options.on_double, options.budget)
     try:
         check.run(steps)
