@@ -238,7 +238,7 @@ def equal_bits() -> None:
 
     import chainer  # isort: skip
 
-    make = maker("resnet50", 128, 32)
+    make = maker("resnet50", 128, 64)
 
     def train(mode: Any) -> str:
         gpu_training.empty_pool()
@@ -262,8 +262,8 @@ def equal_bits() -> None:
         return {**moved, "equal_bits": equal}
 
     attempt("in core again", lambda: check(contextlib.nullcontext()))
-    cases: list[tuple[float, dict[str, Any]]] = [(0.7, {}), (0.5, {}), (0.5, {"host_limit": 0})]
-    cases.append((0.5, {"single_backward": True, "recompute": "auto"}))
+    cases: list[tuple[float, dict[str, Any]]] = [(0.8, {}), (0.6, {}), (0.7, {"host_limit": 0})]
+    cases.append((0.6, {"single_backward": True, "recompute": "auto"}))
     for share, settings in cases[2:] if DOUBLE else cases:
         given = {"limit": int(needed * share), **settings}
         name = f"limit {share} {settings or ''}".strip()
@@ -494,7 +494,7 @@ def _train_trusting() -> dict[str, Any]:
 
     import gpu_training  # isort: skip
 
-    make = maker("resnet50", 128, 32)
+    make = maker("resnet50", 128, 64)
     limit = gpu_training.peak_in_core(make, 1) // 2
     recompute._TRUSTS_LIBRARIES = True
     try:
