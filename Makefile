@@ -1,6 +1,7 @@
 # make demo   train on four ranks, out of core, with no GPU and no data needed
 # make test   ruff, mypy and the tests
 # make test-cuda   real CuPy without a GPU; CUPY="cupy-cuda12x==13.*" is another one, in an environment of its own
+# make gpu-check   what only a GPU can tell, in eight minutes; PYTHON=… has CuPy. ARGS=--on-double tries it without a GPU
 # make coverage   the tests, and which lines of chainer_ooc/ they run
 # make matrix   the tests on every supported Python that is here, with the oldest and the newest NumPy
 # make exhaustive   what make test leaves out: hours
@@ -22,7 +23,7 @@ INSTALL := python -m pip install -q --disable-pip-version-check
 # What an install depends on: the extension is built anew when its sources change.
 INSTALLED := pyproject.toml setup.py $(wildcard backend/*.py) $(shell find chainer_ooc -name '*.[ch]')
 
-.PHONY: demo test test-cuda coverage matrix exhaustive marked sanitize installs mutants chainer-suite docs clean
+.PHONY: demo test test-cuda gpu-check coverage matrix exhaustive marked sanitize installs mutants chainer-suite docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -42,6 +43,9 @@ CUDA_VENV := .venv-cuda$(if $(CUPY),-$(subst .*,,$(subst ==,-,$(CUPY))))
 
 test-cuda: $(CUDA_VENV)/.test
 	CUPY_CACHE_DIR=$(CURDIR)/$(CUDA_VENV)/kernels $(CUDA_VENV)/bin/$(PYTEST) tests/gpu tests/real_cupy $(ARGS)
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 # Watching begins before chainer_ooc's hook, when Python starts, also in the processes that the tests start. What measures
 # time or memory may fail: watching takes both.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,8 +37,10 @@ def need_gpu() -> None:
 
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on."""
-    import chainer
-    import cupy
+    import chainer_ooc  # noqa: F401  before Chainer, which it edits
+
+    import chainer  # isort: skip
+    import cupy  # isort: skip
 
     properties = cupy.cuda.runtime.getDeviceProperties(0)
     found: dict[str, Any] = {
@@ -51,10 +55,8 @@ def machine() -> dict[str, Any]:
         "cudnn_modules": getattr(getattr(chainer.backends.cuda, "cudnn", None), "__name__", None),
     }
     try:
-        import torch
-
-        found["torch"], found["torch_cudnn"] = torch.__version__, torch.backends.cudnn.version()
-    except ImportError:
+        found["torch"] = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
         found["torch"] = None
     return found
 
@@ -77,6 +79,28 @@ def milliseconds(function: Callable[[], Any], repeat: int, warm_up: int = 3) -> 
         end.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, end))
     return statistics.median(times)
+
+
+def timed(
+    step: Callable[[], Any], synchronize: Callable[[], Any], settled: int, repeat: int
+) -> dict[str, float]:
+    """Run a step some times, then time it.
+
+    Returns:
+        The medians of ``ms``, from the call to the end of the GPU's work, and ``host_ms``, to the call's return.
+    """
+    for _ in range(settled):
+        step()
+    synchronize()
+    whole, host = [], []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        step()
+        returned = time.perf_counter()
+        synchronize()
+        whole.append(1000 * (time.perf_counter() - start))
+        host.append(1000 * (returned - start))
+    return {"ms": statistics.median(whole), "host_ms": statistics.median(host)}
 
 
 def set_mode(mode: str, workspace: int | None, autotune: bool) -> None:

@@ -71,3 +71,19 @@ def test_a_stream_that_captures_is_seen(cuda):
         stream.begin_capture()
         graph = stream.end_capture()
         graph.launch()
+
+
+def test_unified_memory_takes_none_of_the_device(cuda):
+    before = cuda.memory()["used"]
+    pool = cupy.cuda.MemoryPool(cupy.cuda.malloc_managed)
+    with cupy.cuda.using_allocator(pool.malloc):
+        array = cupy.asarray(np.arange(12345, dtype="i4"))
+        assert (array.get() == np.arange(12345)).all()
+        more = cupy.cuda.alloc(2 * cuda.memory()["total"])
+    assert cuda.memory()["used"] == before
+    del array, more
+    pool.free_all_blocks()
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="InvalidValue"):
+        cupy.cuda.runtime.mallocManaged(512, 3)
+    assert cuda.complaints() == ["cudaMallocManaged(512, flags 3)"]
+    cuda.reset()

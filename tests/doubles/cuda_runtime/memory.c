@@ -111,6 +111,21 @@ int cudaFree(void *pointer)
     return OK;
 }
 
+/* Memory that moves where it is needed: it takes none of the device's for good. */
+int cudaMallocManaged(void **pointer, size_t size, unsigned flags)
+{
+    ENTER;
+    if (flags != 1 && flags != 2)
+        return MISTAKE(INVALID_VALUE, "cudaMallocManaged(%zu, flags %u)", size, flags);
+    if (!size)
+        return MISTAKE(INVALID_VALUE, "cudaMallocManaged(0)");
+    *pointer = reserve_addresses(size, 0, true);
+    if (!*pointer)
+        return failed(OUT_OF_MEMORY);
+    range_add(&device, (struct range){(uintptr_t)*pointer, size, PLAIN, 0, NULL});
+    return OK;
+}
+
 int cudaMemGetInfo(size_t *free, size_t *total)
 {
     ENTER;
