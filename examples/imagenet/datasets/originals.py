@@ -159,6 +159,17 @@ class _Array:
         self.value = values.reshape(shape, order="F" if fortran else "C")
 
 
+def _from_buffer(buffer: Any, dtype: _Dtype, shape: Any, order: str, axes: Any = None) -> _Array:
+    """Stands for what NumPy writes in pickles of protocol 5; from NumPy 2.5 on also with an order of axes."""
+    if axes is not None:
+        raise pickle.UnpicklingError(
+            "an array whose axes are in another order, which no data needs"
+        )
+    array = _Array()
+    array.__setstate__((None, shape, dtype, order == "F", buffer))
+    return array
+
+
 def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
@@ -173,6 +184,8 @@ class _ArraysOnly(pickle.Unpickler):
         ("numpy", "dtype"): _Dtype,
         ("numpy.core.multiarray", "_reconstruct"): _Array,
         ("numpy._core.multiarray", "_reconstruct"): _Array,
+        ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+        ("numpy._core.numeric", "_frombuffer"): _from_buffer,
         ("_codecs", "encode"): _encode,
     }
 

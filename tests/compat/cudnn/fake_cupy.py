@@ -179,6 +179,7 @@ def modules() -> dict[str, types.ModuleType]:
     cupy.get_default_memory_pool = _Pool
     cuda.runtime, cuda.memory, cuda.Device, cuda.Stream = runtime, memory_module, Device, Stream
     cuda.alloc = alloc
+    cuda.get_allocator = lambda: alloc
     cuda.get_current_stream = lambda: Stream.current
     cuda.is_available = lambda: True
     runtime.getDevice = lambda: Device.current
