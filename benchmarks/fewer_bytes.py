@@ -80,7 +80,7 @@ def main() -> None:
                     f"{row['peak_bytes'] / limit:.3f}",
                 ]
             )
-    header = ["net", "way", "MiB out", "in", "run again"]
+    header = ["net", "way", "MiB out", "in", "discarded"]
     print_table([*header, "time/move", "of stock", "peak/limit"], rows)
     write(options.json, results)
 
