@@ -99,18 +99,14 @@ def install() -> None:
 
 
 def _modes() -> tuple[bool, bool]:
-    """Return whether Chainer makes graphs, and whether ``static_graph`` schedules them."""
+    """Return whether Chainer makes graphs, and whether ``static_graph`` schedules them.
+
+    ``chainer.config`` itself is slower: where only globals have a value, its look-up fails first.
+    """
     config = _stock["config"]
     own, everywhere = config._local.__dict__, config._global
     enabled = own.get("enable_backprop", everywhere.enable_backprop)
     return bool(enabled), own.get("schedule_func", everywhere.schedule_func) is not None
-
-
-def _config(name: str) -> Any:
-    """Return a value of ``chainer.config``, faster than its own look-up, which fails first if only globals have it."""
-    config = _stock["config"]
-    own = config._local.__dict__
-    return own[name] if name in own else getattr(config._global, name)
 
 
 def _apply(self: Any, inputs: Any) -> Any:
@@ -197,7 +193,7 @@ def _save_tracked(
 
 def _is_foreign(func: Any) -> bool:
     """Return whether a function's arrays must not move: ``static_graph``, for one, writes to them."""
-    return func._is_chainerx_fallback_mode or _config("schedule_func") is not None
+    return func._is_chainerx_fallback_mode or _modes()[1]
 
 
 def _note(func: Any, settings: Settings) -> None:
@@ -214,7 +210,7 @@ def _backprop_step(
     settings = state.current()
     manager, plenty = (None, True) if settings is None else _before(grad_outputs, settings)
     # The gradients get their own graph, and its backward comes back to this function.
-    twice = bool(_config("enable_backprop"))
+    twice, _ = _modes()
     if record is None and plenty:
         func.__dict__[_TWICE if twice else _USED] = True
         _stock["backprop_step"](func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
@@ -351,9 +347,8 @@ def _after(manager: SwapManager, settings: Settings, backward: bool) -> None:
     elif state.local.running is None:
         if settings.verify:
             save_pending()  # now, while its arrays are unmodified
-        if (
-            manager.measures_growth or not manager.device.asks_for_room
-        ):  # else allocations have done it
+        # Where nothing is measured, allocations that ask have made room themselves.
+        if manager.measures_growth or not manager.device.asks_for_room:
             manager.make_room(0)
     if state.local.running is None:
         manager.ended(backward)

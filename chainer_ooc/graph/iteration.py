@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from chainer_ooc.graph.recompute import STEP, Recipes
+from chainer_ooc.graph.recompute import STEP, Recipes, discards_all
 from chainer_ooc.planning.executor import PlanExecutor
 from chainer_ooc.planning.plan_cache import Conditions, PlanCache, PlanEntry, plan_for
 from chainer_ooc.planning.profile import Profile, describe_input, signature_of
@@ -128,7 +128,8 @@ class IterationTracker:
         """Follow a plan from now on, or none."""
         self._executor, self._guarded = executor, guarded
         self.is_selective = self._saves_selectively and executor is not None
-        self.manager.measures_growth = executor is None or self._recorder is not None
+        records = self._recorder is not None or self._marks is not None
+        self.manager.measures_growth = executor is None or records
         # For graphs that never come again outlines are in vain. If one does after many others, its next iterations are
         # recorded, and its plan is made again from these.
         self._outlines = self._recorder is not None and (
@@ -187,10 +188,10 @@ class IterationTracker:
 
     def wants_recipes(self, func: Any, settings: Settings) -> Recipes | None:
         """Return which recipes to write for the function that has just run forward, ``None`` for none."""
+        if discards_all(settings) and self.manager.has_been_short:
+            return Recipes.GUARDED
         if settings.recompute == "never":
             return None
-        if settings.discard_all and self.manager.has_been_short:
-            return Recipes.GUARDED
         with self._lock:
             if func.__dict__.get(STEP) is not self._at:
                 return None

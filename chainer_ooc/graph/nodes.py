@@ -94,31 +94,15 @@ def install(
             reach(node)
         return variable._data[0]
 
-    doc = chainer.Variable.raw_array.__doc__
-    chainer.Variable.raw_array = (
-        property(get_raw_array, doc=doc)
-        if native.allocator is None
-        else native.allocator.RawArray("_data", PRIVATE, None, get_raw_array, None, doc)
-    )
+    doc, c = chainer.Variable.raw_array.__doc__, native.allocator
+    raw, data = property(get_raw_array, doc=doc), property(_get_data, _set_data)
+    if c is not None:
+        raw = c.RawArray("_data", PRIVATE, None, get_raw_array, None, doc)
+        data = c.FastProperty("_data", PRIVATE, PackedArray, _get_data, _set_data)
+    chainer.Variable.raw_array, variable.VariableNode._data = raw, data
     variable._peek = peek
     variable._before_hooks = before_hooks
-    variable.VariableNode._data = _property("_data", PRIVATE, PackedArray, _get_data, _set_data)
     chainer.FunctionNode._retained_output_data = property(_get_retained, _set_retained)
-
-
-def _property(name: str, asks: str, stand_in: type, get: Any, put: Any) -> Any:
-    """Return a property of a value in the instance's ``__dict__``.
-
-    Args:
-        name: The value's name.
-        asks: With this name in there, ``get`` is to be called.
-        stand_in: The type of values of which ``get`` is to be called.
-        get: Returns the property's value.
-        put: Sets it where it had one.
-    """
-    if native.allocator is None:
-        return property(get, put)
-    return native.allocator.FastProperty(name, asks, stand_in, get, put)
 
 
 def keep(node: Any) -> None:

@@ -242,14 +242,19 @@ class Evictor(Generic[S]):
             else:
                 moves.begin_out(storage)
 
+    @property
+    def may_prefetch(self) -> bool:
+        """Whether anything has left memory, and no plan decides when it comes back."""
+        size = self._moves.nbytes
+        return not self.follows_plan and bool(size[State.OUT] or size[State.DISCARDED])
+
     def prefetch(self, following: Iterable[S]) -> None:
         """Begin to fetch storages, in this order, as far as free memory allows, unless a plan decides.
 
         The memory that recent functions took for themselves stays free. Otherwise the next function would
         evict what was just fetched.
         """
-        size = self._moves.nbytes
-        if self.follows_plan or not (size[State.OUT] or size[State.DISCARDED]):
+        if not self.may_prefetch:
             return
         most = self._budget.high_beside_growth()
         for storage in following:

@@ -57,8 +57,8 @@ class SwapManager:
         peak_without_offload: The most that would have been in use (bytes) if nothing had ever moved, since
             memory became short.
         tracker: The tracker of the iterations on this device, set by ``graph/iteration.py``.
-        measures_growth: What functions take for themselves matters. It does not while a plan is followed and nothing
-            recorded.
+        measures_growth: What functions take for themselves matters. It does not while a plan is followed that is not
+            measured any more.
     """
 
     _transfers_type = Transfers
@@ -293,9 +293,7 @@ class SwapManager:
         """
         with self._lock:
             following = self._order.use(_storages_of(group))
-            size = self._transfers.nbytes
-            has_left = not self.follows_plan and (size[State.OUT] or size[State.DISCARDED])
-            if has_left and self.device.may_move():
+            if self._evictor.may_prefetch and self.device.may_move():
                 self._evictor.prefetch(following)
 
     def release_use(self, group: Iterable[PackedArray], drop: bool) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import random
+from types import SimpleNamespace
 
 import chainer
 import chainer.functions as F
@@ -15,9 +16,11 @@ import pytest
 
 import chainer_ooc
 from chainer_ooc import state
-from chainer_ooc.graph.iteration import tracker_of
+from chainer_ooc.graph import recompute
+from chainer_ooc.graph.iteration import Guarded, guarded_by, tracker_of
 from chainer_ooc.planning import plan_cache, search
 from chainer_ooc.planning.plan import Choice
+from chainer_ooc.planning.steps import FORWARD
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.recipe import PrivateContent
 from chainer_ooc.testing import assert_same_bits
@@ -261,16 +264,40 @@ def test_what_only_functions_of_chainer_have_had_is_not_read_for_fingerprints(ma
 
 
 def test_only_what_a_plan_asks_for_is_noted(manager, monkeypatch):
-    made, counts = [], []
-    init = PrivateContent.__init__
-    monkeypatch.setattr(
-        PrivateContent, "__init__", lambda self, *args: made.append(self) or init(self, *args)
+    """By plan it matters who gets what is discarded, or read to make that again."""
+    noted = {}
+    note_private = recompute.note_private
+
+    def note(func, inputs, outputs, fresh):
+        if fresh:
+            iteration, step = func.__dict__[recompute.STEP]
+            noted.setdefault(iteration, set()).add(step)
+        return note_private(func, inputs, outputs, fresh)
+
+    monkeypatch.setattr(recompute, "note_private", note)
+    both(manager, lambda: lambda n, place, v: None, kib=480)
+    (entry,) = tracker_of(manager).plan_cache.entries.values()
+    profile, plan = entry.profile, entry.plan
+    dropped = {i for _, i in plan.discard}
+    reads = {i for d in dropped for i in profile.steps[profile.makers[d]].rerun.reads}
+    made = {profile.storages[i].producer for i in dropped | reads}
+    run = {n for d in dropped for n in profile.steps[profile.makers[d]].rerun.steps}
+    last = noted[max(noted)]
+    assert made <= last <= made | run | {profile.makers[d] for d in dropped}
+    forward = {n for n, step in enumerate(profile.steps) if step.phase == FORWARD}
+    assert last < forward
+
+
+def test_who_gets_what_only_moves_does_not_matter():
+    """The first of three functions runs again and reads what the second makes; the result of the third moves."""
+    rerun = SimpleNamespace(steps=(), reads=(1,))
+    profile = SimpleNamespace(
+        makers={0: 0},
+        steps=[SimpleNamespace(rerun=rerun), *[SimpleNamespace(rerun=None)] * 2],
+        storages=[SimpleNamespace(producer=n) for n in range(3)],
     )
-
-    def act(n, place, v):
-        if place == "conv 0":
-            counts.append(len(made))
-
-    both(manager, lambda: act, kib=480)
-    outlined, planned = counts[-6] - counts[-7], len(made) - counts[-1]
-    assert 0 < planned < outlined
+    executor = SimpleNamespace(discarded=frozenset({0}), moved=frozenset({0, 2}))
+    guarded = guarded_by(
+        executor, SimpleNamespace(profile=profile, saved={n: (n,) for n in range(3)})
+    )
+    assert guarded == Guarded(make={0, 1}, run={0}, save={0}, moves={0, 1, 2})

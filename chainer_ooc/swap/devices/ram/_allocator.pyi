@@ -31,6 +31,21 @@ class EngineLock:
 class Mortal:
     def _die(self) -> None: ...
 
+class FastProperty:
+    def __init__(
+        self,
+        name: str,
+        asks: str | None,
+        stand_in: type | None,
+        get: Callable[[Any], Any],
+        set: Callable[[Any, Any], None] | None,
+        doc: str | None = ...,
+    ) -> None: ...
+    def __get__(self, instance: Any, owner: type | None = ...) -> Any: ...
+    def __set__(self, instance: Any, value: Any) -> None: ...
+
+class RawArray(FastProperty): ...
+
 def configure(
     before: Callable[[int], object] | None, announced: int, pool: PagePool | None, pooled: int
 ) -> None: ...
