@@ -11,17 +11,10 @@
 #define _GNU_SOURCE
 #include "../../chainer_ooc/swap/devices/cuda/page_arena.c"
 
+#include "check.h"
 #include <stdio.h>
 
 enum { PAGE = 4096, PAGES = 2048, UNITS = PAGE / GRAIN, STREAMS = 3, BLOCKS = 512, PHYSICAL = 1024 };
-
-#define CHECK(what)                                                         \
-    do {                                                                    \
-        if (!(what)) {                                                      \
-            fprintf(stderr, "line %d: %s does not hold\n", __LINE__, #what); \
-            abort();                                                        \
-        }                                                                   \
-    } while (0)
 
 struct event {
     int stream;

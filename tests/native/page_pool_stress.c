@@ -7,18 +7,11 @@
 #define _GNU_SOURCE
 #include "../../chainer_ooc/swap/devices/ram/page_pool.c"
 
+#include "check.h"
 #include <stdio.h>
 #include <sys/wait.h>
 
 #define BLOCKS 512
-
-#define CHECK(what)                                                         \
-    do {                                                                    \
-        if (!(what)) {                                                      \
-            fprintf(stderr, "line %d: %s does not hold\n", __LINE__, #what); \
-            abort();                                                        \
-        }                                                                   \
-    } while (0)
 
 struct model {
     struct page_pool *pool;
