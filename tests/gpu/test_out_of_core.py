@@ -249,9 +249,17 @@ def test_no_leak(chainer_gpu, clean):
 
 def test_the_pools_limit_is_given_back(chainer_gpu, clean):
     import chainer_ooc
+    from chainer_ooc import state
 
-    clean.set_limit(size=1 << 33)
-    with chainer_ooc.out_of_core_mode(limit=1 << 30):
-        chainer_gpu.functions.relu(chainer_gpu.Variable(cupy.ones((MIB,), "f")))
-        assert clean.get_limit() == 1 << 30
-    assert clean.get_limit() == 1 << 33
+    own = cupy.cuda.MemoryPool()
+    for pool in (own, clean):
+        pool.set_limit(size=1 << 33)
+    for pool in (own, clean):
+        cupy.cuda.set_allocator(pool.malloc)
+        with chainer_ooc.out_of_core_mode(limit=1 << 30):
+            chainer_gpu.functions.relu(chainer_gpu.Variable(cupy.ones((MIB,), "f")))
+            has_arenas = cupy.cuda.get_allocator().__class__.__name__ == "ArenaAllocator"
+            assert pool.get_limit() == (1 << 33 if has_arenas else 1 << 30)
+            assert state.process.gpus.managers[0].limit == 1 << 30
+        assert pool.get_limit() == 1 << 33
+        assert cupy.cuda.get_allocator() == pool.malloc

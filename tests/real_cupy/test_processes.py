@@ -53,7 +53,8 @@ cuda_runtime.setup(total=10 << 30)
 held = cupy.cuda.Memory(2 << 30)  # as another process would have it
 chainer_ooc.enable()
 chainer.functions.relu(chainer.Variable(cupy.zeros(4, 'f')))
-print(cupy.get_default_memory_pool().get_limit() / 2**30)
+from chainer_ooc import state
+print(state.process.gpus.managers[0].limit / 2**30)
 """
     assert 7 < float(run(code)) < 8
 
