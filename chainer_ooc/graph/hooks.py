@@ -19,6 +19,8 @@ from chainer_ooc.graph import attributes, nodes, recompute
 from chainer_ooc.graph.iteration import IterationTracker, tracker_of
 from chainer_ooc.graph.splitting import rules
 from chainer_ooc.settings import Settings
+from chainer_ooc.swap.budget import UNASKED
+from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.observed_growth import ObservedGrowth
 from chainer_ooc.swap.storage import PackedArray
@@ -44,6 +46,16 @@ _pending: deque[tuple[weakref.ref[Any], bool]] = deque()
 _most_pending = 4096
 _SEQUENCES = (tuple, list)
 _stock: dict[str, Any] = {}
+
+
+def _covers(inputs: Any, settings: Any) -> bool:
+    """Without the C extension there is no margin."""
+    return False
+
+
+if native.allocator is not None:
+    _covers = native.allocator.covers
+
 _install_lock = threading.Lock()
 
 
@@ -88,6 +100,8 @@ def install() -> None:
         rules.install()
         attributes.saved_attributes(batch_normalization.BatchNormalization, ["_impl"])
         attributes.saved_attributes(batch_normalization.BatchNormalizationGrad, ["_impl"])
+        if native.allocator is not None:
+            native.allocator.count_arrays_of(chainer.Variable, ndarray)
         _stock["config"] = chainer.config
         _stock["variable"] = chainer.Variable
         _stock["apply"] = chainer.FunctionNode.apply
@@ -98,15 +112,19 @@ def install() -> None:
         _backprop_utils.backprop_step = _backprop_step
 
 
-def _modes() -> tuple[bool, bool]:
-    """Return whether Chainer makes graphs, and whether ``static_graph`` schedules them.
+def _is_scheduled() -> bool:
+    """Return whether ``static_graph`` schedules Chainer's functions.
 
     ``chainer.config`` itself is slower: where only globals have a value, its look-up fails first.
     """
     config = _stock["config"]
-    own, everywhere = config._local.__dict__, config._global
-    enabled = own.get("enable_backprop", everywhere.enable_backprop)
-    return bool(enabled), own.get("schedule_func", everywhere.schedule_func) is not None
+    return config._local.__dict__.get("schedule_func", config._global.schedule_func) is not None
+
+
+def _keeps_graph() -> bool:
+    """Return whether Chainer makes graphs."""
+    config = _stock["config"]
+    return bool(config._local.__dict__.get("enable_backprop", config._global.enable_backprop))
 
 
 def _apply(self: Any, inputs: Any) -> Any:
@@ -114,15 +132,15 @@ def _apply(self: Any, inputs: Any) -> Any:
     apply = _stock["apply"]
     if settings is None or not isinstance(inputs, _SEQUENCES):  # an iterator can be read once
         return apply(self, inputs)
-    manager, plenty = _before(inputs, settings)
+    manager, plenty = (None, True) if _covers(inputs, settings) else _before(inputs, settings)
     if plenty:
         outputs = apply(self, inputs)
-        if self.inputs is not None and manager is not None and not _is_foreign(self):
+        if self.inputs is not None and not _is_foreign(self):
             _note(self, settings)
         return outputs
-    keeps_graph, is_scheduled = _modes()
-    if manager is None or is_scheduled:
+    if manager is None or _is_scheduled():
         return apply(self, inputs)
+    keeps_graph = _keeps_graph()
     # Whoever gets such an array, or a view of it, is to be noted: also without a plan, or where another mode is on.
     has_private, guards = recompute.are_private(inputs), settings.discard_all
     local, tracker = state.local, None
@@ -146,6 +164,7 @@ def _apply(self: Any, inputs: Any) -> Any:
     run = _run_verified if settings.verify else _run
     outputs = run(self, inputs, manager, apply, self, inputs)
     if has_private or guards:
+        nodes.watch()
         recompute.note_private(self, inputs, outputs, guards and is_safe)
     is_kept = self.inputs is not None and not self._is_chainerx_fallback_mode
     if tracker is None:
@@ -193,7 +212,7 @@ def _save_tracked(
 
 def _is_foreign(func: Any) -> bool:
     """Return whether a function's arrays must not move: ``static_graph``, for one, writes to them."""
-    return func._is_chainerx_fallback_mode or _modes()[1]
+    return func._is_chainerx_fallback_mode or _is_scheduled()
 
 
 def _note(func: Any, settings: Settings) -> None:
@@ -208,9 +227,11 @@ def _backprop_step(
 ) -> None:
     record = func.__dict__.get(_RECORD)
     settings = state.current()
-    manager, plenty = (None, True) if settings is None else _before(grad_outputs, settings)
+    manager, plenty = None, True
+    if settings is not None and (record is not None or not _covers(grad_outputs, settings)):
+        manager, plenty = _before(grad_outputs, settings)
     # The gradients get their own graph, and its backward comes back to this function.
-    twice, _ = _modes()
+    twice = _keeps_graph()
     if record is None and plenty:
         func.__dict__[_TWICE if twice else _USED] = True
         _stock["backprop_step"](func, target_input_indexes, grad_outputs, grad_inputs, is_debug)
@@ -290,9 +311,8 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     If memory is short, the thread's allocations ask for room from now on.
     """
     # Every function passes here: few calls, and not the property raw_array.
-    variable, local = _stock["variable"], state.local
-    in_ram, manager, nbytes = local.manager or state.process.managers.get("ram"), None, 0
-    gpus = state.process.gpus
+    variable, local, manager, nbytes = _stock["variable"], state.local, None, 0
+    in_ram, gpus = local.manager or state.process.managers.get("ram"), state.process.gpus
     for x in inputs:
         array = x._data[0] if isinstance(x, variable) else x
         if type(array) is ndarray:
@@ -315,7 +335,12 @@ def _before(inputs: Any, settings: Settings) -> tuple[SwapManager | None, bool]:
     if not (settings.verify or state.observers or manager.has_been_short):
         # Where allocations always ask, nothing need be foreseen but whether to record the first iteration.
         is_known = asks and manager.tracker is not None and not manager.tracker.is_first
-        if is_known or manager.budget.are_far(_EXPANSION * nbytes, settings):
+        if is_known:
+            return manager, True
+        if manager.budget.are_far(_EXPANSION * nbytes, settings):
+            if native.allocator is not None and manager is in_ram and local.manager is None:
+                covered = manager.budget.lend_slack() // _EXPANSION
+                native.allocator.set_margin(covered, UNASKED, settings)
             return manager, True
     if not asks:
         state.hook_allocations()
@@ -460,8 +485,8 @@ def save_pending() -> None:
 
 
 def _save(func: Any, drop: bool) -> None:
+    nodes.watch()
     label = func._impl_name
-
     in_ram = state.process.managers.get("ram")
 
     def save(array: Any) -> PackedArray | None:

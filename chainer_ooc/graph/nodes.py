@@ -14,17 +14,23 @@ from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.recipe import PRIVATE
 from chainer_ooc.swap.storage import PackedArray
 
-__all__ = ["install", "keep", "save_inputs", "save_outputs"]
+__all__ = ["install", "is_watching", "keep", "save_inputs", "save_outputs", "watch"]
 
 #: Marks a node whose array may have other readers than the functions that saved it.
 _KEPT = "_ooc_kept"
 
 
-def _nobody(node: Any) -> None:
-    """Do nothing, before :func:`install`."""
+#: What :func:`install` was told, and the getter of Chainer's ``Variable.raw_array``.
+_stand_in: Callable[[PackedArray], Any]
+_reach: Callable[[Any], None]
+_raw_array: Callable[[Any], Any]
+#: The properties are there.
+is_watching = False
 
 
-_reach: Callable[[Any], None] = _nobody
+def _peek(node: Any) -> Any:
+    data = node.__dict__.get("_data")
+    return _stand_in(data) if type(data) is PackedArray else data
 
 
 def _get_data(node: Any) -> Any:
@@ -40,6 +46,15 @@ def _set_data(node: Any, data: Any) -> None:
         # The functions that saved the old array will read the new one, which they did not count.
         node.__dict__[_KEPT] = True
     node.__dict__["_data"] = data
+
+
+def _get_raw_array(variable: Any) -> Any:
+    if variable._has_chainerx_array:
+        return _raw_array(variable)
+    node = getattr(variable, "_node", None)  # not yet in its constructor
+    if node is not None and PRIVATE in node.__dict__:
+        _reach(node)
+    return variable._data[0]
 
 
 def _get_retained(func: Any) -> Any:
@@ -60,7 +75,7 @@ def install(
     before_hooks: Callable[[Any], None],
     reach: Callable[[Any], None],
 ) -> None:
-    """Make the properties of Chainer's classes. Later calls do nothing.
+    """Tell what to call. Later calls do nothing.
 
     Args:
         stand_in: Returns an empty array with the type and device of a saved one.
@@ -70,39 +85,37 @@ def install(
     Raises:
         RuntimeError: If Chainer was imported without the import hook.
     """
-    import chainer
     from chainer import variable
 
     if not hasattr(variable, "_peek"):
         raise RuntimeError(
             "Chainer was imported before chainer_ooc's import hook was installed; import chainer_ooc first"
         )
+    global _stand_in, _reach, _raw_array
+    _stand_in, _reach, _raw_array = stand_in, reach, variable.Variable.raw_array.fget
+    variable._before_hooks = before_hooks
 
-    def peek(node: Any) -> Any:
-        data = node.__dict__.get("_data")
-        return stand_in(data) if type(data) is PackedArray else data
 
-    global _reach
-    _reach = reach
-    raw_array = chainer.Variable.raw_array.fget
+def watch() -> None:
+    """Make the properties of Chainer's classes, before the first array is saved or private. Later calls do nothing.
 
-    def get_raw_array(variable: Any) -> Any:
-        if variable._has_chainerx_array:
-            return raw_array(variable)
-        node = getattr(variable, "_node", None)  # not yet in its constructor
-        if node is not None and PRIVATE in node.__dict__:
-            reach(node)
-        return variable._data[0]
+    Reading an array is slower then. As long as all fits, it stays as fast as stock Chainer's.
+    """
+    global is_watching
+    if is_watching:
+        return
+    import chainer
+    from chainer import variable
 
-    doc, c = chainer.Variable.raw_array.__doc__, native.allocator
-    raw, data = property(get_raw_array, doc=doc), property(_get_data, _set_data)
+    c, doc = native.allocator, chainer.Variable.raw_array.__doc__
+    raw, data = property(_get_raw_array, doc=doc), property(_get_data, _set_data)
     if c is not None:
-        raw = c.RawArray("_data", PRIVATE, None, get_raw_array, None, doc)
+        raw = c.RawArray("_data", PRIVATE, None, _get_raw_array, None, doc)
         data = c.FastProperty("_data", PRIVATE, PackedArray, _get_data, _set_data)
     chainer.Variable.raw_array, variable.VariableNode._data = raw, data
-    variable._peek = peek
-    variable._before_hooks = before_hooks
+    variable._peek = _peek
     chainer.FunctionNode._retained_output_data = property(_get_retained, _set_retained)
+    is_watching = True
 
 
 def keep(node: Any) -> None:

@@ -10,10 +10,10 @@ from chainer_ooc.planning.system import LOW_WATER, MARGIN, REMEMBERED_GROWTH
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.protocol import Device
 
-__all__ = ["MemoryBudget"]
+__all__ = ["UNASKED", "MemoryBudget"]
 
 #: The OS is queried at least once in this many functions.
-_UNASKED = 64
+UNASKED = 64
 
 
 class MemoryBudget:
@@ -66,10 +66,15 @@ class MemoryBudget:
         """
         self._slack -= nbytes
         self._unasked += 1
-        if self._slack < 0 or self._unasked > _UNASKED or settings is not self._measured[0]:
+        if self._slack < 0 or self._unasked > UNASKED or settings is not self._measured[0]:
             self._slack = self.low - self.used_bytes() - nbytes
             self._unasked = 0
         return self._slack >= 0
+
+    def lend_slack(self) -> int:
+        """Return the bytes that :meth:`are_far` would still allow without a query, and let it query the next time."""
+        slack, self._slack = self._slack, 0
+        return slack
 
     def high_beside_growth(self) -> int:
         """Return the high watermark less the most that recent functions took for themselves (bytes).

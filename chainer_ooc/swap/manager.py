@@ -437,7 +437,7 @@ class SwapManager:
             return True
         if not self.device.may_move():
             return used + nbytes <= high
-        self.has_been_short = True
+        self._note_shortage()
         self._low_after_graph = low
         self.device.set_cached_limit(high)
         with self._lock:
@@ -446,11 +446,16 @@ class SwapManager:
             self._transfers.run_deferred_frees()
             return self._evictor.make_room(nbytes) + nbytes <= high
 
+    def _note_shortage(self) -> None:
+        if not self.has_been_short:
+            self.has_been_short = True
+            native.ask_again()  # no function is let through unseen from now on
+
     def move_all_out(self) -> None:
         """Move out every storage that only the graph refers to, except those that were prefetched."""
         if not self.device.may_move():
             return
-        self.has_been_short = True
+        self._note_shortage()
         with self._lock:
             self._transfers.run_deferred_frees()
             self._evictor.push_out(EVERYTHING)

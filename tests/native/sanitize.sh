@@ -34,5 +34,5 @@ export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_m
 resident="whatever_comes_and_goes or scattered_blocks or limit_of_address_space or beside_a_look"
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" "$python" -m pytest -q -p no:cacheprovider \
     tests/swap/test_page_pool.py tests/swap/test_allocator.py tests/swap/test_allocation_failures.py \
-    tests/swap/test_engine_lock.py tests/graph/test_fast_property.py \
+    tests/swap/test_engine_lock.py tests/graph/test_fast_property.py tests/graph/test_margin.py \
     tests/swap/cuda/test_page_arena.py -k "not ($resident)" "$@"

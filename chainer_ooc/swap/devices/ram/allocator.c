@@ -59,12 +59,18 @@ static _Thread_local struct {
     long long peak; /* the most that memory in use would have been without moves, since it was taken last */
     bool asks;      /* `before` runs */
     bool has_stored;
+    bool installed; /* between install() and uninstall() */
     PyObject *stored_traceback; /* that of the stored error when it was stored; for comparison alone */
 } own;
 
 unsigned allocation_epoch(void)
 {
     return epoch;
+}
+
+bool thread_asks(void)
+{
+    return own.installed;
 }
 
 /* Errors. */
@@ -513,6 +519,7 @@ static PyObject *install(PyObject *self, PyObject *unused)
     PyObject *old = set_handler(our_capsule);
     if (!old)
         return NULL;
+    own.installed = true;
     Py_DECREF(old);
     Py_RETURN_NONE;
 }
@@ -523,6 +530,7 @@ static PyObject *uninstall(PyObject *self, PyObject *unused)
     PyObject *now = get_handler();
     if (!now)
         return NULL;
+    own.installed = false;
     Py_DECREF(now);
     PyObject *old = now == our_capsule ? set_handler(numpys_capsule) : NULL;
     Py_XDECREF(old);
@@ -662,7 +670,7 @@ PyMODINIT_FUNC PyInit__allocator(void)
     PyObject *module = PyModule_Create(&definition);
     pool_type = module ? (PyTypeObject *)PyType_FromSpec(&pool_spec) : NULL;
     if (!pool_type || PyModule_AddObjectRef(module, "PagePool", (PyObject *)pool_type) || add_engine_lock(module) ||
-        add_fast_property(module) || add_page_arena(module)) {
+        add_fast_property(module) || add_margin(module) || add_page_arena(module)) {
         Py_XDECREF(module);
         return NULL;
     }

@@ -21,13 +21,16 @@ bool is_sorting(void);
 void find_sorts(void **numpys_table);
 /* allocator.c: changes when the levels that threads were given are void. */
 unsigned allocation_epoch(void);
+/* allocator.c: this thread has its allocations asked about. */
+bool thread_asks(void);
 /* ../cuda/cupy_memory.c: adds PageArena and what goes with it to a module; -1 with an exception set if it fails. And: the
    interpreter ends, nobody is asked any more. */
 int add_page_arena(PyObject *module);
 void end_arenas(void);
 /* Adds the types EngineLock and Mortal to a module. Returns -1 with an exception set if it fails. */
 int add_engine_lock(PyObject *module);
-/* graph/fast_property.c: the same of FastProperty. */
+/* graph/: the same of FastProperty, and of the functions of margins. */
 int add_fast_property(PyObject *module);
+int add_margin(PyObject *module);
 
 #endif
