@@ -7,10 +7,12 @@ handler in C writes their numbers at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 
 from launcher import STOP_SIGNALS
@@ -31,6 +33,34 @@ def listen(receive: Callable[[int], None]) -> None:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _leave_to_the_thread)
     threading.Thread(target=_read, args=(reader, receive), name="signals", daemon=True).start()
+
+
+@contextlib.contextmanager
+def kept_from_children() -> Iterator[None]:
+    """Has the processes that start in here, and all that they start, leave ``STOP_SIGNALS`` to this one.
+
+    They inherit that these signals wait for ever. One that this process gets meanwhile itself it handles afterwards.
+    """
+    start_resource_tracker()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_resource_tracker() -> None:
+    """Starts the process in which multiprocessing notes semaphores and shared memory, unless it runs.
+
+    Python starts it when it is needed, on Python 3.14 also for a progress bar or a ``multiprocessing.Queue``. Then
+    SIGHUP, SIGUSR1 and SIGUSR2 to all processes of a run would end it, and another one would print tracebacks.
+    Started here it leaves ``STOP_SIGNALS`` to this process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()
+    finally:  # before Python 3.14 SIGINT and SIGTERM pass again already
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:

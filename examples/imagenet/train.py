@@ -26,6 +26,7 @@ import chainer_ooc  # noqa: F401  first: it makes stock Chainer importable
 import config as config_module
 import devices
 import out_of_core
+import stop_signals
 import world as world_module
 from config import Config
 from datasets.iterators import start_worker_server
@@ -62,6 +63,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         start_ranks(config)
+        stop_signals.start_resource_tracker()
         if config.iterator_name == "process":
             start_worker_server()
         gpu, device_text = devices.use_gpu(config.gpu, launcher.local_size())

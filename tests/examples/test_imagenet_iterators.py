@@ -1,6 +1,7 @@
 """The same examples in the same order, whoever loads them, and no waiting for dead loaders."""
 
 import itertools
+import multiprocessing
 import re
 import time
 
@@ -223,6 +224,77 @@ if __name__ == "__main__":
     )
     done = run_python(script, timeout=60)
     assert done.stdout.split() == ["True", "alive", "alive"], done.stdout + done.stderr
+
+
+LEFT_TO_THE_TRAINER = """
+import psutil
+from launcher import STOP_SIGNALS
+def print_children():
+    for child in psutil.Process().children(recursive=True):
+        with open(f"/proc/{child.pid}/status") as f:
+            masks = dict(line.split(":", 1) for line in f)
+        masks = int(masks["SigBlk"], 16) | int(masks["SigIgn"], 16)
+        print(child.pid, [number.name for number in STOP_SIGNALS if not masks >> number - 1 & 1])
+"""
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_loaders_that_an_iterator_starts_itself_leave_signals_too(run_python, tmp_path, method):
+    script = tmp_path / "script.py"
+    script.write_text(
+        IDLE.replace("start_worker_server()", "")
+        + LEFT_TO_THE_TRAINER
+        + f"""
+if __name__ == "__main__":
+    multiprocessing.set_start_method({method!r})
+    it, workers = workers_of_an_idle_iterator()
+    print_children()
+    it.finalize()
+"""
+    )
+    done = run_python(script, timeout=60)
+    children = done.stdout.splitlines()
+    # The resource tracker, perhaps the server, two loaders.
+    assert len(children) == (4 if method == "forkserver" else 3), done.stdout + done.stderr
+    assert all(child.endswith(" []") for child in children), done.stdout
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "multiprocessing.get_context('forkserver').Lock()",
+        "multiprocessing.get_context('spawn').Queue(3)",
+        "shared_memory.SharedMemory(create=True, size=64)",
+        "tqdm.tqdm.get_lock()",
+        "tensorboardX.SummaryWriter(sys.argv[0] + '.events')",
+    ],
+)
+def test_the_resource_tracker_outlives_the_signals(run_python, tmp_path, use):
+    script = tmp_path / "script.py"
+    script.write_text(
+        SETUP
+        + LEFT_TO_THE_TRAINER
+        + f"""
+import multiprocessing, stop_signals, tensorboardX, tqdm
+from multiprocessing import resource_tracker, shared_memory
+if __name__ == "__main__":
+    stop_signals.start_resource_tracker()
+    [tracker] = psutil.Process().children()
+    used = {use}
+    for number in STOP_SIGNALS:
+        tracker.send_signal(number)
+    used = [used, {use}]
+    print_children()
+    print([tracker] == psutil.Process().children())
+    for one in used:
+        if hasattr(one, "unlink"):
+            one.close(), one.unlink()
+"""
+    )
+    done = run_python(script, timeout=60)
+    assert done.stdout.splitlines()[-1:] == ["True"], done.stdout + done.stderr
+    assert done.stdout.splitlines()[0].endswith(" []"), done.stdout
+    assert not done.stderr
 
 
 @pytest.mark.mpi

@@ -119,37 +119,50 @@ def test_validation_says_the_same_on_any_number_of_ranks(train, lists, tmp_path)
         assert result == pytest.approx(results[0], rel=1e-6)
 
 
-def start(args, ranks, tmp_path):
-    """Starts an endless run and waits until it trains; returns the process and its ranks."""
-    log = tmp_path / "log.txt"
-    with open(log, "wb") as f:
-        process = subprocess.Popen(
-            command([*args, "-i", "100000"], ranks),
-            env=environment(),
-            stdout=f,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # Under nohup the tests ignore it, and so would the run.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-        )
-    deadline = time.monotonic() + 60
-    while not re.search(rb"\b[1-9]\d*/100000", log.read_bytes()):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
-    workers = []
-    for child in psutil.Process(process.pid).children(recursive=True):
+@pytest.fixture
+def start(tmp_path):
+    """Starts endless runs; at the end of the test none of their processes is left."""
+    groups = set()
+
+    def run(args, ranks, script=IMAGENET / "train.py", ready=rb"\b[1-9]\d*/100000", times=1):
+        """Waits until the log says ``times`` that it is ready; returns the process, its ranks and the log."""
+        log = tmp_path / "log.txt"
+        with open(log, "wb") as f:
+            process = subprocess.Popen(
+                command([*args, "-i", "100000"], ranks, script),
+                env=environment(),
+                stdout=f,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # Under nohup the tests ignore it, and so would the run.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            )
+        groups.add(process.pid)
+        deadline = time.monotonic() + 60
+        while len(re.findall(ready, log.read_bytes())) < times:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        members = {}
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                groups.add(os.getpgid(child.pid))  # mpiexec gives each rank one of its own
+                # From Python 3.14 on the server of its loaders has the rank's arguments, too.
+                if str(script) in child.cmdline()[:2] and "PMI_RANK" in child.environ():
+                    members[int(child.environ()["PMI_RANK"])] = child
+        return process, members, log
+
+    yield run
+    for process in running(groups):
         with contextlib.suppress(psutil.Error):
-            if "train.py" in " ".join(child.cmdline()) and "PMI_RANK" in child.environ():
-                workers.append((int(child.environ()["PMI_RANK"]), child))
-    return process, dict(workers), log
+            for one in [*process.children(recursive=True), process]:
+                one.kill()
 
 
 def finish(process, log):
     try:
         return process.wait(timeout=60)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
         pytest.fail("the run did not stop\n" + log.read_text())
 
 
@@ -164,10 +177,10 @@ def finish(process, log):
     ],
 )
 def test_signal_to_the_group_leaves_a_snapshot_that_continues(
-    train, lists, tmp_path, number, iterator
+    train, start, lists, tmp_path, number, iterator
 ):
     args = [*lists.args, *TINY, "-o", str(tmp_path / "out"), "--iterator", iterator, "-j", "1"]
-    process, _, log = start(args, 1, tmp_path)
+    process, _, log = start(args, 1)
     os.killpg(process.pid, number)
     assert finish(process, log) == 128 + number
     assert_nothing_runs([process.pid])
@@ -199,11 +212,12 @@ def assert_nothing_runs(groups):
 
 
 @pytest.mark.mpi
-def test_sigterm_to_every_process_of_two_ranks_with_loaders(lists, tmp_path):
+def test_sigterm_to_every_process_of_two_ranks_with_loaders(start, lists, tmp_path):
     args = [*lists.args, *TINY, "-o", str(tmp_path / "out"), "--iterator", "process", "-j", "2"]
-    process, ranks, log = start(args, 2, tmp_path)
+    process, ranks, log = start(args, 2)
     family = [child for rank in ranks.values() for child in [rank, *rank.children(recursive=True)]]
-    assert len(family) >= 2 * (1 + 1 + 2)  # the rank, the server of its loaders, and two of them
+    # The rank, the resource tracker, the server of its loaders, and two of them.
+    assert len(family) >= 2 * (1 + 1 + 1 + 2)
     for child in family:
         child.send_signal(signal.SIGTERM)
     assert finish(process, log) == 128 + signal.SIGTERM
@@ -234,25 +248,18 @@ if __name__ == "__main__":
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_second_signal_ends_at_once_whatever_the_ranks_wait_for(lists, tmp_path, ranks):
-    script, log = tmp_path / "script.py", tmp_path / "log.txt"
+def test_a_second_signal_ends_at_once_whatever_the_ranks_wait_for(start, lists, tmp_path, ranks):
+    script = tmp_path / "script.py"
     script.write_text(WAITING.format(folder=str(IMAGENET)))
-    args = [*lists.args, *TINY, "-i", "3", "-o", str(tmp_path / "out")]
-    with open(log, "wb") as f:
-        process = subprocess.Popen(command(args, ranks, script), env=environment(), stdout=f,
-                                   stderr=f, start_new_session=True)  # fmt: skip
-    deadline = time.monotonic() + 60
-    while log.read_text().count("listening") < ranks:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
+    args = [*lists.args, *TINY, "-o", str(tmp_path / "out")]
+    process, _, log = start(args, ranks, script, rb"listening", ranks)
     process.send_signal(signal.SIGTERM)
     time.sleep(SAME_SIGNAL + 0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    start = time.monotonic()
+    sent = time.monotonic()
     assert finish(process, log) == 128 + signal.SIGTERM
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - sent < 20
     assert_nothing_runs([process.pid])
     assert "train.py: interrupted" in log.read_text()
 
@@ -270,9 +277,9 @@ def test_two_deliveries_of_one_signal_are_one(monkeypatch):
     assert (stop.received, ended) == (15, [signal.SIGUSR1])
 
 
-def test_sigterm_to_one_rank_stops_all_with_one_snapshot(train, lists, tmp_path):
+def test_sigterm_to_one_rank_stops_all_with_one_snapshot(train, start, lists, tmp_path):
     args = [*lists.args, *TINY, "-o", str(tmp_path / "out")]
-    process, ranks, log = start(args, 2, tmp_path)
+    process, ranks, log = start(args, 2)
     assert sorted(ranks) == [0, 1]
     ranks[1].send_signal(signal.SIGTERM)
     assert finish(process, log) != 0

@@ -8,18 +8,15 @@ iterators do the work; examples come back from processes through shared memory.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from typing import Any
 
+import stop_signals
 from chainer import iterators
 from errors import InputError
-from launcher import STOP_SIGNALS
 
 from datasets.preprocessed import EpochOrder, PreprocessedImages
 from datasets.process_iterator import ProcessIterator
@@ -41,12 +38,7 @@ def start_worker_server() -> None:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     try:
-        # The server and all that it forks inherit that these signals wait for ever: they are for the
-        # training process. One that it gets meanwhile itself it handles afterwards. The tracker lets
-        # some of them pass again in this process, so it comes first.
-        with _held_back():
-            resource_tracker.ensure_running()
-        with _held_back():
+        with stop_signals.kept_from_children():
             forkserver.ensure_running()
         process = multiprocessing.Process()
         process.start()
@@ -56,15 +48,6 @@ def start_worker_server() -> None:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
-
-
-@contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_iterator(

@@ -23,6 +23,7 @@ from multiprocessing.sharedctypes import RawArray
 from typing import Any, NamedTuple
 
 import numpy
+import stop_signals
 from chainer.iterators import MultiprocessIterator, _statemachine, multiprocess_iterator
 from errors import InputError
 from launcher import STOP_SIGNALS
@@ -140,7 +141,8 @@ class _Workers:
             process = multiprocessing.Process(
                 target=_work, args=(theirs, dataset, slab), daemon=True
             )
-            process.start()
+            with stop_signals.kept_from_children():
+                process.start()
             theirs.close()
             processes.append(process)
             self._of[pipe] = process
