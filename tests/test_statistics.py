@@ -12,6 +12,7 @@ import pytest
 
 import chainer_ooc
 from chainer_ooc import state
+from chainer_ooc.planning.system import LOW_WATER
 from tests.conftest import environment_of_children
 
 CHILD = Path(__file__).with_name("advice_child.py")
@@ -92,7 +93,11 @@ def test_the_limits_that_stats_name_are_free_and_suffice(train, in_core):
     strict, told = train("chain", "Adam", 4, least, "strict=1")
     assert told == ""
     assert strict["peak_bytes"] <= least
-    moved, _ = train("chain", "Adam", 4, int(0.9 * free))
+    # With this limit memory passes the low watermark by three arrays. By one or two it does only within a function,
+    # whose temporaries they are: two where NumPy reuses none for the result.
+    close = (again["peak_bytes"] - 3 * ARRAY) / LOW_WATER
+    assert 0.85 * free < close < free
+    moved, _ = train("chain", "Adam", 4, int(close))
     assert moved["bytes_out"] + moved["bytes_discarded"] > 0
 
 
