@@ -428,9 +428,13 @@ def _run_verified(func: Any, inputs: Any, manager: SwapManager, call: Any, *args
 def _observed(growth: ObservedGrowth, manager: SwapManager, call: Any, *args: Any) -> Any:
     """Call a function whose allocations cannot be announced, after making room for its usual memory."""
     func, inputs = state.local.running
-    described = tuple((x.shape, x.dtype) for x in inputs if hasattr(x, "dtype"))
-    kind = func._impl_name, call is _stock["apply"], described
-    own = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described)
+    described, own = [], 0
+    for x in inputs:
+        with contextlib.suppress(Exception):  # a variable of the user's may tell nothing
+            shape, dtype = tuple(x.shape), x.dtype
+            own += math.prod(shape) * dtype.itemsize
+            described.append((shape, dtype))
+    kind = func._impl_name, call is _stock["apply"], tuple(described)
     nbytes = growth.expected(kind, otherwise=own)
     manager.make_room(nbytes)
     used = manager.budget.last_used

@@ -27,6 +27,15 @@ def run(run_python):
     return run
 
 
+def test_what_words_a_message_raises_nothing(run_python):
+    code = (
+        "from tests.graph import test_wording\n"
+        "for program in test_wording.PROGRAMS.values(): test_wording.both(program)"
+    )
+    done = run_python("-c", code, env={"_CHAINER_OOC_WITHOUT_EXTENSION": "1"})
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def of_run_in_core():
     return []
