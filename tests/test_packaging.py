@@ -401,7 +401,7 @@ FREE_THREADED = "import sysconfig; sysconfig.get_config_vars()['Py_GIL_DISABLED'
     ],
 )
 def test_without_a_compiler_the_wheel_is_for_any_machine(build, source, kind, before, env, reason):
-    if reason.startswith(("no C", "fatal")) and not HEADER.exists():
+    if reason not in ("/nowhere/Python.h is missing", "free-threaded") and not HEADER.exists():
         pytest.skip(f"needs {HEADER}")
     stale = source / EXTENSION
     stale.write_bytes(b"of an earlier install, from other sources")

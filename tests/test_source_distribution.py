@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -43,6 +44,8 @@ def build(kind, tree, folder):
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory):
     """Return a clone and what its source distribution unpacks to."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
     folder = tmp_path_factory.mktemp("trees")
     clone(folder / "clone")
     with tarfile.open(build("sdist", folder / "clone", folder / "sdist")) as archive:

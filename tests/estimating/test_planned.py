@@ -84,6 +84,7 @@ def trained(name, room):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.extension
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_the_plan_is_that_of_a_real_run(name):
@@ -109,6 +110,7 @@ def test_the_plan_is_that_of_a_real_run(name):
     assert moved == pytest.approx(real["auto"], abs=slack)
 
 
+@pytest.mark.extension
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["convnet", "recurrent", "unet"])
 def test_what_moves_is_as_in_a_real_run(name):

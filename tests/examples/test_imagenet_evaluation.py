@@ -83,6 +83,7 @@ def test_pieces_are_part_of_a_snapshot(tmp_path):
     assert again.piece == 5
 
 
+@pytest.mark.extension  # without it nothing is an error before it was seen not to fit
 def test_under_the_limit_a_large_batch_gives_the_result_of_the_whole():
     numpy.random.seed(0)
     model = models.create("nin", 96, 10)

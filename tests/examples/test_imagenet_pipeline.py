@@ -125,6 +125,7 @@ def run(
 
 
 @pytest.mark.slow
+@pytest.mark.extension  # without it temporaries may pass the limit in the first iteration
 def test_photographs_train_below_the_in_core_peak(python, tmp_path):
     run(
         python,
