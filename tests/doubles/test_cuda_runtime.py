@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
+import threading
 from ctypes import byref, c_int, c_ulonglong, c_void_p
 
 import pytest
@@ -374,36 +376,120 @@ class TestStreams:
         assert cuda.cudaStreamBeginCapture(stream, 0) == 0
         assert cuda.cudaEventRecord(event, stream) == 0
         assert cuda.cudaEventQuery(event) == 907
-        assert cuda.new("cudaMalloc", 512)[0] == 900
         status = c_int()
         assert cuda.cudaStreamIsCapturing(stream, byref(status)) == 0
         assert status.value == 1
         graph = c_void_p()
         assert cuda.cudaStreamEndCapture(stream, byref(graph)) == 0
-        assert cuda.cudaStreamBeginCapture(stream, 0) == 0
-        assert cuda.cudaStreamSynchronize(stream) == 900
-        assert cuda.cudaStreamEndCapture(stream, byref(graph)) == 901
         assert cuda.cudaStreamDestroy(stream) == 0
 
-    def test_a_capture_forbids_what_asks_for_anything_from_outside(self, cuda):
-        stream, other = cuda.made("cudaStreamCreate"), cuda.made("cudaStreamCreate")
-        event, graph = cuda.made("cudaEventCreate"), c_void_p()
+    @pytest.fixture
+    def captured(self, cuda):
+        """A function that makes calls during a capture in a mode, and says whether it went well."""
+
+        def captured(mode, *calls, blocking=False, thread_mode=None):
+            stream, graph = c_void_p(), c_void_p()
+            assert cuda.cudaStreamCreateWithFlags(byref(stream), 0 if blocking else 1) == 0
+            assert cuda.cudaStreamBeginCapture(stream, mode) == 0
+            if thread_mode is not None:
+                exchanged = c_int(thread_mode)
+                assert cuda.cuThreadExchangeStreamCaptureMode(byref(exchanged)) == 0
+            found = [call(stream) for call in calls]
+            if thread_mode is not None:
+                assert cuda.cuThreadExchangeStreamCaptureMode(byref(exchanged)) == 0
+                assert exchanged.value == thread_mode
+            ended = cuda.cudaStreamEndCapture(stream, byref(graph))
+            assert ended in (0, 901)
+            assert cuda.cudaStreamDestroy(stream) == 0
+            return found, ended == 0
+
+        return captured
+
+    @pytest.fixture
+    def unsafe(self, cuda, mapped):
+        """Calls that a capture may forbid, and that change nothing."""
+        other, event = cuda.made("cudaStreamCreate"), cuda.made("cudaEventCreate")
+        assert cuda.cudaEventRecord(event, other) == 0
+        return {
+            "cudaMalloc": lambda _: cuda.new("cudaMalloc", 0)[0],
+            "cudaFree": lambda _: cuda.cudaFree(0),
+            "cudaHostAlloc": lambda _: cuda.new("cudaHostAlloc", 0, 0)[0],
+            "cudaEventQuery": lambda _: cuda.cudaEventQuery(event),
+            "cudaEventSynchronize": lambda _: cuda.cudaEventSynchronize(event),
+            "cudaStreamQuery": lambda _: cuda.cudaStreamQuery(other),
+            "cudaStreamSynchronize": lambda _: cuda.cudaStreamSynchronize(other),
+            "cuMemSetAccess": lambda _: cuda.cuMemSetAccess(
+                mapped.start, 4 * UNIT, byref(READ_WRITE), 1
+            ),
+        }
+
+    @pytest.mark.parametrize("mode", [0, 1])
+    def test_a_capture_forbids_what_is_unsafe(self, unsafe, captured, mode):
+        for name, call in unsafe.items():
+            assert captured(mode, call) == ([900], False), name
+
+    @pytest.mark.parametrize(("mode", "thread_mode"), [(2, None), (0, 2), (1, 2)])
+    def test_a_relaxed_capture_or_thread_allows_it(self, unsafe, captured, mode, thread_mode):
+        for name, call in unsafe.items():
+            assert captured(mode, call, thread_mode=thread_mode) == ([0], True), name
+
+    @pytest.mark.parametrize(("mode", "right"), [(0, False), (1, True), (2, True)])
+    def test_other_threads_spoil_global_captures_only(self, cuda, unsafe, captured, mode, right):
+        def elsewhere(call, thread_mode=None):
+            def run():
+                if thread_mode is not None:
+                    cuda.cudaThreadExchangeStreamCaptureMode(byref(c_int(thread_mode)))
+                found.append(call(None))
+
+            found = []
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+            return found[0]
+
+        query = unsafe["cudaEventQuery"]
+        expected = ([0 if right else 900], right)
+        assert captured(mode, lambda _: elsewhere(query)) == expected
+        for thread_mode in (1, 2):
+            assert captured(mode, lambda _, own=thread_mode: elsewhere(query, own)) == ([0], True)
+
+    @pytest.mark.parametrize("mode", [0, 1, 2])
+    def test_no_mode_allows_to_wait_for_what_is_captured(self, cuda, captured, mode):
+        event, other = cuda.made("cudaEventCreate"), cuda.made("cudaStreamCreate")
         assert cuda.cudaEventRecord(event, other) == 0
         for expected, call in (
-            (905, lambda: cuda.cudaStreamWaitEvent(stream, event, 0)),
-            (900, lambda: cuda.cudaEventQuery(event)),
-            (900, lambda: cuda.cudaEventSynchronize(event)),
-            (900, lambda: cuda.cudaStreamQuery(other)),
-            (900, lambda: cuda.cudaStreamSynchronize(other)),
-            (900, cuda.cudaDeviceSynchronize),
+            (905, lambda stream: cuda.cudaStreamWaitEvent(stream, event, 0)),
+            (900, cuda.cudaStreamQuery),
+            (900, cuda.cudaStreamSynchronize),
+            (900, lambda _: cuda.cudaDeviceSynchronize()),
+            (900, lambda _: cuda.cuCtxSynchronize()),
         ):
-            assert cuda.cudaStreamBeginCapture(stream, 0) == 0
-            assert call() == expected
-            assert cuda.cudaStreamEndCapture(stream, byref(graph)) == 901
-        assert cuda.cudaStreamBeginCapture(stream, 0) == 0
+            assert captured(mode, call, thread_mode=2) == ([expected], False)
+
+    def test_the_legacy_stream_comprises_blocking_streams(self, cuda, captured):
+        event, status = cuda.made("cudaEventCreate"), c_int()
+        ask = functools.partial(cuda.cudaStreamIsCapturing, 0, byref(status))
+        record = functools.partial(cuda.cudaEventRecord, event, 0)
+        for blocking, expected in ((False, 0), (True, 906)):
+            assert captured(2, lambda _: ask(), blocking=blocking) == ([expected], True)
+            assert captured(2, lambda _: record(), blocking=blocking) == ([expected], not expected)
+
+    def test_captured_copies_are_made_when_the_graph_runs(self, cuda):
+        memory, stream = cuda.made("cudaMalloc", 8), cuda.made("cudaStreamCreate")
+        source, found = ctypes.create_string_buffer(b"1234567"), ctypes.create_string_buffer(8)
+        graph = c_void_p()
+        assert cuda.cudaMemcpy(memory, b"unknown", 8, 1) == 0
+        assert cuda.cudaStreamBeginCapture(stream, 2) == 0
+        assert cuda.cudaMemcpyAsync(memory, source, 8, 1, stream) == 0
         assert cuda.cudaStreamEndCapture(stream, byref(graph)) == 0
-        assert cuda.cudaEventQuery(event) == 0
-        assert cuda.cudaStreamDestroy(stream) == cuda.cudaStreamDestroy(other) == 0
+        for expected in (b"unknown", b"1234567"):
+            assert cuda.cudaMemcpy(found, memory, 8, 2) == 0
+            assert found.value == expected
+            assert cuda.cudaGraphLaunch(graph, stream) == 0
+        assert cuda.cudaFree(memory) == 0
+        assert cuda.cudaGraphLaunch(graph, stream) == 1
+        assert len(cuda_runtime.complaints()) == 1
+        assert cuda.cudaStreamDestroy(stream) == 0
 
 
 class TestFailures:

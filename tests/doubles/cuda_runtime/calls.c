@@ -131,6 +131,8 @@ static const struct {
     {LAUNCH_FAILED, "cudaErrorLaunchFailure", "unspecified launch failure"},
     {NOT_SUPPORTED, "cudaErrorNotSupported", "operation not supported"},
     {CAPTURE_UNSUPPORTED, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
+    {CAPTURE_IMPLICIT, "cudaErrorStreamCaptureImplicit",
+     "operation would make the legacy stream depend on a capturing blocking stream"},
     {CAPTURED_EVENT, "cudaErrorCapturedEvent",
      "operation not permitted on an event last recorded in a capturing stream"},
     {901, "cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"},

@@ -25,6 +25,7 @@ enum {
     NOT_SUPPORTED = 801,
     CAPTURE_UNSUPPORTED = 900,
     CAPTURE_ISOLATION = 905,
+    CAPTURE_IMPLICIT = 906,
     CAPTURED_EVENT = 907,
 };
 
@@ -66,6 +67,14 @@ int enter(struct call **call, const char *name, bool needs_device);
 int failed(int error);
 /* Note a mistake of the caller that hardware may not show; Python reads them. */
 void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
+/* Begin a call that is "potentially unsafe" while a graph is captured. */
+#define ENTER_UNSAFE                                   \
+    ENTER;                                             \
+    do {                                               \
+        int error = unsafe_call();                     \
+        if (error)                                     \
+            return error;                              \
+    } while (0)
 #define MISTAKE(error, ...) (complain(__VA_ARGS__), failed(error))
 
 /* Ranges of addresses that do not overlap, in order. */
@@ -122,7 +131,11 @@ struct stream *stream_of(void *); /* NULL and a complaint: there is none such */
 void stream_works(struct stream *, double milliseconds);
 void handle_works(void *stream, double milliseconds); /* a library's */
 void wait_for_all(void);
-bool any_capture(void);
+int unsafe_call(void);             /* an error if a capture forbids the thread to make one, which spoils that */
+int use_stream(struct stream *);   /* an error if a capture forbids to use that stream, which spoils the capture */
+/* If the stream is captured: a copy belongs to the graph. Whether it is. */
+bool keep_copy(struct stream *, void *target, const void *source, size_t size, int kind);
+int copy_memory(const char *name, void *target, const void *source, size_t size, int kind);
 
 /* What work takes on the simulated clock (milliseconds); bytes are copied at 50 GB/s. */
 #define KERNEL_TIME 0.05

@@ -338,6 +338,9 @@ static int launch(void *pointer, const unsigned grid[3], const unsigned block[3]
         grid[1] > 65535 || grid[2] > 65535 || shared > 232448)
         return MISTAKE(INVALID_VALUE, "%s: no grid of (%u, %u, %u) blocks of (%u, %u, %u) threads, %u bytes shared",
                        function->name, grid[0], grid[1], grid[2], block[0], block[1], block[2], shared);
+    int error = use_stream(stream);
+    if (error)
+        return error;
     function->launches++;
     stream_works(stream, KERNEL_TIME);
     return OK;

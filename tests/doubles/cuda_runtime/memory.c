@@ -74,9 +74,7 @@ static size_t charge(size_t size)
 
 int cudaMalloc(void **pointer, size_t size)
 {
-    ENTER;
-    if (any_capture())
-        return failed(CAPTURE_UNSUPPORTED);
+    ENTER_UNSAFE;
     *pointer = NULL;
     if (!size)
         return OK;
@@ -96,7 +94,7 @@ static int free_asynchronous(struct range *);
 
 int cudaFree(void *pointer)
 {
-    ENTER;
+    ENTER_UNSAFE;
     if (!pointer)
         return OK;
     struct range *range = range_from(&device, (uintptr_t)pointer);
@@ -114,7 +112,7 @@ int cudaFree(void *pointer)
 /* Memory that moves where it is needed: it takes none of the device's for good. */
 int cudaMallocManaged(void **pointer, size_t size, unsigned flags)
 {
-    ENTER;
+    ENTER_UNSAFE;
     if (flags != 1 && flags != 2)
         return MISTAKE(INVALID_VALUE, "cudaMallocManaged(%zu, flags %u)", size, flags);
     if (!size)
@@ -366,7 +364,7 @@ static void remove_host(struct range *range)
 
 int cudaHostAlloc(void **pointer, size_t size, unsigned flags)
 {
-    ENTER;
+    ENTER_UNSAFE;
     (void)flags;
     *pointer = NULL;
     if (!size)
@@ -382,7 +380,7 @@ int cudaMallocHost(void **pointer, size_t size) { return cudaHostAlloc(pointer, 
 
 int cudaFreeHost(void *pointer)
 {
-    ENTER;
+    ENTER_UNSAFE;
     if (!pointer)
         return OK;
     struct range *range = range_from(&host, (uintptr_t)pointer);
@@ -395,7 +393,7 @@ int cudaFreeHost(void *pointer)
 
 int cudaHostRegister(void *pointer, size_t size, unsigned flags)
 {
-    ENTER;
+    ENTER_UNSAFE;
     (void)flags;
     if (!pointer || !size)
         return failed(INVALID_VALUE);
@@ -407,7 +405,7 @@ int cudaHostRegister(void *pointer, size_t size, unsigned flags)
 
 int cudaHostUnregister(void *pointer)
 {
-    ENTER;
+    ENTER_UNSAFE;
     struct range *range = range_from(&host, (uintptr_t)pointer);
     if (!range || range->kind != HOST_REGISTERED)
         return MISTAKE(NOT_REGISTERED, "cudaHostUnregister(%p): it is not registered", pointer);
@@ -461,7 +459,7 @@ static int check_copy(const char *name, const void *target, const void *source, 
     return OK;
 }
 
-static int copy(const char *name, void *target, const void *source, size_t size, int kind)
+int copy_memory(const char *name, void *target, const void *source, size_t size, int kind)
 {
     if (!size)
         return OK;
@@ -473,10 +471,13 @@ static int copy(const char *name, void *target, const void *source, size_t size,
 
 int cudaMemcpy(void *target, const void *source, size_t size, int kind)
 {
-    ENTER;
+    ENTER_UNSAFE;
+    int error = use_stream(stream_of(NULL));
+    if (error)
+        return error;
     wait_for_all();
     trim_pools();
-    return copy("cudaMemcpy", target, source, size, kind);
+    return copy_memory("cudaMemcpy", target, source, size, kind);
 }
 
 int cudaMemcpyAsync(void *target, const void *source, size_t size, int kind, void *pointer)
@@ -485,8 +486,13 @@ int cudaMemcpyAsync(void *target, const void *source, size_t size, int kind, voi
     struct stream *stream = stream_of(pointer);
     if (!stream)
         return failed(INVALID_HANDLE);
+    int error = use_stream(stream);
+    if (error)
+        return error;
+    if (keep_copy(stream, target, source, size, kind))
+        return OK;
     stream_works(stream, COPY_TIME(size));
-    return copy("cudaMemcpyAsync", target, source, size, kind);
+    return copy_memory("cudaMemcpyAsync", target, source, size, kind);
 }
 
 static int copy_rows(const char *name, char *target, size_t target_pitch, const char *source, size_t source_pitch,
@@ -496,7 +502,7 @@ static int copy_rows(const char *name, char *target, size_t target_pitch, const 
         return failed(INVALID_VALUE);
     int error = OK;
     for (size_t row = 0; !error && row < height; row++)
-        error = copy(name, target + row * target_pitch, source + row * source_pitch, width, kind);
+        error = copy_memory(name, target + row * target_pitch, source + row * source_pitch, width, kind);
     return error;
 }
 
@@ -521,7 +527,7 @@ int cudaMemcpy2DAsync(void *target, size_t target_pitch, const void *source, siz
 int cudaMemcpyPeer(void *target, int to, const void *source, int from, size_t size)
 {
     ENTER;
-    return to || from ? failed(INVALID_DEVICE) : copy("cudaMemcpyPeer", target, source, size, WITHIN);
+    return to || from ? failed(INVALID_DEVICE) : copy_memory("cudaMemcpyPeer", target, source, size, WITHIN);
 }
 
 int cudaMemcpyPeerAsync(void *target, int to, const void *source, int from, size_t size, void *stream)
@@ -529,7 +535,7 @@ int cudaMemcpyPeerAsync(void *target, int to, const void *source, int from, size
     ENTER;
     if (!stream_of(stream))
         return failed(INVALID_HANDLE);
-    return to || from ? failed(INVALID_DEVICE) : copy("cudaMemcpyPeerAsync", target, source, size, WITHIN);
+    return to || from ? failed(INVALID_DEVICE) : copy_memory("cudaMemcpyPeerAsync", target, source, size, WITHIN);
 }
 
 static int set(const char *name, void *target, int value, size_t size)

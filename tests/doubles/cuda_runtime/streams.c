@@ -9,9 +9,24 @@ struct stream {
     unsigned flags;
     int priority;
     bool captures, invalidated;
-    long spoilt; /* how many captures had been when this one began */
+    int mode;           /* of its capture, which this thread has begun */
+    pthread_t thread;
+    struct graph *graph;
+    struct stream *next; /* that captures */
     long due;    /* when its work is done */
     double time; /* on the simulated clock */
+};
+
+/* Of what is captured copies are kept: a graph refers to addresses. */
+struct graph {
+    struct object object;
+    struct node {
+        void *target;
+        const void *source;
+        size_t size;
+        int kind;
+    } *nodes;
+    size_t count;
 };
 
 struct event {
@@ -23,12 +38,13 @@ struct event {
 };
 
 enum { DISABLE_TIMING = 2 };                      /* cudaEventDisableTiming */
+enum { NON_BLOCKING = 1 };                        /* cudaStreamNonBlocking */
 enum { NO_CAPTURE, ACTIVE_CAPTURE, INVALIDATED }; /* cudaStreamCaptureStatus */
+enum { GLOBAL, THREAD_LOCAL, RELAXED };           /* cudaStreamCaptureMode */
 
 static struct stream legacy = {.object.kind = STREAM}, per_thread = {.object.kind = STREAM};
-static int captures; /* streams that capture */
-static long spoilt;  /* how often a call was made that none may make while any stream captures */
-
+static struct stream *capturing; /* the first one */
+static _Thread_local int thread_mode = GLOBAL;
 
 /* All work is done at once, but with a lag it is said to be under way: each query is a tick of the clock, and work is
    over that many ticks after it was given, in this order, or when somebody waits for it. */
@@ -76,21 +92,88 @@ void handle_works(void *pointer, double milliseconds)
         stream_works(stream, milliseconds);
 }
 void wait_for_all(void) { wait_until(now + lag); }
-bool any_capture(void) { return captures > 0; }
 
-static int capture_is_spoilt(struct stream *stream)
+/* Which calls spoil a capture (CUDA Runtime API, cudaThreadExchangeStreamCaptureMode, cudaStreamIsCapturing; CUDA C++
+   Programming Guide, "Prohibited and Unhandled Operations"):
+   1. "Potentially unsafe API calls": a thread may make none while it captures itself, nor while another thread does in
+      the mode "global", as it is by default. The mode of the thread, or of the capture, may allow them. NVIDIA names
+      cudaMalloc; here they are all calls that allocate, free, map, wait or ask.
+   2. In every mode, to wait for a stream that is captured, for an event of the graph, or for the device; or to ask them.
+   3. In every mode, any use of the legacy stream while a stream is captured that is not non-blocking. */
+
+int unsafe_call(void)
 {
-    stream->invalidated = true;
-    return failed(CAPTURE_UNSUPPORTED);
+    bool is_forbidden = false;
+    for (struct stream *stream = capturing; stream && thread_mode != RELAXED; stream = stream->next) {
+        bool is_own = pthread_equal(stream->thread, pthread_self());
+        if (is_own ? stream->mode == RELAXED : thread_mode != GLOBAL || stream->mode != GLOBAL)
+            continue;
+        is_forbidden = stream->invalidated = true;
+    }
+    return is_forbidden ? failed(CAPTURE_UNSUPPORTED) : OK;
 }
 
-static bool is_invalidated(const struct stream *stream) { return stream->invalidated || stream->spoilt != spoilt; }
-
-/* "Potentially unsafe API calls" are forbidden to all threads (cudaStreamBeginCapture, the mode "global"). */
-static int captures_are_spoilt(void)
+/* The legacy stream comprises all blocking ones. */
+static bool is_entangled(const struct stream *stream, const struct stream *captured)
 {
-    spoilt++;
-    return failed(CAPTURE_UNSUPPORTED);
+    return stream == &legacy && !(captured->flags & NON_BLOCKING);
+}
+
+int use_stream(struct stream *stream)
+{
+    bool is_forbidden = false;
+    for (struct stream *captured = capturing; captured; captured = captured->next)
+        if (is_entangled(stream, captured))
+            is_forbidden = captured->invalidated = true;
+    return is_forbidden ? failed(CAPTURE_IMPLICIT) : OK;
+}
+
+/* Wait for a stream, or ask it. */
+static int watch_stream(struct stream *stream)
+{
+    int error = use_stream(stream);
+    if (!error && stream->captures) {
+        stream->invalidated = true;
+        error = failed(CAPTURE_UNSUPPORTED);
+    }
+    return error ? error : unsafe_call();
+}
+
+static int watch_device(void)
+{
+    for (struct stream *stream = capturing; stream; stream = stream->next)
+        stream->invalidated = true;
+    return capturing ? failed(CAPTURE_UNSUPPORTED) : OK;
+}
+
+static void stop_capturing(struct stream *stream)
+{
+    struct stream **link = &capturing;
+    while (*link != stream)
+        link = &(*link)->next;
+    *link = stream->next;
+    stream->captures = false;
+}
+
+int cudaThreadExchangeStreamCaptureMode(int *mode)
+{
+    ENTER_ANYWAY;
+    int before = thread_mode;
+    if (!mode || *mode < GLOBAL || *mode > RELAXED)
+        return failed(INVALID_VALUE);
+    thread_mode = *mode;
+    *mode = before;
+    return OK;
+}
+
+bool keep_copy(struct stream *stream, void *target, const void *source, size_t size, int kind)
+{
+    struct graph *graph = stream->graph;
+    if (!stream->captures)
+        return false;
+    graph->nodes = realloc(graph->nodes, (graph->count + 1) * sizeof *graph->nodes);
+    graph->nodes[graph->count++] = (struct node){target, source, size, kind};
+    return true;
 }
 
 int cudaStreamCreateWithPriority(void **pointer, unsigned flags, int priority)
@@ -116,7 +199,8 @@ int cudaStreamDestroy(void *pointer)
     if (!stream)
         return failed(INVALID_HANDLE);
     stream->object.destroyed = true;
-    captures -= stream->captures;
+    if (stream->captures)
+        stop_capturing(stream);
     return OK;
 }
 
@@ -126,8 +210,9 @@ int cudaStreamSynchronize(void *pointer)
     struct stream *stream = stream_of(pointer);
     if (!stream)
         return failed(INVALID_HANDLE);
-    if (captures)
-        return captures_are_spoilt();
+    int error = watch_stream(stream);
+    if (error)
+        return error;
     wait_until(stream->due);
     trim_pools();
     return OK;
@@ -139,9 +224,8 @@ int cudaStreamQuery(void *pointer)
     struct stream *stream = stream_of(pointer);
     if (!stream)
         return failed(INVALID_HANDLE);
-    if (captures)
-        return captures_are_spoilt();
-    return ask(stream->due);
+    int error = watch_stream(stream);
+    return error ? error : ask(stream->due);
 }
 
 int cudaStreamGetFlags(void *pointer, unsigned *flags)
@@ -193,14 +277,15 @@ int cudaStreamAddCallback(void *pointer, void (*function)(void *, int, void *), 
 int cudaDeviceSynchronize(void)
 {
     ENTER;
-    if (captures)
-        return captures_are_spoilt();
+    int error = watch_device();
+    if (error)
+        return error;
     wait_for_all();
     trim_pools();
     return OK;
 }
 
-/* Captures: nothing is kept of what is captured, since nothing is computed. */
+/* Captures. */
 
 int cudaStreamBeginCapture(void *pointer, int mode)
 {
@@ -208,12 +293,15 @@ int cudaStreamBeginCapture(void *pointer, int mode)
     struct stream *stream = stream_of(pointer);
     if (!stream)
         return failed(INVALID_HANDLE);
-    if (stream == &legacy || stream->captures || mode < 0 || mode > 2)
+    if (stream == &legacy || stream->captures || mode < GLOBAL || mode > RELAXED)
         return failed(CAPTURE_UNSUPPORTED);
     stream->captures = true;
     stream->invalidated = false;
-    stream->spoilt = spoilt;
-    captures++;
+    stream->mode = mode;
+    stream->thread = pthread_self();
+    stream->graph = new_object(GRAPH, sizeof *stream->graph);
+    stream->next = capturing;
+    capturing = stream;
     return OK;
 }
 
@@ -223,11 +311,11 @@ int cudaStreamEndCapture(void *pointer, void **graph)
     struct stream *stream = stream_of(pointer);
     if (!stream || !stream->captures)
         return failed(INVALID_VALUE);
-    stream->captures = false;
-    captures--;
-    bool invalidated = is_invalidated(stream);
-    *graph = invalidated ? NULL : new_object(GRAPH, sizeof(struct object));
-    return invalidated ? failed(901) : OK; /* cudaErrorStreamCaptureInvalidated */
+    if (stream->mode != RELAXED && !pthread_equal(stream->thread, pthread_self()))
+        return failed(908); /* cudaErrorStreamCaptureWrongThread */
+    stop_capturing(stream);
+    *graph = stream->invalidated ? NULL : stream->graph;
+    return stream->invalidated ? failed(901) : OK; /* cudaErrorStreamCaptureInvalidated */
 }
 
 int cudaStreamIsCapturing(void *pointer, int *status)
@@ -236,7 +324,10 @@ int cudaStreamIsCapturing(void *pointer, int *status)
     struct stream *stream = stream_of(pointer);
     if (!stream)
         return failed(INVALID_HANDLE);
-    *status = !stream->captures ? NO_CAPTURE : is_invalidated(stream) ? INVALIDATED : ACTIVE_CAPTURE;
+    for (struct stream *captured = capturing; captured; captured = captured->next)
+        if (is_entangled(stream, captured))
+            return failed(CAPTURE_IMPLICIT); /* that spoils nothing */
+    *status = !stream->captures ? NO_CAPTURE : stream->invalidated ? INVALIDATED : ACTIVE_CAPTURE;
     return OK;
 }
 
@@ -248,10 +339,19 @@ int cudaGraphInstantiate(void **executable, void *graph, unsigned long long flag
     return *executable ? OK : failed(INVALID_VALUE);
 }
 
-int cudaGraphLaunch(void *graph, void *stream)
+int cudaGraphLaunch(void *pointer, void *on)
 {
     ENTER;
-    return object(graph, GRAPH, "graph") && stream_of(stream) ? OK : failed(INVALID_VALUE);
+    struct graph *graph = object(pointer, GRAPH, "graph");
+    struct stream *stream = stream_of(on);
+    if (!graph || !stream)
+        return failed(INVALID_VALUE);
+    int error = use_stream(stream);
+    for (size_t n = 0; !error && n < graph->count; n++) {
+        struct node *node = &graph->nodes[n];
+        error = copy_memory("cudaGraphLaunch", node->target, node->source, node->size, node->kind);
+    }
+    return error;
 }
 
 int cudaGraphUpload(void *graph, void *stream)
@@ -301,6 +401,9 @@ int cudaEventRecord(void *pointer, void *on)
     struct stream *stream = event ? stream_of(on) : NULL;
     if (!stream)
         return failed(INVALID_HANDLE);
+    int error = use_stream(stream);
+    if (error)
+        return error;
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     event->milliseconds = simulates_time ? stream->time : time.tv_sec * 1e3 + time.tv_nsec / 1e6;
@@ -318,9 +421,8 @@ int cudaEventQuery(void *pointer)
         return failed(INVALID_HANDLE);
     if (event->captured)
         return failed(CAPTURED_EVENT);
-    if (captures)
-        return captures_are_spoilt();
-    return ask(event->due);
+    int error = unsafe_call();
+    return error ? error : ask(event->due);
 }
 
 int cudaEventSynchronize(void *pointer)
@@ -331,8 +433,9 @@ int cudaEventSynchronize(void *pointer)
         return failed(INVALID_HANDLE);
     if (event->captured)
         return failed(CAPTURED_EVENT);
-    if (captures)
-        return captures_are_spoilt();
+    int error = unsafe_call();
+    if (error)
+        return error;
     wait_until(event->due);
     trim_pools();
     return OK;
@@ -360,8 +463,11 @@ int cudaStreamWaitEvent(void *pointer, void *on, unsigned flags)
     struct event *event = object(on, EVENT, "event");
     if (!stream || !event)
         return failed(INVALID_HANDLE);
+    int error = use_stream(stream);
+    if (error)
+        return error;
     if (stream->captures && event->recorded && !event->captured) {
-        capture_is_spoilt(stream);
+        stream->invalidated = true;
         return failed(CAPTURE_ISOLATION);
     }
     if (event->captured && !stream->captures) /* it would be captured as well, until its capture is joined */

@@ -107,7 +107,7 @@ int cuMemGetAllocationGranularity(size_t *granularity, const struct properties *
 
 int cuMemAddressReserve(address *start, size_t size, size_t alignment, address wanted, unsigned long long flags)
 {
-    ENTER;
+    ENTER_UNSAFE;
     (void)wanted; /* a hint */
     if (!size || !is_aligned(size) || !is_aligned(wanted) || flags || (alignment & (alignment - 1)))
         return MISTAKE(INVALID_VALUE, "cuMemAddressReserve(%zu, alignment %zu, flags %llu)", size, alignment, flags);
@@ -124,7 +124,7 @@ int cuMemAddressReserve(address *start, size_t size, size_t alignment, address w
 
 int cuMemAddressFree(address start, size_t size)
 {
-    ENTER;
+    ENTER_UNSAFE;
     struct range *reservation = range_from(&reservations, start);
     if (!reservation || reservation->size != size)
         return MISTAKE(INVALID_VALUE, "cuMemAddressFree(%#llx, %zu): no reservation is that", start, size);
@@ -138,7 +138,7 @@ int cuMemAddressFree(address start, size_t size)
 
 int cuMemCreate(handle *made, size_t size, const struct properties *properties, unsigned long long flags)
 {
-    ENTER;
+    ENTER_UNSAFE;
     if (!size || !is_aligned(size) || flags || !check_properties(properties))
         return MISTAKE(INVALID_VALUE, "cuMemCreate(%zu, flags %llu): bad size, flags or properties", size, flags);
     if (!take_memory(size))
@@ -164,7 +164,7 @@ static void free_if_unused(struct physical *physical)
 
 int cuMemRelease(handle number)
 {
-    ENTER;
+    ENTER_UNSAFE;
     struct physical *physical = object((void *)(uintptr_t)number, PHYSICAL, "handle of physical memory");
     if (!physical)
         return failed(INVALID_VALUE);
@@ -192,7 +192,7 @@ static bool is_backed(uintptr_t start)
 
 int cuMemMap(address start, size_t size, size_t offset, handle number, unsigned long long flags)
 {
-    ENTER;
+    ENTER_UNSAFE;
     struct physical *physical = object((void *)(uintptr_t)number, PHYSICAL, "handle of physical memory");
     if (!physical)
         return failed(INVALID_VALUE);
@@ -215,7 +215,7 @@ int cuMemMap(address start, size_t size, size_t offset, handle number, unsigned 
 
 int cuMemUnmap(address start, size_t size)
 {
-    ENTER;
+    ENTER_UNSAFE;
     if (!size || !are_whole_mappings(start, size))
         return MISTAKE(INVALID_VALUE, "cuMemUnmap(%#llx, %zu): not whole mappings", start, size);
     if (is_backed(start) && mmap((void *)(uintptr_t)start, size, PROT_NONE,
@@ -234,7 +234,7 @@ int cuMemUnmap(address start, size_t size)
 
 int cuMemSetAccess(address start, size_t size, const struct access *access, size_t count)
 {
-    ENTER;
+    ENTER_UNSAFE;
     if (!size || !is_aligned(size) || !are_whole_mappings(start, size))
         return MISTAKE(INVALID_VALUE, "cuMemSetAccess(%#llx, %zu): not whole mappings", start, size);
     if (count != 1 || !is_the_device(access->location) ||
