@@ -174,10 +174,20 @@ class CupyAllocator:
         raise out_of_memory_class(self._cupy)(manager.explain_shortage(nbytes, self._describe()))
 
     def _order(self, device_id: int, streams: Sequence[int] | None) -> bool:
+        """Put the current stream's later work after that of others. Return whether that was possible.
+
+        Raises:
+            OutOfMemoryError: While a CUDA graph is captured: nobody may wait for the GPU either.
+        """
         manager = self._manager_of(device_id)
-        if manager is None or streams is None:
+        if manager is None:
             return False
-        return cast(PooledDevice, manager.device).order_streams(streams)
+        if not manager.device.may_move():
+            raise out_of_memory_class(self._cupy)(
+                "the free memory belongs to other streams, and cannot be taken while a CUDA graph is captured"
+            )
+        device = cast(PooledDevice, manager.device)
+        return streams is not None and device.order_streams(streams)
 
     def __call__(self, nbytes: int) -> Any:
         """Allocate memory on the current GPU.

@@ -84,6 +84,8 @@ class Arenas:
             "cuCtxGetCurrent": (self._type(_POINTER), self._get_context),
             "cuCtxSetCurrent": (self._type(_SIZE), self._set_context),
             "cuCtxSynchronize": (self._type(), self._synchronize),
+            "cuStreamIsCapturing": (self._type(_SIZE, _POINTER), self._is_capturing),
+            "cuThreadExchangeStreamCaptureMode": (self._type(_POINTER), self._exchange_mode),
         }
         self._functions = {name: kind(call) for name, (kind, call) in functions.items()}
         native.allocator.set_driver(
@@ -142,6 +144,7 @@ class Arenas:
         return False
 
     def _create(self, made: int, size: int, properties: int, flags: int) -> int:
+        self.machine.check_no_capture("cuMemCreate")
         device = ctypes.c_int.from_address(properties + 12).value
         with self.machine.lock:
             of_device = sum(one == device for one in self._pages.values())
@@ -155,13 +158,25 @@ class Arenas:
             ctypes.c_ulonglong.from_address(made).value = self._last
         return 0
 
+    def _is_capturing(self, stream: int | None, status: int) -> int:
+        # The double's streams are non-blocking.
+        ctypes.c_int.from_address(status).value = (stream or 0) in self.machine.capturing
+        return 0
+
+    def _exchange_mode(self, mode: int) -> int:
+        place = ctypes.c_int.from_address(mode)
+        self.machine.capture_mode, place.value = place.value, self.machine.capture_mode
+        return 0
+
     def _release(self, page: int) -> int:
+        self.machine.check_no_capture("cuMemRelease")
         with self.machine.lock:
             assert page not in self._mapped.values()
             del self._pages[page]
         return 0
 
     def _map(self, start: int, size: int, offset: int, page: int, flags: int) -> int:
+        self.machine.check_no_capture("cuMemMap")
         with self.machine.lock:
             if self._fails("cuMemMap"):
                 return _FAILED
@@ -180,6 +195,7 @@ class Arenas:
         return 0
 
     def _set_access(self, start: int, size: int, access: int, count: int) -> int:
+        self.machine.check_no_capture("cuMemSetAccess")
         with self.machine.lock:
             if self._fails("cuMemSetAccess"):
                 return _FAILED
@@ -188,6 +204,7 @@ class Arenas:
         return 0
 
     def _unmap(self, start: int, size: int) -> int:
+        self.machine.check_no_capture("cuMemUnmap")
         machine = self.machine
         with machine.lock:
             page = self._mapped.pop(start)
@@ -227,6 +244,7 @@ class Arenas:
 
     def _synchronize(self) -> int:
         self.machine.count("cuCtxSynchronize")
+        self.machine.check_no_capture("cuCtxSynchronize")
         self.machine.synchronize(self.machine.current_device())
         return 0
 

@@ -15,6 +15,7 @@ __all__ = ["LEGACY", "PER_THREAD", "CUDARuntimeError", "Event", "Queue", "Schedu
 
 #: ``cudaStreamLegacy`` as CuPy names it, and ``cudaStreamPerThread``.
 LEGACY, PER_THREAD = 0, 2
+RELAXED = 2  # cudaStreamCaptureModeRelaxed
 #: Spans of memory: address and size (bytes) of each.
 Spans = Sequence[tuple[int, int]]
 
@@ -89,7 +90,7 @@ class Stream:
             CUDARuntimeError: If the event was made for another GPU.
         """
         self._schedule.check_working()
-        self._schedule.check_no_capture("record")
+        self._schedule.check_no_capture("record", self.ptr)
         event = Event(self._schedule) if event is None else event
         event.check()
         schedule, queue = self._schedule, self.queue
@@ -326,9 +327,23 @@ class Schedule:
         self.count("streamIsCapturing")
         return ptr in self.capturing
 
-    def check_no_capture(self, name: str) -> None:
-        """Raise, and count a call among :attr:`races`, if a graph is captured: it would belong to it, or spoil it."""
-        if self.capturing:
+    @property
+    def capture_mode(self) -> int:
+        """The calling thread's ``cudaStreamCaptureMode``."""
+        return getattr(self._local, "capture_mode", 0)
+
+    @capture_mode.setter
+    def capture_mode(self, mode: int) -> None:
+        self._local.capture_mode = mode
+
+    def check_no_capture(self, name: str, stream: int | None = None) -> None:
+        """Raise, and count a call among :attr:`races`, if a graph is captured: it would belong to it, or spoil it.
+
+        In the relaxed mode a thread may ask and wait, and may use streams that are not captured.
+        """
+        waits = name in ("deviceSynchronize", "cuCtxSynchronize")
+        is_allowed = self.capture_mode == RELAXED and stream not in self.capturing and not waits
+        if self.capturing and not is_allowed:
             self.races.append(f"{name} while a graph is captured")
             raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {name}")
 

@@ -6,7 +6,8 @@
    Arguments: the number of steps, and a seed. It is silent and returns 0 where all is well.
 
    The model knows for each 512 bytes of physical memory which stream's work has used them last. Memory may be handed to
-   a stream only if that work comes before the stream's own; a page may be unmapped only when its work is done. */
+   a stream only if that work comes before the stream's own; a page may be unmapped only when its work is done. What was
+   allocated in a capture is only for captures of that stream, until all graphs are forgotten. */
 
 #define _GNU_SOURCE
 #include "../../chainer_ooc/swap/devices/cuda/page_arena.c"
@@ -38,6 +39,8 @@ struct gpu {
         int stream;
     } blocks[BLOCKS];
     bool is_used[PAGES * UNITS];
+    bool captures[STREAMS];
+    int graph_of[PAGES * UNITS]; /* a stream and 1, if its graphs may use these bytes */
 };
 
 static uint64_t below(struct gpu *gpu, uint64_t bound)
@@ -111,7 +114,7 @@ static bool unmap(void *context, uint64_t offset)
     int page = gpu->page_at[offset / PAGE];
     CHECK(offset % PAGE == 0 && page >= 0);
     for (int unit = 0; unit < UNITS; unit++) {
-        CHECK(!gpu->is_used[offset / GRAIN + (uint64_t)unit]);
+        CHECK(!gpu->is_used[offset / GRAIN + (uint64_t)unit] && !gpu->graph_of[offset / GRAIN + (uint64_t)unit]);
         for (int stream = 0; stream < STREAMS; stream++)
             CHECK(gpu->last[page][unit][stream] <= gpu->done[stream]);
     }
@@ -122,7 +125,7 @@ static bool unmap(void *context, uint64_t offset)
 static void *record(void *context, intptr_t stream)
 {
     struct gpu *gpu = context;
-    if (fails(gpu))
+    if (fails(gpu) || gpu->captures[stream])
         return NULL;
     struct event *event = malloc(sizeof *event);
     *event = (struct event){(int)stream, gpu->given[stream], NULL};
@@ -158,12 +161,15 @@ static void run(struct gpu *gpu, int stream, uint64_t until)
             run(gpu, other, gpu->before[stream][other]);
 }
 
-static void settle(struct gpu *gpu)
+static void settle(struct gpu *gpu, bool graphs)
 {
     uint64_t now = page_arena_now(gpu->arena);
     for (int stream = 0; stream < STREAMS; stream++)
         run(gpu, stream, gpu->given[stream]);
-    page_arena_settle(gpu->arena, 0, now);
+    page_arena_settle(gpu->arena, 0, now, graphs);
+    for (int n = 0; graphs && n < PAGES * UNITS; n++)
+        if (!gpu->is_used[n])
+            gpu->graph_of[n] = 0;
 }
 
 /* Lets a stream use a block, whose bytes must be its own by now. */
@@ -187,7 +193,7 @@ static uint64_t free_pages(const struct gpu *gpu)
     for (int page = 0; page < PAGES; page++) {
         bool is_free = gpu->page_at[page] >= 0;
         for (int unit = 0; unit < UNITS; unit++)
-            is_free &= !gpu->is_used[page * UNITS + unit];
+            is_free &= !gpu->is_used[page * UNITS + unit] && !gpu->graph_of[page * UNITS + unit];
         n += is_free;
     }
     return n;
@@ -209,13 +215,13 @@ static bool take(struct gpu *gpu, int n, uint64_t nbytes, int stream)
     uint64_t offset, size = nbytes ? (nbytes + GRAIN - 1) / GRAIN * GRAIN : GRAIN;
     gpu->failed = false;
     for (int tries = 0;; tries++) {
-        enum arena_result result = page_arena_allocate(gpu->arena, nbytes, stream, &offset, &wait);
+        enum arena_result result = page_arena_allocate(gpu->arena, nbytes, stream, gpu->captures[stream], &offset, &wait);
         CHECK(tries < 100 + MARKS);
         if (result == ARENA_DONE)
             break;
         if (result == ARENA_FULL) {
             uint64_t new = new_pages(gpu->arena);
-            CHECK(gpu->failed || free_pages(gpu) + new < size / PAGE + 2);
+            CHECK(gpu->failed || gpu->captures[stream] || free_pages(gpu) + new < size / PAGE + 2);
             return false;
         }
         if (result == ARENA_WAIT) {
@@ -223,6 +229,7 @@ static bool take(struct gpu *gpu, int n, uint64_t nbytes, int stream)
             run(gpu, event->stream, event->given);
             page_arena_waited(gpu->arena, &wait);
         } else {
+            CHECK(!gpu->captures[stream]);
             uint64_t tick = page_arena_now(gpu->arena);
             for (int other = 0; other < STREAMS; other++)
                 gpu->before[stream][other] = gpu->given[other];
@@ -239,8 +246,10 @@ static bool take(struct gpu *gpu, int n, uint64_t nbytes, int stream)
     gpu->blocks[n].size = size;
     gpu->blocks[n].stream = stream;
     for (uint64_t at = offset; at < offset + size; at += GRAIN) {
-        CHECK(!gpu->is_used[at / GRAIN]);
+        int graph = gpu->captures[stream] ? stream + 1 : 0;
+        CHECK(!gpu->is_used[at / GRAIN] && (!gpu->graph_of[at / GRAIN] || gpu->graph_of[at / GRAIN] == graph));
         gpu->is_used[at / GRAIN] = true;
+        gpu->graph_of[at / GRAIN] = graph;
     }
     use_block(gpu, n, stream);
     return true;
@@ -265,6 +274,10 @@ static void check_all(struct gpu *gpu)
     for (int n = 0; n < PAGES; n++)
         mapped += gpu->page_at[n] >= 0;
     CHECK(made * PAGE == page_arena_taken(gpu->arena));
+    uint64_t used = 0;
+    for (int n = 0; n < PAGES * UNITS; n++)
+        used += gpu->is_used[n] || gpu->graph_of[n];
+    CHECK(used * GRAIN <= page_arena_used(gpu->arena)); /* the rest of pages that were mapped in captures is kept, too */
     CHECK(page_arena_each_row(gpu->arena, add_row, &rows) && rows == mapped);
 }
 
@@ -311,16 +324,20 @@ static void random_steps(uint64_t steps, uint64_t seed)
             limit = (10 + below(gpu, 400)) * PAGE;
             page_arena_set_limit(gpu->arena, limit);
         } else if (what < 150) {
-            settle(gpu);
+            settle(gpu, true);
             CHECK(page_arena_trim(gpu->arena, 0) == (uint64_t)page_arena_taken(gpu->arena));
             CHECK(!free_pages(gpu));
         } else if (what < 200) {
+            if (below(gpu, 2))
+                settle(gpu, false);
             uint64_t before = page_arena_taken(gpu->arena), wanted = below(gpu, 100) * PAGE;
             CHECK(page_arena_trim(gpu->arena, wanted) <= before);
         } else if (what < 300) {
             streams = 1 + (int)below(gpu, STREAMS);
         } else if (what < 400) {
             gpu->failing = below(gpu, 2) ? 0 : (int)below(gpu, 100);
+        } else if (what < 450) {
+            gpu->captures[stream] ^= true;
         } else if (what < 500) {
             sizes[below(gpu, 12)] = 1 + below(gpu, 16 * PAGE);
         }
@@ -331,7 +348,7 @@ static void random_steps(uint64_t steps, uint64_t seed)
         if (gpu->blocks[n].size)
             give(gpu, n);
     gpu->failing = 0;
-    settle(gpu);
+    settle(gpu, true);
     CHECK(page_arena_used(gpu->arena) == 0 && page_arena_trim(gpu->arena, 0) == 0);
     check_all(gpu);
     struct arena_counts counts = page_arena_counts(gpu->arena);
@@ -416,7 +433,7 @@ static void *thread(void *argument)
     struct arena_wait wait;
     uint64_t offset;
     for (uint64_t step = 0; step < steps_of_threads; step++) {
-        enum arena_result result = page_arena_allocate(shared, 1 + below(&random, 5 * PAGE), (intptr_t)argument, &offset, &wait);
+        enum arena_result result = page_arena_allocate(shared, 1 + below(&random, 5 * PAGE), (intptr_t)argument, step % 1024 < 16, &offset, &wait);
         if (result == ARENA_DONE) {
             uint64_t old = __atomic_exchange_n(&handed[below(&random, 64)], offset + 1, __ATOMIC_ACQ_REL);
             if (old)

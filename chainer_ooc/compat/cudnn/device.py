@@ -99,7 +99,7 @@ def make_room() -> None:
     cupy.get_default_memory_pool().free_all_blocks()
     free_all_blocks = getattr(cupy.cuda.get_allocator(), "free_all_blocks", None)
     if free_all_blocks is not None:  # out-of-core mode's own
-        free_all_blocks()
+        free_all_blocks(graphs=False)
 
 
 def check_same_device(*arrays: Any) -> int:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from chainer_ooc.swap.devices.cuda.streams import is_captured
 from chainer_ooc.swap.devices.ram import native
 
 __all__ = ["ArenaPool", "warn", "why_no_arenas"]
@@ -208,17 +209,31 @@ class ArenaPool:
         if self._default.total_bytes() and self._default.n_free_blocks():
             self._default.free_all_blocks()
 
-    def free_all_blocks(self) -> None:
-        """Give free memory back to the GPU. That waits for it."""
+    def free_all_blocks(self, graphs: bool = True) -> None:
+        """Give free memory back to the GPU. That waits for it.
+
+        Args:
+            graphs: Also what was allocated while CUDA graphs were captured. As with CuPy's pool none that was
+                captured before may be launched afterwards.
+        """
         self._default.free_all_blocks()
         if (arena := self._arena()) is not None:
+            if graphs:
+                arena.forget_graphs()
             arena.trim(0)
+
+    def forget_graphs(self) -> None:
+        """Use what is kept for CUDA graphs that were captured: there is no other memory."""
+        if (arena := self._arena()) is not None:
+            arena.forget_graphs()
 
     def collect(self) -> bool:
         """Collect garbage, as CuPy's pool does before it gives up. Return whether that freed memory."""
         used = self.used_bytes()
         gc.collect()
-        self._default.free_all_blocks()
+        if not is_captured(self._cupy.cuda.runtime, self._cupy.cuda.get_current_stream()):
+            self._default.free_all_blocks()
+            self.forget_graphs()
         return self.used_bytes() < used
 
     def _arena(self) -> Any:

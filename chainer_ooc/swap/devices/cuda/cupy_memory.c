@@ -8,7 +8,11 @@
    3. CuPy takes NULL for an address, and an exception for an error of its own. So an exception is put aside until the
       call is back in our own function, which CuPy has for its allocator.
    4. A child that was forked from a process with arenas has no GPU: it is told so, and frees nothing.
-   5. libcuda is reached by name: CuPy has loaded it. Nothing of CUDA is needed to build this. */
+   5. While a program captures a CUDA graph, most calls of the driver are forbidden to it, or to all threads: those that are
+      "potentially unsafe", since the graph does not repeat them. Ours are safe: what they do lasts as long as the graph.
+      So the thread's mode is "relaxed" for each. No mode allows to wait for the GPU, to ask a stream that is captured, nor
+      to record an event on it, which would belong to the graph.
+   6. libcuda is reached by name: CuPy has loaded it. Nothing of CUDA is needed to build this. */
 
 #include "../ram/allocator.h"
 #include "page_arena.h"
@@ -33,7 +37,8 @@ typedef struct { /* CUmemAllocationProp */
     unsigned char reserved[4];
 } Properties;
 
-enum { ON_DEVICE = 1, PINNED = 1, READ_WRITE = 3, NO_TIMING = 2, PER_THREAD = 2 };
+enum { ON_DEVICE = 1, PINNED = 1, READ_WRITE = 3, NO_TIMING = 2, LEGACY = 1, PER_THREAD = 2, RELAXED = 2 };
+enum { CAPTURE_IMPLICIT = 906 }; /* CUresult */
 enum { VIRTUAL_MEMORY = 102, DIRECT_WITH_VIRTUAL_MEMORY = 110 }; /* CUdevice_attribute */
 
 static struct {
@@ -52,6 +57,8 @@ static struct {
     int (*get_context)(void **context);
     int (*set_context)(void *context);
     int (*synchronize)(void);
+    int (*is_capturing)(void *stream, int *status);
+    int (*exchange_mode)(int *mode);
 } cuda;
 
 static const struct { const char *name; void *function; } cuda_functions[] = {
@@ -61,6 +68,7 @@ static const struct { const char *name; void *function; } cuda_functions[] = {
     {"cuEventCreate", &cuda.event_create}, {"cuEventRecord", &cuda.event_record}, {"cuEventQuery", &cuda.event_query},
     {"cuEventSynchronize", &cuda.event_synchronize}, {"cuCtxGetCurrent", &cuda.get_context},
     {"cuCtxSetCurrent", &cuda.set_context}, {"cuCtxSynchronize", &cuda.synchronize},
+    {"cuStreamIsCapturing", &cuda.is_capturing}, {"cuThreadExchangeStreamCaptureMode", &cuda.exchange_mode},
 };
 
 static bool has_driver; /* of a test */
@@ -136,11 +144,40 @@ static _Thread_local struct {
 
 static _Atomic intptr_t threads;
 
+/* Lets the thread make calls that are potentially unsafe while a graph is captured. Returns its mode of before. */
+static int relax(void)
+{
+    int mode = RELAXED;
+    cuda.exchange_mode(&mode);
+    return mode;
+}
+
+/* Undoes that. Returns whether the call between was without an error. */
+static bool restore(int mode, int error)
+{
+    cuda.exchange_mode(&mode);
+    return !error;
+}
+
+static void *handle_of(intptr_t stream)
+{
+    return (void *)(stream < 0 ? PER_THREAD : stream);
+}
+
+/* Returns whether a graph is being captured of a stream, of the legacy one whether of any that it comprises. */
+static bool is_captured(intptr_t stream)
+{
+    int status = 0;
+    int error = cuda.is_capturing(handle_of(stream), &status);
+    return status || error == CAPTURE_IMPLICIT;
+}
+
 static bool driver_create(void *context, uint64_t *page)
 {
     Arena *self = context;
     unsigned long long made;
-    if (cuda.create(&made, self->page, &self->properties, 0))
+    int mode = relax();
+    if (!restore(mode, cuda.create(&made, self->page, &self->properties, 0)))
         return false;
     *page = made;
     return true;
@@ -149,25 +186,29 @@ static bool driver_create(void *context, uint64_t *page)
 static void driver_release(void *context, uint64_t page)
 {
     (void)context;
-    cuda.release(page);
+    int mode = relax();
+    restore(mode, cuda.release(page));
 }
 
 static bool driver_map(void *context, uint64_t offset, uint64_t page)
 {
     Arena *self = context;
-    return !cuda.map(self->start + offset, self->page, 0, page, 0);
+    int mode = relax();
+    return restore(mode, cuda.map(self->start + offset, self->page, 0, page, 0));
 }
 
 static bool driver_allow(void *context, uint64_t offset, uint64_t nbytes)
 {
     Arena *self = context;
-    return !cuda.set_access(self->start + offset, nbytes, self->access, self->n_access);
+    int mode = relax();
+    return restore(mode, cuda.set_access(self->start + offset, nbytes, self->access, self->n_access));
 }
 
 static bool driver_unmap(void *context, uint64_t offset)
 {
     Arena *self = context;
-    return !cuda.unmap(self->start + offset, self->page);
+    int mode = relax();
+    return restore(mode, cuda.unmap(self->start + offset, self->page));
 }
 
 /* Has the GPU's context be the current one. Returns the one before. A thread may have none yet. */
@@ -190,12 +231,16 @@ static void *driver_record(void *context, intptr_t stream)
 {
     Arena *self = context;
     void *event = NULL, *was = enter(self);
-    if (self->n_events)
+    int mode = relax();
+    if (is_captured(stream))
+        ;
+    else if (self->n_events)
         event = self->events[--self->n_events];
     else if (cuda.event_create(&event, NO_TIMING))
         event = NULL;
-    if (event && cuda.event_record(event, (void *)(stream < 0 ? PER_THREAD : stream)))
+    if (event && cuda.event_record(event, handle_of(stream)))
         event = NULL; /* the GPU is broken, or the stream is of another one */
+    restore(mode, 0);
     leave(self, was);
     return event;
 }
@@ -203,7 +248,8 @@ static void *driver_record(void *context, intptr_t stream)
 static bool driver_is_done(void *context, void *event)
 {
     (void)context;
-    return !cuda.event_query(event);
+    int mode = relax();
+    return restore(mode, cuda.event_query(event));
 }
 
 static void driver_forget(void *context, void *event)
@@ -240,22 +286,39 @@ static void let_go(Arena *self)
     page_arena_unlock(self->arena);
 }
 
-/* Waits for the GPU, without the interpreter's lock; what was freed before is idle then, and the stream's. */
-static void wait_for_all(Arena *self, intptr_t stream)
+static intptr_t stream_of_thread(void)
 {
+    intptr_t stream = current_stream ? current_stream() : 0;
+    if (stream != PER_THREAD)
+        return stream;
+    if (!own.number)
+        own.number = ++threads;
+    return -own.number; /* each thread has its own, under the same name */
+}
+
+/* Waits for the GPU, without the interpreter's lock; what was freed before is idle then, and the stream's; with `graphs`
+   also what belongs to graphs. Nobody may wait while a graph is captured: of other threads' streams that is not known. */
+static bool wait_for_all(Arena *self, intptr_t stream, bool graphs)
+{
+    void *was = enter(self);
+    bool is_possible = !is_captured(LEGACY) && !is_captured(stream_of_thread());
+    leave(self, was);
+    if (!is_possible)
+        return false;
     hold(self);
     uint64_t tick = page_arena_now(self->arena);
     let_go(self);
     int failed;
     Py_BEGIN_ALLOW_THREADS
-    void *was = enter(self);
+    was = enter(self);
     failed = cuda.synchronize();
     leave(self, was);
     Py_END_ALLOW_THREADS
     hold(self);
     if (!failed)
-        page_arena_settle(self->arena, stream, tick);
+        page_arena_settle(self->arena, stream, tick, graphs);
     let_go(self);
+    return !failed;
 }
 
 static size_t trim(Arena *self, size_t nbytes, intptr_t stream)
@@ -263,8 +326,7 @@ static size_t trim(Arena *self, size_t nbytes, intptr_t stream)
     hold(self);
     bool is_done = page_arena_trim(self->arena, nbytes) <= nbytes;
     let_go(self);
-    if (!is_done) {
-        wait_for_all(self, stream);
+    if (!is_done && wait_for_all(self, stream, false)) {
         hold(self);
         page_arena_trim(self->arena, nbytes);
         let_go(self);
@@ -295,25 +357,16 @@ static bool ask(PyObject *function, int device, size_t nbytes, bool wants)
     return is_true > 0 || (is_true == 0 && !wants);
 }
 
-static intptr_t stream_of_thread(void)
-{
-    intptr_t stream = current_stream ? current_stream() : 0;
-    if (stream != PER_THREAD)
-        return stream;
-    if (!own.number)
-        own.number = ++threads;
-    return -own.number; /* each thread has its own, under the same name */
-}
-
 /* Takes memory, for which nobody is asked. Returns 0 if there is none. */
 static unsigned long long take(Arena *self, size_t nbytes, intptr_t stream)
 {
     struct arena_wait wait;
     uint64_t offset;
+    bool captures = (stream < 0 || stream > LEGACY) && is_captured(stream);
     for (int orders = 0; orders < MOST_ORDERS;) {
         uint64_t tick;
         hold(self);
-        enum arena_result result = page_arena_allocate(self->arena, nbytes, stream, &offset, &wait);
+        enum arena_result result = page_arena_allocate(self->arena, nbytes, stream, captures, &offset, &wait);
         let_go(self);
         switch (result) {
         case ARENA_DONE: {
@@ -326,11 +379,12 @@ static unsigned long long take(Arena *self, size_t nbytes, intptr_t stream)
             self->missing = wait.missing;
             return 0;
         case ARENA_WAIT: {
-            int failed;
+            bool has_passed;
             Py_BEGIN_ALLOW_THREADS
-            failed = cuda.event_synchronize(wait.event);
+            int mode = relax();
+            has_passed = restore(mode, cuda.event_synchronize(wait.event));
             Py_END_ALLOW_THREADS
-            if (failed)
+            if (!has_passed)
                 return 0;
             hold(self);
             page_arena_waited(self->arena, &wait);
@@ -346,10 +400,8 @@ static unsigned long long take(Arena *self, size_t nbytes, intptr_t stream)
                 hold(self);
                 page_arena_adopt(self->arena, stream, tick);
                 let_go(self);
-            } else if (own.failed) {
+            } else if (own.failed || !wait_for_all(self, stream, false)) {
                 return 0;
-            } else {
-                wait_for_all(self, stream);
             }
         }
     }
@@ -473,7 +525,8 @@ static int arena_init(PyObject *object, PyObject *args, PyObject *keywords)
         return -1;
     }
     self->space = ((size_t)nbytes + 8 * self->page) / self->page * self->page;
-    if ((error = cuda.reserve(&self->start, self->space, 0, 0, 0))) {
+    int mode = relax();
+    if (!restore(mode, error = cuda.reserve(&self->start, self->space, 0, 0, 0))) {
         PyErr_Format(PyExc_RuntimeError, "cuMemAddressReserve of %zu bytes: error %d", self->space, error);
         return -1;
     }
@@ -548,6 +601,14 @@ static PyObject *arena_trim(PyObject *self, PyObject *number)
 {
     size_t nbytes;
     return read_size(number, &nbytes) ? PyLong_FromSize_t(trim(of(self), nbytes, stream_of_thread())) : NULL;
+}
+
+static PyObject *arena_forget_graphs(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    if (page_arena_graphs(of(self)->arena))
+        wait_for_all(of(self), stream_of_thread(), true);
+    Py_RETURN_NONE;
 }
 
 static PyObject *arena_close(PyObject *self, PyObject *is_closed)
@@ -679,6 +740,9 @@ static PyMethodDef arena_methods[] = {
     {"free", arena_free, METH_O, "Take back the block at an address."},
     {"set_limit", arena_set_limit, METH_O, "Set the most bytes that are taken of the GPU; what is taken already stays."},
     {"trim", arena_trim, METH_O, "Give free pages back until at most so many bytes are taken; wait for the GPU. Return the bytes taken."},
+    {"forget_graphs", arena_forget_graphs, METH_NOARGS,
+     "Let everybody have what was freed of memory that was allocated while CUDA graphs were captured: none that was captured\n"
+     "before may be launched again. Wait for the GPU if there is such memory; do nothing while a graph is captured."},
     {"close", arena_close, METH_O, "Give free pages back, and from now on what is freed, too; or, with false, no more."},
     {"set_level", arena_set_level, METH_VARARGS,
      "Grant this thread's allocations unasked while memory in use stays below `level`, until ask_again(). Tell how many\n"
@@ -692,7 +756,7 @@ static PyMethodDef arena_methods[] = {
 };
 
 static PyGetSetDef arena_attributes[] = {
-    {"used_bytes", arena_used, NULL, "The bytes of blocks in use, each rounded up to 512.", NULL},
+    {"used_bytes", arena_used, NULL, "The bytes of blocks in use, each rounded up to 512, and of what is kept for CUDA graphs.", NULL},
     {"taken_bytes", arena_taken, NULL, "The bytes taken of the GPU, free pages included.", NULL},
     {"peak_bytes", arena_peak, NULL, "The most bytes that were taken of the GPU.", NULL},
     {"missing_bytes", arena_missing, NULL, "The bytes of free pages that the last refused allocation lacked.", NULL},
@@ -748,14 +812,13 @@ static int allocator_init(PyObject *self, PyObject *args, PyObject *keywords)
     return 0;
 }
 
-static PyObject *allocator_free_all_blocks(PyObject *self, PyObject *unused)
+static PyObject *allocator_free_all_blocks(PyObject *self, PyObject *args, PyObject *keywords)
 {
-    (void)unused;
-    return PyObject_CallFunctionObjArgs(((Allocator *)self)->free_all_blocks, NULL);
+    return PyObject_Call(((Allocator *)self)->free_all_blocks, args, keywords);
 }
 
 static PyMethodDef allocator_methods[] = {
-    {"free_all_blocks", allocator_free_all_blocks, METH_NOARGS, "Give the current GPU's free memory back to it; wait for it."},
+    {"free_all_blocks", WITH_KEYWORDS(allocator_free_all_blocks), "Give the current GPU's free memory back to it; wait for it."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -340,11 +340,14 @@ class CudaDevice:
     def trim(self, desperate: bool = False) -> None:
         """Do nothing: CuPy's pool returns free blocks itself when it needs to, and that stops the GPU.
 
-        With arenas, what it still holds from before is of use to nobody.
+        With arenas, what it still holds from before is of use to nobody. What arenas keep for CUDA graphs goes only if
+        nothing else is left, as CuPy's pool gives that back when it runs out of memory.
         """
         if isinstance(pool := self.pool(), ArenaPool):
             with self.streams.on_device():
                 pool.free_outside()
+                if desperate:
+                    pool.forget_graphs()
 
     def move_to(self, directory: str) -> None:
         """Make the next swap file in another directory. Copies in the old file stay readable."""

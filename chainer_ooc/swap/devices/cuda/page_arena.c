@@ -23,7 +23,11 @@
    4. A page's stamp is not less than the tick of the last free of anything in it. A page is unmapped only if it is free
       as a whole and idle: an event that was recorded on its lane's stream after its stamp has passed, or the whole GPU
       has been waited for. The driver's unmapping waits for no kernel.
-   5. Nobody who holds the lock waits for anything, and no Python runs: free may be called from any thread, with or
+   5. A CUDA graph refers to addresses for as long as it may be launched, which nobody knows. So what is allocated on a
+      stream while that is captured belongs to a lane of its own. It may take free memory of its stream's other lane, and
+      gives none back: its pages are not unmapped, and only later captures of the stream get what was freed of them. It
+      counts as in use.
+   6. Nobody who holds the lock waits for anything, and no Python runs: free may be called from any thread, with or
       without the interpreter's lock, to the very end of the process. */
 
 #include "page_arena.h"
@@ -70,6 +74,7 @@ struct mark {
 
 struct lane {
     intptr_t stream;
+    bool is_captured; /* it has what was allocated while a graph was captured of the stream */
     struct lane *next;
     uint64_t used, free; /* bytes */
     uint64_t freed;      /* bytes since the last mark */
@@ -99,7 +104,7 @@ struct page_arena {
     struct lane *lanes;
     uint64_t *spare; /* pages that are mapped nowhere */
     uint64_t n_spare, spare_size, lost;
-    uint64_t used, taken, limit, tick, settled;
+    uint64_t used, graphs, taken, limit, tick, settled; /* graphs: bytes that are free in lanes of captured streams */
     uint64_t unmapped; /* the tick when pages were last wanted */
     uint64_t *order; /* scratch: pages to choose from */
     uint64_t order_size;
@@ -224,14 +229,22 @@ static unsigned bin_of(uint64_t size)
     return 32 + (log - 5) * 16 + ((grains >> (log - 4)) & 15);
 }
 
-static void remove_free(struct block *block)
+/* Counts the size of a block as free in a lane, or no longer. */
+static void count_free(struct page_arena *arena, struct lane *lane, uint64_t size, bool is_free)
+{
+    lane->free += is_free ? size : -size;
+    if (lane->is_captured)
+        __atomic_store_n(&arena->graphs, arena->graphs + (is_free ? size : -size), __ATOMIC_RELAXED);
+}
+
+static void remove_free(struct page_arena *arena, struct block *block)
 {
     struct lane *lane = block->lane;
     unsigned bin = bin_of(block->size);
     unlink_block(&lane->bins[block->zone][bin], block);
     if (!lane->bins[block->zone][bin])
         lane->filled[block->zone][bin / 64] &= ~(1ull << bin % 64);
-    lane->free -= block->size;
+    count_free(arena, lane, block->size, false);
     block->state = BUSY;
 }
 
@@ -245,12 +258,12 @@ static struct block *insert_free(struct page_arena *arena, struct block *block)
 {
     struct block *before = block->before, *after = block->after;
     if (is_kin(block, after, FREE)) {
-        remove_free(after);
+        remove_free(arena, after);
         block->size += after->size;
         drop_block(arena, after);
     }
     if (is_kin(block, before, FREE)) {
-        remove_free(before);
+        remove_free(arena, before);
         before->size += block->size;
         drop_block(arena, block);
         block = before;
@@ -258,7 +271,7 @@ static struct block *insert_free(struct page_arena *arena, struct block *block)
     struct lane *lane = block->lane;
     unsigned bin = bin_of(block->size);
     block->state = FREE;
-    lane->free += block->size;
+    count_free(arena, lane, block->size, true);
     link_block(&lane->bins[block->zone][bin], block);
     lane->filled[block->zone][bin / 64] |= 1ull << bin % 64;
     return block;
@@ -327,7 +340,7 @@ static bool merge_cached(struct page_arena *arena, struct lane *lane)
         struct size_list *list = &lane->sizes[lane->filled_sizes[n]];
         for (struct block *block = list->first, *next; block; block = next) {
             next = block->next;
-            lane->free -= block->size;
+            count_free(arena, lane, block->size, false);
             insert_free(arena, block);
             any = true;
         }
@@ -369,15 +382,22 @@ static struct block *best_fit(struct lane *lane, unsigned zone, uint64_t size)
 
 /* Streams. */
 
-static struct lane *lane_of(struct page_arena *arena, intptr_t stream)
+static struct lane *find_lane(struct page_arena *arena, intptr_t stream, bool is_captured)
 {
-    struct lane *idle = NULL;
-    for (struct lane *lane = arena->lanes; lane; lane = lane->next) {
-        if (lane->stream == stream)
-            return lane;
+    struct lane *lane = arena->lanes;
+    while (lane && (lane->stream != stream || lane->is_captured != is_captured))
+        lane = lane->next;
+    return lane;
+}
+
+static struct lane *lane_of(struct page_arena *arena, intptr_t stream, bool is_captured)
+{
+    struct lane *found = find_lane(arena, stream, is_captured), *idle = NULL;
+    if (found)
+        return found;
+    for (struct lane *lane = arena->lanes; lane; lane = lane->next)
         if (!lane->used && !lane->free && !lane->n_marks)
             idle = lane;
-    }
     if (!idle) {
         idle = calloc(1, sizeof *idle);
         if (!idle)
@@ -386,6 +406,7 @@ static struct lane *lane_of(struct page_arena *arena, intptr_t stream)
         arena->lanes = idle;
     }
     idle->stream = stream;
+    idle->is_captured = is_captured;
     idle->freed = 0;
     idle->passed = 0;
     return idle;
@@ -566,7 +587,7 @@ static uint64_t unmap_row(struct page_arena *arena, struct block *block, uint64_
     if (!done)
         return 0;
     uint64_t start = page * arena->page_size, end = start + done * arena->page_size;
-    remove_free(block);
+    remove_free(arena, block);
     if (block->start < start) {
         struct block *rest = cut(arena, block, start);
         insert_free(arena, block);
@@ -595,19 +616,23 @@ static void unmap_pages(struct page_arena *arena, struct lane *lane, uint64_t n,
     }
 }
 
-/* Finds spare pages for a lane. */
-static enum arena_result gather(struct page_arena *arena, struct lane *lane, uint64_t wanted, struct arena_wait *wait)
+/* Finds spare pages for a lane. Those that are unmapped for that are of `giver`, the lane itself but in captures, and may
+   be NULL. */
+static enum arena_result gather(struct page_arena *arena, struct lane *lane, struct lane *giver, uint64_t wanted, struct arena_wait *wait)
 {
     if (arena->n_spare + new_pages(arena) >= wanted)
         create_pages(arena, wanted);
     if (arena->n_spare >= wanted)
         return ARENA_DONE;
     arena->unmapped = arena->tick;
-    see_marks(arena, lane);
-    uint64_t n = list_pages(arena, lane);
-    bool others = false;
-    for (struct lane *other = arena->lanes; other; other = other->next)
-        others |= other != lane && other->free;
+    uint64_t n = 0;
+    if (giver) {
+        see_marks(arena, giver);
+        n = list_pages(arena, giver);
+    }
+    bool others = false; /* none for a stream that is captured: it cannot wait for them */
+    for (struct lane *other = arena->lanes; other && !lane->is_captured; other = other->next)
+        others |= other != lane && other->free && !other->is_captured;
     if (arena->n_spare + new_pages(arena) + n >= wanted)
         create_pages(arena, wanted);
     wait->missing = arena->n_spare + n < wanted ? (wanted - arena->n_spare - n) * arena->page_size : 0;
@@ -615,13 +640,13 @@ static enum arena_result gather(struct page_arena *arena, struct lane *lane, uin
         return others ? ARENA_ORDER : ARENA_FULL;
     if (arena->n_spare < wanted) {
         uint64_t last = arena->order[wanted - arena->n_spare - 1] >> PAGE_BITS;
-        if (!is_idle(arena, lane, last)) {
-            if (!find_mark(arena, lane, last, wait))
+        if (!is_idle(arena, giver, last)) {
+            if (!find_mark(arena, giver, last, wait))
                 return others ? ARENA_ORDER : ARENA_FULL;
             arena->counts.waits++;
             return ARENA_WAIT;
         }
-        unmap_pages(arena, lane, n, wanted);
+        unmap_pages(arena, giver, n, wanted);
     }
     return arena->n_spare >= wanted ? ARENA_DONE : ARENA_FULL;
 }
@@ -700,7 +725,7 @@ static struct block *set_aside(struct page_arena *arena, struct block *block, ui
         if (is_void)
             remove_void(arena, block);
         else
-            remove_free(block);
+            remove_free(arena, block);
         struct block *left = NULL, *right = NULL;
         if (block->start < from) {
             left = block;
@@ -790,14 +815,14 @@ static void use_part(struct page_arena *arena, struct lane *lane, struct block *
     use(arena, lane, block, offset);
 }
 
-static enum arena_result map_anew(struct page_arena *arena, struct lane *lane, unsigned zone, uint64_t size, uint64_t *offset, struct arena_wait *wait)
+static enum arena_result map_anew(struct page_arena *arena, struct lane *lane, struct lane *giver, unsigned zone, uint64_t size, uint64_t *offset, struct arena_wait *wait)
 {
     uint64_t start = 0, missing = 0;
     struct block *first = find_place(arena, lane, zone, size, &start, &missing);
     if (!first || !have_unused(arena, 4))
         return ARENA_FULL;
     first = set_aside(arena, first, start, start + size);
-    enum arena_result result = gather(arena, lane, missing, wait);
+    enum arena_result result = gather(arena, lane, giver, missing, wait);
     /* Gathering has cut other blocks, but none of these. */
     bool is_mapped = result == ARENA_DONE && have_unused(arena, 2);
     for (struct block *block = first; is_mapped && block && block->start < start + size; block = block->after)
@@ -818,9 +843,39 @@ static enum arena_result map_anew(struct page_arena *arena, struct lane *lane, u
     return ARENA_DONE;
 }
 
-static enum arena_result allocate(struct page_arena *arena, uint64_t nbytes, intptr_t stream, uint64_t *offset, struct arena_wait *wait)
+/* Takes a block of the list of its size, if there is one. */
+static bool take_exact(struct page_arena *arena, struct lane *lane, struct lane *giver, uint64_t size, uint64_t *offset)
 {
-    struct lane *lane = lane_of(arena, stream);
+    struct size_list *list = giver ? size_list(giver, size, false) : NULL;
+    if (!list || !list->first)
+        return false;
+    struct block *block = list->first;
+    unlink_block(&list->first, block);
+    count_free(arena, giver, size, false);
+    use(arena, lane, block, offset);
+    arena->counts.exact++;
+    return true;
+}
+
+/* Cuts a block of free memory, if there is as much in one place. There must be two unused structures. */
+static bool take_fitting(struct page_arena *arena, struct lane *lane, struct lane *giver, unsigned zone, uint64_t size, uint64_t *offset)
+{
+    struct block *block = giver ? best_fit(giver, zone, size) : NULL;
+    if (!block && giver && merge_cached(arena, giver))
+        block = best_fit(giver, zone, size);
+    if (!block)
+        return false;
+    remove_free(arena, block);
+    use_part(arena, lane, block, block->start, size, offset);
+    arena->counts.fitted++;
+    return true;
+}
+
+static enum arena_result allocate(struct page_arena *arena, uint64_t nbytes, intptr_t stream, bool is_captured, uint64_t *offset,
+                                  struct arena_wait *wait)
+{
+    struct lane *lane = lane_of(arena, stream, is_captured);
+    struct lane *giver = is_captured ? find_lane(arena, stream, false) : NULL;
     wait->missing = nbytes;
     if (!lane || nbytes > arena->pages * arena->page_size)
         return ARENA_FULL;
@@ -828,28 +883,15 @@ static enum arena_result allocate(struct page_arena *arena, uint64_t nbytes, int
     unsigned zone = size >= arena->small;
     if (arena->n_used > 2 * arena->used_mask)
         grow_used(arena);
-    if (lane->freed > arena->limit / MARKED_SHARE && arena->tick < arena->unmapped + MARKED_FREES)
+    if (arena->unmapped && arena->tick < arena->unmapped + MARKED_FREES && lane->freed > arena->limit / MARKED_SHARE && !is_captured)
         set_mark(arena, lane);
-    struct size_list *list = size_list(lane, size, false);
-    if (list && list->first) {
-        struct block *block = list->first;
-        unlink_block(&list->first, block);
-        lane->free -= size;
-        use(arena, lane, block, offset);
-        arena->counts.exact++;
+    if (take_exact(arena, lane, lane, size, offset) || take_exact(arena, lane, giver, size, offset))
         return ARENA_DONE;
-    }
     if (!have_unused(arena, 2))
         return ARENA_FULL;
-    struct block *block = best_fit(lane, zone, size);
-    if (!block && merge_cached(arena, lane))
-        block = best_fit(lane, zone, size);
-    if (!block)
-        return map_anew(arena, lane, zone, size, offset, wait);
-    remove_free(block);
-    use_part(arena, lane, block, block->start, size, offset);
-    arena->counts.fitted++;
-    return ARENA_DONE;
+    if (take_fitting(arena, lane, lane, zone, size, offset) || take_fitting(arena, lane, giver, zone, size, offset))
+        return ARENA_DONE;
+    return map_anew(arena, lane, is_captured ? giver : lane, zone, size, offset, wait);
 }
 
 /* The interface. */
@@ -936,10 +978,11 @@ void page_arena_set_limit(struct page_arena *arena, uint64_t nbytes)
     page_arena_unlock(arena);
 }
 
-enum arena_result page_arena_allocate(struct page_arena *arena, uint64_t nbytes, intptr_t stream, uint64_t *offset, struct arena_wait *wait)
+enum arena_result page_arena_allocate(struct page_arena *arena, uint64_t nbytes, intptr_t stream, bool is_captured, uint64_t *offset,
+                                      struct arena_wait *wait)
 {
     page_arena_lock(arena);
-    enum arena_result result = allocate(arena, nbytes, stream, offset, wait);
+    enum arena_result result = allocate(arena, nbytes, stream, is_captured, offset, wait);
     arena->counts.orders += result == ARENA_ORDER;
     page_arena_unlock(arena);
     return result;
@@ -960,12 +1003,13 @@ void page_arena_waited(struct page_arena *arena, const struct arena_wait *wait)
     page_arena_unlock(arena);
 }
 
-/* Gives a lane the free memory of all others that was freed until `tick`: its stream's later work comes after that. */
-static void adopt(struct page_arena *arena, struct lane *lane, uint64_t tick)
+/* Gives a lane the free memory of all others that was freed until `tick`: its stream's later work comes after that. With
+   `graphs` also what belongs to graphs. */
+static void adopt(struct page_arena *arena, struct lane *lane, uint64_t tick, bool graphs)
 {
     arena->tick++;
     for (struct lane *other = arena->lanes; lane && other; other = other->next) {
-        if (other == lane)
+        if (other == lane || (other->is_captured && !graphs))
             continue;
         merge_cached(arena, other);
         for (unsigned zone = 0; zone < ZONES; zone++)
@@ -981,7 +1025,7 @@ static void adopt(struct page_arena *arena, struct lane *lane, uint64_t tick)
                     for (page = first; page <= last; page++)
                         if (arena->stamp[page] > arena->settled)
                             arena->stamp[page] = arena->tick;
-                    remove_free(block);
+                    remove_free(arena, block);
                     block->lane = lane;
                     insert_free(arena, block);
                 }
@@ -991,7 +1035,7 @@ static void adopt(struct page_arena *arena, struct lane *lane, uint64_t tick)
 void page_arena_adopt(struct page_arena *arena, intptr_t stream, uint64_t tick)
 {
     page_arena_lock(arena);
-    adopt(arena, lane_of(arena, stream), tick);
+    adopt(arena, lane_of(arena, stream, false), tick, false);
     page_arena_unlock(arena);
 }
 
@@ -1000,7 +1044,7 @@ size_t page_arena_streams(struct page_arena *arena, intptr_t *streams, size_t mo
     size_t n = 0;
     page_arena_lock(arena);
     for (struct lane *lane = arena->lanes; lane && n < most; lane = lane->next)
-        if (lane->free)
+        if (lane->free && !lane->is_captured)
             streams[n++] = lane->stream;
     page_arena_unlock(arena);
     return n;
@@ -1020,7 +1064,7 @@ bool page_arena_free(struct page_arena *arena, uint64_t offset)
         __atomic_store_n(&arena->used, arena->used - block->size, __ATOMIC_RELAXED);
         struct size_list *list = size_list(lane, block->size, true);
         if (list) {
-            lane->free += block->size;
+            count_free(arena, lane, block->size, true);
             block->state = CACHED;
             link_block(&list->first, block);
         } else {
@@ -1040,12 +1084,12 @@ uint64_t page_arena_now(struct page_arena *arena)
     return tick;
 }
 
-void page_arena_settle(struct page_arena *arena, intptr_t stream, uint64_t tick)
+void page_arena_settle(struct page_arena *arena, intptr_t stream, uint64_t tick, bool graphs)
 {
     page_arena_lock(arena);
     if (tick > arena->settled)
         arena->settled = tick;
-    adopt(arena, lane_of(arena, stream), tick);
+    adopt(arena, lane_of(arena, stream, false), tick, graphs);
     page_arena_unlock(arena);
 }
 
@@ -1054,6 +1098,8 @@ uint64_t page_arena_trim(struct page_arena *arena, uint64_t nbytes)
     page_arena_lock(arena);
     uint64_t wanted = arena->taken > nbytes ? (arena->taken - nbytes + arena->page_size - 1) / arena->page_size : 0;
     for (struct lane *lane = arena->lanes; lane && arena->n_spare < wanted; lane = lane->next) {
+        if (lane->is_captured)
+            continue;
         see_marks(arena, lane);
         merge_cached(arena, lane);
         unmap_pages(arena, lane, list_pages(arena, lane), wanted);
@@ -1070,7 +1116,12 @@ uint64_t page_arena_trim(struct page_arena *arena, uint64_t nbytes)
 
 uint64_t page_arena_used(const struct page_arena *arena)
 {
-    return __atomic_load_n(&arena->used, __ATOMIC_RELAXED);
+    return __atomic_load_n(&arena->used, __ATOMIC_RELAXED) + page_arena_graphs(arena);
+}
+
+uint64_t page_arena_graphs(const struct page_arena *arena)
+{
+    return __atomic_load_n(&arena->graphs, __ATOMIC_RELAXED);
 }
 
 uint64_t page_arena_taken(const struct page_arena *arena)
@@ -1106,7 +1157,7 @@ bool page_arena_each_row(struct page_arena *arena, bool (*visit)(void *context, 
 
 static const char *check(struct page_arena *arena)
 {
-    uint64_t end = 0, used = 0, mapped = 0, n_used = 0;
+    uint64_t end = 0, used = 0, mapped = 0, n_used = 0, graphs = 0;
     for (struct block *block = arena->blocks, *before = NULL; block; before = block, block = block->after) {
         if (block->start != end || !block->size || block->before != before)
             return "the blocks do not follow each other";
@@ -1156,8 +1207,9 @@ static const char *check(struct page_arena *arena)
                 }
         if (cached != listed || merged != binned || lane->free != cached + merged)
             return "what is free is counted wrong";
+        graphs += lane->is_captured ? lane->free : 0;
     }
-    return NULL;
+    return graphs == arena->graphs ? NULL : "what graphs may use is counted wrong";
 }
 
 const char *page_arena_check(struct page_arena *arena)

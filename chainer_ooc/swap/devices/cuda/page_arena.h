@@ -16,7 +16,8 @@ struct arena_driver {
     bool (*map)(void *context, uint64_t offset, uint64_t page);
     bool (*allow)(void *context, uint64_t offset, uint64_t nbytes); /* access to a row of new mappings */
     bool (*unmap)(void *context, uint64_t offset);
-    void *(*record)(void *context, intptr_t stream); /* an event after all that the stream has been given; or NULL */
+    /* An event after all that the stream has been given; or NULL: while it is captured there is none. */
+    void *(*record)(void *context, intptr_t stream);
     bool (*is_done)(void *context, void *event);
     void (*forget)(void *context, void *event);
 };
@@ -47,14 +48,18 @@ void page_arena_delete(struct page_arena *arena);
 
 /* Sets the most bytes that are taken of the GPU. What is taken already stays until page_arena_trim(). */
 void page_arena_set_limit(struct page_arena *arena, uint64_t nbytes);
-enum arena_result page_arena_allocate(struct page_arena *arena, uint64_t nbytes, intptr_t stream, uint64_t *offset, struct arena_wait *wait);
+/* `is_captured`: a CUDA graph is being captured of the stream. What it gets only later captures get again, once it is freed,
+   until page_arena_settle() has `graphs`. */
+enum arena_result page_arena_allocate(struct page_arena *arena, uint64_t nbytes, intptr_t stream, bool is_captured, uint64_t *offset,
+                                      struct arena_wait *wait);
 void page_arena_waited(struct page_arena *arena, const struct arena_wait *wait);
 /* Returns the present moment. */
 uint64_t page_arena_now(struct page_arena *arena);
 /* Makes memory that was freed until then a stream's: its later work comes after all work of before `tick`. */
 void page_arena_adopt(struct page_arena *arena, intptr_t stream, uint64_t tick);
-/* The same, where all work of before `tick` has ended. */
-void page_arena_settle(struct page_arena *arena, intptr_t stream, uint64_t tick);
+/* The same, where all work of before `tick` has ended. With `graphs` no graph that was captured before will be launched again:
+   what was freed of theirs is memory as any. */
+void page_arena_settle(struct page_arena *arena, intptr_t stream, uint64_t tick, bool graphs);
 /* Writes down the streams that own free memory, `most` of them at most. Returns how many. */
 size_t page_arena_streams(struct page_arena *arena, intptr_t *streams, size_t most);
 /* Frees a block. Returns whether there was one at the offset. No driver call, no wait: any thread, any time. */
@@ -63,8 +68,10 @@ bool page_arena_free(struct page_arena *arena, uint64_t offset);
 /* Gives pages that are free, and known to be idle, back until at most `nbytes` are taken. Returns the bytes taken then. */
 uint64_t page_arena_trim(struct page_arena *arena, uint64_t nbytes);
 
-/* Bytes of blocks in use, rounded up to 512 each; of all pages taken of the GPU. Need no lock. */
+/* Bytes of blocks in use, rounded up to 512 each, and of what is kept for graphs; the latter; bytes of all pages taken of the
+   GPU. Need no lock. */
 uint64_t page_arena_used(const struct page_arena *arena);
+uint64_t page_arena_graphs(const struct page_arena *arena);
 uint64_t page_arena_taken(const struct page_arena *arena);
 struct arena_counts page_arena_counts(struct page_arena *arena);
 /* Calls `visit` for each row of mapped pages, under the lock; stops when it returns false. */
