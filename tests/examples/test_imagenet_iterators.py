@@ -287,8 +287,9 @@ if __name__ == "__main__":
     print_children()
     print([tracker] == psutil.Process().children())
     for one in used:
-        if hasattr(one, "unlink"):
-            one.close(), one.unlink()
+        for end in ("close", "unlink"):
+            if hasattr(one, end):
+                getattr(one, end)()
 """
     )
     done = run_python(script, timeout=60)
