@@ -19,7 +19,7 @@ from tests.doubles import cuda_runtime
 
 BATCH, SIDE = 64, 224
 #: Iterations until a plan has been made, made again from better times, and tried.
-SETTLED = 8
+SETTLED = 10
 #: By what is measured: the functions of CUDA.
 CALLS = {
     "events made": ("cudaEventCreateWithFlags",),
