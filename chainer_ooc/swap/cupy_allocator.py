@@ -184,7 +184,8 @@ class CupyAllocator:
             return False
         if not manager.device.may_move():
             raise out_of_memory_class(self._cupy)(
-                "the free memory belongs to other streams, and cannot be taken while a CUDA graph is captured"
+                "memory that other streams have freed cannot be taken while a CUDA graph is captured: run what is "
+                "captured once before, on the same stream, or raise the limit"
             )
         device = cast(PooledDevice, manager.device)
         return streams is not None and device.order_streams(streams)

@@ -373,6 +373,9 @@ def test_a_second_hook_finds_the_arenas_that_are_there(mode):
         assert x.data.ptr in other.arenas._arena()
     finally:
         other.uninstall()
+    mode(limit=64)
+    with pytest.raises(errors.OutOfMemoryError):  # the engine is asked again
+        blocks([80 * MIB])
 
 
 def test_frees_after_disable_wait_for_the_gpu_only_where_that_gives_something_back():

@@ -1,7 +1,7 @@
 """CUDA graphs on page arenas: a capture may allocate, and a graph's memory stays what it was.
 
-The double keeps the copies that are captured, and makes them when a graph is launched. Captures are in the mode "global",
-in which they are spoilt by what any thread does.
+The double keeps the copies that are captured, and makes them when a graph is launched. Captures are in the mode
+"global", in which they are spoilt by what any thread does.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_what_a_graph_writes_on_the_way_is_nobody_elses(stream):
 
 
 def test_the_next_capture_uses_the_same_memory(stream):
-    graphs, (bits, x) = [], uploaded(2)
+    graphs, (_, x) = [], uploaded(2)
     used = []
     for _ in range(5):
         with capture(stream, graphs):

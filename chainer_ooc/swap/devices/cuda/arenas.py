@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable
@@ -87,7 +88,8 @@ class ArenaPool:
         self._arenas: dict[int, Any] = native.allocator.arenas()  # they are for ever
         self._limits: dict[int, tuple[int, int]] = {}  # by GPU: the limit, and what is outside
         self._without: set[int] = set()  # GPUs that CuPy's pool serves
-        malloc, free = native.allocator.configure_arenas(
+        self._configure = functools.partial(
+            native.allocator.configure_arenas,
             make=self._make,
             before=before,
             refused=refused,
@@ -95,6 +97,7 @@ class ArenaPool:
             announced=announced,
             stream=_current_stream(),
         )
+        malloc, free = self._configure()
         functions = cupy.cuda.CFunctionAllocator(0, malloc, free, None)
         self.allocator = native.allocator.ArenaAllocator(
             functions.malloc, otherwise, self.free_all_blocks
@@ -117,6 +120,7 @@ class ArenaPool:
 
     def open(self) -> None:
         """Begin to use the arenas: what CuPy's default pool does not need goes back to the GPU."""
+        self._configure()  # another pool may have been in use since
         self._default.free_all_blocks()
         for arena in self._arenas.values():
             arena.close(False)
