@@ -110,9 +110,9 @@ def test_a_capture_maps_pages_anew(stream, lag):
 
 
 def test_no_memory_in_a_capture_is_an_error_that_spoils_nothing(stream):
-    old = cupy.cuda.memory._malloc(4 * MIB)  # CuPy's pool must not give it back now
-    del old
     held, graphs = blocks([20 * MIB] * 3), []
+    old = cupy.get_default_memory_pool().malloc(4 * MIB)
+    del old  # CuPy's pool must not give it back in the capture
     with capture(stream, graphs), pytest.raises(chainer_ooc.errors.OutOfMemoryError):
         cupy.empty(30 * MIB, "B")
     graphs[0].launch()
@@ -129,6 +129,39 @@ def test_memory_of_other_streams_is_not_taken_in_a_capture(stream):
         cupy.empty(40 * MIB, "B")
     graphs[0].launch()
     assert cupy.empty(40 * MIB, "B").data.ptr
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_memory_of_other_streams_is_not_taken_while_another_thread_captures(stream, blocking):
+    """Nobody may wait for the GPU, and nothing can be recorded on the stream that is captured."""
+    held = blocks([30 * MIB] * 2)
+    del held
+    graphs, caught = [], []
+
+    def allocate():
+        cupy.cuda.Stream.null.use()
+        try:
+            blocks([40 * MIB])
+        except chainer_ooc.errors.OutOfMemoryError as error:
+            caught.append(str(error))
+
+    with cupy.cuda.Stream(non_blocking=not blocking) as captured:
+        cupy.empty(4, "f")
+        with capture(captured, graphs):
+            thread = threading.Thread(target=allocate)
+            thread.start()
+            thread.join()
+        graphs[0].launch()
+    assert ["other streams" in one for one in caught] == [True]
+
+
+def test_nobody_waits_for_the_gpu_in_a_capture(stream):
+    held, graphs = blocks([3 * MIB] * 5), []
+    with capture(stream, graphs):
+        between = cupy.empty(3 * MIB, "B")
+        del held, between
+        cupy.cuda.get_allocator().free_all_blocks()
+    graphs[0].launch()
 
 
 @pytest.mark.parametrize("blocking", [False, True])
