@@ -4,7 +4,7 @@
    is void where the levels of allocations are: once settings, modes or observers have changed, or memory has been short. */
 #include "../swap/devices/ram/allocator.h"
 
-static PyObject *data_name, *nbytes_name;       /* attributes of Variable and of ndarray */
+static PyObject *data_name, *nbytes_name; /* attributes of Variable and of ndarray */
 static PyTypeObject *variable_type, *array_type;
 static PyObject *of_settings; /* those that it holds under */
 static Py_ssize_t margin;

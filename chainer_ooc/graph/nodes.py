@@ -1,7 +1,7 @@
 """Save the arrays of the graph's nodes: ``VariableNode._data`` and ``_retained_output_data``.
 
-Both become properties of their classes. The value stays in the instance's ``__dict__`` under the same name.
-If it is a stand-in, readers get the array.
+Both become properties of their classes before the first array is saved. The value stays in the instance's ``__dict__``
+under the same name. If it is a stand-in, readers get the array.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.recipe import PRIVATE
 from chainer_ooc.swap.storage import PackedArray
 
-__all__ = ["install", "is_watching", "keep", "save_inputs", "save_outputs", "watch"]
+__all__ = ["install", "keep", "save_inputs", "save_outputs", "watch"]
 
 #: Marks a node whose array may have other readers than the functions that saved it.
 _KEPT = "_ooc_kept"
-
 
 #: What :func:`install` was told, and the getter of Chainer's ``Variable.raw_array``.
 _stand_in: Callable[[PackedArray], Any]
 _reach: Callable[[Any], None]
 _raw_array: Callable[[Any], Any]
-#: The properties are there.
-is_watching = False
+_is_watching = False
 
 
 def _peek(node: Any) -> Any:
@@ -75,7 +73,7 @@ def install(
     before_hooks: Callable[[Any], None],
     reach: Callable[[Any], None],
 ) -> None:
-    """Tell what to call. Later calls do nothing.
+    """Tell what to call, once, before the first :func:`watch`.
 
     Args:
         stand_in: Returns an empty array with the type and device of a saved one.
@@ -101,8 +99,8 @@ def watch() -> None:
 
     Reading an array is slower then. As long as all fits, it stays as fast as stock Chainer's.
     """
-    global is_watching
-    if is_watching:
+    global _is_watching
+    if _is_watching:
         return
     import chainer
     from chainer import variable
@@ -115,7 +113,7 @@ def watch() -> None:
     chainer.Variable.raw_array, variable.VariableNode._data = raw, data
     variable._peek = _peek
     chainer.FunctionNode._retained_output_data = property(_get_retained, _set_retained)
-    is_watching = True
+    _is_watching = True
 
 
 def keep(node: Any) -> None:

@@ -114,6 +114,7 @@ def ignore_an_assignment() -> None:
         )
 
     hooks.install()
+    nodes.watch()  # else its properties replace this one
     from chainer import variable
 
     variable.VariableNode._data = property(nodes._get_data, wrong)
