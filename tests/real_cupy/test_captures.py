@@ -10,7 +10,6 @@ import contextlib
 import gc
 import threading
 
-import cupy_backends.cuda.api.runtime as runtime
 import numpy as np
 import pytest
 
@@ -38,7 +37,7 @@ def stream(mode):
 
 @contextlib.contextmanager
 def capture(stream, graphs):
-    stream.begin_capture(runtime.streamCaptureModeGlobal)
+    stream.begin_capture(cupy.cuda.runtime.streamCaptureModeGlobal)
     try:
         yield
     finally:
