@@ -76,6 +76,7 @@ def measure(share: float, iterations: int) -> dict[str, Any]:
     from tests.real_cupy.costs import BATCH, SIDE, Classifier
 
     cuda_runtime.setup(data=False, simulates_time=True)
+    cuda_runtime.find_unchanged()
     model = Classifier()
     model.to_device("@cupy:0")
     optimizer = chainer.optimizers.MomentumSGD().setup(model)

@@ -158,6 +158,7 @@ def run_child(name: str, limit: int, seed: int, after_in_core: bool, pool: str) 
 
     cuda_runtime.install()
     cuda_runtime.setup(data=False, workspace=WORKSPACE)
+    cuda_runtime.find_unchanged()
     import cupy
 
     import chainer_ooc

@@ -47,6 +47,20 @@ EDITS = (
         (Replace("dtype=numpy.float)", "dtype=float)", times=6),),
     ),
     Edit(
+        "chainer.functions.pooling.pooling_nd",
+        "with cuDNN a pooling and its helper referred to each other, so that each iteration's graph up to there lived, "
+        "with its memory, until the next garbage collection",
+        (
+            Replace("        self.func = func\n", "\n"),
+            Replace("self._cudnn_pool.forward(x)", "self._cudnn_pool.forward(x, self)"),
+            Replace("self._cudnn_pool.backward(gy)", "self._cudnn_pool.backward(gy, self)"),
+            Replace("forward(self, x):\n        func = self.func\n", "forward(self, x, func):\n\n"),
+            Replace(
+                "backward(self, gy):\n        func = self.func\n", "backward(self, gy, func):\n\n"
+            ),
+        ),
+    ),
+    Edit(
         "chainer.distributions.categorical",
         "numpy.meshgrid returns a tuple since NumPy 2",
         (

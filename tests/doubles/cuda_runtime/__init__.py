@@ -38,6 +38,7 @@ __all__ = [
     "complaints",
     "counts",
     "fail",
+    "find_unchanged",
     "install",
     "is_installed",
     "is_needed",
@@ -182,6 +183,13 @@ def setup(
     library().double_set_workspace(ctypes.c_size_t(workspace))
     library().double_setup(ctypes.c_size_t(total), int(data))
     library().double_set_lag(lag)
+
+
+def find_unchanged() -> None:
+    """Let arrays be found unchanged, though no kernel computes fingerprints, or compares them."""
+    fingerprints = importlib.import_module("chainer_ooc.swap.devices.cuda.fingerprints")
+    equal = fingerprints._Comparison.equal
+    fingerprints._Comparison.equal = lambda self: equal(self) or True
 
 
 def counts() -> collections.Counter[str]:
