@@ -113,11 +113,11 @@ def test_the_plan_is_that_of_a_real_run(name):
 @pytest.mark.extension
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["convnet", "recurrent", "unet"])
-def test_what_moves_is_as_in_a_real_run(name, monkeypatch):
+def test_an_estimate_is_as_long_as_a_real_run(name, monkeypatch):
     """Told how long the steps and the copies of the real run took: which of two plans is shorter depends on them.
 
-    The perceptron's few large arrays can be moved in several ways that take about as long, so it is not among these.
-    Within one array and 10 %. What a process takes beside its arrays, more than before it trains, no estimate can know.
+    Arrays can be moved in several ways that take as long, so what moves is compared only to 10 % and one array, and
+    only what leaves. What a process takes beside its arrays, more than before it trains, no estimate can know.
     """
     model, *inputs = LARGE[name]()
     mine = foreseen(LARGE[name])
@@ -136,5 +136,9 @@ def test_what_moves_is_as_in_a_real_run(name, monkeypatch):
     result = chainer_ooc.estimate(model, inputs, limit=limit, **options)
     assert not result.fits_in_core
     slack = 0.1 * mine.saved_bytes + max(mine.storages[i].nbytes for i in mine.saved)
-    moved = result.planned_bytes_out, result.planned_bytes_in, result.planned_bytes_again
-    assert moved == pytest.approx(real["never"], abs=slack)
+    assert result.planned_bytes_out == pytest.approx(real["never"][0], abs=slack)
+    tier = Tier("swap file", *real["bandwidths"], one_queue=True)
+    system = System(real["limit"], (tier,), single_backward=False)
+    plan = plan_for(theirs, Conditions(system, recompute=False))
+    seconds = simulate(theirs, system, Planned(plan)).seconds
+    assert result.planned_step_seconds == pytest.approx(seconds, rel=0.05)

@@ -24,19 +24,31 @@
 typedef void (*handler)(int);
 
 static pthread_t main_thread;
-static _Thread_local volatile sig_atomic_t depth;    /* how often this thread has asked that signals wait */
-static volatile sig_atomic_t *volatile depth_of_main; /* that of the main thread; NULL: it never has */
-static volatile sig_atomic_t noted[NSIG], any_noted;
+static _Thread_local sig_atomic_t depth;    /* how often this thread has asked that signals wait */
+static sig_atomic_t *volatile depth_of_main; /* that of the main thread; NULL: it never has */
+static sig_atomic_t noted[NSIG], any_noted;
 static handler pythons; /* function of C that notes a signal for Python; NULL: not known yet */
 
-/* Notes a signal if the main thread has the lock. Returns whether it has. */
+/* Takes a note back. Returns whether there was one: whoever takes it delivers the signal. */
+static bool take_note(int number)
+{
+    return __atomic_exchange_n(&noted[number], 0, __ATOMIC_SEQ_CST);
+}
+
+static bool main_has_lock(void)
+{
+    return depth_of_main && __atomic_load_n(depth_of_main, __ATOMIC_SEQ_CST);
+}
+
+/* Notes a signal if the main thread has the lock. Returns whether that will deliver it. The signal may come in another
+   thread: if the main one has let go of the lock meanwhile, it need not have seen the note. */
 static bool note(int number)
 {
-    if (!depth_of_main || !*depth_of_main)
+    if (!main_has_lock())
         return false;
-    noted[number] = 1;
-    any_noted = 1;
-    return true;
+    __atomic_store_n(&noted[number], 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&any_noted, 1, __ATOMIC_SEQ_CST);
+    return main_has_lock() || !take_note(number);
 }
 
 static void note_signal(int number)
@@ -134,18 +146,17 @@ void hold_signals(void)
         depth_of_main = &depth;
         follow_handlers();
     }
-    depth++;
+    __atomic_store_n(&depth, depth + 1, __ATOMIC_SEQ_CST);
 }
 
 int let_signals(int now)
 {
     int failed = 0;
-    if (--depth || !any_noted || !pthread_equal(pthread_self(), main_thread))
+    __atomic_store_n(&depth, depth - 1, __ATOMIC_SEQ_CST);
+    if (depth || !pthread_equal(pthread_self(), main_thread) || !__atomic_exchange_n(&any_noted, 0, __ATOMIC_SEQ_CST))
         return 0;
-    any_noted = 0;
     for (int number = 1; number < NSIG; number++)
-        if (noted[number]) {
-            noted[number] = 0;
+        if (take_note(number)) {
             PyErr_SetInterruptEx(number); /* as Python's own function does, which interrupt_main() needs not know */
             /* One at a time: a handler that raises would leave those behind it to be forgotten until the next signal. */
             if (now && !failed)
