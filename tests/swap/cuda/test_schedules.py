@@ -396,7 +396,7 @@ def work(rig, seed, steps, per_thread):
                 assert set(array.get()) == {expected}
                 del array
             rig.manager.prefetch([rng.choice(saved)[0]])
-            if len(saved) > 12:
+            if len(saved) > 18:
                 one, _ = saved.pop(rng.randrange(len(saved)))
                 rig.manager.release_use([one], drop=rng.random() < 0.5)
                 del one
@@ -410,7 +410,7 @@ def work(rig, seed, steps, per_thread):
 def test_threads_share_a_manager(seed, per_thread, make_rig):
     rig = make_rig(
         seed=seed,
-        limit=2 * MIB,
+        limit=3 * MIB,  # three threads need at most a half each at a time, and some is in pieces
         host_limit=[8 * MIB, 512 * KIB][seed % 2],
         per_thread=per_thread,
         total=16 * MIB,
