@@ -690,9 +690,7 @@ def test_what_nobody_can_have_written_to_is_not_looked_at(device, monkeypatch, b
     (entry,) = entries().values()
     dropped = entry.plan.chosen(Choice.RECOMPUTE)
     assert bool(dropped) == (bandwidth == 1e7)
-    if not dropped and not device.device.runs_behind:
-        assert sizes == []
-    elif not dropped:  # an array whose copy out still runs while backward uses it is looked at
+    if not dropped:  # an array whose copy out still runs while backward uses it is looked at
         assert len(sizes) <= device.counters.storages_out // 4
     else:
         products = {s.nbytes for s in entry.profile.storages if s.label == "Convolution2DFunction"}
