@@ -61,6 +61,7 @@ class CopyStreams:
         self._cuda = cupy.cuda
         self._runtime = cupy.cuda.runtime
         self._compute: dict[int, Any] = {}
+        self._can_be_captured = False  # any of them can
         # CuPy 14 has Stream.from_external(), too, which keeps the owner's object: such a stream lives.
         self._external_type: Any = getattr(cupy.cuda, "ExternalStream", ())
         self._noted_by: dict[int, threading.Thread] = {}  # external streams, by which thread last
@@ -277,14 +278,21 @@ class CopyStreams:
     def _forget_idle(self) -> None:
         self._forget_external(None)
         table = self._compute
-        self._compute = {
-            pointer: table[pointer]
-            for pointer in table
-            if pointer in self._noted_by
-            or references.item_is_referenced_externally(table, pointer)
-            or not self._is_idle(table[pointer])
-        }
+        self._know_only(
+            {
+                pointer: table[pointer]
+                for pointer in table
+                if pointer in self._noted_by
+                or references.item_is_referenced_externally(table, pointer)
+                or not self._is_idle(table[pointer])
+            }
+        )
         native.ask_again()  # their next allocation must be noted anew
+
+    def _know_only(self, streams: dict[int, Any]) -> None:
+        """Replace the computing streams, by number."""
+        self._can_be_captured = any(number not in _LEGACY for number in streams)
+        self._compute = streams
 
     # Streams that are captured.
 
@@ -294,6 +302,8 @@ class CopyStreams:
         The driver is asked only of streams that can be captured: where all work is on the default stream, never.
         """
         current = self._cuda.get_current_stream(self.device_id)
+        if not self._can_be_captured and current.ptr in _LEGACY:
+            return False
         streams = (current, *self._compute.values())
         return any(
             is_captured(self._runtime, stream)
@@ -313,7 +323,7 @@ class CopyStreams:
                 self._left_work = True
             elif len(self._compute) >= _MOST_STREAMS:
                 self._forget_idle()
-            self._compute = {**self._compute, stream.ptr: stream}
+            self._know_only({**self._compute, stream.ptr: stream})
             self._noted_by.pop(stream.ptr, None)
             if self._is_external(stream):
                 self._noted_by[stream.ptr] = threading.current_thread()
@@ -335,7 +345,7 @@ class CopyStreams:
         for pointer, thread in tuple(self._noted_by.items()):
             is_left = thread is here or not thread.is_alive()
             if is_left and self._compute[pointer] is not current:
-                self._compute = {p: one for p, one in self._compute.items() if p != pointer}
+                self._know_only({p: one for p, one in self._compute.items() if p != pointer})
                 del self._noted_by[pointer]
                 self._left_work = True
 
