@@ -93,10 +93,13 @@ def system_of(profile: Profile, system: str, fraction: float) -> System:
     return System(limit, (SYSTEMS[system].tier,), single_backward=False, margin=0.0)
 
 
-def run(net: str, system: str, fraction: float, products: bool = True) -> dict[str, Any]:
+def run(
+    net: str, system: str, fraction: float, products: bool = True, single_backward: bool = False
+) -> dict[str, Any]:
     """Plan and compare one case."""
     profile = profile_of(net, system, products)
     its = system_of(profile, system, fraction)
+    its = dataclasses.replace(its, single_backward=single_backward)
     start = time.process_time()
     plan = make_plan(profile, its)
     planning = time.process_time() - start
@@ -183,6 +186,9 @@ def main() -> None:
         action="store_true",
         help="on GPUs no convolution or other product runs again, as without cudnn_deterministic",
     )
+    parser.add_argument(
+        "--single-backward", action="store_true", help="what backward has used is dropped"
+    )
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     for name in options.systems:
@@ -190,8 +196,8 @@ def main() -> None:
     results = []
     for system in options.systems:
         for net in options.nets:
-            products = not options.no_products
-            results += [run(net, system, fraction, products) for fraction in options.fractions]
+            given = not options.no_products, options.single_backward
+            results += [run(net, system, fraction, *given) for fraction in options.fractions]
     print_planner(results, options.fractions)
     print_policies(
         results, [f for f in options.fractions if f in (0.9, 0.5, 0.1)] or options.fractions
