@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import runpy
+import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import chainer_ooc
 from chainer_ooc import compat
+from chainer_ooc.compat import run as compat_run
+
+#: A role in a docstring, with the name that it shows.
+_ROLE = re.compile(r":\w+:`(?:~[\w.]+\.)?(\w+)`")
 
 
 class _Command(NamedTuple):
@@ -27,31 +31,80 @@ class _Command(NamedTuple):
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--limit", help="memory limit, like 8GiB (default: what the device or the machine has)"
+    from chainer_ooc.settings import Arguments, described
+
+    parser.usage = "%(prog)s [settings] (SCRIPT | DIRECTORY | -m MODULE | -c CODE | -) [arguments of the program]"
+    parser.description = (
+        "Run a program as Python does, unmodified, out of core. Options of Python's own come before: "
+        "python -u -m chainer_ooc run script.py"
     )
-    parser.add_argument("--swap-dir", metavar="DIR", help="directory of the swap file")
+    settings = parser.add_argument_group("settings", "of out-of-core mode")
+    for name, kind in get_type_hints(Arguments).items():
+        flag = f"--{name.replace('_', '-')}"
+        text = _ROLE.sub(r"\1", described(name)).replace("``", "").replace("%", "%%")
+        if kind is bool:
+            action = argparse.BooleanOptionalAction
+            settings.add_argument(flag, action=action, default=None, help=text)
+        else:
+            choices = [str(one) for one in get_args(kind) if get_origin(kind) is Literal]
+            metavar = f"{{{','.join(choices)}}}" if choices else None
+            settings.add_argument(flag, metavar=metavar, help=text)
     parser.add_argument(
-        "--in-core", action="store_true", help="do not move anything: only run the script"
+        "--in-core", action="store_true", help="do not move anything: only run the program"
     )
-    parser.add_argument("script", help="Python script to run, unmodified")
-    parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
+
+
+def _split_program(arguments: Sequence[str]) -> int:
+    """Return how many of the arguments of ``run`` are its own. The program's begin there, whatever they look like."""
+    from chainer_ooc.settings import Arguments
+
+    kinds = get_type_hints(Arguments)
+    valued = {f"--{name.replace('_', '-')}" for name, kind in kinds.items() if kind is not bool}
+    index = 0
+    while index < len(arguments):
+        one = arguments[index]
+        if one in ("-", "--") or one[:1] != "-" or one[:2] in ("-m", "-c"):
+            return index
+        index += 2 if one in valued else 1
+    return len(arguments)
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Run a script as ``python script.py args…`` would, with out-of-core mode on."""
-    script = Path(options.script)
-    if not script.is_file():
-        print(f"chainer_ooc run: no such script: {options.script}", file=sys.stderr)
-        return 2
-    compat.child_environment()
+    """Become the interpreter that runs the program, with the settings in the environment.
+
+    So everything is as Python makes it: ``sys.path``, ``__main__``, standard input, what the program's end looks like.
+    """
+    from chainer_ooc.errors import SettingError
+    from chainer_ooc.settings import Arguments, Settings
+
+    os.environ.pop(compat_run.VARIABLE, None)
     if not options.in_core:
-        given = {"limit": options.limit, "swap_dir": options.swap_dir}
-        chainer_ooc.enable(**{key: value for key, value in given.items() if value is not None})
-    sys.argv = [options.script, *options.args]
-    sys.path[0] = str(script.resolve().parent)
-    runpy.run_path(options.script, run_name="__main__")
-    return 0
+        given = {name: getattr(options, name) for name in Arguments.__annotations__}
+        given = {name: value for name, value in given.items() if value is not None}
+        try:
+            with warnings.catch_warnings(action="ignore"):  # the program will say it
+                settings = Settings.resolve(given)
+        except SettingError as error:
+            print(f"chainer_ooc run: {error}", file=sys.stderr)
+            return 2
+        os.environ.update(settings.environment(given), **{compat_run.VARIABLE: "1"})
+    compat.child_environment()
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *_options_of_python(), *options.program])
+
+
+def _options_of_python() -> list[str]:
+    """Return what stands between this interpreter's name and this program's: options such as ``-u``, or a debugger."""
+    before = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    # It ends with -m chainer_ooc, also glued to it or to other letters, or with the console script.
+    if len(before) > 1 and re.fullmatch("-[A-Za-z]*m", before[-2]):
+        last = before[-2][:-1]
+        before = before[:-2]
+    else:
+        glued = re.fullmatch(r"(-[A-Za-z]*)m\s*chainer_ooc(\.__main__)?", before[-1])
+        last = glued[1] if glued else ""
+        before = before[:-1]
+    return [*before, last] if len(last) > 1 else before
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +189,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 _COMMANDS = (
-    _Command("run", "run a script, unmodified, out of core", _run_arguments, _run),
+    _Command("run", "run a program, unmodified, out of core", _run_arguments, _run),
     _Command(
         "doctor",
         "show what was found here, and how to install the rest",
@@ -168,13 +221,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=chainer_ooc.__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        subparser = subparsers.add_parser(
+            command.name, help=command.help, description=command.help, allow_abbrev=False
+        )
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
-            options = parser.parse_args(argv)
-            if options.run is not _run:
+            if arguments[:1] == ["run"]:
+                own = 1 + _split_program(arguments[1:])
+                options = parser.parse_args(arguments[:own])
+                options.program = arguments[own:]
+                if not options.program:
+                    subparsers.choices["run"].error("a script, -m, -c or - is missing")
+            else:
+                options = parser.parse_args(arguments)
+                os.environ.pop(compat_run.VARIABLE, None)
                 return options.run(options)
         finally:
             # Here, not when the interpreter ends: that would tell of a broken pipe.

@@ -34,9 +34,6 @@ def enable(limit: int | float | str | None = _UNSET, /, **settings: Unpack[Argum
     """
     by_position = {} if limit is _UNSET else {"limit": limit}
     runtime.enable(**by_position, **settings)  # Python raises TypeError if limit is given twice
-    import chainer
-
-    chainer.out_of_core_mode = out_of_core_mode
 
 
 def disable() -> None:

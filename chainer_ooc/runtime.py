@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from chainer_ooc import state
+from chainer_ooc.compat import run
 from chainer_ooc.graph import hooks
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.protocol import Device
@@ -213,3 +214,6 @@ def _after_fork() -> None:
 
 
 forks.register(_after_fork)
+
+if run.is_started():
+    enable()

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
 import psutil
@@ -19,7 +19,15 @@ import psutil
 from chainer_ooc.errors import SettingError
 from chainer_ooc.wording import repr_of
 
-__all__ = ["Arguments", "Settings", "check_names", "parse_bytes", "parse_limit", "show_settings"]
+__all__ = [
+    "Arguments",
+    "Settings",
+    "check_names",
+    "described",
+    "parse_bytes",
+    "parse_limit",
+    "show_settings",
+]
 
 #: A swap file grows by this many bytes, or by one block if that is larger.
 EXTENT = 64 << 20
@@ -108,7 +116,7 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
 
 
 def _parse_directory(name: str, value: Any) -> str:
-    path = os.fspath(value)
+    path = os.path.abspath(os.fspath(value))  # the program may change its directory
     if not os.path.isdir(path):
         raise SettingError(
             f"{name}={path!r} is not a directory; create it, or name one that exists"
@@ -272,7 +280,7 @@ class Settings:
         sources = dict.fromkeys(given, "")
         if base is None:
             for name in _FIELDS.keys() - given.keys():
-                variable = f"CHAINER_OOC_{name.upper()}"
+                variable = variable_of(name)
                 if os.environ.get(variable, ""):
                     values[name], sources[name] = os.environ[variable], f" (from {variable})"
         parsed: dict[str, Any] = {}
@@ -283,6 +291,11 @@ class Settings:
                 raise SettingError(f"{error}{sources[name]}") from None
         return dataclasses.replace(base, **parsed) if base else cls(**parsed)
 
+    def environment(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the ``CHAINER_OOC_*`` variables from which :meth:`resolve` reads these settings again."""
+        values = ((variable_of(name), getattr(self, name)) for name in names)
+        return {variable: str(int(v) if isinstance(v, bool) else v) for variable, v in values}
+
     @property
     def directory(self) -> str:
         """The directory of the swap file."""
@@ -290,6 +303,11 @@ class Settings:
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+def variable_of(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return f"CHAINER_OOC_{name.upper()}"
 
 
 def check_names(given: Mapping[str, Any]) -> None:
@@ -335,7 +353,12 @@ def show_settings(function: F) -> F:
     return function
 
 
+def described(name: str) -> str:
+    """Return the description of a setting, in reStructuredText, on one line."""
+    return " ".join(_FIELDS[name].metadata["doc"].split())
+
+
 def _described(name: str) -> str:
-    text = f"{name}: {' '.join(_FIELDS[name].metadata['doc'].split())}"
+    text = f"{name}: {described(name)}"
     wrap = functools.partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
     return wrap(text, 100, initial_indent=" " * 4, subsequent_indent=" " * 8)

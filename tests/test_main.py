@@ -37,10 +37,10 @@ def test_run_ends_as_the_script_does(run_python, tmp_path, code, status):
     assert done.returncode == status
 
 
-def test_run_without_the_script_is_one_clear_line(run_python):
-    done = run_python("-m", "chainer_ooc", "run", "missing.py")
+def test_run_without_a_program_says_what_is_missing(run_python):
+    done = run_python("-m", "chainer_ooc", "run", "--limit", "1GiB")
     assert done.returncode == 2
-    assert done.stderr == "chainer_ooc run: no such script: missing.py\n"
+    assert done.stderr.endswith("run: error: a script, -m, -c or - is missing\n")
 
 
 def test_run_turns_out_of_core_mode_on(run_python, tmp_path):

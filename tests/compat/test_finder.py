@@ -18,6 +18,8 @@ from chainer_ooc.compat import edits, finder, installation
 from chainer_ooc.compat.edits import Edit, Replace, ReplaceTail, backprop
 
 EDITED = sorted(edits._table())
+#: What the edit of ``chainer`` expects in a file.
+END = "disable_experimental_feature_warning = False\n"
 
 
 @pytest.fixture
@@ -142,7 +144,7 @@ def test_another_version_of_chainer_is_a_clear_error(run_python, tmp_path, versi
 def test_another_version_that_was_overwritten_is_a_clear_error(run_python, tmp_path, name):
     package = tmp_path / "site" / "chainer"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("print('imported')")
+    (package / "__init__.py").write_text(f"print('imported')\n{END}")
     (package / "_version.py").write_text("__version__ = '7.8.1'\n")
     for other in ("chainer-7.8.1.dist-info", "chainer_ooc-7.7.0.dist-info", "chainer.egg-info"):
         (package.parent / other).mkdir()

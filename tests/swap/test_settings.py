@@ -224,13 +224,10 @@ def test_enable_is_for_all_threads_and_a_mode_for_its_own():
 
 
 def test_arguments_of_ibms_mode(capsys):
-    import chainer
-
     with chainer_ooc.out_of_core_mode(
         **{"async": True}, fine_granularity=True, debug=True, devices=(0, -1)
     ):
         assert chainer_ooc.is_enabled()
-        assert chainer.out_of_core_mode is chainer_ooc.out_of_core_mode
     told, table = (
         [line.split("  ")[0] for line in text.partition("\n\n")[0].splitlines()]
         for text in (capsys.readouterr().out, str(chainer_ooc.stats()))

@@ -22,7 +22,25 @@ def _satisfied(requirements):
     return True
 '''
 
+_OUT_OF_CORE = '''disable_experimental_feature_warning = False
+
+
+def out_of_core_mode(*args, **kwargs):
+    """Turns out-of-core mode on for a with statement: chainer_ooc.out_of_core_mode."""
+    import chainer_ooc
+    return chainer_ooc.out_of_core_mode(*args, **kwargs)
+
+
+from chainer_ooc.compat.run import start as _start  # NOQA
+_start()
+'''
+
 EDITS = (
+    Edit(
+        "chainer",
+        "IBM's out-of-core Chainer has chainer.out_of_core_mode; 'python -m chainer_ooc run' turns the mode on here",
+        (ReplaceTail("disable_experimental_feature_warning = False\n", _OUT_OF_CORE),),
+    ),
     Edit(
         "chainer._environment_check",
         "numpy.distutils (gone from NumPy 2) and pkg_resources (gone from setuptools 81) served "
