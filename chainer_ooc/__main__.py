@@ -1,4 +1,4 @@
-"""The command line: ``python -m chainer_ooc COMMAND``.
+"""The command line: ``chainer-ooc COMMAND``, or ``python -m chainer_ooc COMMAND``.
 
 For each command one function adds its arguments to a parser and another does the work. ``_COMMANDS`` lists
 them.
@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import chainer_ooc
 from chainer_ooc import compat
@@ -21,6 +21,24 @@ from chainer_ooc.compat import run as compat_run
 
 #: A role in a docstring, with the name that it shows.
 _ROLE = re.compile(r":\w+:`(?:~[\w.]+\.)?(\w+)`")
+
+
+#: What completes a path, by shell, for shtab.
+_PATHS = {
+    "bash": "_shtab_compgen_files",
+    "fish": "(__fish_complete_path (commandline -ct))",
+    "powershell": "_shtab_powershell_compgen_files",
+    "tcsh": "f",
+    "zsh": "_files",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells of an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help tells what there is\n")
 
 
 class _Command(NamedTuple):
@@ -46,12 +64,18 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
             action = argparse.BooleanOptionalAction
             settings.add_argument(flag, action=action, default=None, help=text)
         else:
-            choices = [str(one) for one in get_args(kind) if get_origin(kind) is Literal]
-            metavar = f"{{{','.join(choices)}}}" if choices else None
-            settings.add_argument(flag, metavar=metavar, help=text)
+            choices = get_args(kind) if get_origin(kind) is Literal else None
+            argument = settings.add_argument(flag, choices=choices, help=text)
+            if name in ("swap_dir", "trace"):
+                _completes_paths(argument)
     parser.add_argument(
         "--in-core", action="store_true", help="do not move anything: only run the program"
     )
+    _completes_paths(parser.add_argument("program", nargs="*", help="what Python is to run"))
+
+
+def _completes_paths(action: argparse.Action) -> None:
+    action.complete = _PATHS  # type: ignore[attr-defined]
 
 
 def _split_program(arguments: Sequence[str]) -> int:
@@ -108,13 +132,22 @@ def _options_of_python() -> list[str]:
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from chainer_ooc import doctor
 
-    return doctor.main()
+    return doctor.main(options.json)
+
+
+def _version_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _version(options: argparse.Namespace) -> int:
+    print(chainer_ooc.__version__)
+    return 0
 
 
 def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,8 +203,12 @@ def _estimate(options: argparse.Namespace) -> int:
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="folder of a run, with log and ooc.json")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: the run's folder)")
+    folder = parser.add_argument("folder", help="folder of a run, with log and ooc.json")
+    out = parser.add_argument(
+        "--out", metavar="DIR", help="where to write (default: the run's folder)"
+    )
+    _completes_paths(folder)
+    _completes_paths(out)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -208,7 +245,29 @@ _COMMANDS = (
         _report_arguments,
         _report,
     ),
+    _Command("version", "print the version", _version_arguments, _version),
 )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line. shtab makes completions for shells from it."""
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """Return the parser, and that of each command."""
+    of_module = os.path.basename(sys.argv[0]) == "__main__.py"
+    program = "python -m chainer_ooc" if of_module else "chainer-ooc"
+    parser = _Parser(prog=program, description=chainer_ooc.__doc__)
+    parser.add_argument("--version", action="version", version=chainer_ooc.__version__)
+    subparsers: Any = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name, help=command.help, description=command.help, allow_abbrev=False
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser, subparsers.choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,16 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     If standard output is a pipe and its reader stops reading, as head does, what is left to print is dropped. The
     status is that of a program that SIGPIPE ends. The script of ``run`` gets its error, as without this package.
     """
-    parser = argparse.ArgumentParser(prog="python -m chainer_ooc", description=chainer_ooc.__doc__)
-    parser.add_argument("--version", action="version", version=chainer_ooc.__version__)
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        subparser = subparsers.add_parser(
-            command.name, help=command.help, description=command.help, allow_abbrev=False
-        )
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
     arguments = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = _parsers()
     try:
         try:
             if arguments[:1] == ["run"]:
@@ -234,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options = parser.parse_args(arguments[:own])
                 options.program = arguments[own:]
                 if not options.program:
-                    subparsers.choices["run"].error("a script, -m, -c or - is missing")
+                    commands["run"].error("a script, -m, -c or - is missing")
             else:
                 options = parser.parse_args(arguments)
                 os.environ.pop(compat_run.VARIABLE, None)

@@ -6,6 +6,7 @@ Checks that can crash or hang (MPI, the GPU's libraries) run in child processes 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -69,10 +70,21 @@ class Finding:
     fix: str = ""
 
 
-def main() -> int:
-    """Print the report. Return 0 if the main job can run here, else 1."""
+def main(as_json: bool = False) -> int:
+    """Print the report, as text or as JSON. Return 0 if the main job can run here, else 1."""
     import chainer_ooc
 
+    if as_json:
+        findings = list(examine())
+        blocking = [f.name for f in findings if f.required and not f.ok]
+        document = {
+            "chainer_ooc": chainer_ooc.__version__,
+            "main_job": MAIN_JOB,
+            "can_run": not blocking,
+            "findings": [dataclasses.asdict(finding) for finding in findings],
+        }
+        print(json.dumps(document, indent=2))
+        return int(bool(blocking))
     print(f"chainer_ooc {chainer_ooc.__version__}\n")
     findings = []
     for finding in examine():
@@ -103,7 +115,7 @@ def _print_advice(title: str, findings: list[Finding]) -> None:
 
 def _mark(finding: Finding) -> str:
     mark, colour = ("ok", 32) if finding.ok else ("NO", 31) if finding.required else ("--", 33)
-    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         return f"\033[{colour}m{mark}\033[0m"
     return mark
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import tomllib
@@ -27,6 +28,31 @@ def test_the_report_names_everything_and_exits_0_where_the_main_job_can_run(run_
     assert "  mpiexec -n 4 python examples/imagenet/train.py --ooc\n" in done.stdout
     assert "4 ranks tried" in done.stdout
     assert max(map(len, done.stdout.splitlines())) < 120
+
+
+@pytest.mark.mpi
+def test_as_json_it_says_the_same(run_python):
+    text = run_python("-m", "chainer_ooc", "doctor")
+    done = run_python("-m", "chainer_ooc", "doctor", "--json")
+    document = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (text.returncode, "")
+    assert document["can_run"] == (done.returncode == 0)
+    assert document["chainer_ooc"] == chainer_ooc.__version__
+    for finding in document["findings"]:
+        assert finding.keys() == {"name", "text", "ok", "required", "fix"}
+        mark = "ok" if finding["ok"] else "NO" if finding["required"] else "--"
+        assert f"  {mark} {finding['name']:<10} " in text.stdout
+
+
+@pytest.mark.parametrize("no_color, coloured", [(None, True), ("", True), ("1", False)])
+def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch, no_color, coloured):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    finding = doctor.Finding("NumPy", "2")
+    assert doctor._mark(finding) == "ok"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert ("\033[" in doctor._mark(finding)) == coloured
 
 
 def test_without_the_extension_it_says_what_that_means_and_what_to_install(monkeypatch, capsys):
