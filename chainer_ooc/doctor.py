@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ def examine() -> Iterator[Finding]:
     yield _cpu()
     yield _memory()
     yield _swap_disk()
+    yield _settings()
 
 
 def _python() -> Finding:
@@ -357,6 +359,24 @@ def _swap_disk() -> Finding:
     if free < _GIB:
         return Finding("swap disk", f"{text}: too little", False, True, advice)
     return Finding("swap disk", text)
+
+
+def _settings() -> Finding:
+    """Look at the settings that the environment gives."""
+    from chainer_ooc.errors import SettingError
+    from chainer_ooc.settings import Arguments, Settings, variable_of
+
+    variables = {name: variable_of(name) for name in Arguments.__annotations__}
+    given = {name for name, variable in variables.items() if os.environ.get(variable)}
+    try:
+        with warnings.catch_warnings(action="ignore"):  # the line of the swap disk says it
+            settings = Settings.resolve({})
+    except SettingError as error:
+        found = re.search(r"CHAINER\w+", str(error))
+        fix = f"unset {found[0]}" if found else "unset the variable"
+        return Finding("settings", str(error), False, True, fix)
+    in_force = [f"{variables[n]}: {n}={getattr(settings, n)!r}" for n in variables if n in given]
+    return Finding("settings", ", ".join(in_force) or "no CHAINER_OOC_* variable: the defaults")
 
 
 def _filesystem(directory: str) -> str:

@@ -6,11 +6,10 @@ import atexit
 import contextlib
 import dataclasses
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from chainer_ooc import state
+from chainer_ooc import state, wording
 from chainer_ooc.compat import run
 from chainer_ooc.graph import hooks
 from chainer_ooc.settings import Settings
@@ -121,7 +120,7 @@ def _warn_without_extension() -> None:
         message = (
             f"chainer_ooc has no C extension here: {native.WITHOUT_IT}; {native.HOW_TO_GET_IT}"
         )
-        warnings.warn(message, RuntimeWarning, stacklevel=5)  # the line that called enable()
+        wording.warn_user(message)
 
 
 def _make_ram_manager(settings: Settings) -> SwapManager:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
+import math
+import numbers
 import os
 import re
 import shutil
 import tempfile
 import textwrap
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
 import psutil
 
 from chainer_ooc.errors import SettingError
-from chainer_ooc.wording import repr_of
+from chainer_ooc.wording import repr_of, warn_user
 
 __all__ = [
     "Arguments",
@@ -28,6 +31,22 @@ __all__ = [
     "parse_limit",
     "show_settings",
 ]
+
+#: Variables of the environment that are no settings of this module.
+_OTHER_VARIABLES = (
+    "CUDNN",
+    "CUDNN_MATH",
+    "CUDNN_RNN",
+    "CUDNN_WORKSPACE",
+    "RUN",
+    "WITHOUT_EXTENSION",
+)
+
+#: What the variables of settings begin with, also where it is misspelt.
+_PREFIX = re.compile(r"chainer[\W_]*ooc[\W_]*", re.IGNORECASE)
+
+#: A limit that is given as a number below this was meant in another unit (bytes).
+_UNLIKELY = 1 << 20
 
 #: A swap file grows by this many bytes, or by one block if that is larger.
 EXTENT = 64 << 20
@@ -43,6 +62,15 @@ Recompute = Literal["auto", "never"]
 F = TypeVar("F", bound=Callable[..., Any])
 #: The part of a docstring that the descriptions of the settings replace.
 _PLACE = re.compile(r" +limit: .*\n +\*\*settings: .*")
+
+
+def _number(value: Any) -> int | float | None:
+    """Return a number, also one of NumPy's, as Python's; ``None`` for anything else, infinity and not-a-number."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, numbers.Real) and math.isfinite(value) and not isinstance(value, bool):
+        return float(value)
+    return None
 
 
 def parse_bytes(name: str, value: int | float | str) -> int:
@@ -64,8 +92,8 @@ def parse_bytes(name: str, value: int | float | str) -> int:
             number, unit, binary, byte = match.groups()
             base = 1000 if byte and unit and not binary else 1024
             return int(float(number) * base ** _UNITS[unit.lower()])
-    elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
+    elif (number := _number(value)) is not None and number == int(number) >= 0:
+        return int(number)
     raise SettingError(
         f'{name}={repr_of(value)} is not a number of bytes; give an int such as {8 << 30} or text such as "8GiB"'
     )
@@ -79,18 +107,39 @@ def parse_limit(value: int | float | str | None) -> Limit:
     """
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none", "auto")):
         return None
+    number: int | float | None
     if isinstance(value, str):
         text = value.strip()
         try:
-            value = int(text) if text.isdigit() else float(text)
+            number = _number(int(text) if text.isdecimal() else float(text))
         except ValueError:
-            value = parse_bytes("limit", text)
-    if isinstance(value, float) and 0 < value <= 1:
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    raise SettingError(
-        f'limit={repr_of(value)} is not allowed; give bytes (an int > 0), text such as "8GiB", a fraction of the '
+            return _parse_text(value)
+    else:
+        number = _number(value)
+    if isinstance(number, float) and 0 < number <= 1:
+        return number
+    if isinstance(number, float) and number >= _UNLIKELY:
+        number = int(number)  # bytes, as in 8e9
+    if isinstance(number, int) and number > 0:
+        if number < _UNLIKELY:
+            warn_user(
+                f"limit={repr_of(value)} is {number:,} byte{'s' * (number > 1)}, less than any training takes; "
+                f'units are given as in "{number}GiB"'
+            )
+        return number
+    raise _refused(value)
+
+
+def _parse_text(text: str) -> int:
+    with contextlib.suppress(SettingError):
+        if (nbytes := parse_bytes("limit", text)) > 0:
+            return nbytes
+    raise _refused(text)
+
+
+def _refused(limit: Any) -> SettingError:
+    return SettingError(
+        f'limit={repr_of(limit)} is not allowed; give bytes (an int > 0), text such as "8GiB", a fraction of the '
         "device's memory (a float, 0 < fraction <= 1), or None for all that is free"
     )
 
@@ -115,8 +164,19 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
     return parse
 
 
+def _parse_path(name: str, value: Any) -> str:
+    """Return an absolute path: the program may change its directory."""
+    try:
+        path = os.fsdecode(value)
+    except TypeError:
+        path = ""
+    if not path or "\0" in path:
+        raise SettingError(f"{name}={repr_of(value)} is not a path; give text or a pathlib.Path")
+    return os.path.abspath(path)
+
+
 def _parse_directory(name: str, value: Any) -> str:
-    path = os.path.abspath(os.fspath(value))  # the program may change its directory
+    path = _parse_path(name, value)
     if not os.path.isdir(path):
         raise SettingError(
             f"{name}={path!r} is not a directory; create it, or name one that exists"
@@ -130,21 +190,19 @@ def _parse_directory(name: str, value: Any) -> str:
             "taken; free space there or name a directory on a larger disk"
         )
     if (kind := _file_system(path)) in _IN_MEMORY:
-        warnings.warn(
+        warn_user(
             f"{name}={path!r} is a {kind}, that is memory: what is moved there takes memory all the same; "
-            "name a directory on a disk",
-            RuntimeWarning,
-            stacklevel=2,
+            "name a directory on a disk"
         )
     return path
 
 
 def _parse_file(name: str, value: Any) -> str:
-    path = os.path.abspath(os.fspath(value))
+    path = _parse_path(name, value)
     directory = os.path.dirname(path)
     if os.path.isdir(path) or not os.access(directory, os.W_OK | os.X_OK):
         raise SettingError(
-            f"{name}={os.fspath(value)!r} is not a file that can be written; name one in a directory that exists"
+            f"{name}={os.fsdecode(value)!r} is not a file that can be written; name one in a directory that exists"
         )
     return path
 
@@ -176,7 +234,7 @@ class Arguments(TypedDict, total=False):
     """The settings that users may give, for type checkers. Other fields of :class:`Settings` are internal."""
 
     limit: int | float | str | None
-    swap_dir: str | os.PathLike[str] | None
+    swap_dir: str | bytes | os.PathLike[str] | None
     host_limit: int | str | None
     strict: bool
     single_backward: bool
@@ -184,7 +242,7 @@ class Arguments(TypedDict, total=False):
     split: Split
     plan: bool
     verify: bool
-    trace: str | os.PathLike[str] | None
+    trace: str | bytes | os.PathLike[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +334,8 @@ class Settings:
             TypeError: If there is no such setting.
         """
         check_names(given)
+        if base is None:
+            check_environment()
         values = dict(given)
         sources = dict.fromkeys(given, "")
         if base is None:
@@ -315,9 +375,34 @@ def check_names(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name not in _FIELDS:
             known = [*Arguments.__annotations__]
+            nearest = _nearest(name, known)
             raise TypeError(
-                f"{name}={repr_of(value)}: there is no setting {name!r}; there are {known}"
+                f"{name}={repr_of(value)}: there is no setting {name!r}; "
+                + (f"did you mean {nearest!r}?" if nearest else f"there are {known}")
             )
+
+
+def check_environment() -> None:
+    """Raise an error if a variable of the environment looks like a setting and is none.
+
+    Raises:
+        SettingError: If there is one. It names the variable that comes closest.
+    """
+    known = {variable_of(name) for name in (*_FIELDS, *_OTHER_VARIABLES)}
+    public = [*Arguments.__annotations__, *(name.lower() for name in _OTHER_VARIABLES)]
+    for variable, value in os.environ.items():
+        looks_like_one = _PREFIX.match(variable)
+        if looks_like_one and value and variable not in known:
+            nearest = _nearest(variable[looks_like_one.end() :], public)
+            names = [variable_of(name) for name in ([nearest] if nearest else public)]
+            raise SettingError(
+                f"{variable}={value!r} is in the environment, but there is no such setting; "
+                + (f"did you mean {names[0]}?" if nearest else f"there are {', '.join(names)}")
+            )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name.lower(), known, 1)), None)
 
 
 def show_settings(function: F) -> F:

@@ -25,6 +25,7 @@ if cuda_runtime.is_needed():  # before anything imports CuPy, as Chainer does
     cuda_runtime.install()
 
 import chainer_ooc  # the import hook comes before any import of Chainer
+from chainer_ooc import wording
 from chainer_ooc.swap.devices.ram import native
 from tests import forked_python as forked_python_module
 
@@ -97,6 +98,12 @@ def seeded() -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)
     yield
+
+
+@pytest.fixture(autouse=True)
+def untold() -> None:
+    """Let every test be told what was told in another one."""
+    wording._said.clear()
 
 
 def environment_of_children() -> dict[str, str]:

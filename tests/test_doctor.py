@@ -15,7 +15,7 @@ from chainer_ooc import doctor
 
 ROOT = Path(chainer_ooc.__file__).resolve().parents[1]
 NAMES = ["Python", "NumPy", "Chainer", "extension", "mpi4py", "mpiexec", "examples", "CuPy"]
-NAMES += ["CUDA", "cuDNN", "NCCL", "CPU", "memory", "swap disk"]
+NAMES += ["CUDA", "cuDNN", "NCCL", "CPU", "memory", "swap disk", "settings"]
 
 
 @pytest.mark.mpi
@@ -131,6 +131,28 @@ def test_the_swap_directory_is_looked_at(tmp_path, monkeypatch, directory, probl
     finding = doctor._swap_disk()
     assert problem in finding.text
     assert finding.ok is (directory == "")
+
+
+@pytest.mark.parametrize(
+    "variable, value, ok, text, fix",
+    [
+        ("CHAINER_OOC_LIMIT", "8GB", True, "CHAINER_OOC_LIMIT: limit=8000000000", ""),
+        ("CHAINER_OOC_LIMIT", "8 gigs", False, "limit='8 gigs'", "unset CHAINER_OOC_LIMIT"),
+        (
+            "CHAINER_OOC_LIMT",
+            "8GB",
+            False,
+            "did you mean CHAINER_OOC_LIMIT",
+            "unset CHAINER_OOC_LIMT",
+        ),
+        ("CHAINER_OOC_PLAN", "", True, "the defaults", ""),
+    ],
+)
+def test_the_settings_of_the_environment_are_shown(monkeypatch, variable, value, ok, text, fix):
+    monkeypatch.setenv(variable, value)
+    finding = doctor._settings()
+    assert (finding.ok, finding.fix) == (ok, fix)
+    assert text in finding.text
 
 
 def test_a_swap_directory_in_memory_is_a_remark(monkeypatch):

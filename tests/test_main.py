@@ -67,9 +67,9 @@ def test_version(run_python):
 
 BAD = {
     "run --limit foo s.py": "limit='foo'",
-    "run --limit 0 s.py": "limit=0",
-    "run --limit -1 s.py": "limit=-1",
-    "run --limit=nan s.py": "limit=nan",
+    "run --limit 0 s.py": "limit='0'",
+    "run --limit -1 s.py": "limit='-1'",
+    "run --limit=nan s.py": "limit='nan'",
     "run --swap-dir /nonexistent s.py": "swap_dir='/nonexistent'",
     "run --swap-dir s.py s.py": "swap_dir='s.py'|/s.py'",
     "run --trace /nonexistent/t.json s.py": "trace='/nonexistent/t.json'",

@@ -32,8 +32,7 @@ def check_unchanged(device: Device, storage: Storage) -> None:
     if storage.checksum != before and not storage.used:
         wording.warn(
             f"an array of {storage.nbytes} bytes that {storage.label} saved for backward has been modified in place "
-            "since: backward computes with the new values, as it does in stock Chainer",
-            stacklevel=2,
+            "since: backward computes with the new values, as it does in stock Chainer"
         )
 
 

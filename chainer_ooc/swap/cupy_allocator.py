@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ from chainer_ooc.swap.devices.cuda import arenas
 from chainer_ooc.swap.devices.cuda.arenas import ArenaPool
 from chainer_ooc.swap.devices.protocol import PooledDevice
 from chainer_ooc.swap.manager import SwapManager
-from chainer_ooc.wording import repr_of
+from chainer_ooc.wording import repr_of, warn_user
 
 __all__ = ["CupyAllocator", "out_of_memory_class"]
 
@@ -77,12 +76,10 @@ class CupyAllocator:
             assert self._arenas is not None
             self._arenas.open()
         elif not self._has_pool():
-            warnings.warn(
+            warn_user(
                 f"CuPy allocates with {repr_of(allocator)}, which is not of a cupy.cuda.MemoryPool: the limit cannot "
                 "be held, and of arrays whose memory is not CuPy's nothing is moved out; call "
-                "cupy.cuda.set_allocator(cupy.cuda.MemoryPool().malloc) first",
-                RuntimeWarning,
-                stacklevel=2,
+                "cupy.cuda.set_allocator(cupy.cuda.MemoryPool().malloc) first"
             )
 
     def uninstall(self) -> None:

@@ -123,7 +123,7 @@ class Shortages:
         """Warn of the largest shortage, unless there was none or a warning before."""
         if self._largest is not None and not self.has_told:
             self.has_told = True
-            wording.warn(self.explain(self._largest), stacklevel=2)
+            wording.warn(self.explain(self._largest))
 
     def explain(self, shortage: Shortage) -> str:
         """Return a message: what fills the memory, and what would help."""

@@ -164,8 +164,8 @@ def test_after_an_error_the_next_iteration_is_right(how):
                 assert_same_bits(run(F.sin), expected)
 
 
-def test_what_we_say_ends_nothing_and_is_said(capsys):
-    """Where the user's filters make errors of warnings, ours go to stderr."""
+def test_what_we_say_ends_nothing_and_is_logged(caplog):
+    """Where the user's filters make errors of warnings, too."""
     x = chainer.Variable(data(-1, 1, 64, 4096))
     with chainer_ooc.out_of_core_mode(limit="1MiB"):
         (manager,) = state.managers()
@@ -173,22 +173,50 @@ def test_what_we_say_ends_nothing_and_is_said(capsys):
         result, _ = watched(lambda: F.sum(F.exp(F.exp(x))).backward(), "error")
         watched(manager.shortages.tell, "error")
     assert result is None
-    assert capsys.readouterr().err.count("RuntimeWarning: ") == 1
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("chainer_ooc", "WARNING")
+    assert " needs " in record.getMessage()
+    caplog.clear()
     with chainer_ooc.out_of_core_mode(**SETTINGS["verify"]):
-        result, _ = watched(edited, "error")
+        for _ in range(3):
+            result, _ = watched(edited, "error")
     assert isinstance(result, list)
-    assert "RuntimeWarning: an array of 1048576 bytes that Tanh saved" in capsys.readouterr().err
+    (record,) = caplog.records  # said once
+    assert "an array of 1048576 bytes that Tanh saved" in record.getMessage()
+    assert record.pathname == __file__  # the user's line
 
 
-def test_who_shows_warnings_may_fail(monkeypatch, capsys):
-    def showwarning(*args, **kwargs):
+def test_without_logging_what_we_say_goes_to_stderr(run_python):
+    code = """
+import logging, numpy as np, chainer, chainer_ooc, chainer.functions as F
+chainer_ooc.enable(swap_all=True, min_bytes=1, verify=True)
+logger = logging.getLogger("chainer_ooc")
+def edit(rows):
+    h = F.tanh(chainer.Variable(np.ones((rows, 9), "f")))
+    y = F.sum(F.exp(h))
+    h.array[...] = 2
+    y.backward()
+for rows in 1, 1, 2: edit(rows)
+logger.setLevel("ERROR"); edit(3)
+logger.setLevel("WARNING"); logging.disable(); edit(4)
+logging.disable(logging.NOTSET); logging.basicConfig(format="%(name)s %(lineno)d %(message).20s"); edit(5)
+"""
+    done = run_python("-c", code)
+    lines = done.stderr.splitlines()
+    assert [line[:29] for line in lines] == [
+        "chainer_ooc: an array of 36 b",
+        "chainer_ooc: an array of 72 b",
+        "chainer_ooc 9 an array of 180",
+    ], done.stderr
+
+
+def test_who_shows_warnings_may_fail(caplog, monkeypatch):
+    def emit(*args, **kwargs):
         raise ValueError("no place to show it")
 
-    with chainer_ooc.out_of_core_mode(**SETTINGS["verify"]), warnings.catch_warnings():
-        warnings.simplefilter("always")
-        monkeypatch.setattr(warnings, "showwarning", showwarning)
+    monkeypatch.setattr(caplog.handler, "emit", emit)
+    with chainer_ooc.out_of_core_mode(**SETTINGS["verify"]):
         edited()
-    assert "RuntimeWarning: an array of 1048576 bytes" in capsys.readouterr().err
 
 
 class Warns(chainer.FunctionNode):

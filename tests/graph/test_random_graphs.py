@@ -254,7 +254,6 @@ def compare(seed, names):
         assert_same_bits(actual, expected, name)
 
 
-@pytest.mark.filterwarnings("ignore:.* needs .* more:RuntimeWarning")
 @pytest.mark.parametrize("seed", range(300))
 def test_same_bits(seed):
     names = list(SETTINGS)
@@ -262,7 +261,6 @@ def test_same_bits(seed):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.filterwarnings("ignore:.* needs .* more:RuntimeWarning")
 @pytest.mark.parametrize("first", range(0, 300, 30))
 def test_same_bits_with_all_settings(first):
     for seed in range(first, first + 30):

@@ -485,7 +485,6 @@ def chain_with_an_edit(functions, where, how):
     return program
 
 
-@pytest.mark.filterwarnings("ignore:.* needs .* more:RuntimeWarning")
 @pytest.mark.parametrize("mode_of", SHORT)
 @pytest.mark.parametrize("how", EDITS)
 @pytest.mark.parametrize("name", CHAINS)
@@ -622,7 +621,6 @@ def test_functions_inside_another_are_edited_before_that_ends():
     both(program)
 
 
-@pytest.mark.filterwarnings("ignore:.* needs .* more:RuntimeWarning")
 @pytest.mark.parametrize("limit", [None, "1MiB"])
 def test_edits_while_memory_is_plenty_and_short_later(limit):
     """Functions that ran before memory was short are saved later."""

@@ -16,8 +16,6 @@ from chainer_ooc.errors import OutOfMemoryError, SettingError
 from chainer_ooc.graph.hooks import describe
 from chainer_ooc.testing import assert_same_bits
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* needs .* more:RuntimeWarning")
-
 #: Allocations of this many rows are announced, and do not fit below the limit: what runs is described.
 ROWS = 1 << 13
 

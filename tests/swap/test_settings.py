@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import linecache
 import pydoc
 import re
 import shutil
+from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
+import chainer
+import numpy as np
 import psutil
 import pytest
 
@@ -19,6 +25,7 @@ from chainer_ooc.settings import (
     Settings,
     _default_directory,
     _file_system,
+    check_environment,
     parse_bytes,
     parse_limit,
 )
@@ -42,10 +49,30 @@ def test_bytes(text, nbytes):
 
 
 @pytest.mark.parametrize(
-    "value", [0, -1, 1.5, 0.0, -0.5, "8 gigs", "0", "1.5", "", True, [], "many"]
+    "value",
+    [
+        *(0, -1, 1.5, 0.0, -0.5, 3.0, True, [], float("nan"), float("inf"), 1j, b"8GiB"),
+        *(
+            "8 gigs",
+            "0",
+            "0GiB",
+            "1.5",
+            "",
+            "many",
+            "8,5GiB",
+            "80%",
+            "-1",
+            "inf",
+            "nan",
+            "²",
+            "1e3",
+        ),
+        *(np.bool_(True), np.array([1 << 30]), np.float32(2), np.int64(-1), object),
+    ],
+    ids=repr,
 )
 def test_a_bad_limit_is_named(value):
-    if value == "":
+    if isinstance(value, str) and value == "":
         assert parse_limit(value) is None
         return
     with pytest.raises(SettingError) as error:
@@ -64,11 +91,91 @@ def test_a_bad_limit_is_named(value):
         ("0.5", 0.5),
         (1.0, 1.0),
         ("1GiB", 1 << 30),
-        ("4096", 4096),
+        ("8 GB", 8 * 10**9),
+        (" 8 gib ", 8 << 30),
+        ("8589934592", 8 << 30),
+        ("8e9", 8 * 10**9),
+        (8e9, 8 * 10**9),
+        (np.int64(8 << 30), 8 << 30),
+        (np.uint32(1 << 31), 1 << 31),
+        (np.float32(0.5), 0.5),
+        (np.float64(1), 1.0),
+        (Fraction(1, 4), 0.25),
     ],
 )
 def test_a_good_limit(value, limit):
-    assert parse_limit(value) == limit
+    found = parse_limit(value)
+    assert (found, type(found)) == (limit, type(limit))
+
+
+@pytest.mark.parametrize("value, unit", [(8, "8GiB"), ("16", "16GiB"), (np.int32(512), "512GiB")])
+def test_a_limit_without_its_unit_warns_at_the_users_line(value, unit):
+    with pytest.warns(RuntimeWarning, match=f'is {int(value)} bytes.*"{unit}"') as told:
+        chainer_ooc.enable(value)  # this line
+    chainer_ooc.disable()
+    (one,) = told
+    assert one.filename == __file__
+    assert "# this line" in linecache.getline(one.filename, one.lineno)
+
+
+def test_warnings_point_at_the_users_line_however_deep(monkeypatch):
+    monkeypatch.setattr("chainer_ooc.settings._file_system", lambda path: "tmpfs")
+    with pytest.warns(RuntimeWarning) as told:
+        with chainer_ooc.out_of_core_mode(swap_dir="/tmp"):  # line 1
+            pass
+        chainer.out_of_core_mode(swap_dir="/tmp").__enter__()  # line 2
+        stack = contextlib.ExitStack()
+        stack.enter_context(chainer_ooc.out_of_core_mode(swap_dir="/tmp"))  # line 3
+    state.local.stack.clear()
+    state.void_levels()
+    lines = [linecache.getline(one.filename, one.lineno).partition("# ")[2] for one in told]
+    assert lines == ["line 1\n", "line 2\n", "line 3\n"]
+
+
+@pytest.mark.parametrize("path", [b"swap", "swap", Path("swap")])
+def test_paths_are_of_any_type_and_stay_where_they_are(path, tmp_path, monkeypatch):
+    (tmp_path / "swap").mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.resolve({"swap_dir": path, "trace": path and "t.json"})
+    monkeypatch.chdir("/")
+    assert settings.swap_dir == str(tmp_path / "swap")
+    assert settings.trace == str(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("name", ["swap_dir", "trace"])
+@pytest.mark.parametrize("path", [3, "", b"", "a\0b", ["x"]])
+def test_what_is_no_path_is_named(name, path):
+    with pytest.raises(SettingError, match=rf"{name}=.* is not a path"):
+        Settings.resolve({name: path})
+
+
+@pytest.mark.parametrize(
+    "variable, meant",
+    [
+        ("CHAINER_OOC_LIMT", "did you mean CHAINER_OOC_LIMIT"),
+        ("CHAINER_OOC_Limit", "did you mean CHAINER_OOC_LIMIT"),
+        ("CHAINEROOC_SWAPDIR", "did you mean CHAINER_OOC_SWAP_DIR"),
+        ("CHAINER_OOC_SINGLE_BACKWARDS", "did you mean CHAINER_OOC_SINGLE_BACKWARD"),
+        ("CHAINER_OOC_CUDN", "did you mean CHAINER_OOC_CUDNN"),
+        ("CHAINER_OOC_XYZ", "there are CHAINER_OOC_LIMIT, "),
+    ],
+)
+def test_a_misspelt_variable_is_named_with_the_nearest(monkeypatch, variable, meant):
+    monkeypatch.setenv(variable, "")  # as good as unset
+    Settings.resolve({})
+    monkeypatch.setenv(variable, "8GiB")
+    with pytest.raises(SettingError, match=f"{variable}='8GiB' .*{meant}"):
+        chainer_ooc.enable(limit="1GiB")
+    assert not chainer_ooc.is_enabled()
+
+
+def test_the_packages_own_variables_are_no_misspelt_ones(monkeypatch):
+    sources = "".join(path.read_text() for path in Path(chainer_ooc.__file__).parent.rglob("*.py"))
+    variables = set(re.findall(r"CHAINER_OOC_[A-Z_]*[A-Z]", sources)) - {"CHAINER_OOC_LIMT"}
+    assert {"CHAINER_OOC_CUDNN_WORKSPACE", "CHAINER_OOC_WITHOUT_EXTENSION"} <= variables
+    for variable in variables:
+        monkeypatch.setenv(variable, "1")
+    check_environment()
 
 
 def test_arguments_go_before_the_environment(monkeypatch):
@@ -76,7 +183,7 @@ def test_arguments_go_before_the_environment(monkeypatch):
     monkeypatch.setenv("CHAINER_OOC_STRICT", "yes")
     monkeypatch.setenv("CHAINER_OOC_MIN_BYTES", "")
     assert Settings.resolve({}) == Settings(limit=1 << 30, strict=True)
-    assert Settings.resolve({"limit": 2, "strict": False}) == Settings(limit=2)
+    assert Settings.resolve({"limit": 2 << 20, "strict": False}) == Settings(limit=2 << 20)
 
 
 def test_a_bad_variable_is_named(monkeypatch):
@@ -93,8 +200,10 @@ def test_an_inner_mode_inherits(monkeypatch):
 
 def test_an_unknown_setting_is_named():
     for take in (chainer_ooc.enable, chainer_ooc.out_of_core_mode):
-        with pytest.raises(TypeError, match=r"limits=3: there is no setting 'limits'.*'limit'"):
+        with pytest.raises(TypeError, match=r"limits=3: .* 'limits'; did you mean 'limit'\?"):
             take(limits=3)
+        with pytest.raises(TypeError, match=r"colour=3: .*there are \['limit', "):
+            take(colour=3)
     assert not chainer_ooc.is_enabled()
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
-import warnings
 from collections.abc import Callable
 from typing import Any
 
+from chainer_ooc import wording
 from chainer_ooc.swap.devices.cuda.streams import is_captured
 from chainer_ooc.swap.devices.ram import native
 
@@ -25,11 +25,7 @@ _SIGNATURES = ("intptr_t (void)", "size_t (void)")
 
 def warn(why: str) -> None:
     """Warn that CuPy's pool serves."""
-    warnings.warn(
-        f"GPU memory comes from CuPy's pool, which may run out below the limit: {why}",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+    wording.warn(f"GPU memory comes from CuPy's pool, which may run out below the limit: {why}")
 
 
 def why_no_arenas(cupy: Any) -> str | None:

@@ -254,8 +254,7 @@ class RamDevice:
             if memory.ucx_keeps_freed_memory():
                 wording.warn(
                     "MPI's transport UCX keeps freed memory from going back to the system: memory will grow past "
-                    "the limit; set UCX_MEM_EVENTS=no in the environment before MPI is loaded",
-                    stacklevel=2,
+                    "the limit; set UCX_MEM_EVENTS=no in the environment before MPI is loaded"
                 )
             memory.keep_less_freed_memory(RETURNED)
         patience = self._desperate if desperate else self._ordinary
