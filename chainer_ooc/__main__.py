@@ -111,7 +111,7 @@ def _run(options: argparse.Namespace) -> int:
         except SettingError as error:
             print(f"chainer_ooc run: {error}", file=sys.stderr)
             return 2
-        os.environ.update(settings.environment(given), **{compat_run.VARIABLE: "1"})
+        os.environ.update(settings.environment(given), **{compat_run.VARIABLE: str(os.getpid())})
     compat.child_environment()
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *_options_of_python(), *options.program])

@@ -177,7 +177,7 @@ def _write_traces() -> None:
     for path in _traces.keys() - wanted:
         trace = _traces.pop(path)
         state.observers.remove(trace)
-        trace.write()
+        trace.close()
 
 
 @atexit.register
@@ -197,7 +197,7 @@ def _check_remade() -> None:
 @atexit.register
 def _write_last_traces() -> None:
     while _traces:
-        _traces.popitem()[1].write()
+        _traces.popitem()[1].close()
 
 
 def _after_fork() -> None:

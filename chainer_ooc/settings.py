@@ -310,9 +310,8 @@ class Settings:
     trace: str | None = _setting(
         None,
         _optional(_parse_file),
-        """Write a trace of functions, copies, waits and memory to this file, for Perfetto or chrome://tracing, at the
-        end of the process or when out-of-core mode is turned off. With several ranks, each writes its own: its number
-        is added to the name.""",
+        """Write a trace of functions, copies, waits and memory to this file, for Perfetto or chrome://tracing, while
+        they happen. With several ranks, each writes its own: its number is added to the name; so does a child.""",
     )
     # For tests only, to move arrays of any size at any time. Not shown to users.
     swap_all: bool = _setting(False, _parse_flag, "Move every saved array out at once.")

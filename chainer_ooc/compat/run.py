@@ -7,16 +7,25 @@ the rest of the command line. There an edit of :mod:`chainer` calls :func:`start
 from __future__ import annotations
 
 import os
+import sys
 
-__all__ = ["VARIABLE", "is_started", "start"]
+__all__ = ["VARIABLE", "is_child", "is_started", "start"]
 
-#: Set to 1 by ``run``, also for the processes that a script starts.
+#: The number of the process that ``run`` became. The processes that it starts inherit it.
 VARIABLE = "CHAINER_OOC_RUN"
 
 
 def is_started() -> bool:
     """Return whether ``run`` started this process, or one that started it."""
-    return os.environ.get(VARIABLE) == "1"
+    return bool(os.environ.get(VARIABLE))
+
+
+def is_child() -> bool:
+    """Return whether another process started this one: a child of the process of ``run``, or of multiprocessing."""
+    if is_started():
+        return os.environ[VARIABLE] != str(os.getpid())
+    process = sys.modules.get("multiprocessing.process")
+    return process is not None and process.parent_process() is not None
 
 
 def start() -> None:

@@ -112,7 +112,11 @@ def _traced(trace: Traced) -> list[_Section]:
     number = trace.drawn_iteration()
     start, end = trace.iterations[number]
     left_out = trace.facts.get("events_left_out")
-    note = f" The first {left_out} events were not kept." if left_out else ""
+    note = f" The last {left_out} events were not kept." if left_out else ""
+    if trace.facts.get("broken"):
+        note += " The end of the trace is missing, and with it the limit and other figures."
+    elif trace.facts.get("ended") is False:
+        note += " The trace has no end: the process was killed, or still runs."
     rows = figures.storages(trace)
     table = _Table(
         ("function", "calls", "fate", "out", "MiB out", "back", "MiB back", "why"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chainer_ooc.errors import OutOfCoreError
+from chainer_ooc.report.trace import HEAD
 
 __all__ = ["Run", "RunError", "Span", "Traced", "read_run"]
 
@@ -150,7 +151,12 @@ def _read_json(path: Path, kind: type) -> Any:
 
 
 def _read_trace(path: Path) -> Traced:
-    document = _read_json(path, dict)
+    try:
+        document = _read_json(path, dict)
+    except RunError:
+        document = _salvaged(path)
+        if document is None:
+            raise
     events = document.get("traceEvents")
     if not isinstance(events, list):
         raise RunError(f"{path} is no trace: it has no list traceEvents; remove it, or run again")
@@ -177,6 +183,20 @@ def _read_trace(path: Path) -> Traced:
     if not isinstance(facts, dict) or not isinstance(facts.get("settings", {}), dict):
         raise RunError(f"{path} has otherData, or settings in it, that are no mapping; run again")
     return Traced(path.name, spans, memory, facts, _iterations(spans))
+
+
+def _salvaged(path: Path) -> dict[str, Any] | None:
+    """Return what is whole of a trace whose end is missing; ``None`` if it was not a trace."""
+    text = path.read_text(errors="replace")
+    if not text.startswith(HEAD):
+        return None
+    events = []
+    for line in text[len(HEAD) :].splitlines():
+        try:
+            events.append(json.loads(line.removesuffix(",")))
+        except ValueError:
+            break
+    return {"traceEvents": events, "otherData": {"broken": True}}
 
 
 def _outermost(spans: list[Span]) -> list[Span]:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
 import time
+import tracemalloc
 
 import chainer
 import chainer.functions as F
@@ -16,7 +23,9 @@ import pytest
 import chainer_ooc
 from chainer_ooc import state
 from chainer_ooc.errors import CorruptCopyError, SettingError
+from chainer_ooc.report import trace
 from chainer_ooc.swap.transfers import Transfers
+from tests.conftest import environment_of_children
 
 
 def chain(x, depth=4):
@@ -204,11 +213,11 @@ class TestTrace:
         start = time.perf_counter()
         with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, trace=path):
             chain(x).backward()
-            assert not path.exists()
         microseconds = (time.perf_counter() - start) * 1e6
         assert state.observers == []
-        trace = json.loads(path.read_text())
-        complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+        document = json.loads(path.read_text())
+        complete = [event for event in document["traceEvents"] if event["ph"] == "X"]
+        complete.sort(key=lambda event: event["ts"])
         kinds = {}
         for event in complete:
             kinds.setdefault(event["cat"], []).append(event)
@@ -216,12 +225,12 @@ class TestTrace:
         assert [event["name"] for event in kinds["forward"]] == ["Tanh", "Sigmoid"] * 4 + ["Sum"]
         assert [event["name"] for event in kinds["backward"]][:3] == ["Sum", "Sigmoid", "Tanh"]
         moved = sum(event["args"]["bytes"] for event in kinds["copy in"])
-        assert moved == trace["otherData"]["stats"]["bytes_in"] - self.before.bytes_in > 0
+        assert moved == document["otherData"]["stats"]["bytes_in"] - self.before.bytes_in > 0
         assert {event["name"] for event in kinds["stall"]} <= {"fetch", "late", "room", "trim"}
-        assert trace["otherData"]["settings"]["swap_all"] is True
-        memory = [e["args"]["bytes"] for e in trace["traceEvents"] if e["ph"] == "C"]
+        assert document["otherData"]["settings"]["swap_all"] is True
+        memory = [e["args"]["bytes"] for e in document["traceEvents"] if e["ph"] == "C"]
         assert min(memory) > 10 << 20
-        self.check_tracks(trace["traceEvents"])
+        self.check_tracks(document["traceEvents"])
 
     @pytest.fixture(autouse=True)
     def note(self):
@@ -238,7 +247,7 @@ class TestTrace:
         assert tracks.keys() == named
         for track in tracks.values():
             ends = []
-            for event in track:
+            for event in sorted(track, key=lambda event: (event["ts"], -event["dur"])):
                 while ends and ends[-1] <= event["ts"] + 0.2:
                     ends.pop()
                 assert not ends or event["ts"] + event["dur"] <= ends[-1] + 0.2
@@ -265,8 +274,119 @@ class TestTrace:
             done = run_python("-c", code, env={"PMI_RANK": rank, "PMI_SIZE": "2"})
             assert done.returncode == 0, done.stderr
         for rank in (0, 1):
-            trace = json.loads((tmp_path / f"ooc.rank{rank}.json").read_text())
-            assert {event["pid"] for event in trace["traceEvents"]} == {rank}
+            document = json.loads((tmp_path / f"ooc.rank{rank}.json").read_text())
+            assert {event["pid"] for event in document["traceEvents"]} == {rank}
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    def test_of_a_process_that_is_killed_the_last_half_second_is_missing(self, tmp_path, number):
+        code = """
+import time, numpy as np, chainer, chainer.functions as F, chainer_ooc
+chainer_ooc.enable(trace="ooc.json")
+x = chainer.Variable(np.ones((4, 4), "f"))
+for n in range(1000): F.tanh(x)
+time.sleep(trace.DELAY)
+F.exp(x)
+print("go", flush=True)
+time.sleep(60)
+""".replace("trace.DELAY", str(trace._DELAY + 0.1))
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=environment_of_children(),
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdout.readline() == b"go\n"
+            process.send_signal(number)
+        assert process.returncode == -number
+        document = json.loads((tmp_path / "ooc.json").read_text())
+        names = [event["name"] for event in document["traceEvents"] if event["ph"] == "X"]
+        assert names == ["Tanh"] * 1000 + ["exp"]
+        facts = document["otherData"]
+        assert facts["ended"] is False
+        assert facts["stats"]["limit_bytes"] > 0
+        assert facts["settings"]["trace"] == str(tmp_path / "ooc.json")
+
+    def test_it_is_whole_at_any_time_and_takes_little_memory(self, tmp_path):
+        x = chainer.Variable(np.ones((4, 4), "f"))
+        path = tmp_path / "ooc.json"
+        with chainer_ooc.out_of_core_mode(trace=path), chainer.no_backprop_mode():
+            found = []
+            tracemalloc.start()
+            try:
+                F.tanh(x)
+                before = tracemalloc.get_traced_memory()[0]
+                for _ in range(20):
+                    for _ in range(200):
+                        F.tanh(x)
+                    found.append(len(json.loads(path.read_text())["traceEvents"]))
+                assert tracemalloc.get_traced_memory()[0] - before < 1 << 20
+            finally:
+                tracemalloc.stop()
+        assert found == sorted(set(found))
+        assert found[-1] > 20 * 200
+        assert json.loads(path.read_text())["otherData"]["ended"] is True
+
+    def test_a_full_disk_ends_it_and_not_the_program(self, x, tmp_path, monkeypatch, caplog):
+        def full(*args):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        path = tmp_path / "ooc.json"
+        with chainer_ooc.out_of_core_mode(trace=path):
+            monkeypatch.setattr(os, "pwrite", full)
+            for _ in range(60):
+                chain(x).backward()
+        (message,) = caplog.messages
+        assert message.startswith(f"the trace '{path}' ends here: [Errno 28] No space")
+        assert json.loads(path.read_text())["otherData"]["ended"] is False
+
+    def test_beyond_the_largest_size_events_are_counted_only(self, x, tmp_path, monkeypatch):
+        monkeypatch.setattr(trace, "MOST", 20_000)
+        path = tmp_path / "ooc.json"
+        with chainer_ooc.out_of_core_mode(trace=path):
+            for _ in range(60):
+                chain(x)
+        document = json.loads(path.read_text())
+        assert path.stat().st_size < 30_000
+        count = sum(event["ph"] in "XC" for event in document["traceEvents"])
+        assert count + document["otherData"]["events_left_out"] >= 60 * 9 * 2
+
+    def test_threads_write_whole_events(self, tmp_path):
+        path = tmp_path / "ooc.json"
+
+        def work():
+            x = chainer.Variable(np.ones((4, 4), "f"))
+            for _ in range(500):
+                F.tanh(x)
+
+        chainer_ooc.enable(trace=path)
+        try:
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            chainer_ooc.disable()
+        events = json.loads(path.read_text())["traceEvents"]
+        assert sum(event["ph"] == "X" for event in events) == 2000
+        self.check_tracks(events)
+
+    def test_a_child_writes_one_of_its_own(self, run_python, tmp_path):
+        (tmp_path / "train.py").write_text(
+            "import multiprocessing, os, sys, numpy as np, chainer.functions as F\n"
+            "def work(n): F.exp(np.ones(9, 'f')); return os.getpid()\n"
+            "if __name__ == '__main__':\n"
+            "    F.tanh(np.ones(9, 'f'))\n"
+            "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+            "        print(pool.apply(work, (1,)))\n"
+            "        pool.close(); pool.join()\n"
+        )
+        done = run_python("-m", "chainer_ooc", "run", "--trace", "ooc.json", "train.py")
+        names = {}
+        for name in ("ooc.json", f"ooc.child{done.stdout.strip()}.json"):
+            events = json.loads((tmp_path / name).read_text())["traceEvents"]
+            names[name] = [event["name"] for event in events if event["ph"] == "X"]
+        assert [*names.values()] == [["Tanh"], ["exp"]]
 
     @pytest.mark.parametrize("path", ["nowhere/ooc.json", "."])
     def test_what_cannot_be_written_is_an_error_at_once(self, path, tmp_path, monkeypatch):

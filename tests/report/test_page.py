@@ -9,8 +9,12 @@ import subprocess
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
+import chainer
+import chainer.functions as F
+import numpy as np
 import pytest
 
+import chainer_ooc
 from chainer_ooc.__main__ import main
 from chainer_ooc.report.page import write_report
 from chainer_ooc.report.page_data import RunError, read_run
@@ -88,6 +92,33 @@ def test_iterations_and_what_ran_inside_another(run):
     assert [end for _, end in trace.iterations] == pytest.approx([0.1, 0.2, 0.3, 0.395])
     assert "ReLUGrad" not in {s.name for s in trace.spans}
     assert trace.drawn_iteration() in (1, 2)
+
+
+@pytest.mark.parametrize("cut", [1, 40, 400, 4000])
+def test_a_trace_whose_end_is_missing_is_read_up_to_there(tmp_path, cut):
+    path = tmp_path / "ooc.json"
+    x = chainer.Variable(np.ones((64, 64), "f"))
+    with chainer_ooc.out_of_core_mode(limit="8GiB", trace=path):
+        for _ in range(8):
+            loss = F.sum(F.tanh(F.exp(x)))
+            loss.backward()
+    whole = read_run(tmp_path).traces[0]
+    text = path.read_text()
+    path.write_text(text[: -cut - 1])
+    found = read_run(tmp_path).traces[0]
+    assert found.facts == {"broken": True}
+    assert found.spans == whole.spans[: len(found.spans)]
+    assert len(found.spans) >= len(whole.spans) - cut / 60
+    (page, *_) = write_report(tmp_path)
+    assert "The end of the trace is missing" in page.read_text()
+
+
+def test_a_trace_of_a_process_that_was_killed_says_so(run):
+    document = json.loads((run / "ooc.json").read_text())
+    assert "has no end" not in write_report(run)[0].read_text()
+    document["otherData"]["ended"] = False
+    (run / "ooc.json").write_text(json.dumps(document))
+    assert "The trace has no end: the process was killed" in write_report(run)[0].read_text()
 
 
 def test_fates_of_what_was_saved(run):
