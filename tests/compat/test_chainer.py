@@ -182,3 +182,44 @@ def test_onnx_export(tmp_path):
     exported = onnx_chainer.export(model, x)
     onnx.checker.check_model(exported)
     assert [node.op_type for node in exported.graph.node][:2] == ["Conv", "Relu"]
+
+
+X = np.zeros((8, 10), "f")
+MISFITS = {
+    "labels of another length": (F.softmax_cross_entropy, X, np.zeros(16, "i")),
+    "labels of floats": (F.softmax_cross_entropy, X, np.zeros(8, "f")),
+    "labels in a column": (F.softmax_cross_entropy, X, np.zeros((8, 1), "i")),
+    "unsigned labels": (F.softmax_cross_entropy, X, np.zeros(8, np.uint8)),
+    "labels as booleans": (F.softmax_cross_entropy, X, np.zeros(8, bool)),
+    "scores of integers": (F.softmax_cross_entropy, np.zeros((8, 10), "i"), np.zeros(8, "i")),
+    "scores of one image": (F.softmax_cross_entropy, X[0], np.array(3)),
+    "images in two dimensions": (F.softmax_cross_entropy, X[..., None], np.zeros((8, 2), "i")),
+    "an axis beyond the last": (F.softmax, X, 2),
+    "an axis before the first": (F.log_softmax, X, -3),
+    "a softmax of integers": (F.softmax, np.zeros((8, 10), "i"), 1),
+    "no dimension": (F.log_softmax, np.array(0.5, "f"), 0),
+    "too few dimensions": (F.shift, np.zeros((4, 3), "f"), 3),
+    "a convolution of a matrix": (F.convolution_2d, X, np.zeros((3, 3, 3, 3), "f")),
+}
+
+
+@pytest.mark.parametrize("function, args", [(f, a) for f, *a in MISFITS.values()], ids=MISFITS)
+def test_what_does_not_fit_is_told_in_chainers_own_words(function, args):
+    with pytest.raises(chainer.utils.type_check.InvalidType) as error:
+        function(*args)
+    expected, actual = str(error.value).split("Actual: ")
+    assert "Expect: " in expected
+    assert actual
+    assert "Expr instance" not in str(error.value)
+
+
+def test_what_fits_is_computed_as_before():
+    t = np.arange(8, dtype="i")
+    loss = F.softmax_cross_entropy(X, t).array
+    assert loss == np.float32(np.log(10))
+    soft = np.full((8, 10), 0.1, "f")
+    np.testing.assert_allclose(F.softmax_cross_entropy(X, soft).array, np.log(10), rtol=1e-6)
+    for axis in (-2, -1, 0, 1):
+        probabilities = F.softmax(X, axis).array
+        np.testing.assert_allclose(probabilities.sum(axis), 1, rtol=1e-6)
+        np.testing.assert_allclose(np.exp(F.log_softmax(X, axis).array), probabilities, rtol=1e-6)

@@ -79,6 +79,42 @@ EDITS = (
         ),
     ),
     Edit(
+        "chainer.functions.loss.softmax_cross_entropy",
+        "a bug of the 7.8.1 release: of labels that do not fit it said 'An Expr instance cannot be evaluated as bool'",
+        (
+            Replace(
+                "if t_type.dtype.kind == 'i':", "if type_check.eval(t_type.dtype.kind) == 'i':"
+            ),
+            Replace(
+                "t_type.ndim == x_type.ndim - 1,\n",
+                "x_type.ndim >= 2, t_type.ndim == x_type.ndim - 1,\n",
+            ),
+        ),
+    ),
+    *(
+        Edit(
+            f"chainer.functions.activation.{name}",
+            "a bug of the 7.8.1 release: of a wrong axis it said 'An Expr instance cannot be evaluated as bool'",
+            (
+                Replace(
+                    "-x_type.ndim <= self.axis < x_type.ndim,",
+                    "-x_type.ndim <= self.axis, self.axis < x_type.ndim,",
+                ),
+            ),
+        )
+        for name in ("softmax", "log_softmax")
+    ),
+    Edit(
+        "chainer.function_node",
+        "a bug of the 7.8.1 release: of inputs with too few dimensions many functions said 'tuple index out of range'",
+        (
+            Replace(
+                "except type_check.InvalidType:\n            # Ignore errors on first run\n",
+                "except (type_check.InvalidType, IndexError):\n            # Ignore errors on first run\n",
+            ),
+        ),
+    ),
+    Edit(
         "chainer.distributions.categorical",
         "numpy.meshgrid returns a tuple since NumPy 2",
         (
