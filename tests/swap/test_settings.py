@@ -9,6 +9,7 @@ import linecache
 import pydoc
 import re
 import shutil
+import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -330,6 +331,45 @@ def test_enable_is_for_all_threads_and_a_mode_for_its_own():
         chainer_ooc.disable()
     assert seen == [True]
     assert not chainer_ooc.is_enabled()
+
+
+IBM = """
+import numpy as np, chainer, chainer.functions as F
+{imports}
+x = chainer.Variable(np.ones((4, 5), "f"))
+with {call}:
+    loss = F.sum(F.tanh(x))
+    import chainer_ooc
+    print(chainer_ooc.is_enabled())
+print(chainer_ooc.is_enabled())
+loss.backward()
+"""
+
+
+@pytest.mark.parametrize("imports", ["", "import chainer_ooc", "import chainer as chainer_too"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "chainer.out_of_core_mode()",
+        "chainer.out_of_core_mode(async_=True, fine_granularity=True)",
+        "chainer.out_of_core_mode(True, True)",
+        "chainer.out_of_core_mode(False)",  # not asynchronous, but on
+        "chainer.out_of_core_mode(False, False, False, [0])",
+        "chainer.out_of_core_mode(fine_granularity=True, devices={0: 1}.values())",
+        "chainer.out_of_core_mode(**{'async': False}, limit='8GiB')",
+        "getattr(chainer, 'out_of_core_mode')()",
+    ],
+)
+def test_ibms_scripts_run_as_they_are(forked_python, run_python, tmp_path, call, imports):
+    (tmp_path / "ibm.py").write_text(IBM.format(imports=imports, call=call))
+    python = sys.executable if call == "chainer.out_of_core_mode()" else forked_python
+    done = run_python("ibm.py", python=python)
+    assert (done.stdout, done.stderr) == ("True\nFalse\n", "")
+
+
+def test_ibms_mode_refuses_what_it_does_not_know():
+    with pytest.raises(TypeError, match="fine_granularty=True: there is no"):
+        chainer.out_of_core_mode(fine_granularty=True)
 
 
 def test_arguments_of_ibms_mode(capsys):

@@ -25,10 +25,14 @@ def _satisfied(requirements):
 _OUT_OF_CORE = '''disable_experimental_feature_warning = False
 
 
-def out_of_core_mode(*args, **kwargs):
-    """Turns out-of-core mode on for a with statement: chainer_ooc.out_of_core_mode."""
+def out_of_core_mode(
+        async_=True, fine_granularity=False, debug=False, devices=None,
+        **settings):
+    """Turns out-of-core mode on for a with statement, with the arguments of IBM's Chainer and the settings."""
     import chainer_ooc
-    return chainer_ooc.out_of_core_mode(*args, **kwargs)
+    return chainer_ooc.out_of_core_mode(
+        async_=async_, fine_granularity=fine_granularity, debug=debug,
+        devices=devices, **settings)
 
 
 from chainer_ooc.compat.run import start as _start  # NOQA
