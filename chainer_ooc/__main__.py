@@ -7,16 +7,18 @@ them.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import chainer_ooc
-from chainer_ooc import compat
+from chainer_ooc import compat, wording
 from chainer_ooc.compat import run as compat_run
 
 #: A role in a docstring, with the name that it shows.
@@ -179,22 +181,52 @@ def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+class _Line(logging.Formatter):
+    """Shows progress in one line of a terminal, each message in the place of the one before; warnings stay."""
+
+    CLEAR = "\r\033[K"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message, preceded by what clears the line."""
+        end = "\n" if record.levelno > logging.INFO else ""
+        return f"{self.CLEAR}{super().format(record)}{end}"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
+    """Show what is logged while the block runs, if standard error is a terminal."""
+    stream = sys.stderr
+    if stream is None or not stream.isatty():
+        yield
+        return
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Line())
+    handler.terminator = ""
+    wording.logger.addHandler(handler)
+    wording.logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        print(end=_Line.CLEAR, file=stream, flush=True)
+
+
 def _estimate(options: argparse.Namespace) -> int:
     """Print an estimate of the memory and the time that training a network takes."""
     from chainer_ooc.errors import OutOfCoreError
     from chainer_ooc.estimating.estimator import estimate
 
     try:
-        result = estimate(
-            options.net,
-            (options.insize, options.batchsize),
-            limit=options.limit,
-            device=options.device,
-            optimizer=options.optimizer,
-            single_backward=options.single_backward,
-            recompute=options.recompute,
-            search=not options.no_search,
-        )
+        with _progress():
+            result = estimate(
+                options.net,
+                (options.insize, options.batchsize),
+                limit=options.limit,
+                device=options.device,
+                optimizer=options.optimizer,
+                single_backward=options.single_backward,
+                recompute=options.recompute,
+                search=not options.no_search,
+            )
     except OutOfCoreError as error:
         print(f"chainer_ooc estimate: {error}", file=sys.stderr)
         return 2

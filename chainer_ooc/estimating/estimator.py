@@ -10,12 +10,14 @@ from typing import Any
 
 import psutil
 
+from chainer_ooc import wording
 from chainer_ooc.estimating import calibration, devices, heap, nets, on_gpu, profiles
 from chainer_ooc.estimating import inputs as inputs_module
-from chainer_ooc.estimating.errors import EstimateError
+from chainer_ooc.estimating.errors import DependsOnDataError, EstimateError
 from chainer_ooc.estimating.inputs import Inputs
 from chainer_ooc.estimating.result import Estimate
 from chainer_ooc.estimating.search import Fits, largest
+from chainer_ooc.estimating.shape_array import MASK
 from chainer_ooc.estimating.step import Recording, record
 from chainer_ooc.planning.plan_cache import Conditions, plan_for
 from chainer_ooc.planning.policies import OnDemand, Planned
@@ -27,6 +29,9 @@ from chainer_ooc.settings import Settings, parse_limit
 from chainer_ooc.tables import format_bytes
 
 __all__ = ["bytes_again", "estimate"]
+
+#: The note that a shape depends on the values of inputs.
+VALUES = "a shape depends on values: those of the given float arrays were used"
 
 
 def estimate(
@@ -171,14 +176,22 @@ class _Estimator:
     def _record(
         self, model: Any, inputs: Inputs, batchsize: int | None, insize: int | None
     ) -> Recording:
+        def recorded(values: bool) -> Recording:
+            make = inputs.make(batchsize, insize, values)
+            return record(model, make, self.optimizer, self.gpu is not None, self.process_bytes)
+
         try:
-            return record(
-                model,
-                inputs.make(batchsize, insize),
-                self.optimizer,
-                self.gpu is not None,
-                self.process_bytes,
-            )
+            try:
+                found = recorded(False)
+                depends = any(note.endswith(MASK) for note in found.notes)
+            except DependsOnDataError:
+                if not inputs.has_values:
+                    raise
+                depends = True
+            if depends and inputs.has_values:
+                found = recorded(True)
+                found.notes.append(VALUES)
+            return found
         except EstimateError:
             raise
         except Exception as error:  # the model's own code may raise anything
@@ -276,6 +289,8 @@ class _Estimator:
         here = Fits(point.in_core_bytes, point.profile.floor_bytes)
 
         def fits(batchsize: int | None, insize: int | None) -> Fits | None:
+            size = f"batchsize {batchsize}" + (f", insize {insize}" if insize else "")
+            wording.logger.info("looking for the largest sizes that fit: %s", size)
             try:
                 if insize is not None:
                     self.net.check(insize)

@@ -32,19 +32,41 @@ class Inputs:
     insize: int | None
 
     def make(
-        self, batchsize: int | None = None, insize: int | None = None
+        self,
+        batchsize: int | None = None,
+        insize: int | None = None,
+        values: bool = False,
     ) -> Callable[[], list[Any]]:
-        """Return a function that makes the arguments, in another size if given."""
-        return lambda: [self._make(argument, batchsize, insize) for argument in self.arguments]
+        """Return a function that makes the arguments, in another size if given.
 
-    def _make(self, argument: Any, batchsize: int | None, insize: int | None) -> Any:
+        Args:
+            batchsize: The first dimension of arrays that share one.
+            insize: The height and width of images.
+            values: Float arrays, too, have the values that were given.
+        """
+        return lambda: [
+            self._make(argument, batchsize, insize, values) for argument in self.arguments
+        ]
+
+    @property
+    def has_values(self) -> bool:
+        """Whether float arrays with values were given."""
+
+        def has(argument: Any) -> bool:
+            if type(argument) is Spec:
+                return argument.dtype.kind == "f" and argument.values is not None
+            return type(argument) in (list, tuple) and any(map(has, argument))
+
+        return has(self.arguments)
+
+    def _make(self, argument: Any, batchsize: int | None, insize: int | None, keep: bool) -> Any:
         if type(argument) is Spec:
             shape = list(argument.shape)
             if insize is not None and self.insize and shape[-2:] == [self.insize] * 2:
                 shape[-2:] = [insize, insize]
             if batchsize is not None and self.batchsize:
                 shape[0] = batchsize
-            if argument.values is not None:
+            if argument.values is not None and (keep or argument.dtype.kind != "f"):
                 values = argument.values
                 return values.copy() if tuple(shape) == values.shape else np.resize(values, shape)
             ledger = active_ledger()
@@ -52,13 +74,13 @@ class Inputs:
                 return new(shape, argument.dtype, ledger)
             return np.zeros(shape, argument.dtype)
         if type(argument) in (list, tuple):
-            return type(argument)(self._make(item, None, None) for item in argument)
+            return type(argument)(self._make(item, None, None, keep) for item in argument)
         return argument
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
-    """The shape and dtype of an array, and its values if they are integers."""
+    """The shape and dtype of an array, and its values if there are any."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -115,8 +137,7 @@ def _spec(item: Any) -> Any:
         return Spec(item[0], np.dtype(item[1]))
     array = getattr(item, "array", item)
     if isinstance(array, np.ndarray):
-        known = array.dtype.kind != "f" and memory_of(array) is None
-        return Spec(array.shape, array.dtype, array if known else None)
+        return Spec(array.shape, array.dtype, array if memory_of(array) is None else None)
     if type(item) in (list, tuple):
         return type(item)(_spec(one) for one in item)
     if hasattr(array, "shape"):

@@ -198,6 +198,8 @@ def _of_user(name: str) -> Net:
                 f"{name!r} returned {type(model).__name__}; it must return a chainer.Link, or a tuple of one and "
                 "its inputs"
             )
+        if len(inputs) == 1 and isinstance(inputs[0], tuple) and inputs[0]:
+            (inputs,) = inputs  # (model, (x, t)), as estimate() takes them
         return model, parse(inputs) if inputs else images(insize, batchsize)
 
     return Net(name, module_name, build, lambda insize: None)

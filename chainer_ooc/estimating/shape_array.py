@@ -18,10 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from chainer_ooc.estimating.errors import EstimateError
+from chainer_ooc.estimating.errors import DependsOnDataError
 from chainer_ooc.estimating.ledger import Ledger, Memory, active_ledger
 
-__all__ = ["ShapeArray", "memory_of", "new"]
+__all__ = ["MASK", "ShapeArray", "memory_of", "new"]
+
+#: The note that a shape depends on the values of a mask, and they are not there.
+MASK = "a mask was taken to select everything"
 
 _INTEGERS = (int, np.integer)
 #: Arrays that a function without a rule may really compute on, all together (bytes).
@@ -220,7 +223,7 @@ class ShapeArray(np.ndarray):
         return self.diagonal(*args).sum(-1)
 
     def nonzero(self) -> Any:
-        raise EstimateError(
+        raise DependsOnDataError(
             f"{_here(self)}the positions of nonzero elements depend on data, and there is none; give "
             "estimate() real arrays as inputs where shapes depend on values"
         )
@@ -394,7 +397,7 @@ def _chosen(mask: np.ndarray) -> list[np.ndarray]:
     """Return the indexes that a mask selects. A mask without elements is assumed to select everything."""
     if not isinstance(mask, ShapeArray):
         return list(mask.nonzero())
-    ledger_of(mask).note("a mask was taken to select everything")
+    ledger_of(mask).note(MASK)
     axis = np.ndarray.__new__(np.ndarray, (mask.size,), np.intp, np.zeros(1, np.intp), 0, (0,))
     return [axis] * mask.ndim
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from chainer_ooc.estimating import shape_array
-from chainer_ooc.estimating.errors import EstimateError
+from chainer_ooc.estimating.errors import DependsOnDataError, EstimateError
 from chainer_ooc.estimating.ledger import Ledger
 from chainer_ooc.estimating.shape_array import ShapeArray, ledger_of, memory_of, new, new_like
 from chainer_ooc.estimating.ufuncs import small
@@ -199,7 +199,7 @@ def _depends_on_data(a: Any, *args: Any, **kwargs: Any) -> Any:
     for argument in (a, *args):
         if isinstance(argument, ShapeArray):
             argument.nonzero()
-    raise EstimateError("a shape depends on data, and there is none")
+    raise DependsOnDataError("a shape depends on data, and there is none")
 
 
 @_rule("bincount")

@@ -37,7 +37,8 @@ class PlanReport:
         bytes_in: The bytes copied back in an iteration.
         compute_seconds: The time of all functions without waits (seconds).
         seconds: The simulated time of an iteration (seconds).
-        bound_seconds: The lower bound of that time (seconds).
+        bound_seconds: The lower bound of that time (seconds); ``None`` where no plan fits, as one function needs more
+            than the limit.
         peak_bytes: The simulated peak (bytes).
         on_demand_seconds: The time of the recorded iteration, which ran on demand (seconds).
         measured_seconds: The time of each iteration that followed the plan (seconds).
@@ -64,7 +65,7 @@ class PlanReport:
     bytes_in: int
     compute_seconds: float
     seconds: float
-    bound_seconds: float
+    bound_seconds: float | None
     peak_bytes: int
     on_demand_seconds: float
     measured_seconds: tuple[float, ...]
@@ -109,7 +110,9 @@ def _column(report: PlanReport) -> dict[str, str]:
         "copied back": format_bytes(report.bytes_in),
         "time of an iteration": measured(report.measured_seconds, format_seconds),
         "  foreseen": format_seconds(report.seconds),
-        "  no schedule is below": format_seconds(report.bound_seconds),
+        "  no schedule is below": "no plan fits"
+        if report.bound_seconds is None
+        else format_seconds(report.bound_seconds),
         "  functions alone": format_seconds(report.compute_seconds),
         "  on demand": format_seconds(report.on_demand_seconds),
         "peak between functions": measured(report.measured_peak_bytes, format_bytes),
@@ -159,7 +162,7 @@ def _report(manager: SwapManager, entry: PlanEntry) -> PlanReport:
         in_core_bytes=profile.in_core_bytes,
         compute_seconds=profile.compute_seconds,
         seconds=plan.seconds,
-        bound_seconds=plan.bound_seconds,
+        bound_seconds=plan.bound_seconds if profile.floor_bytes <= manager.limit else None,
         peak_bytes=plan.peak_bytes,
         on_demand_seconds=entry.demand_seconds,
         measured_seconds=tuple(entry.seconds),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
+import pty
 import subprocess
 import sys
 import textwrap
@@ -21,6 +23,7 @@ from chainer_ooc.__main__ import main
 from chainer_ooc.errors import SettingError
 from chainer_ooc.estimating import nets
 from chainer_ooc.estimating.errors import EstimateError
+from tests.conftest import environment_of_children
 
 MIB = 1 << 20
 
@@ -299,13 +302,33 @@ def test_names_and_files(tmp_path, monkeypatch):
                 return L.Classifier(L.Linear(3 * insize * insize, 4))
             def pair():
                 return L.Classifier(L.Linear(6, 4)), np.random.rand(5, 6).astype("f"), np.zeros(5, "i")
+            def arrays():
+                return np.random.rand(5, 6).astype("f"), np.zeros(5, "i")
+            def nested():
+                return L.Classifier(L.Linear(6, 4)), arrays()
+            def specs():
+                return L.Classifier(L.Linear(6, 4)), (((5, 6), "f"), ((5,), "i"))
+            def one():
+                return L.Linear(6, 4), ((5, 6), "f")
+            def one_array():
+                return L.Linear(6, 4), (arrays()[0],)
+            def sizes():
+                return L.Classifier(L.Linear(3 * 8 * 8, 4)), (8, 5)
+            def inner_tuple():
+                return L.Classifier(lambda xs: L.Linear(6, 4)(xs[0])), ((arrays()[0],), arrays()[1])
             def other():
                 return 3
         """)
     )
     monkeypatch.chdir(tmp_path)
     assert estimate("mine.py:net", (8, 2)).parameter_bytes == 4 * 4 * (3 * 64 + 1)
-    assert estimate("mine:pair", (8, 2)).batchsize == 5
+    pair = estimate("mine:pair", (8, 2))
+    assert pair.batchsize == 5
+    for name in ("nested", "specs"):
+        assert dataclasses.replace(estimate(f"mine:{name}", (8, 2)), name=pair.name) == pair
+    for name in ("one", "one_array", "sizes"):
+        assert estimate(f"mine:{name}", (8, 2)).batchsize == 5
+    assert estimate("mine:inner_tuple", (8, 2)).parameter_bytes == 0
     with pytest.raises(EstimateError, match=r"must return a chainer.Link"):
         estimate("mine.py:other", (8, 2))
     with pytest.raises(EstimateError, match=r"no callable 'wrong'; it has .*net"):
@@ -336,6 +359,94 @@ def test_errors(case):
 def test_wrong_limit():
     with pytest.raises(SettingError, match="limit='lots' is not"):
         estimate(limit="lots")
+
+
+class Selecting(chainer.Chain):
+    """Trains on the rows whose first number is above 0.9."""
+
+    def __init__(self, select):
+        super().__init__()
+        self.select = select
+        with self.init_scope():
+            self.linear = L.Linear(8, 300)
+
+    def forward(self, xs):
+        x = xs[0] if isinstance(xs, list) else xs
+        return F.sum(F.tanh(self.linear(x[self.select(x[:, 0] > 0.9)])))
+
+
+SELECTIONS = {
+    "mask": lambda mask: mask,
+    "nonzero": lambda mask: mask.nonzero()[0],
+    "where": lambda mask: np.where(mask)[0],
+    "flatnonzero": lambda mask: np.flatnonzero(mask),
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("select", SELECTIONS.values(), ids=SELECTIONS)
+def test_values_that_were_given_decide_shapes(select, nested):
+    x = np.random.RandomState(0).rand(1000, 8).astype("f")
+    rows = int((x[:, 0] > 0.9).sum())
+    found = estimate(Selecting(select), [[x] if nested else x])
+    assert found.saved_bytes == rows * 300 * 4
+    assert any("those of the given float arrays were used" in note for note in found.assumed)
+    if not nested:
+        larger = estimate(Selecting(select), [np.concatenate([x, x])])
+        assert larger.saved_bytes == 2 * found.saved_bytes
+
+
+def test_values_that_decide_nothing_are_not_used():
+    x = np.ones((1000, 8), "f")
+    found = estimate(Selecting(lambda mask: slice(None)), [x])
+    assert found.saved_bytes == 1000 * 300 * 4
+    assert not [note for note in found.assumed if "values" in note]
+
+
+def test_without_values_a_mask_selects_everything_and_positions_are_an_error():
+    shape = [((1000, 8), "f")]
+    found = estimate(Selecting(SELECTIONS["mask"]), shape)
+    assert found.saved_bytes == 1000 * 300 * 4
+    assert any("a mask was taken to select everything" in note for note in found.assumed)
+    with pytest.raises(EstimateError, match="real arrays as inputs where"):
+        estimate(Selecting(SELECTIONS["where"]), shape)
+
+
+def test_progress_is_logged(caplog):
+    caplog.set_level("INFO", "chainer_ooc")
+    estimate(L.Classifier(L.Linear(None, 4)), (8, 2))
+    assert not caplog.messages
+    estimate(L.Classifier(L.Linear(None, 4)), (8, 2), search=True)
+    looked = [message for message in caplog.messages if message.startswith("looking for the larg")]
+    assert "batchsize 4, insize 8" in looked[0]
+    assert len(looked) > 3
+
+
+def test_progress_is_shown_on_terminals_only(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import chainer.links as L\ndef net(insize): return L.Classifier(L.Linear(3 * insize ** 2, 4))\n"
+    )
+    command = [sys.executable, "-m", "chainer_ooc", "estimate", "mine.py:net", "--insize", "16"]
+    command += ["--batchsize", "2", "--device", "v100"]
+    main_end, end = pty.openpty()
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment_of_children(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=end,
+        check=True,
+    )
+    os.close(end)
+    shown = os.read(main_end, 1 << 20).decode()
+    os.close(main_end)
+    assert shown.startswith(
+        "\r\033[Klooking for the largest sizes that fit: batchsize 4, insize 16\r"
+    )
+    assert shown.endswith("\r\033[K")
+    assert "\n" not in shown
+    assert done.stdout.startswith(b"estimate of ")
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

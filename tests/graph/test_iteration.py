@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import threading
 import time
 import unittest.mock
@@ -395,6 +396,13 @@ def test_what_is_reported_of_plans(device):
     assert len(report.measured_seconds) == len(report.measured_peak_bytes) == 4 - probed
     assert OTHER < report.peak_bytes <= OTHER + 700 * KIB
     assert max(report.measured_peak_bytes) <= OTHER + 700 * KIB
+    assert report.bound_seconds == entry.plan.bound_seconds
+    with chainer_ooc.out_of_core_mode(limit=report.floor_bytes - 1):
+        (below,) = found = chainer_ooc.plans()
+        assert below.bound_seconds is None  # a step takes less than what was called a bound
+        assert re.search("no schedule is below +no plan fits", str(found))
+    with chainer_ooc.out_of_core_mode(limit=report.floor_bytes):
+        assert chainer_ooc.plans()[0].bound_seconds == report.bound_seconds
 
 
 def test_once_a_plan_has_settled_nothing_is_measured_any_more(device, monkeypatch):

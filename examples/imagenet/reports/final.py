@@ -159,7 +159,7 @@ def _plan(plans: Sequence[chainer_ooc.PlanReport]) -> list[tuple[str, str | None
             f"{plan.seconds:.3g} s; "
             + (
                 f"no schedule below {plan.bound_seconds:.3g} s"
-                if plan.bound_seconds <= plan.seconds
+                if plan.bound_seconds is not None and plan.bound_seconds <= plan.seconds
                 else "what one function needs does not fit below the limit"
             ),
         ),
