@@ -521,7 +521,7 @@ def settings(names: Names) -> str:
             "above=1 << 20, min_bytes=1000",
             "above=8 << 20, plan=False",
             "limit='1MiB', discard_all=True, min_bytes=1",
-            "limit=1, min_bytes=1",
+            "limit='1B', min_bytes=1",
             "limit=1.0",
             "limit='100GiB'",
             "split='exact', limit='1MiB'",
@@ -620,7 +620,7 @@ def planned(names: Names) -> str:
 
 
 def strict(names: Names) -> str:
-    limit = names.rng.choice(["limit='1MiB'", "above=100000", "above=3000000", "limit=1"])
+    limit = names.rng.choice(["limit='1MiB'", "above=100000", "above=3000000", "limit='1B'"])
     function = names.function()
     if names.rng.random() < 0.5:
         function = (
