@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ def enable(**given: Any) -> None:
     settings = Settings.resolve(given)
     _prepare(settings)
     state.process.enabled = settings
+    state.process.inherit = None
+    os.environ[run.PARENT] = str(os.getpid())
     state.void_levels()
     _write_traces()
 
@@ -44,6 +47,9 @@ def enable(**given: Any) -> None:
 def disable() -> None:
     """Turn out-of-core mode off in all threads. Saved arrays are restored when they are read, as before."""
     state.process.enabled = None
+    state.process.inherit = None
+    if os.environ.get(run.PARENT) == str(os.getpid()):
+        del os.environ[run.PARENT]
     state.void_levels()
     state.unhook_allocations()
     state.keep_no_free_memory()  # not even for other threads
@@ -206,7 +212,11 @@ def _after_fork() -> None:
         native.allocator.uninstall()
     for manager in state.managers():
         manager.after_fork()
-    state.process.__init__(last=state.process.last)  # type: ignore[misc]
+    was_on = state.process.enabled is not None or any(
+        isinstance(mode, Settings) for mode in state.local.stack
+    )
+    inherit = _inherit if was_on or state.process.inherit else None
+    state.process.__init__(last=state.process.last, inherit=inherit)  # type: ignore[misc]
     state.local.__init__()  # type: ignore[misc]
     _traces.clear()
     state.observers.clear()
@@ -214,5 +224,22 @@ def _after_fork() -> None:
 
 forks.register(_after_fork)
 
+
+def _inherit() -> None:
+    """In a child, before the first function that trains: turn the mode on under ``run``, or say that it is off."""
+    state.process.inherit = None
+    if run.is_started():
+        enable()
+    else:
+        wording.warn(
+            f"process {os.getpid()} trains in core: another one, in out-of-core mode, started it, but the mode is not "
+            "inherited; call chainer_ooc.enable(limit=...) in it, with its share of the memory, or start the program "
+            "with chainer-ooc run"
+        )
+
+
 if run.is_started():
     enable()
+elif run.has_parent():
+    hooks.install()
+    state.process.inherit = _inherit

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
 import psutil
 
+from chainer_ooc.compat import run
 from chainer_ooc.errors import SettingError
 from chainer_ooc.wording import repr_of, warn_user
 
@@ -34,12 +35,8 @@ __all__ = [
 
 #: Variables of the environment that are no settings of this module.
 _OTHER_VARIABLES = (
-    "CUDNN",
-    "CUDNN_MATH",
-    "CUDNN_RNN",
-    "CUDNN_WORKSPACE",
-    "RUN",
-    "WITHOUT_EXTENSION",
+    *("CUDNN", "CUDNN_MATH", "CUDNN_RNN", "CUDNN_WORKSPACE"),
+    *("PARENT", "RUN", "WITHOUT_EXTENSION"),
 )
 
 #: What the variables of settings begin with, also where it is misspelt.
@@ -153,6 +150,20 @@ def _parse_flag(name: str, value: Any) -> bool:
         if value.strip().lower() in _FALSE:
             return False
     raise SettingError(f"{name}={repr_of(value)} is not allowed; give True or False")
+
+
+def _shares() -> int:
+    """Return among how many a child of ``run`` divides the limit: it, its brothers and the process that made them."""
+    own = psutil.Process()
+    brothers = 0
+    for process in psutil.Process(os.getppid()).children():
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline()[1:])
+            helper = "resource_tracker" in command or (
+                "forkserver" in command and "forkserver" not in " ".join(own.cmdline())
+            )
+            brothers += process.exe() == own.exe() and not helper
+    return max(brothers, 1) + 1
 
 
 def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
@@ -319,6 +330,12 @@ class Settings:
         False, _parse_flag, "Without a plan, run again what is cheap instead of moving it."
     )
     min_bytes: int = _setting(64 << 10, parse_bytes, "Leave smaller allocations where they are.")
+    # For children of ``run``.
+    shares: int = _setting(
+        1,
+        lambda name, value: max(parse_bytes(name, value), 1),
+        "The limit is divided among so many processes.",
+    )
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], base: Settings | None = None) -> Settings:
@@ -336,9 +353,13 @@ class Settings:
         if base is None:
             check_environment()
         values = dict(given)
-        sources = dict.fromkeys(given, "")
+        if base is None and "limit" not in given and run.is_started() and run.is_child():
+            values["shares"] = _shares()
+        elif base is not None and "limit" in given:
+            values["shares"] = 1
+        sources = dict.fromkeys(values, "")
         if base is None:
-            for name in _FIELDS.keys() - given.keys():
+            for name in _FIELDS.keys() - values.keys():
                 variable = variable_of(name)
                 if os.environ.get(variable, ""):
                     values[name], sources[name] = os.environ[variable], f" (from {variable})"

@@ -69,6 +69,8 @@ class Process:
             have.
         growth: The memory that functions took, if allocations cannot be announced.
         describe: Takes ``local.running`` and returns words for it, for errors.
+        inherit: Called before the first function that trains in a child of a process in out-of-core mode: turns the
+            mode on, or says that it is off. ``None`` in all other processes.
         lock: Protects the making of managers and the hooking of allocations.
     """
 
@@ -79,6 +81,7 @@ class Process:
     announced: int | None = None
     growth: ObservedGrowth = dataclasses.field(default_factory=ObservedGrowth)
     describe: Callable[[Any], str] = repr
+    inherit: Callable[[], None] | None = None
     lock: Any = dataclasses.field(default_factory=threading.RLock)
 
 

@@ -119,9 +119,22 @@ def _keeps_graph() -> bool:
     return bool(config._local.__dict__.get("enable_backprop", config._global.enable_backprop))
 
 
+def _trains(inputs: Any) -> bool:
+    """Return whether a graph begins or grows, in a thread that has not turned out-of-core mode off."""
+    return (
+        not state.local.stack
+        and _keeps_graph()
+        and isinstance(inputs, _SEQUENCES)
+        and any(isinstance(x, _stock["variable"]) and x.requires_grad for x in inputs)
+    )
+
+
 def _apply(self: Any, inputs: Any) -> Any:
     settings = state.current()
     apply = _stock["apply"]
+    if settings is None and state.process.inherit is not None and _trains(inputs):
+        state.process.inherit()
+        settings = state.current()
     if settings is None or not isinstance(inputs, _SEQUENCES):  # an iterator can be read once
         return apply(self, inputs)
     manager, plenty = (None, True) if _covers(inputs, settings) else _before(inputs, settings)

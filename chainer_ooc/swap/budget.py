@@ -100,5 +100,7 @@ class MemoryBudget:
             # Query once: later the free memory would lack what this process has taken.
             if self._capacity is None:
                 self._capacity = self._device.capacity()
-            return self._capacity
-        return int(wanted * self._device.total_bytes()) if isinstance(wanted, float) else wanted
+            return self._capacity // settings.shares
+        if isinstance(wanted, float):
+            wanted = int(wanted * self._device.total_bytes())
+        return wanted // settings.shares

@@ -245,7 +245,7 @@ def test_help_describes_each_setting():
 
 def test_every_setting_is_for_users_or_for_tests():
     fields = [field.name for field in dataclasses.fields(Settings)]
-    assert fields == [*PUBLIC, "swap_all", "discard_all", "min_bytes"]
+    assert fields == [*PUBLIC, "swap_all", "discard_all", "min_bytes", "shares"]
     with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
         assert chainer_ooc.is_enabled()
 
