@@ -108,11 +108,15 @@ def _run(options: argparse.Namespace) -> int:
         given = {name: getattr(options, name) for name in Arguments.__annotations__}
         given = {name: value for name, value in given.items() if value is not None}
         try:
-            with warnings.catch_warnings(action="ignore"):  # the program will say it
+            with warnings.catch_warnings(record=True, action="always") as told:
                 settings = Settings.resolve(given)
         except SettingError as error:
             print(f"chainer_ooc run: {error}", file=sys.stderr)
             return 2
+        for warning in told:
+            if options.limit and str(warning.message).startswith("limit="):
+                print(f"chainer_ooc run: {warning.message}", file=sys.stderr)
+            # The program warns of all others.
         os.environ.update(settings.environment(given), **{compat_run.VARIABLE: str(os.getpid())})
     compat.child_environment()
     sys.stdout.flush()

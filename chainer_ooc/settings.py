@@ -373,8 +373,13 @@ class Settings:
 
     def environment(self, names: Iterable[str]) -> dict[str, str]:
         """Return the ``CHAINER_OOC_*`` variables from which :meth:`resolve` reads these settings again."""
-        values = ((variable_of(name), getattr(self, name)) for name in names)
-        return {variable: str(int(v) if isinstance(v, bool) else v) for variable, v in values}
+
+        def text(value: Any) -> str:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return f"{value}B"  # with its unit, of which nothing needs to be said
+            return str(int(value) if isinstance(value, bool) else value)
+
+        return {variable_of(name): text(getattr(self, name)) for name in names}
 
     @property
     def directory(self) -> str:

@@ -100,6 +100,14 @@ def test_a_bad_value_is_named_in_one_line(run_python, tmp_path, command, named):
     assert re.search(named, done.stderr)
 
 
+@pytest.mark.parametrize("code", ["pass", "import chainer"])
+def test_a_limit_without_its_unit_is_told_once(run_python, code):
+    done = run_python("-m", "chainer_ooc", "run", "--limit", "8", "-c", code)
+    assert done.returncode == 0
+    assert done.stderr.startswith("chainer_ooc run: limit='8' is 8 bytes, less than any training")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_bad_value_of_the_environment_is_named_with_its_variable(run_python, tmp_path):
     (tmp_path / "s.py").write_text("print('runs')")
     env = {"CHAINER_OOC_LIMIT": "foo"}
