@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 import chainer_ooc
-from chainer_ooc import state
+from chainer_ooc import runtime, state
 from chainer_ooc.planning import plan_cache, search
 from chainer_ooc.swap.devices.ram import RamDevice
 from chainer_ooc.swap.manager import SwapManager
@@ -29,8 +29,14 @@ def prepare(contender: str, constants: dict[str, int]) -> None:
         constants: Sizes from which allocations are announced, and lie in the pool (bytes).
     """
     state._ANNOUNCED, state._POOLED = constants["announced"], constants["pooled"]
+    runtime._inherit = _inherit
     if contender == "no hook":
         state.hook_allocations = lambda: None
+
+
+def _inherit() -> None:
+    """Do without the line that a child trains in core."""
+    state.process.inherit = None
 
 
 @contextlib.contextmanager
