@@ -300,7 +300,11 @@ time.sleep(60)
         assert process.returncode == -number
         document = json.loads((tmp_path / "ooc.json").read_text())
         names = [event["name"] for event in document["traceEvents"] if event["ph"] == "X"]
-        assert names == ["Tanh"] * 1000 + ["exp"]
+        assert names[:1000] == ["Tanh"] * 1000
+        assert names[1000:] in (
+            ["exp"],
+            [],
+        )  # what is written half a second later may come before it
         facts = document["otherData"]
         assert facts["ended"] is False
         assert facts["stats"]["limit_bytes"] > 0
