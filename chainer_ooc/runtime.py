@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainer_ooc import state, wording
 from chainer_ooc.compat import run
-from chainer_ooc.graph import hooks
+from chainer_ooc.graph import hooks, parameters
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap.devices.protocol import Device
 from chainer_ooc.swap.devices.ram import RamDevice, native
@@ -100,6 +100,7 @@ def _leave(entry: Any) -> None:
 def _prepare(settings: Settings) -> None:
     """Patch Chainer, make the managers and check the settings against the machine."""
     hooks.install()
+    parameters.install()
     state.process.describe = hooks.describe
     _warn_without_extension()
     with state.process.lock:
@@ -142,6 +143,7 @@ def make_manager(device: Device) -> SwapManager:
         hooks.save_pending,
         hooks.is_read_only,
         state.observers,
+        parameters.collect,
     )
 
 

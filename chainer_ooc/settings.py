@@ -56,6 +56,7 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 Limit = int | float | None
 Split = Literal["exact", "always", "never"]
 Recompute = Literal["auto", "never"]
+Parameters = Literal["auto", "stay"]
 F = TypeVar("F", bound=Callable[..., Any])
 #: The part of a docstring that the descriptions of the settings replace.
 _PLACE = re.compile(r" +limit: .*\n +\*\*settings: .*")
@@ -250,6 +251,7 @@ class Arguments(TypedDict, total=False):
     strict: bool
     single_backward: bool
     recompute: Recompute
+    parameters: Parameters
     split: Split
     plan: bool
     verify: bool
@@ -298,6 +300,12 @@ class Settings:
         """``"auto"``: run functions again in backward instead of moving their results, bit for bit, where a plan finds
         that this makes the iteration shorter. ``"never"``: only move.""",
     )
+    parameters: str = _setting(
+        "stay",
+        _one_of(get_args(Parameters)),
+        """``"auto"``: on the CPU, where it does not suffice to move what backward needs, parameters, their gradients
+        and the optimizer's state move, too, and come back for each use. ``"stay"``: they stay in memory.""",
+    )
     split: str = _setting(
         "never",
         _one_of(get_args(Split)),
@@ -326,6 +334,9 @@ class Settings:
     )
     # For tests only, to move arrays of any size at any time. Not shown to users.
     swap_all: bool = _setting(False, _parse_flag, "Move every saved array out at once.")
+    swap_parameters: bool = _setting(
+        False, _parse_flag, "Move every parameter, gradient and state of an optimizer out at once."
+    )
     discard_all: bool = _setting(
         False, _parse_flag, "Without a plan, run again what is cheap instead of moving it."
     )

@@ -92,6 +92,9 @@ class _Local(threading.local):
         stack: The modes that the thread has entered, the innermost last: settings, or :data:`OFF`.
         running: The running function of the graph, and its inputs; ``None`` between two functions.
         read_only: The running code does not write to the arrays that it reads.
+        using: The stand-ins of the parameters that the running function reads and does not write to.
+        held: The stand-ins whose arrays the running functions refer to.
+        in_backward: A function's backward runs.
         hooked: The thread's large NumPy allocations ask for room.
         growth: The memory that functions took, if allocations cannot ask for room.
         manager: The manager of the functions that the thread runs on NumPy's arrays, if not that of the RAM.
@@ -106,6 +109,9 @@ class _Local(threading.local):
         self.stack: list[Any] = [OFF] if ours else []
         self.running: Any = None
         self.read_only = False
+        self.using: frozenset[Any] = frozenset()
+        self.held: frozenset[Any] = frozenset()
+        self.in_backward = False
         self.hooked = False
         self.growth: ObservedGrowth | None = None
         self.manager: SwapManager | None = None

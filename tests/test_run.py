@@ -256,6 +256,7 @@ def test_every_setting_is_a_flag(run_python, tmp_path):
         "strict": True,
         "single_backward": True,
         "recompute": "never",
+        "parameters": "auto",
         "split": "exact",
         "plan": False,
         "verify": True,

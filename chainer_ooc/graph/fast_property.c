@@ -67,7 +67,7 @@ static PyObject *raw_array_get(PyObject *self, PyObject *instance, PyObject *typ
     PyObject *foreign = PyObject_GetAttr(instance, foreign_name), *node = NULL, *dict = NULL, *data = NULL, *value = NULL;
     if (foreign == Py_False && (node = PyObject_GetAttr(instance, node_name)) && (dict = dict_of(node)) &&
         !find(dict, of->asks) && !PyErr_Occurred() && (data = PyObject_GetAttr(instance, of->name)) &&
-        PyList_Check(data) && PyList_Size(data) > 0)
+        PyList_CheckExact(data) && PyList_Size(data) > 0) /* a subclass may hold a stand-in */
         value = Py_XNewRef(PyList_GetItem(data, 0));
     Py_XDECREF(foreign);
     Py_XDECREF(node);

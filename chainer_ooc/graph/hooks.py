@@ -25,7 +25,15 @@ from chainer_ooc.swap.manager import SwapManager
 from chainer_ooc.swap.observed_growth import ObservedGrowth
 from chainer_ooc.swap.storage import PackedArray
 
-__all__ = ["describe", "install", "is_read_only", "save_pending"]
+__all__ = [
+    "describe",
+    "install",
+    "is_asked_by_a_function",
+    "is_chainers",
+    "is_read_only",
+    "save_pending",
+    "stand_in",
+]
 
 _RECORD = "_ooc_record"
 _USED = "_ooc_used"
@@ -87,7 +95,7 @@ def install() -> None:
     with _install_lock:
         if _stock:
             return
-        nodes.install(_stand_in, _before_hooks, _reach)
+        nodes.install(stand_in, _before_hooks, _reach)
         recompute.install()
         rules.install()
         attributes.saved_attributes(batch_normalization.BatchNormalization, ["_impl"])
@@ -163,7 +171,7 @@ def _apply(self: Any, inputs: Any) -> Any:
         guards = guards or tracker.is_guarding
     is_safe = False
     if has_private or guards:
-        is_safe = _is_chainers(self) and recompute.is_unwatched(self)
+        is_safe = is_chainers(self) and recompute.is_unwatched(self)
         if not is_safe:
             recompute.expose_inputs(inputs)
     run = _run_verified if settings.verify else _run
@@ -249,7 +257,7 @@ def _backprop_step(
         if tracker is not None:
             tracker.backward(func)
     outer = state.local.read_only
-    state.local.read_only = _is_chainers(func)
+    state.local.read_only = is_chainers(func)
     arrays = []
     try:
         if record is not None:
@@ -375,6 +383,8 @@ def _after(manager: SwapManager, settings: Settings, backward: bool) -> None:
     if settings.swap_all:
         save_pending()
         manager.move_all_out()
+        if settings.swap_parameters:
+            manager.move_lasting_out()
     elif state.local.running is None:
         if settings.verify:
             save_pending()  # now, while its arrays are unmodified
@@ -520,7 +530,7 @@ def _save(func: Any, drop: bool) -> None:
             owner.release_use(saved, drop and not _is_watched(func))
 
 
-def _is_chainers(func: Any) -> bool:
+def is_chainers(func: Any) -> bool:
     """Return whether Chainer defines the function and its backward leaves retained arrays unmodified."""
     wrapped = func.__dict__.get("_function")
     module = type(func if wrapped is None else wrapped).__module__
@@ -536,14 +546,19 @@ _CHAINERS = ("chainer.", "chainermn.", "chainer_ooc.")
 def _reach(node: Any) -> None:
     """Note that code has asked for a node's array, unless a function of Chainer has."""
     running = state.local.running
-    is_chainers = state.local.read_only or (running is not None and _is_chainers(running[0]))
-    if not (is_chainers and _is_asked_by_the_function()):
+    is_expected = state.local.read_only or (running is not None and is_chainers(running[0]))
+    if not (is_expected and _is_asked_by_the_function()):
         recompute.expose(node)
 
 
 def is_read_only() -> bool:
     """Return whether the thread runs a function's backward that never writes to the arrays it reads."""
     return state.local.read_only and _is_asked_by_the_function()
+
+
+def is_asked_by_a_function() -> bool:
+    """Return whether only Chainer's code has run since the function was called that the thread runs."""
+    return _is_asked_by_the_function()
 
 
 def _is_asked_by_the_function() -> bool:
@@ -559,7 +574,7 @@ def _is_asked_by_the_function() -> bool:
     return True
 
 
-def _stand_in(saved: PackedArray) -> Any:
+def stand_in(saved: PackedArray) -> Any:
     """Return an empty array with the type and device of a saved array."""
     return saved.storage.manager.device.stand_in
 

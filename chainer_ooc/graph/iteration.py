@@ -190,7 +190,7 @@ class IterationTracker:
         """Return which recipes to write for the function that has just run forward, ``None`` for none."""
         if discards_all(settings) and self.manager.has_been_short:
             return Recipes.GUARDED
-        if settings.recompute == "never":
+        if not self._may_recompute(settings):
             return None
         with self._lock:
             if func.__dict__.get(STEP) is not self._at:
@@ -385,7 +385,11 @@ class IterationTracker:
 
     def _conditions_of(self, settings: Settings) -> Conditions:
         beside = self.manager.bytes_beside_saved()
-        return Conditions(self._system(settings), settings.recompute != "never", beside)
+        return Conditions(self._system(settings), self._may_recompute(settings), beside)
+
+    def _may_recompute(self, settings: Settings) -> bool:
+        """Return whether functions may run again. While parameters move, recipes must not refer to their arrays."""
+        return settings.recompute != "never" and not self.manager.lasting.is_moving
 
     def _times(self, seconds: float) -> tuple[list[float], MeasuredTimes | None]:
         """Return the time of each step without waits, and when the arrays that came in arrived."""
@@ -424,9 +428,11 @@ class IterationTracker:
         What the iteration has allocated for later ones, too, such as the optimizer's state, counts from now on.
         """
         profile = self._profile(recorder, step_seconds)
-        more = now.beside_bytes - self._conditions.beside_bytes
+        more = now.beside_bytes - self._conditions.beside_bytes - self.manager.lasting.bytes_away
         profile = dataclasses.replace(profile, fixed_bytes=max(0, profile.fixed_bytes + more))
-        self.manager.shortages.note_floor(profile.floor_bytes)
+        # Where parameters move, what lies beside the saved arrays is no floor.
+        moves = self.manager.lasting.is_moving
+        self.manager.shortages.note_floor(0 if moves else profile.floor_bytes)
         return profile
 
     def _system(self, settings: Settings) -> System:
@@ -435,7 +441,8 @@ class IterationTracker:
             Tier(name, out, back, capacity=capacity, one_queue=shared)
             for name, capacity, shared in self.manager.device.tiers()
         )
-        return System(self.manager.limit, tiers, settings.single_backward)
+        limit = max(self.manager.limit, self.manager.budget.raised)
+        return System(limit, tiers, settings.single_backward)
 
     def _step(
         self, key: str, label: str, phase: str, inputs: tuple[str, ...], function: int = -1

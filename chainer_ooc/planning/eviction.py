@@ -5,13 +5,13 @@ The engine (``swap/``) and the simulator follow this one. They differ in what a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Generic, Protocol, TypeVar
 
 from chainer_ooc.planning.states import AWAY, State
 from chainer_ooc.planning.system import IN_FLIGHT
 
-__all__ = ["EVERYTHING", "Budget", "Evictor", "Moves", "Stored", "outside"]
+__all__ = ["EVERYTHING", "Besides", "Budget", "Evictor", "Moves", "Stored", "outside"]
 
 EVERYTHING = 1 << 62
 
@@ -125,6 +125,16 @@ class Budget(Protocol):
         """Return the high watermark less the most that recent functions took for themselves."""
 
 
+class Besides(Protocol):
+    """What can leave besides the storages of graphs."""
+
+    def before(self) -> Sequence[Callable[[int], int]]:
+        """Return what frees a number of bytes at less cost than copies of graphs' storages; each returns the bytes."""
+
+    def after(self) -> Sequence[Callable[[int], int]]:
+        """Return what frees a number of bytes when storages of graphs did not suffice; each returns the bytes."""
+
+
 class Evictor(Generic[S]):
     """Free memory when it is short, and use free memory for copies ahead of need. It is not thread-safe.
 
@@ -140,11 +150,13 @@ class Evictor(Generic[S]):
         follows_plan: A plan decides what moves ahead of need. Storages on their way out are then released
             before those with a valid copy, because the plan chose them.
         discards: Storages that can be computed again are discarded instead of copied out.
+        besides: What else can leave; ``None`` for nothing.
     """
 
     def __init__(self, moves: Moves[S], budget: Budget) -> None:
         self.follows_plan = False
         self.discards = True
+        self.besides: Besides | None = None
         self._moves = moves
         self._budget = budget
 
@@ -172,11 +184,21 @@ class Evictor(Generic[S]):
         if budget.used_bytes() <= most:
             return
         moves.trim()
-        first = [self.release_clean, self._release_leaving]
+        first = [self.release_clean, self.release_leaving]
         if self.follows_plan:
             first.reverse()
         missing = budget.used_bytes() - most
-        for step in (*first, self._free_dead, self.push_out, self._release_arrivals):
+        besides = self.besides
+        before = () if besides is None else besides.before()
+        after = () if besides is None else besides.after()
+        for step in (
+            *before,
+            *first,
+            self._free_dead,
+            self.push_out,
+            *after,
+            self._release_arrivals,
+        ):
             if missing <= 0:
                 return
             if step(missing):
@@ -220,9 +242,9 @@ class Evictor(Generic[S]):
                 else:
                     moves.begin_out(storage)
                     if size[State.GOING_OUT] > IN_FLIGHT:
-                        freed += self._release_leaving(1)
+                        freed += self.release_leaving(1)
         checked = size[State.CHECKING]
-        freed += self._release_leaving(nbytes)
+        freed += self.release_leaving(nbytes)
         if checked and freed < nbytes:  # what may not be discarded leaves with a copy
             freed += self.push_out(nbytes - freed)
         return freed
@@ -307,7 +329,7 @@ class Evictor(Generic[S]):
         while (storage := moves.first_left()) is not None:
             moves.end_leaving(storage)
 
-    def _release_leaving(self, nbytes: int) -> int:
+    def release_leaving(self, nbytes: int) -> int:
         """Wait for copies out and checks, oldest first, and free their storages. Return the bytes freed."""
         moves = self._moves
         freed = 0

@@ -25,13 +25,14 @@ class MemoryBudget:
 
     Attributes:
         last_used: The bytes in use when the device was asked last.
+        raised: A level (bytes) below which nothing moves, whatever the limit; 0 for none.
         note_growth: Notes how many bytes a function took for itself.
     """
 
     def __init__(self, device: Device, settings: Callable[[], Settings]) -> None:
         self._device = device
         self._settings = settings
-        self.last_used = 0
+        self.last_used = self.raised = 0
         self._growth: deque[int] = deque([0], REMEMBERED_GROWTH)
         self.note_growth = self._growth.append
         # Settings and their limit, high and low watermark; the bytes that limit=None stands for.
@@ -71,6 +72,12 @@ class MemoryBudget:
             self._unasked = 0
         return self._slack >= 0
 
+    def raise_to(self, nbytes: int) -> None:
+        """Move nothing below ``nbytes``: the limit cannot be held, more would not lower the peak. 0: as usual."""
+        if nbytes != self.raised:
+            self.raised = nbytes
+            self._measured = (None, (0, 0, 0))
+
     def lend_slack(self) -> int:
         """Return the bytes that :meth:`are_far` would still allow without a query, and let it query the next time."""
         slack, self._slack = self._slack, 0
@@ -89,7 +96,8 @@ class MemoryBudget:
         settings = self._settings()
         if settings is not self._measured[0]:
             limit = self._limit_of(settings)
-            marks = (limit, int(limit * (1 - MARGIN)), int(limit * LOW_WATER))
+            high = max(int(limit * (1 - MARGIN)), self.raised)
+            marks = (limit, high, max(int(limit * LOW_WATER), int(self.raised * LOW_WATER)))
             self._measured = (settings, marks)
             self._device.set_cached_limit(marks[1])
         return self._measured[1]

@@ -16,9 +16,10 @@ from chainer_ooc.planning.system import MARGIN
 from chainer_ooc.settings import Settings
 from chainer_ooc.swap import checksums
 from chainer_ooc.swap.budget import MemoryBudget
-from chainer_ooc.swap.devices.protocol import Device, Layout, Span
+from chainer_ooc.swap.devices.protocol import Device, Layout, Location, Span
 from chainer_ooc.swap.devices.ram import native
 from chainer_ooc.swap.events import Observer
+from chainer_ooc.swap.lasting import Lasting, Use
 from chainer_ooc.swap.prefetch import UseOrder
 from chainer_ooc.swap.recipe import PrivateContent, Recipe, fingerprint_of, to_be_made
 from chainer_ooc.swap.shortages import Shortage, Shortages
@@ -48,11 +49,14 @@ class SwapManager:
         save_pending: Called when memory gets short: saves the arrays whose saving was postponed.
         is_read_only: Returns whether the calling thread runs code that never writes to the arrays it reads.
         observers: The observers of events: a list that may change.
+        collect: Called when moving what graphs saved does not suffice, and later when there may be more: gives the
+            parameters, gradients and state of optimizers that have none a storage (:meth:`save_lasting`).
 
     Attributes:
         budget: The limit, the watermarks and the memory in use.
         has_been_short: Memory has passed the low watermark before, or everything was forced out.
         counters: The counts of transfers so far.
+        lasting: The order of use of parameters, gradients and state, and which of them moves.
         shortages: What did not fit, and the least limit that suffices.
         peak_without_offload: The most that would have been in use (bytes) if nothing had ever moved, since
             memory became short.
@@ -70,6 +74,7 @@ class SwapManager:
         save_pending: Callable[[], None] = lambda: None,
         is_read_only: Callable[[], bool] = lambda: False,
         observers: list[Observer] | None = None,
+        collect: Callable[[SwapManager], None] | None = None,
     ) -> None:
         self.device = device
         self.settings = settings
@@ -82,6 +87,14 @@ class SwapManager:
         self.counters: Counters = self._transfers.counters
         self._evictor: Evictor[Storage] = Evictor(self._transfers, self.budget)
         self._order = UseOrder()
+        self._collect = collect
+        self.lasting = Lasting(
+            self._transfers,
+            self._evictor,
+            self.budget,
+            lambda: self._parameters_move,
+            self._save_all_lasting,
+        )
         self._lock = native.EngineLock()
         self._sequence = 0
         self._is_remaking = False
@@ -127,23 +140,49 @@ class SwapManager:
         with self._lock:
             storage = self._transfers.find(location.owner)
             if storage is None:
-                self._transfers.run_deferred_frees()
-                self._sequence += 1
-                storage = Storage(
-                    self, self._sequence, location.owner, location.nbytes, location.address, label
-                )
+                storage = self._new_storage(location, label)
                 self._order.save(storage)
                 self._transfers.register(storage)
                 if settings.verify:
                     checksums.begin(self.device, storage)
-            layout = Layout(
-                array.dtype,
-                array.shape,
-                array.strides,
-                location.offset - storage.origin,
-                _is_writeable(array),
-            )
-            return PackedArray(storage, layout, array)
+            return _packed(storage, array, location)
+
+    def save_lasting(self, array: Any, label: str, key: int) -> PackedArray | None:
+        """Return the stand-in of a parameter, a gradient or a state, ``None`` if the array must stay as it is.
+
+        Args:
+            array: An array of this device.
+            label: What it is.
+            key: Its key in the order of uses.
+        """
+        location = self.device.locate(array)
+        if location is None or location.nbytes < max(self.settings().min_bytes, 1):
+            return None
+        with self._lock:
+            storage = self._transfers.find(location.owner)
+            if storage is None:
+                storage = self._new_storage(location, label)
+                storage.key, storage.kept = key, True
+                self._transfers.register(storage)
+                self.lasting.register(storage)
+            elif storage.key is None:
+                storage.kept = True  # a graph saved it: whoever has the parameter reads it, too
+            return _packed(storage, array, location)
+
+    @property
+    def _parameters_move(self) -> bool:
+        return self.settings().parameters == "auto"
+
+    def _save_all_lasting(self) -> None:
+        if self._collect is not None:
+            self._collect(self)
+
+    def _new_storage(self, location: Location, label: str) -> Storage:
+        self._transfers.run_deferred_frees()
+        self._sequence += 1
+        return Storage(
+            self, self._sequence, location.owner, location.nbytes, location.address, label
+        )
 
     def add_use(self, group: Iterable[PackedArray], rank: int = 0) -> None:
         """Count one more function whose backward needs ``group``.
@@ -221,6 +260,8 @@ class SwapManager:
         """
         storage = saved.storage
         with self._lock:
+            if storage.key is not None and self.lasting.active:
+                self.lasting.note((storage.key,), Use.OTHER)
             array = saved.alive()
             if storage.state is State.DROPPED:
                 if array is not None:
@@ -285,6 +326,55 @@ class SwapManager:
             owners.pop(group[place].storage, None)
             arrays[place] = self.read(group[place], read_only)
 
+    # Called by graph/ for what lasts longer than graphs.
+
+    def use_lasting(self, group: Sequence[PackedArray], use: Use, read_only: bool) -> list[Any]:
+        """Note that a function uses ``group``, return the arrays, and begin to fetch what is used next."""
+        with self._lock:
+            self.lasting.note(_keys_of(group), use)
+            arrays = self.fetch(group, read_only)
+            if self.device.may_move():
+                self.lasting.prefetch()
+            return arrays
+
+    def begin_update(self, group: Sequence[PackedArray]) -> None:
+        """Note that ``group`` is used for an update, and begin to fetch it and what is used next."""
+        with self._lock:
+            self.lasting.note(_keys_of(group), Use.UPDATE)
+            if self.device.may_move():
+                for storage in _storages_of(group):
+                    self._begin_in(storage)
+                self.lasting.prefetch()
+
+    def used_lasting(self, group: Iterable[PackedArray], may_leave: bool) -> None:
+        """Note that a function, or an update, has used ``group``: what is used last may leave behind it."""
+        with self._lock:
+            self._note_who_holds(_storages_of(group))
+            self.lasting.may_have_changed()
+            if not (may_leave and self.device.may_move() and self._parameters_move):
+                return
+            if self.settings().swap_parameters:
+                self.lasting.move_all_out()
+            else:
+                self.lasting.write_behind()
+
+    def move_lasting_out(self) -> None:
+        """Move out all parameters, gradients and state to which nothing else refers."""
+        self.begin_lasting()
+        if self.lasting.active and self.device.may_move() and self._parameters_move:
+            with self._lock:
+                self.lasting.move_all_out()
+
+    def begin_lasting(self) -> bool:
+        """Let parameters, gradients and state move from now on. Return whether they do so for the first time."""
+        if self.lasting.active or self._collect is None or not self._parameters_move:
+            return False
+        with self._lock:
+            self.lasting.active = True
+            self._evictor.besides = self.lasting
+            self.lasting.collect()
+        return True
+
     def prefetch(self, group: Iterable[PackedArray]) -> None:
         """Begin to fetch the storages that backward needs after ``group``, as far as free memory allows.
 
@@ -292,7 +382,8 @@ class SwapManager:
         evict what was just fetched.
         """
         with self._lock:
-            following = self._order.use(_storages_of(group))
+            storages = [one for one in _storages_of(group) if one.key is None]
+            following = self._order.use(storages)
             if self._evictor.may_prefetch and self.device.may_move():
                 self._evictor.prefetch(following)
 
@@ -387,6 +478,10 @@ class SwapManager:
             self.counters.seconds += now - (self._last_end or now)
             self._last_end = now
             self.shortages.ended(backward)
+            raised = self.shortages.raised_bytes if self._parameters_move else 0
+            if raised != self.budget.raised:
+                self.budget.raise_to(raised)
+                native.ask_again()
 
     def run_plan(self, executor: PlanExecutor[Storage] | None, step: int = 0) -> None:
         """Run the plan's transfers that are due before ``step``; disables on-demand prefetch and write-behind.
@@ -444,7 +539,12 @@ class SwapManager:
             if not self.follows_plan or used + nbytes > high:  # a plan ignores what it keeps
                 self.save_pending()
             self._transfers.run_deferred_frees()
-            return self._evictor.make_room(nbytes) + nbytes <= high
+            if self.lasting.active and not self._transfers.lasting.storages:  # the model is dead
+                self.lasting.active, self._evictor.besides = False, None
+            needed = self._evictor.make_room(nbytes) + nbytes
+            if needed > max(self.limit, high) and self.begin_lasting():
+                needed = self._evictor.make_room(nbytes) + nbytes
+            return needed <= high
 
     def _note_shortage(self) -> None:
         if not self.has_been_short:
@@ -572,6 +672,7 @@ class SwapManager:
         if self.settings().strict:
             return OutOfMemoryError(self.explain_shortage(nbytes, what))
         need = self.budget.last_used + nbytes
+        self.shortages.note_held(need)
         if need - self.limit > self.limit * MARGIN and self.shortages.note_need(need):
             self.shortages.note(self._shortage(nbytes, what))
         return None
@@ -588,7 +689,10 @@ class SwapManager:
             resident = [storage for storage in self.storages() if storage.owner is not None]
             saved = sum(storage.nbytes for storage in resident)
             held = sum(storage.nbytes for storage in resident if storage.referenced_externally)
-        return Shortage(what, nbytes, used, self.limit, saved, held)
+            lasting = sum(
+                one.nbytes for one in self._transfers.all_lasting() if one.owner is not None
+            )
+        return Shortage(what, nbytes, used, self.limit, saved, held, lasting)
 
     # All storages.
 
@@ -639,6 +743,9 @@ class SwapManager:
             self._transfers.end_leaving(storage)
         for storage in self._transfers.members(State.COMING_IN):
             self._transfers.end_in(storage)
+        for storage in self._transfers.all_lasting():
+            if storage.state is State.COMING_IN:
+                self._transfers.end_in(storage)
 
     def __repr__(self) -> str:
         with self._lock:
@@ -676,6 +783,18 @@ def _storages_of(group: Iterable[PackedArray]) -> dict[Storage, None]:
     for saved in group:
         storages[saved.storage] = None
     return storages
+
+
+def _keys_of(group: Iterable[PackedArray]) -> list[int]:
+    """Return the keys of the storages that last longer than a graph."""
+    return [storage.key for storage in _storages_of(group) if storage.key is not None]
+
+
+def _packed(storage: Storage, array: Any, location: Location) -> PackedArray:
+    """Return the stand-in of an array in a storage."""
+    offset = location.offset - storage.origin
+    layout = Layout(array.dtype, array.shape, array.strides, offset, _is_writeable(array))
+    return PackedArray(storage, layout, array)
 
 
 def _is_writeable(array: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from typing import NamedTuple
 
 from chainer_ooc import wording
@@ -18,6 +19,9 @@ __all__ = ["Shortage", "Shortages"]
 _TURNS = 2
 #: It waits no longer than this (seconds).
 _PATIENCE = 60.0
+#: So many iterations in a row must need more than the limit before it counts as out of reach, and after so many more it
+#: is tried again.
+_CERTAIN, _AGAIN = 2, 100
 #: What needs more than what is known by less than this does not change the description of the largest shortage.
 _LARGER = 1.01
 #: What the process may take for itself later (bytes), if that counts against the limit: modules, plans, fragments.
@@ -34,6 +38,7 @@ class Shortage(NamedTuple):
         limit: The limit.
         saved: The part of ``used`` that saved arrays take.
         held: The part of ``saved`` that something besides the graph refers to.
+        lasting: The part of ``used`` that parameters, gradients and state take that can move.
     """
 
     what: str
@@ -42,6 +47,7 @@ class Shortage(NamedTuple):
     limit: int
     saved: int
     held: int
+    lasting: int = 0
 
     @property
     def need(self) -> int:
@@ -62,6 +68,8 @@ class Shortages:
     Attributes:
         floor_bytes: The most bytes that had to be in memory at one time, 0 while nothing is known.
         has_told: There was a warning.
+        raised_bytes: What has to be in memory at one time in each iteration, with all gone that can leave, if that is
+            more than the limit; else 0. To move anything while less is in memory would not lower the peak.
     """
 
     def __init__(self, device: Device) -> None:
@@ -72,6 +80,12 @@ class Shortages:
         self.has_told = self._backward = False
         self._turns = 0
         self._start = 0.0
+        self.raised_bytes = 0
+        self._need = self._age = (
+            0  # the largest of this iteration; how many iterations it has been raised
+        )
+        self._needs: deque[int] = deque(maxlen=_CERTAIN)
+        self._ran_backward = False
 
     def note_floor(self, nbytes: int) -> None:
         """Note the most that a whole iteration needs at one time (bytes)."""
@@ -109,6 +123,9 @@ class Shortages:
 
     def ended(self, backward: bool) -> None:
         """Note that a function has ended, and warn if enough is known by now."""
+        if self._ran_backward and not backward:
+            self._end_iteration()
+        self._ran_backward = backward
         if self._largest is None or self.has_told:
             return
         self._turns += self._backward and not backward
@@ -119,6 +136,23 @@ class Shortages:
         elif time.monotonic() - self._start > _PATIENCE:
             self.tell()
 
+    def note_held(self, need: int) -> None:
+        """Note that ``need`` bytes had to be in memory at one time, more than the limit."""
+        self._need = max(self._need, need)
+        if self.raised_bytes:
+            self.raised_bytes = max(self.raised_bytes, need)
+
+    def _end_iteration(self) -> None:
+        self._needs.append(self._need)
+        self._need = 0
+        if self.raised_bytes:
+            self._age += 1
+            if self._age > _AGAIN:
+                self.raised_bytes = self._age = 0
+                self._needs.clear()
+        elif len(self._needs) == _CERTAIN:
+            self.raised_bytes = min(self._needs)
+
     def tell(self) -> None:
         """Warn of the largest shortage, unless there was none or a warning before."""
         if self._largest is not None and not self.has_told:
@@ -127,12 +161,17 @@ class Shortages:
 
     def explain(self, shortage: Shortage) -> str:
         """Return a message: what fills the memory, and what would help."""
-        what, nbytes, used, limit, saved, held = shortage
+        what, nbytes, used, limit, saved, held, lasting = shortage
+        # Small ones, and those of which a function needs the memory, stay.
+        moved = (
+            f"{mib(lasting)} by parameters, gradients and state that can move, " if lasting else ""
+        )
+        rest = "temporaries, what is small" if lasting else "parameters, gradients, temporaries"
         least = self.limit_for(max(shortage.need, self.floor_bytes), 1 - MARGIN)
         later = "" if self._knows_an_iteration else "; what runs later may need more"
         return (
             f"{what} needs {mib(nbytes)} more, and {mib(used)} of the limit of {mib(limit)} are in use: "
-            f"{mib(held)} by saved arrays that something else holds, {mib(saved - held)} by other saved arrays, "
-            f"{mib(used - saved)} by parameters, gradients, temporaries and the interpreter. It needs "
+            f"{mib(held)} by saved arrays that something else holds, {mib(saved - held)} by other saved arrays, {moved}"
+            f"{mib(used - saved - lasting)} by {rest} and the interpreter. It needs "
             f"limit={least} ({mib(least)}) or a smaller batch{later}."
         )

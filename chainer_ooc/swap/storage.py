@@ -77,6 +77,7 @@ class Storage(native.Mortal):
         content: Its bytes, if only Chainer's functions had them when they were made, else ``None``.
         exposed: Other code has had one of its arrays since it was saved.
         checksum: The last checksum of its bytes, if changes of it are reported (``verify``), else ``None``.
+        key: Its key among what lasts longer than a graph (``swap/lasting.py``); ``None`` if a graph saved it.
     """
 
     __slots__ = (
@@ -91,6 +92,7 @@ class Storage(native.Mortal):
         "exposed",
         "fingerprint",
         "kept",
+        "key",
         "label",
         "manager",
         "nbytes",
@@ -140,6 +142,7 @@ class Storage(native.Mortal):
         self.content: PrivateContent | None = None
         self.exposed = False
         self.checksum: int | None = None
+        self.key: int | None = None
         self.recipe: Recipe | None = None
         self.dependents: weakref.WeakSet[Storage] | None = None
 

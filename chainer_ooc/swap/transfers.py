@@ -40,6 +40,8 @@ class Counters:
     Attributes:
         bytes_out: Bytes copied out of the device's memory.
         bytes_in: Bytes copied back.
+        bytes_out_lasting: The part of ``bytes_out`` that are parameters, gradients and state of optimizers.
+        bytes_in_lasting: The same part of ``bytes_in``.
         bytes_out_used: The part of ``bytes_out`` whose arrays backward had used already: written for a second
             backward. With ``single_backward`` none is.
         storages_out: Allocations copied out.
@@ -61,6 +63,8 @@ class Counters:
 
     bytes_out: int = 0
     bytes_in: int = 0
+    bytes_out_lasting: int = 0
+    bytes_in_lasting: int = 0
     bytes_out_used: int = 0
     storages_out: int = 0
     storages_in: int = 0
@@ -124,7 +128,8 @@ class Transfers:
     Attributes:
         counters: The transfers so far.
         leaving: The storages whose copies out are running, in the order in which they began.
-        nbytes: The size of all storages in each state (bytes).
+        nbytes: The size of all storages of graphs in each state (bytes).
+        lasting: What lasts longer than a graph: parameters, gradients, state of optimizers.
         moved_bytes: The bytes that have come into memory less those that were freed.
         dead: Dead storages. Any thread appends at any time.
         deferred_frees: Their blocks, which :meth:`run_deferred_frees` frees.
@@ -147,6 +152,8 @@ class Transfers:
         self._by_owner: dict[int, weakref.ref[Storage]] = {}
         self._by_state: ByState[weakref.ref[Storage]] = ByState()
         self.nbytes = self._by_state.nbytes
+        self.lasting: ByState[weakref.ref[Storage]] = ByState()
+        self._dead_lasting: deque[tuple[State, int, int]] = deque()
         self.moved_bytes = 0
         self.dead: deque[tuple[State, int, int, SavedSequence]] = deque()
         self._known = 0  # storages alive, or dead and still in `dead`
@@ -180,12 +187,15 @@ class Transfers:
         """Add a new storage, which is RESIDENT."""
         reference = weakref.ref(storage)
         self._by_owner[id(storage.owner)] = reference
-        self._by_state.add(storage.sequence, reference, storage.nbytes)
-        self._known += 1
+        self._group_of(storage).add(storage.sequence, reference, storage.nbytes)
+        self._known += storage.key is None
+
+    def _group_of(self, storage: Storage) -> ByState[weakref.ref[Storage]]:
+        return self._by_state if storage.key is None else self.lasting
 
     @property
     def has_living(self) -> bool:
-        """Whether a storage is alive. Safe at any time in any thread."""
+        """Whether a storage of a graph is alive. Safe at any time in any thread."""
         return self._known > len(self.dead)
 
     # Asked by the policy.
@@ -238,8 +248,16 @@ class Transfers:
         return None if storage.recipe is None else storage.recipe.bytes_to_keep()
 
     def everything(self) -> list[Storage]:
-        """Return all storages, in the order of saving."""
-        references = self._by_state.storages
+        """Return all storages of graphs, in the order of saving."""
+        return self._all_of(self._by_state)
+
+    def all_lasting(self) -> list[Storage]:
+        """Return all storages that last longer than a graph."""
+        return self._all_of(self.lasting)
+
+    @staticmethod
+    def _all_of(group: ByState[weakref.ref[Storage]]) -> list[Storage]:
+        references = group.storages
         found = (references[number]() for number in sorted(references))
         return [storage for storage in found if storage is not None]
 
@@ -303,7 +321,7 @@ class Transfers:
 
     def _give_up(self, storage: Storage, state: State) -> None:
         self._move(storage, state)
-        if not storage.used:
+        if storage.key is None and not storage.used:
             storage.saved_sequence.requeue(storage)
         storage.ahead = False
         self._let_go(storage)
@@ -442,6 +460,7 @@ class Transfers:
         self._move(storage, State.COMING_IN)
         self.moved_bytes += storage.nbytes
         self.counters.bytes_in += storage.nbytes
+        self.counters.bytes_in_lasting += storage.nbytes * (storage.key is not None)
         self.counters.storages_in += 1
         if ahead:
             storage.ahead = True
@@ -501,12 +520,22 @@ class Transfers:
         if storage.state in (State.CHECKING, State.DISCARDED):
             assert storage.recipe is not None
             self._recipes.append(storage.recipe)
-        self.dead.append((storage.state, storage.sequence, storage.nbytes, storage.saved_sequence))
+        if storage.key is None:
+            self.dead.append(
+                (storage.state, storage.sequence, storage.nbytes, storage.saved_sequence)
+            )
+        else:
+            self._dead_lasting.append((storage.state, storage.sequence, storage.nbytes))
         if storage.copy is not None or storage.transfer is not None:
             self.deferred_frees.append((storage.copy, storage.transfer, storage.nbytes))
 
     def run_deferred_frees(self) -> None:
         """Forget dead storages, and free queued blocks whose transfers have finished."""
+        while self._dead_lasting:
+            dead_state, sequence, size = self._dead_lasting.popleft()
+            self.lasting.remove(sequence, size, dead_state)
+            if dead_state is State.OUT:
+                self.moved_bytes += size
         if not (self.dead or self.deferred_frees):
             return
         while self.dead:
@@ -575,7 +604,7 @@ class Transfers:
     def _move(self, storage: Storage, state: State) -> None:
         before = storage.state
         storage.move_to(state)
-        self._by_state.move(storage.sequence, storage.nbytes, before, state)
+        self._group_of(storage).move(storage.sequence, storage.nbytes, before, state)
 
     def _copied(self, storage: Storage, transfer: Transfer, out: bool) -> None:
         name, sequence = self.device.name, storage.sequence
@@ -609,6 +638,7 @@ class Transfers:
             lambda: self.device.copy_out(storage.owner, storage.origin, storage.nbytes),
         )
         self.counters.bytes_out += storage.nbytes
+        self.counters.bytes_out_lasting += storage.nbytes * (storage.key is not None)
         self.counters.storages_out += 1
         if storage.used and not storage.kept:
             self.counters.bytes_out_used += storage.nbytes

@@ -72,6 +72,10 @@ def settings(rng: random.Random) -> dict[str, Any] | None:
     for chance, setting in more:
         if rng.random() < chance:
             chosen |= setting()
+    aside = random.Random()
+    aside.setstate(rng.getstate())  # what is drawn after it stays the same
+    if aside.random() < 0.5:
+        chosen |= {"swap_parameters": True, "parameters": "auto"}
     return None if rng.random() < 0.05 else chosen
 
 

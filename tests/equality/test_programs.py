@@ -19,7 +19,7 @@ from chainer_ooc.testing import assert_same_bits, force_copies
 from tests.equality.test_links import Net, digits, state
 
 
-@pytest.fixture(params=["force_copies", "swap_all", "single_backward"])
+@pytest.fixture(params=["force_copies", "swap_all", "single_backward", "parameters"])
 def equal(request, moved_bytes):
     """Return a function that runs a program on stock Chainer and out of core, and compares the results."""
 
@@ -34,7 +34,10 @@ def equal(request, moved_bytes):
             single = request.param == "single_backward"
             if single and not once:
                 pytest.skip("backward runs more than once")
-            with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, single_backward=single):
+            settings = {"single_backward": single}
+            if request.param == "parameters":
+                settings |= {"swap_parameters": True, "parameters": "auto"}
+            with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1, **settings):
                 actual = program()
         assert_same_bits(actual, expected)
 

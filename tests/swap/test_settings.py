@@ -215,6 +215,7 @@ PUBLIC = {
     "strict": False,
     "single_backward": False,
     "recompute": "auto",
+    "parameters": "stay",
     "split": "never",
     "plan": True,
     "verify": False,
@@ -245,7 +246,8 @@ def test_help_describes_each_setting():
 
 def test_every_setting_is_for_users_or_for_tests():
     fields = [field.name for field in dataclasses.fields(Settings)]
-    assert fields == [*PUBLIC, "swap_all", "discard_all", "min_bytes", "shares"]
+    tests = ["swap_all", "swap_parameters", "discard_all", "min_bytes", "shares"]
+    assert fields == [*PUBLIC, *tests]
     with chainer_ooc.out_of_core_mode(swap_all=True, min_bytes=1):
         assert chainer_ooc.is_enabled()
 

@@ -22,6 +22,7 @@ EDIT_SETS = (
     "chainer_ooc.compat.edits.cupy",
     "chainer_ooc.compat.edits.later",
     "chainer_ooc.compat.edits.onnx",
+    "chainer_ooc.compat.edits.parameters",
 )
 
 

@@ -89,7 +89,7 @@ def test_only_so_many_that_leave_are_waited_for(rig):
     saved = [rig.save(float(i)) for i in range(3)]
     for one in saved:
         rig.manager._transfers.begin_out(one.storage)
-    rig.manager._evictor._release_leaving(UNIT)
+    rig.manager._evictor.release_leaving(UNIT)
     assert states(saved) == [State.OUT, State.GOING_OUT, State.GOING_OUT]
 
 
@@ -100,7 +100,7 @@ def test_those_that_died_on_their_way_out_are_passed_over(rig):
     del dying, one
     gc.collect()
     rig.manager._transfers.begin_out(rig.save(3.0).storage)
-    assert rig.manager._evictor._release_leaving(2 * UNIT) == UNIT
+    assert rig.manager._evictor.release_leaving(2 * UNIT) == UNIT
     assert last.storage.state is State.OUT
 
 
