@@ -313,15 +313,20 @@ def test_descriptors_are_closed(file):
         return len(os.listdir("/proc/self/fd"))
 
     mine = block(file, 1)
-    for number in range(21):
-        child = Child(lambda mine=mine: read(file, mine))
+
+    def fork(times):
+        nonlocal mine
+        for _ in range(times):
+            child = Child(lambda mine=mine: read(file, mine))
+            file.free(mine, ALIGNMENT)
+            mine = block(file, 1)
+            assert child.result() == {1}
         file.free(mine, ALIGNMENT)
         mine = block(file, 1)
-        assert child.result() == {1}
-        if number == 0:  # what other tests have left has seen a fork, too
-            before = count()
-    file.free(mine, ALIGNMENT)
-    mine = block(file, 1)
+
+    fork(1)  # what other tests have left sees its first fork
+    before = count()
+    fork(20)
     assert count() == before
 
 
