@@ -141,4 +141,4 @@ def test_an_estimate_is_as_long_as_a_real_run(name, monkeypatch):
     system = System(real["limit"], (tier,), single_backward=False)
     plan = plan_for(theirs, Conditions(system, recompute=False))
     seconds = simulate(theirs, system, Planned(plan)).seconds
-    assert result.planned_step_seconds == pytest.approx(seconds, rel=0.05)
+    assert result.planned_step_seconds == pytest.approx(seconds, rel=0.1)

@@ -117,7 +117,9 @@ EQUIVALENT = {
     "swap.transfers.Transfers.defer_free: True for storage.copy": "nothing is freed",
     "swap.transfers.Transfers.drop: True for storage.owner": "None is the memory of no storage",
     "swap.transfers.Transfers.defer_free: True for storage.owner": "None is the memory of no storage",
-    "swap.transfers.Transfers._give_up: True for not storage.used": "prefetch() passes over what was used",
+    "swap.transfers.Transfers._give_up: no not storage.used in storage.key is None and (not storage.used)": (
+        "prefetch() passes over what was used"
+    ),
     "planning.eviction.Evictor.reclaim: False for missing <= 0": "less than nothing is given up",
     "swap.devices.cuda.streams.CopyStreams.on_device: False for": "saves time only",
     "swap.devices.cuda.streams.CopyStreams._note: True for len(": "streams are looked through more often",
